@@ -1,0 +1,120 @@
+//! The compute device behind one small trait: permanent addresses over aliased frames, copy streams, gates.
+//!
+//! D1: an address handed out by [`Frames::address`] is valid until the frames are dropped.
+//! D2: copies on one stream run in the order in which they were enqueued.
+//! D3: nothing is enqueued that waits for something not yet enqueued.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{error::Result, memory::HostRegion};
+
+/// Which kind of device, as messages and statistics call it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The processor itself: frames in shared memory, streams are worker threads.
+    Host,
+    /// A CUDA device of this ordinal.
+    Cuda(u32),
+}
+
+/// A stream of the runtime's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Host to device.
+    Up,
+    /// Device to host.
+    Down,
+    /// The stream the user computes on.
+    Compute,
+}
+
+/// A stream to enqueue on: one of the two copy streams, or the user's, by its raw handle (0: the default stream).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamRef {
+    /// Host to device.
+    Up,
+    /// Device to host.
+    Down,
+    /// The user's stream.
+    Compute(u64),
+}
+
+/// "Everything enqueued before this on that stream is done." Numbers of one role only grow; `seq` 0 has always passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gate {
+    /// The role of the stream it was recorded on.
+    pub role: Role,
+    /// Its place in the sequence of that role.
+    pub seq: u64,
+}
+
+impl Gate {
+    /// A gate that has always been open.
+    pub const OPEN: Self = Self { role: Role::Compute, seq: 0 };
+}
+
+/// A unit's place in the ring of frames, in chunks; it may wrap around the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameSpan {
+    /// First chunk of the ring.
+    pub first_chunk: u32,
+    /// How many chunks.
+    pub chunks: u32,
+}
+
+/// Address ranges mapped once onto a ring of physical chunks.
+pub trait Frames: Send + Sync {
+    /// The permanent device address of unit number `unit` (the index into the spans given at creation).
+    fn address(&self, unit: usize) -> u64;
+}
+
+/// What a compute device can do for the runtime. Calls that take a stream only enqueue; they never wait for the device.
+pub trait Device: Send + Sync {
+    /// Which device this is.
+    fn kind(&self) -> DeviceKind;
+
+    /// Smallest size of a chunk in bytes; a power of two.
+    fn granularity(&self) -> u64;
+
+    /// Reserves one address range per span and maps it onto a ring of `ring_chunks` chunks of `chunk_bytes` each.
+    ///
+    /// # Errors
+    /// `FN-E201` when the device has not that much memory, `FN-E002` when the driver fails, `FN-E204` from the host.
+    fn create_frames(&self, ring_chunks: u32, chunk_bytes: u64, spans: &[FrameSpan]) -> Result<Arc<dyn Frames>>;
+
+    /// Makes a host region usable by the copy streams and readable by kernels at its own address. The device keeps the
+    /// region alive and registered until the device is dropped.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver refuses to page-lock it.
+    fn register(&self, region: &Arc<HostRegion>) -> Result<()>;
+
+    /// Enqueues a copy of `len` bytes. `stream` is `Up` or `Down`.
+    ///
+    /// # Safety
+    /// Both ranges must stay valid, and free of conflicting access, until a gate recorded after this has passed.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn copy(&self, stream: StreamRef, dst: u64, src: u64, len: usize) -> Result<()>;
+
+    /// Enqueues filling `len` bytes at a device address with `byte` (poison for released frames).
+    ///
+    /// # Safety
+    /// As for [`Device::copy`].
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn fill(&self, stream: StreamRef, dst: u64, byte: u8, len: usize) -> Result<()>;
+
+    /// Records a gate on a stream.
+    fn record(&self, stream: StreamRef) -> Result<Gate>;
+
+    /// Makes later work on `stream` wait for `gate`. On the host device waiting on `Compute` blocks the caller.
+    fn wait(&self, stream: StreamRef, gate: Gate) -> Result<()>;
+
+    /// True if the gate has passed.
+    fn passed(&self, gate: Gate) -> Result<bool>;
+
+    /// Blocks the calling thread until the gate has passed or the time is over; true if it has passed.
+    fn block(&self, gate: Gate, timeout: Duration) -> Result<bool>;
+
+    /// Waits until both copy streams are empty. Called once, before memory goes away.
+    fn drain(&self);
+}

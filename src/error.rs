@@ -1,0 +1,142 @@
+//! One error type: a stable code, what happened to which thing, and what to do next.
+
+use std::fmt;
+
+/// Result of everything that can fail.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Family of an error: decides the Python exception class it becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// A mistake in arguments or policy: `ValueError`.
+    Usage,
+    /// A budget that does not hold what is asked: `MemoryError`.
+    Budget,
+    /// Disk and file trouble: `OSError`.
+    Storage,
+    /// Device trouble or a broken invariant: `RuntimeError`.
+    Runtime,
+}
+
+macro_rules! codes {
+    ($($name:ident = $text:literal, $family:ident, $doc:literal;)*) => {
+        /// Stable error codes. docs/errors.md lists them; a test keeps both in step.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Code { $(#[doc = $doc] $name,)* }
+        impl Code {
+            /// All codes, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+            /// `FN-E201` and the like.
+            pub const fn as_str(self) -> &'static str { match self { $(Self::$name => $text,)* } }
+            /// One line of explanation.
+            pub const fn summary(self) -> &'static str { match self { $(Self::$name => $doc,)* } }
+            /// Its family.
+            pub const fn family(self) -> Family { match self { $(Self::$name => Family::$family,)* } }
+        }
+    };
+}
+
+codes! {
+    NoCuda = "FN-E001", Runtime, "no CUDA driver, or no device of that number";
+    Cuda = "FN-E002", Runtime, "a CUDA call failed";
+    Stale = "FN-E101", Runtime, "bytes of another generation than expected: a bug of funicular";
+    Stuck = "FN-E102", Runtime, "nothing moved for too long; the message says what was waited for";
+    Forked = "FN-E103", Runtime, "used in a forked child; the runtime belongs to its parent";
+    Closed = "FN-E104", Runtime, "used after it was closed, or after an earlier failure";
+    Panicked = "FN-E105", Runtime, "a worker thread panicked: a bug of funicular";
+    Wrapped = "FN-E110", Usage, "the model is offloaded already";
+    MetaWeights = "FN-E111", Usage, "a parameter on the meta device has no weights to load";
+    UnsupportedParam = "FN-E112", Usage, "a parameter's type or layout cannot be paged";
+    AliasedParam = "FN-E113", Usage, "parameters share storage in a way that cannot be paged";
+    NotOffloaded = "FN-E114", Usage, "the model is not offloaded";
+    Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type or shape";
+    SparseGrad = "FN-E116", Usage, "sparse gradients are not supported";
+    OptimizerOption = "FN-E117", Usage, "an optimizer option is not supported";
+    HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
+    HostBudget = "FN-E202", Budget, "the host budget is too small";
+    NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";
+    HostAlloc = "FN-E204", Budget, "the system refused memory";
+    ReadBudget = "FN-E205", Budget, "reading parameters that live on NVMe needs more host memory than is allowed";
+    IoFailed = "FN-E301", Storage, "a read or write failed";
+    Corrupted = "FN-E302", Storage, "bytes read are not the bytes written";
+    PolicySyntax = "FN-E501", Usage, "the policy file cannot be parsed";
+    PolicyKey = "FN-E502", Usage, "unknown key in the policy";
+    PolicyValue = "FN-E503", Usage, "a value in the policy is not of the right kind";
+    PolicyFile = "FN-E504", Usage, "the policy file cannot be read";
+    EngineUnavailable = "FN-E601", Storage, "the requested I/O engine does not work here";
+    NoDirectIo = "FN-E602", Storage, "direct I/O was required and does not work here";
+    NotADisk = "FN-E603", Usage, "an NVMe path is in memory, not on a disk";
+    PathUnusable = "FN-E604", Usage, "an NVMe path is missing or cannot be written";
+    DiskFull = "FN-E605", Storage, "not enough free space on an NVMe path";
+}
+
+/// What went wrong. `Display` gives one line: code, message, next action.
+#[derive(Clone, Debug)]
+pub struct Error {
+    code: Code,
+    message: String,
+    action: Option<String>,
+    errno: Option<i32>,
+}
+
+impl Error {
+    /// An error with its code and what happened, naming the thing.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), action: None, errno: None }
+    }
+
+    /// What the user can do about it; a full sentence.
+    #[must_use]
+    pub fn action(mut self, action: impl Into<String>) -> Self {
+        self.action = Some(action.into());
+        self
+    }
+
+    /// The operating system's error number behind it.
+    #[must_use]
+    pub fn errno(mut self, errno: i32) -> Self {
+        self.errno = Some(errno);
+        self
+    }
+
+    /// Its code.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// The operating system's error number, if there was one.
+    pub fn os_error(&self) -> Option<i32> {
+        self.errno
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.code.as_str(), self.message)?;
+        if let Some(action) = &self.action {
+            write!(f, " {action}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_unique() {
+        let mut seen = std::collections::HashSet::new();
+        for code in Code::ALL {
+            assert!(seen.insert(code.as_str()), "{} twice", code.as_str());
+        }
+    }
+
+    #[test]
+    fn shows_code_message_action() {
+        let e = Error::new(Code::DiskFull, "/mnt/a: need 2 GiB, 1 GiB free.").action("Free some space.");
+        assert_eq!(e.to_string(), "FN-E605 /mnt/a: need 2 GiB, 1 GiB free. Free some space.");
+    }
+}

@@ -1,0 +1,22 @@
+//! Full-parameter training of models larger than the GPU's memory.
+//!
+//! Layers, imports only downward (`tests/tidy.rs` checks it):
+//! `error units dtype` < `memory model policy` < `device io optim` < `store schedule` < `runtime` < `bench python`.
+
+pub mod device;
+pub mod dtype;
+pub mod error;
+pub mod io;
+pub mod memory;
+pub mod model;
+pub mod optim;
+pub mod policy;
+pub mod runtime;
+pub mod schedule;
+pub mod store;
+pub mod units;
+
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::{Code, Error, Result};

@@ -1,0 +1,10 @@
+//! Host memory: regions of exact size, and pools of equal slots in them.
+//!
+//! Owns every byte of host memory that hardware may read or write. M1: a region is mapped once and never moves.
+//! M2: a slot has one owner, its [`SlotLease`]; dropping the lease returns the slot.
+
+mod region;
+mod slots;
+
+pub use region::{HostRegion, HugePages};
+pub use slots::{SlotLease, SlotPool};

@@ -1,0 +1,145 @@
+//! An anonymous mapping of exact size, on huge pages where the system gives them.
+#![expect(unsafe_code, reason = "maps memory and hands out raw pointers into it")]
+
+use std::{ptr::NonNull, sync::Arc};
+
+use crate::{
+    error::{Code, Error, Result},
+    units::{ByteCount, round_up},
+};
+
+/// Alignment of a region: a huge page.
+const ALIGNMENT: u64 = 2 << 20;
+/// What the kernel hands out.
+const PAGE: u64 = 4096;
+
+/// What was asked of the kernel for a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// Transparent huge pages were advised and accepted.
+    Advised,
+    /// The kernel refused the advice; 4 KiB pages.
+    Refused,
+}
+
+/// Zero-filled memory at one address for its whole life, page aligned at 2 MiB. Pages are taken at first touch.
+#[derive(Debug)]
+pub struct HostRegion {
+    mapping: NonNull<u8>,
+    mapping_len: usize,
+    start: NonNull<u8>,
+    len: usize,
+    huge: HugePages,
+}
+
+// SAFETY: the region is plain memory; who may touch which range is decided by leases and by the runtime.
+unsafe impl Send for HostRegion {}
+// SAFETY: as above; shared access is through raw pointers only.
+unsafe impl Sync for HostRegion {}
+
+impl HostRegion {
+    /// Maps `len` bytes (rounded up to a page) for `purpose`, which errors name.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses.
+    pub fn new(len: ByteCount, purpose: &str) -> Result<Arc<Self>> {
+        let refused = || {
+            Error::new(Code::HostAlloc, format!("the system refused {len} of memory for {purpose}."))
+                .errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
+                .action("Lower budget.host, or raise the container's or user's memory limit.")
+        };
+        let len_rounded = round_up(len.0.max(1), PAGE);
+        let total = usize::try_from(len_rounded + ALIGNMENT).map_err(|_| refused())?;
+        // SAFETY: a fresh anonymous mapping; no existing memory is touched.
+        let raw = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                total,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(refused());
+        }
+        let mapping = NonNull::new(raw.cast::<u8>()).ok_or_else(refused)?;
+        let offset = mapping.align_offset(ALIGNMENT as usize);
+        // SAFETY: `offset` < ALIGNMENT and the mapping has ALIGNMENT bytes more than `len_rounded`.
+        let start = unsafe { mapping.add(offset) };
+        let len = len_rounded as usize;
+        // SAFETY: the range lies in the mapping made above; advice changes no contents.
+        let advised = unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        let huge = if advised == 0 { HugePages::Advised } else { HugePages::Refused };
+        Ok(Arc::new(Self { mapping, mapping_len: total, start, len, huge }))
+    }
+
+    /// First byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Usable bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a region without bytes; never the case.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether huge pages were accepted.
+    pub fn huge_pages(&self) -> HugePages {
+        self.huge
+    }
+
+    /// Takes the pages of `[offset, offset + len)` now, keeping their contents.
+    ///
+    /// # Panics
+    /// If the range is outside the region.
+    pub fn touch(&self, offset: usize, len: usize) {
+        assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "touch outside the region");
+        for at in (offset..offset + len).step_by(PAGE as usize) {
+            // SAFETY: `at` is inside the region; an atomic add of zero keeps what another thread may have written.
+            unsafe {
+                (*self.start.as_ptr().add(at).cast::<std::sync::atomic::AtomicU8>())
+                    .fetch_add(0, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+impl Drop for HostRegion {
+    fn drop(&mut self) {
+        // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`, so nobody is left.
+        unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapping_len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_zero_filled_aligned_and_writable() {
+        let region = HostRegion::new(ByteCount(10_000), "a test").expect("maps");
+        assert_eq!((region.as_ptr() as usize) % (2 << 20), 0);
+        assert_eq!(region.len(), 12_288);
+        region.touch(0, region.len());
+        // SAFETY: inside the region, and only this test uses it.
+        unsafe {
+            assert_eq!(*region.as_ptr().add(12_287), 0);
+            *region.as_ptr().add(12_287) = 7;
+            region.touch(8192, 4096);
+            assert_eq!(*region.as_ptr().add(12_287), 7);
+        }
+    }
+
+    #[test]
+    fn an_impossible_size_is_a_named_error() {
+        let e = HostRegion::new(ByteCount(1 << 60), "a test").expect_err("too large");
+        assert_eq!(e.code(), Code::HostAlloc);
+    }
+}

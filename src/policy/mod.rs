@@ -1,0 +1,1 @@
+//! Placeholder until the branch that owns this module lands.
