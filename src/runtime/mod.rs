@@ -1,1 +1,4 @@
 //! In work.
+pub mod homes;
+pub mod stats;
+pub mod trace;
