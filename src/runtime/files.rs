@@ -99,8 +99,8 @@ impl Map {
         (bytes.start / size) as u32..bytes.end.div_ceil(size) as u32
     }
 
-    /// Parts that move the NVMe kinds of one update chunk; what was never written is skipped on reading, and the caller
-    /// zero-fills its slot first.
+    /// Parts that move the NVMe kinds of one update chunk. What was never written is skipped on reading; true if there
+    /// was such a piece, and the caller zero-fills the slot first.
     pub fn update_parts(
         &self,
         store: &Store,
@@ -109,16 +109,20 @@ impl Map {
         chunk: Chunk,
         direction: Direction,
         parts: &mut Vec<IoPart>,
-    ) {
+    ) -> bool {
+        let mut skipped = false;
         self.for_each(layout, unit, chunk, |segment, kind, bytes| {
             let mut at = self.slot_offset(kind);
             for c in Self::store_chunks(store, bytes) {
                 if direction == Direction::Write || store.written(segment, c) {
                     store.parts(segment, c..c + 1, direction, at, parts);
+                } else {
+                    skipped = true;
                 }
                 at += store.chunk_bytes() as usize;
             }
         });
+        skipped
     }
 
     /// Seals (before a write) or verifies (after a read) every store chunk of an update chunk in its slot.
