@@ -401,6 +401,73 @@ fn numbers_grow_and_thousands_of_gates_stay_answerable() {
     });
 }
 
+/// Streams of a user's own, as torch makes them: they wait for nothing but what they are told to.
+#[cfg(feature = "cuda")]
+fn user_streams(count: usize) -> Vec<StreamRef> {
+    use cudarc::driver::sys;
+    let (mut before, mut context, mut device) = (std::ptr::null_mut(), std::ptr::null_mut(), 0);
+    let make = |_| {
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: writes one handle; the context is current.
+        let made = unsafe { sys::cuStreamCreate(&raw mut stream, 1) };
+        assert_eq!(made, sys::CUresult::CUDA_SUCCESS);
+        StreamRef::Compute(stream.expose_provenance() as u64)
+    };
+    // SAFETY: the calls write one handle each. The context stays retained: the process ends soon.
+    unsafe {
+        assert_eq!(sys::cuCtxGetCurrent(&raw mut before), sys::CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuDeviceGet(&raw mut device, 0), sys::CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuDevicePrimaryCtxRetain(&raw mut context, device), sys::CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuCtxSetCurrent(context), sys::CUresult::CUDA_SUCCESS);
+    }
+    let streams = (0..count).map(make).collect();
+    // SAFETY: what was current before.
+    let restored = unsafe { sys::cuCtxSetCurrent(before) };
+    assert_eq!(restored, sys::CUresult::CUDA_SUCCESS);
+    streams
+}
+
+/// The event of a gate is used again by a gate of another, idle stream: that must not open the first one.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gate_of_one_user_stream_is_not_opened_by_another() {
+    const LEN: usize = 16 << 20;
+    if !cuda_present() {
+        return;
+    }
+    let device = device::open(DeviceChoice::Cuda(0)).expect("opens");
+    let streams = user_streams(2);
+    let (busy, idle) = (streams[0], streams[1]);
+    let bench = Bench::new(device, 4 * LEN as u64);
+    let frames = bench.frames(1, LEN as u64, &[(0, 1)]);
+    let bytes = pattern(8, LEN);
+    bench.set(0, &bytes);
+    for use_passed in [false, true] {
+        bench.fill(UP, frames.address(0), 0, LEN);
+        bench.set(LEN, &vec![0; 2 * LEN]);
+        bench.order(UP, busy);
+        for _ in 0..64 {
+            bench.copy(busy, bench.at(LEN), frames.address(0), LEN);
+        }
+        bench.copy(busy, frames.address(0), bench.at(0), LEN);
+        bench.copy(busy, bench.at(LEN), frames.address(0), LEN);
+        let gate = bench.device.record(busy).expect("recorded");
+        for _ in 0..4096 {
+            bench.device.record(idle).expect("recorded");
+        }
+        if use_passed {
+            assert!(bench.device.block(gate, PATIENCE).expect("works"));
+            assert!(bench.get(LEN, LEN) == bytes, "the gate opened too early");
+        } else {
+            bench.device.wait(DOWN, gate).expect("waits");
+            bench.copy(DOWN, bench.at(2 * LEN), frames.address(0), LEN);
+            bench.finish(DOWN);
+            assert!(bench.get(2 * LEN, LEN) == bytes, "the wait ended too early");
+        }
+        bench.finish(busy);
+    }
+}
+
 #[test]
 fn several_threads_enqueue_at_once() {
     const THREADS: usize = 4;
