@@ -5,10 +5,14 @@
 //! D3: nothing is enqueued that waits for something not yet enqueued; a gate never recorded is an error.
 //! D4: frames and registered regions go away only after the copy streams are empty.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod host;
 
 use std::{sync::Arc, time::Duration};
 
+#[cfg(feature = "cuda")]
+pub use cuda::CudaDevice;
 pub use host::HostDevice;
 
 use crate::{
@@ -43,9 +47,32 @@ pub enum DeviceChoice {
 /// `FN-E001` without a CUDA driver or a device of that number, `FN-E002` when the driver fails, `FN-E204` from the host.
 pub fn open(choice: DeviceChoice) -> Result<Arc<dyn Device>> {
     match choice {
+        DeviceChoice::Auto if cuda_count()? > 0 => open_cuda(0),
         DeviceChoice::Auto | DeviceChoice::Host => Ok(Arc::new(HostDevice::new()?)),
-        DeviceChoice::Cuda(_) => Err(Error::new(Code::NoCuda, "this build of funicular has no CUDA device.")),
+        DeviceChoice::Cuda(ordinal) => open_cuda(ordinal),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_count() -> Result<u32> {
+    cuda::count()
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: u32) -> Result<Arc<dyn Device>> {
+    Ok(Arc::new(CudaDevice::new(ordinal)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+#[expect(clippy::unnecessary_wraps, reason = "the build with CUDA can fail here")]
+fn cuda_count() -> Result<u32> {
+    Ok(0)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(ordinal: u32) -> Result<Arc<dyn Device>> {
+    Err(Error::new(Code::NoCuda, format!("CUDA device {ordinal} was asked for; this build has no CUDA."))
+        .action("Build with the feature `cuda`, or choose the host device."))
 }
 
 /// A stream of the runtime's own.
