@@ -20,6 +20,7 @@ pub use fault::{Fault, Faults, Rule};
 pub use file::{
     DirectIo, DirectoryProbe, FileSystem, IoFile, allocate, device_number, free_bytes, probe_directory, scratch_file,
 };
+pub(crate) use file::{disk_full, random, unusable};
 pub use probe::{OpenedEngine, open_engine};
 
 use crate::{error::Error, memory::SlotLease};
@@ -166,7 +167,6 @@ pub trait IoEngine: Send + Sync {
     /// # Errors
     /// The request comes back if its parts do not fit the lease, the files or the alignment (`FN-E301`), or if the
     /// engine has stopped (`FN-E104`).
-    #[expect(clippy::result_large_err, reason = "the request has to come back, and only on the cold path")]
     fn submit(&self, request: IoRequest) -> Result<(), Rejected>;
 
     /// Which engine this is.

@@ -60,7 +60,6 @@ impl Requests {
     }
 
     /// Takes a request; true if nothing was waiting before, so that a sleeping engine has to be woken.
-    #[expect(clippy::result_large_err, reason = "the request has to come back, and only on the cold path")]
     pub(super) fn admit(&mut self, request: IoRequest) -> Result<bool, (IoRequest, Error)> {
         if let Some(error) = &self.closed {
             return Err((request, error.clone()));
