@@ -45,7 +45,6 @@ impl RunDir {
                     return Ok((this, notes));
                 }
                 Err(e) => {
-                    let _ = std::fs::remove_dir_all(&path);
                     let lost = matches!(e.raw_os_error(), Some(libc::EEXIST | libc::ENOENT | libc::EWOULDBLOCK));
                     if !lost || !dir.is_dir() {
                         return Err(unusable(dir, &e));
@@ -87,9 +86,17 @@ impl Drop for RunDir {
     }
 }
 
-/// Makes the directory and its owner file, locks it and fills it in.
+/// Makes the directory and takes it, or leaves nothing behind.
 fn take(path: &Path, host: &str) -> std::result::Result<File, OsError> {
     DirBuilder::new().mode(0o700).create(path)?;
+    own(path, host).inspect_err(|_| {
+        let _ = std::fs::remove_file(path.join(OWNER));
+        let _ = std::fs::remove_dir(path);
+    })
+}
+
+/// Makes the owner file, locks it and fills it in.
+fn own(path: &Path, host: &str) -> std::result::Result<File, OsError> {
     let owner = path.join(OWNER);
     let mut file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&owner)?;
     file.try_lock().map_err(lock_error)?;
