@@ -76,7 +76,7 @@ pub const KEYS: &[Key] = &[
     key(
         "budget.reserve",
         Kind::AutoSize,
-        "Host memory left to others when `budget.host` is `auto`. `auto`: 8 % of what is available, at least 512MiB, at most 4GiB up to 50 GiB and 16GiB beyond.",
+        "Host memory left to others when `budget.host` is `auto`. `auto`: 8 % of what is available, at least 512MiB, at most 16GiB.",
     ),
     key(
         "nvme.paths",
