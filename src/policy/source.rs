@@ -1,0 +1,186 @@
+//! Where policy text came from: lines, columns, the snippet with a caret, and the parsed tree with its spans.
+
+use std::ops::Range;
+
+use crate::error::{Code, Error};
+
+/// Longest part of a line that a snippet shows, in characters.
+const SNIPPET: usize = 100;
+
+/// A named text, or only a name (an environment variable, a `--set`) when there are no lines to point at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Source<'a> {
+    name: &'a str,
+    text: Option<&'a str>,
+}
+
+impl<'a> Source<'a> {
+    /// A file's text under the name that errors print.
+    pub(crate) fn new(name: &'a str, text: &'a str) -> Self {
+        Self { name, text: Some(text) }
+    }
+
+    /// An origin without lines.
+    pub(crate) fn named(name: &'a str) -> Self {
+        Self { name, text: None }
+    }
+
+    /// Line and column of a byte offset, both from 1, the column in characters.
+    pub(crate) fn locate(&self, offset: usize) -> (usize, usize) {
+        let text = self.text.unwrap_or_default();
+        let before = &text.as_bytes()[..offset.min(text.len())];
+        let line_start = before.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
+        let line = before.iter().filter(|&&b| b == b'\n').count() + 1;
+        (line, String::from_utf8_lossy(&before[line_start..]).chars().count() + 1)
+    }
+
+    /// An error at a span: `name:line:column: what`, the line, and a caret under the span.
+    pub(crate) fn error(&self, code: Code, span: Option<&Range<usize>>, what: &str) -> Error {
+        match (self.text, span) {
+            (Some(text), Some(span)) => {
+                let (line, column) = self.locate(span.start);
+                let snippet = snippet(text, span, line, column);
+                Error::new(code, format!("{}:{line}:{column}: {what}\n{snippet}", self.name))
+            }
+            _ => Error::new(code, format!("{}: {what}", self.name)),
+        }
+    }
+}
+
+/// The line of a span with carets under it, shortened around the span when long.
+fn snippet(text: &str, span: &Range<usize>, line: usize, column: usize) -> String {
+    let shown: Vec<char> =
+        text.lines().nth(line - 1).unwrap_or_default().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let width = text
+        .get(span.start.min(text.len())..span.end.min(text.len()))
+        .and_then(|s| s.lines().next())
+        .map_or(1, |s| s.chars().count())
+        .max(1);
+    let at = column - 1;
+    let first = if shown.len() > SNIPPET { at.saturating_sub(SNIPPET / 2) } else { 0 };
+    let part: String = shown.iter().skip(first).take(SNIPPET).collect();
+    let carets = "^".repeat(width.min(SNIPPET.saturating_sub(at - first)).max(1));
+    format!("{line:5} | {part}\n      | {}{carets}", " ".repeat(at - first))
+}
+
+/// A parsed value with the place it was written at.
+#[derive(Clone, Debug)]
+pub(crate) struct Node {
+    /// Bytes of the text it came from; `None` for values that were made up.
+    pub(crate) span: Option<Range<usize>>,
+    /// What it is.
+    pub(crate) value: Value,
+}
+
+/// The values that TOML, JSON and YAML have in common.
+#[derive(Clone, Debug)]
+pub(crate) enum Value {
+    /// `null` (JSON and YAML).
+    Null,
+    /// A boolean.
+    Bool(bool),
+    /// A whole number.
+    Integer(i64),
+    /// A number with a point or an exponent.
+    Float(f64),
+    /// A string.
+    Text(String),
+    /// A list.
+    List(Vec<Node>),
+    /// A table, in the order of the file.
+    Table(Vec<Entry>),
+}
+
+/// A key of a table and its value.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    /// The key.
+    pub(crate) key: String,
+    /// Where the key is written.
+    pub(crate) span: Option<Range<usize>>,
+    /// Its value.
+    pub(crate) node: Node,
+}
+
+impl Node {
+    /// A value that no text stands for.
+    pub(crate) fn made(value: Value) -> Self {
+        Self { span: None, value }
+    }
+
+    /// The value under a key, if this is a table that has it.
+    pub(crate) fn get(&self, key: &str) -> Option<&Self> {
+        match &self.value {
+            Value::Table(entries) => entries.iter().find(|e| e.key == key).map(|e| &e.node),
+            _ => None,
+        }
+    }
+
+    /// Puts a value under a dotted path, making tables on the way.
+    pub(crate) fn put(&mut self, path: &[&str], node: Self) {
+        let Some((key, rest)) = path.split_first() else {
+            *self = node;
+            return;
+        };
+        if !matches!(self.value, Value::Table(_)) {
+            self.value = Value::Table(Vec::new());
+        }
+        if let Value::Table(entries) = &mut self.value {
+            let at = entries.iter().position(|e| e.key == *key).unwrap_or_else(|| {
+                let node = Self::made(Value::Table(Vec::new()));
+                entries.push(Entry { key: (*key).to_owned(), span: None, node });
+                entries.len() - 1
+            });
+            entries[at].node.put(rest, node);
+        }
+    }
+
+    /// From a JSON value, without spans.
+    pub(crate) fn from_json(value: serde_json::Value) -> Self {
+        Self::made(match value {
+            serde_json::Value::Null => Value::Null,
+            serde_json::Value::Bool(b) => Value::Bool(b),
+            serde_json::Value::Number(n) => match n.as_i64() {
+                Some(n) => Value::Integer(n),
+                None => Value::Float(n.as_f64().unwrap_or(f64::NAN)),
+            },
+            serde_json::Value::String(s) => Value::Text(s),
+            serde_json::Value::Array(items) => Value::List(items.into_iter().map(Self::from_json).collect()),
+            serde_json::Value::Object(map) => Value::Table(
+                map.into_iter().map(|(key, v)| Entry { key, span: None, node: Self::from_json(v) }).collect(),
+            ),
+        })
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_at_characters_not_bytes() {
+        let text = "a = 1\n\"größe\" = 2\n";
+        let source = Source::new("p.toml", text);
+        let at = text.find('2').unwrap();
+        assert_eq!(source.locate(at), (2, 11));
+        let error = source.error(Code::PolicyValue, Some(&(at..at + 1)), "no").to_string();
+        assert_eq!(error, "FN-E503 p.toml:2:11: no\n    2 | \"größe\" = 2\n      |           ^");
+    }
+
+    #[test]
+    fn shortens_long_lines_around_the_span() {
+        let text = format!("{}X{}", "a".repeat(500), "b".repeat(500));
+        let error = Source::new("p", &text).error(Code::PolicySyntax, Some(&(500..501)), "no").to_string();
+        let lines: Vec<&str> = error.lines().collect();
+        assert_eq!(lines[1].chars().count(), 8 + SNIPPET);
+        assert_eq!(lines[1].find('X'), lines[2].find('^'));
+    }
+
+    #[test]
+    fn an_offset_at_the_end_is_on_the_last_line() {
+        let source = Source::new("p", "a = \n");
+        assert_eq!(source.locate(5), (2, 1));
+        assert!(source.error(Code::PolicySyntax, Some(&(5..5)), "no").to_string().ends_with('^'));
+    }
+}

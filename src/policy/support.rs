@@ -1,0 +1,74 @@
+//! What the schema has and the runtime has not yet, and what contradicts itself: refused, so that no key does nothing.
+
+use super::{
+    Policy,
+    values::{Accumulate, ActivationsTier, GradsTier, MicroBatch, OptimizerTier, ParamsTier, Pressure, UpdateOn},
+};
+use crate::error::{Code, Error, Result};
+
+/// A setting that is refused until it is built: the key, what it would be set to, and whether a policy asks for it.
+type Pending = (&'static str, &'static str, fn(&Policy) -> bool);
+
+/// Shrinks as things land.
+const PENDING: &[Pending] = &[
+    ("grads.accumulate", "fp32", |p| p.grads.accumulate == Accumulate::Fp32),
+    ("grads.tier", "nvme", |p| p.grads.tier != GradsTier::Host),
+    ("optimizer.tier", "hbm", |p| p.optimizer.tier == OptimizerTier::Hbm),
+    ("override.optimizer", "hbm", |p| p.overrides.iter().any(|o| o.optimizer == Some(OptimizerTier::Hbm))),
+    ("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu),
+    ("activations.micro_batch", "a number", |p| p.activations.micro_batch != MicroBatch::Off),
+    ("activations.tier", "host", |p| p.activations.tier != ActivationsTier::Hbm),
+    ("pressure.action", "demote", |p| p.pressure.action == Pressure::Demote),
+];
+
+impl Policy {
+    /// Refuses settings that the runtime does not act on yet.
+    ///
+    /// # Errors
+    /// `FN-E503` naming the key.
+    pub fn check_supported(&self) -> Result<()> {
+        match PENDING.iter().find(|(_, _, asked)| asked(self)) {
+            None => Ok(()),
+            Some((key, value, _)) => {
+                Err(Error::new(Code::PolicyValue, format!("{key} = {value} is not supported yet."))
+                    .action(format!("Leave {key} at its default.")))
+            }
+        }
+    }
+
+    /// Refuses settings that contradict each other.
+    ///
+    /// # Errors
+    /// `FN-E503` naming both keys.
+    pub fn check_consistent(&self) -> Result<()> {
+        if self.nvme.paths.is_empty()
+            && let Some(key) = self.wants_nvme()
+        {
+            return Err(Error::new(Code::PolicyValue, format!("{key} is nvme, but nvme.paths is empty."))
+                .action("Set nvme.paths to a directory on a local disk, such as [\"/mnt/nvme0/funicular\"]."));
+        }
+        if !self.log.trace_steps.is_empty() && self.log.trace.is_empty() {
+            return Err(Error::new(Code::PolicyValue, "log.trace_steps is set, but log.trace names no file.")
+                .action("Set log.trace, such as \"trace.json\"."));
+        }
+        Ok(())
+    }
+
+    /// The first key that asks for NVMe by name.
+    fn wants_nvme(&self) -> Option<String> {
+        if self.params.tier == ParamsTier::Nvme {
+            return Some("params.tier".to_owned());
+        }
+        if self.grads.tier == GradsTier::Nvme {
+            return Some("grads.tier".to_owned());
+        }
+        if self.optimizer.tier == OptimizerTier::Nvme {
+            return Some("optimizer.tier".to_owned());
+        }
+        self.overrides.iter().enumerate().find_map(|(at, o)| {
+            let params = o.params == Some(ParamsTier::Nvme);
+            let key = if params { "params" } else { "optimizer" };
+            (params || o.optimizer == Some(OptimizerTier::Nvme)).then(|| format!("override[{at}].{key}"))
+        })
+    }
+}
