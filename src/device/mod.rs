@@ -16,6 +16,7 @@ pub use cuda::CudaDevice;
 pub use host::HostDevice;
 
 use crate::{
+    units::ByteCount,
     error::{Code, Error, Result},
     memory::HostRegion,
 };
@@ -144,6 +145,12 @@ pub trait Frames: Send + Sync {
 pub trait Device: Send + Sync {
     /// Which device this is.
     fn kind(&self) -> DeviceKind;
+
+    /// Memory free on the device; none where the compute tier is host memory.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    fn free_memory(&self) -> Result<Option<ByteCount>>;
 
     /// Smallest size of a chunk in bytes; a power of two.
     fn granularity(&self) -> u64;

@@ -8,6 +8,31 @@ use std::{
 use parking_lot::Mutex;
 
 use super::Direction;
+use crate::error::{Code, Error, Result};
+
+fn parse_rule(text: &str) -> Option<Rule> {
+    let (direction, rest) = text.split_once(':')?;
+    let direction = match direction {
+        "read" => Direction::Read,
+        "write" => Direction::Write,
+        _ => return None,
+    };
+    let (kind, place) = rest.split_once('@').unwrap_or((rest, "1"));
+    let (first, times) = place.split_once('x').unwrap_or((place, "1"));
+    let fault = match kind.split_once('=') {
+        None => match kind {
+            "eio" => Fault::Errno(libc::EIO),
+            "enospc" => Fault::Errno(libc::ENOSPC),
+            "short" => Fault::Short(4096),
+            "flip" => Fault::FlipBit,
+            "lost" => Fault::Lost,
+            _ => return None,
+        },
+        Some(("delay", time)) => Fault::Delay(Duration::from_millis(time.strip_suffix("ms")?.parse().ok()?)),
+        Some(_) => return None,
+    };
+    Some(Rule { direction, first: first.parse().ok()?, times: times.parse().ok()?, fault })
+}
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +71,22 @@ pub struct Faults {
 }
 
 impl Faults {
+    /// Reads rules as `debug.faults` writes them: `read:eio@3`, `write:enospc@2x5`, `read:short`, `read:flip`,
+    /// `write:lost`, `read:delay=20ms`, separated by commas. `@N` is the first block (1), `xN` how many (1).
+    ///
+    /// # Errors
+    /// `FN-E503` naming the rule.
+    pub fn parse(text: &str) -> Result<Self> {
+        let faults = Self::default();
+        for rule in text.split(',').map(str::trim).filter(|r| !r.is_empty()) {
+            faults.add(parse_rule(rule).ok_or_else(|| {
+                Error::new(Code::PolicyValue, format!("debug.faults: '{rule}' is not a fault."))
+                    .action("Write direction:kind@first, such as \"read:eio@3\" or \"write:enospc@2x5\".")
+            })?);
+        }
+        Ok(faults)
+    }
+
     /// Adds a rule.
     pub fn add(&self, rule: Rule) {
         self.rules.lock().push((rule, 0));

@@ -9,7 +9,6 @@ use pyo3::{prelude::*, types::PyDict};
 use super::{
     dlpack,
     failures::{check, raise, waiting},
-    policies,
 };
 use crate::{
     device::DeviceKind,
@@ -17,7 +16,8 @@ use crate::{
     error::{Code, Error, Result},
     io::Direction,
     model::{Layout, ParamSpec, UnitSpec},
-    optim::Hyper,
+    optim::{AdamWOptions, Hyper},
+    policy::Policy,
     runtime::{JobSpan, Runtime, UnitUpdate, shares_processor, stats::{Cause, Link}},
     schedule::Phase,
     units::{Tier, UnitId},
@@ -120,8 +120,7 @@ impl Engine {
             .collect();
         let opened = py.detach(|| {
             let layout = Layout::new(&specs)?;
-            let config = policies::config(policy, &layout)?;
-            Runtime::open(layout, &config)
+            Runtime::open(layout, &Policy::from_json_str(policy, "policy")?)
         });
         Ok(Self { runtime: RwLock::new(Some(check(py, opened)?)) })
     }
@@ -244,7 +243,7 @@ impl Engine {
     ) -> PyResult<()> {
         let hypers: Vec<Hyper> = hypers
             .into_iter()
-            .map(|(lr, b1, b2, eps, decay, step, maximize, scale)| Hyper::new(lr, b1, b2, eps, decay, step, maximize, scale))
+            .map(|(lr, beta1, beta2, eps, weight_decay, step, maximize, scale)| { let o = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize }; Hyper::new(&o, step, scale) })
             .collect();
         let updates: Vec<UnitUpdate> = updates
             .into_iter()

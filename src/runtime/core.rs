@@ -46,8 +46,8 @@ pub(crate) enum Ticket {
 }
 
 impl Ticket {
-    const fn encode(self) -> u64 {
-        let pack = |kind: u64, unit: UnitId, chunk: u32| kind << 62 | (unit.0 as u64) << 32 | chunk as u64;
+    fn encode(self) -> u64 {
+        let pack = |kind: u64, unit: UnitId, chunk: u32| kind << 62 | u64::from(unit.0) << 32 | u64::from(chunk);
         match self {
             Self::Params(u) => pack(0, u, 0),
             Self::ReadChunk(u, c) => pack(1, u, c),

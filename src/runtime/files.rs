@@ -29,7 +29,7 @@ pub struct Chunk {
 /// Segment numbers by unit, section and kind.
 #[derive(Debug)]
 pub struct Map {
-    segments: Vec<Vec<[Option<u32>; 4]>>,
+    segments: Vec<Vec<[Option<usize>; 4]>>,
     chunks: Vec<Vec<Chunk>>,
     /// Bytes and label of each segment, in the order of their numbers.
     pub specs: Vec<(u64, String)>,
@@ -51,7 +51,7 @@ impl Map {
                     let tier = if kind == StateKind::Param { home.params } else { home.optimizer };
                     let bytes = section.bytes(kind);
                     if tier == Tier::Nvme && bytes > 0 {
-                        ids[slot] = u32::try_from(specs.len()).ok();
+                        ids[slot] = Some(specs.len());
                         specs.push((bytes, format!("{} {}", unit.name, kind.name())));
                     }
                 }
@@ -72,7 +72,7 @@ impl Map {
     }
 
     /// The segment of a kind of a section, if it lives on NVMe.
-    pub fn segment(&self, unit: UnitId, section: usize, kind: StateKind) -> Option<u32> {
+    pub fn segment(&self, unit: UnitId, section: usize, kind: StateKind) -> Option<usize> {
         let slot = KINDS.iter().position(|&k| k == kind)?;
         self.segments[unit.index()][section][slot]
     }
@@ -154,7 +154,7 @@ impl Map {
         result
     }
 
-    fn for_each(&self, layout: &Layout, unit: UnitId, chunk: Chunk, mut f: impl FnMut(u32, StateKind, Range<u64>)) {
+    fn for_each(&self, layout: &Layout, unit: UnitId, chunk: Chunk, mut f: impl FnMut(usize, StateKind, Range<u64>)) {
         let section = &layout.unit(unit).sections[chunk.section];
         for kind in KINDS {
             if let Some(segment) = self.segment(unit, chunk.section, kind) {

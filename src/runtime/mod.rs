@@ -4,6 +4,7 @@
 //! - `threads`: driver, runner, reapers; `update`: AdamW over one piece; `service`: what is not part of a step;
 //! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
 
+mod config;
 mod core;
 pub mod files;
 pub mod homes;
@@ -13,25 +14,23 @@ mod threads;
 pub mod trace;
 mod update;
 
-use std::{
-    path::PathBuf,
-    sync::Arc,
-    thread::JoinHandle,
-};
+use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
+pub use config::Config;
 pub use update::{Job, JobSpan};
 
 use crate::{
-    device::{self, Device, DeviceChoice, DeviceKind, Frames, Gate, StreamRef},
+    device::{self, Device, DeviceKind, Frames, Gate, StreamRef},
     dtype::StateKind,
     error::{Code, Error, Result},
-    io::{Direction, EngineChoice, EngineOptions, Faults, IoCompletion},
+    io::{Direction, EngineOptions, IoCompletion},
     memory::SlotPool,
     model::Layout,
     optim::{Hyper, Pool},
+    policy::Policy,
     runtime::{
         core::{Disk, Inner, Landing, RunTask, Shared},
         files::Map,
@@ -40,41 +39,10 @@ use crate::{
         trace::Trace,
         update::Job as UpdateJob,
     },
-    schedule::{Budgets, Limits, Machine, Phase, Placement, Tiers, machine::Prefetches, placement},
-    store::{DirectIo, Store, StoreSpec},
+    schedule::{Limits, Machine, Phase, Placement, machine::Prefetches, placement},
+    store::{OpenedStore, SegmentSpec, Store, StoreSpec},
     units::{ByteCount, Tier, UnitId},
 };
-
-/// What a runtime is made from; budgets are resolved numbers.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Which device computes.
-    pub device: DeviceChoice,
-    /// What may be used.
-    pub budgets: Budgets,
-    /// Wishes per unit.
-    pub tiers: Vec<Tiers>,
-    /// Directories on local disks.
-    pub paths: Vec<PathBuf>,
-    /// Which I/O engine.
-    pub engine: EngineChoice,
-    /// Bytes of one transfer.
-    pub block: u64,
-    /// Transfers in flight.
-    pub queue_depth: u32,
-    /// Whether direct I/O must, may or must not be used.
-    pub direct: DirectIo,
-    /// Whether segments are checked when they are read.
-    pub checksums: bool,
-    /// Threads of the update pool; `None`: what the process may use.
-    pub threads: Option<usize>,
-    /// Bytes paged in ahead at most; `None`: a ring.
-    pub window: Option<ByteCount>,
-    /// Fill released frames with NaN.
-    pub poison: bool,
-    /// Faults to inject.
-    pub faults: Arc<Faults>,
-}
 
 /// Asked about twenty times a second during a wait; true ends the wait with `FN-E106`.
 pub type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
@@ -108,8 +76,9 @@ impl Runtime {
     ///
     /// # Errors
     /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`); nothing is left behind.
-    pub fn open(layout: Layout, config: &Config) -> Result<Self> {
-        let device = device::open(config.device)?;
+    pub fn open(layout: Layout, policy: &Policy) -> Result<Self> {
+        let device = device::open(Config::device_of(policy))?;
+        let config = &Config::resolve(policy, &layout, device.free_memory()?)?;
         let limits =
             Limits { granularity: device.granularity(), block: config.block, has_nvme: !config.paths.is_empty() };
         let plan = placement::place(&layout, &config.tiers, &config.budgets, &limits)?;
@@ -150,7 +119,7 @@ impl Runtime {
             device,
             frames,
             disk,
-            pool: Pool::new(config.threads)?,
+            pool: Pool::new(Some(config.threads as usize))?,
             stats: Stats::default(),
             trace: Trace::default(),
             poison: config.poison,
@@ -450,7 +419,7 @@ impl Runtime {
                 (shared.homes.bytes() + staging + now, shared.homes.bytes() + staging + peak)
             }
             Tier::Nvme => {
-                let bytes = shared.disk.as_ref().map_or(0, |d| d.store.bytes());
+                let bytes = shared.disk.as_ref().map_or(0, |d| d.store.reserved().0);
                 (bytes, bytes)
             }
         })
@@ -510,7 +479,7 @@ fn open_disk(
     let spec = StoreSpec {
         paths: config.paths.clone(),
         chunk_bytes,
-        segments: map.specs.clone(),
+        segments: map.specs.iter().map(|(bytes, label)| SegmentSpec { bytes: *bytes, label: label.clone() }).collect(),
         checksums: config.checksums,
         direct: config.direct,
         engine: EngineOptions {
@@ -520,13 +489,13 @@ fn open_disk(
             faults: Arc::clone(&config.faults),
             ..EngineOptions::default()
         },
-        budget: config.budgets.nvme,
+        budget: Some(config.budgets.nvme),
     };
-    let sink = Arc::new(move |completion: IoCompletion| {
+    let sink = move |completion: IoCompletion| {
         // The driver is gone only when the runtime is being dropped; the lease goes back to its pool.
         let _ = done.send(completion);
-    });
-    let (store, said) = Store::create(spec, &regions, sink)?;
+    };
+    let OpenedStore { store, notes: said } = Store::open(spec, &regions, sink)?;
     notes.extend(said);
     Ok(Disk { store, map, page_pool, update_pool })
 }

@@ -166,7 +166,7 @@ impl Shared {
     fn segment_io(
         &self,
         disk: &Disk,
-        segment: u32,
+        segment: usize,
         bytes: Range<u64>,
         direction: Direction,
         interrupted: Interrupted<'_>,
@@ -210,7 +210,7 @@ impl Shared {
     fn transfer(
         &self,
         disk: &Disk,
-        segment: u32,
+        segment: usize,
         group: Range<u32>,
         direction: Direction,
         lease: SlotLease,
@@ -267,7 +267,7 @@ impl Shared {
         let none = || Error::new(Code::Stale, format!("'{}' has no {}.", self.layout.unit(unit).name, kind.name()));
         let segment = disk.map.segment(unit, section, kind).ok_or_else(none)?;
         self.settle_disk(unit, interrupted)?;
-        let mut exchange = |slot: &mut [u8], at: usize, to_slot: bool| {
+        let exchange = |slot: &mut [u8], at: usize, to_slot: bool| {
             let (from, to) = (range.start.max(at), range.end.min(at + slot.len()));
             if from < to {
                 let here = &mut slot[from - at..to - at];

@@ -6,7 +6,7 @@ use crate::{
     dtype::StateKind,
     error::Result,
     memory::SlotLease,
-    optim::{Hyper, Span, adamw_parallel},
+    optim::{Hyper, Span, Update, adamw_parallel},
     runtime::{core::Shared, files::Chunk},
     units::UnitId,
 };
@@ -33,55 +33,57 @@ pub struct Job {
     pub spans: Vec<JobSpan>,
     /// Hyperparameters the spans refer to.
     pub hypers: Vec<Hyper>,
+    /// Scratch of the runner.
+    pub(crate) updates: Vec<Update>,
     /// What must have passed first: the user's stream, gradients down, parameters up.
     pub after: [Gate; 3],
 }
 
 impl Default for Job {
     fn default() -> Self {
-        Self { spans: Vec::new(), hypers: Vec::new(), after: [Gate::OPEN; 3] }
+        Self { spans: Vec::new(), hypers: Vec::new(), updates: Vec::new(), after: [Gate::OPEN; 3] }
     }
 }
 
 impl Shared {
     /// Runs the kernel over one piece of a unit's update; returns the bytes of memory traffic.
     pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<u64> {
-        let job = self.jobs[unit.index()].lock();
+        let mut job = self.jobs[unit.index()].lock();
+        let job = &mut *job;
         for gate in job.after {
             while !self.device.block(gate, std::time::Duration::from_millis(100))? {
                 self.lock()?;
             }
         }
-        let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0);
+        let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
+        let chunk = streamed.as_ref().map(|(disk, _)| disk.map.chunk(unit, index));
         let mut bytes = 0;
-        match (streamed, lease) {
-            (Some(disk), Some(lease)) => {
-                let chunk = disk.map.chunk(unit, index);
-                for span in &job.spans {
-                    if let Some((start, len)) = intersect(span, chunk) {
-                        bytes += self.run_span(unit, span, start, len, &job, Some((lease, chunk)))?;
-                    }
-                }
-                disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
-            }
-            _ => {
-                for span in &job.spans {
-                    bytes += self.run_span(unit, span, span.start, span.len, &job, None)?;
-                }
-            }
+        job.updates.clear();
+        for span in &job.spans {
+            let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else { continue };
+            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| (&**lease, c));
+            let (span_of, moved) = self.span_of(unit, span, start, len, slot);
+            bytes += moved;
+            job.updates.push(Update { span: span_of, hyper: job.hypers[span.hyper] });
+        }
+        // SAFETY: all ranges lie in homes or in the leased slot, are disjoint, and belong to this update until the
+        // machine hears of its end: the gates of the job have passed, so no stream touches them.
+        unsafe { adamw_parallel(&self.pool, &job.updates) }?;
+        if let (Some((disk, lease)), Some(chunk)) = (streamed, chunk) {
+            disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
         }
         Ok(bytes)
     }
 
-    fn run_span(
+    /// The addresses of a piece of a span, and the bytes of memory traffic that its update costs.
+    fn span_of(
         &self,
         unit: UnitId,
         span: &JobSpan,
         start: u64,
         len: u64,
-        job: &Job,
         slot: Option<(&SlotLease, Chunk)>,
-    ) -> Result<u64> {
+    ) -> (Span, u64) {
         let section = &self.layout.unit(unit).sections[span.section];
         let home = self.homes.unit(unit);
         let size = |kind: StateKind| kind.element_size(section.dtype) as u64;
@@ -114,11 +116,8 @@ impl Shared {
             dtype: section.dtype,
             reset_master: span.reset_master,
         };
-        // SAFETY: all ranges lie in homes or in the leased slot, are disjoint, and belong to this update until the
-        // machine hears of its end: the gates of the job have passed, so no stream touches them.
-        unsafe { adamw_parallel(&self.pool, &span_of, &job.hypers[span.hyper]) }?;
         let written = size(StateKind::Param) + size(StateKind::Master) + 8;
-        Ok(len * (2 * written + size(StateKind::Grad)))
+        (span_of, len * (2 * written + size(StateKind::Grad)))
     }
 }
 

@@ -52,6 +52,11 @@ impl Layout {
         self.chunk_bytes.min(segment.bytes - u64::from(chunk) * self.chunk_bytes)
     }
 
+    /// Bytes of a full chunk.
+    pub(super) fn chunk_bytes(&self) -> u64 {
+        self.chunk_bytes
+    }
+
     /// Number of a chunk among all chunks.
     pub(super) fn chunk_index(&self, segment: usize, chunk: u32) -> usize {
         assert!(chunk < self.segments[segment].chunks, "no such chunk");

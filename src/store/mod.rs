@@ -140,6 +140,11 @@ impl Store {
         ByteCount(self.layout.file_bytes().iter().sum())
     }
 
+    /// Bytes of a chunk that is not the last of its segment.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.layout.chunk_bytes()
+    }
+
     /// How many chunks a segment has.
     pub fn segment_chunks(&self, segment: usize) -> u32 {
         self.layout.chunks(segment)

@@ -146,6 +146,10 @@ impl Device for CudaDevice {
         DeviceKind::Cuda(self.context().ordinal)
     }
 
+    fn free_memory(&self) -> Result<Option<ByteCount>> {
+        Ok(Some(ByteCount(self.context().memory()?.0)))
+    }
+
     fn granularity(&self) -> u64 {
         self.granularity
     }

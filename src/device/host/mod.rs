@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use self::streams::{Op, Streams};
 use crate::{
+    units::ByteCount,
     device::{Device, DeviceKind, FrameSpan, Frames, Gate, Role, StreamRef, check_ring},
     error::Result,
     memory::HostRegion,
@@ -56,6 +57,10 @@ impl HostDevice {
 impl Device for HostDevice {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Host
+    }
+
+    fn free_memory(&self) -> Result<Option<ByteCount>> {
+        Ok(None)
     }
 
     fn granularity(&self) -> u64 {
