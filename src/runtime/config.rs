@@ -81,7 +81,7 @@ impl Config {
             block: policy.nvme.block.0,
             queue_depth: policy.nvme.queue_depth.or(32),
             direct: match policy.nvme.direct {
-                Direct::Auto => DirectIo::Auto,
+                Direct::Auto => DirectIo::Preferred,
                 Direct::Required => DirectIo::Required,
                 Direct::Off => DirectIo::Off,
             },
