@@ -15,7 +15,7 @@ use funicular::{
     Code,
     io::{
         DirectIo, Direction, EngineChoice, EngineKind, EngineOptions, Fault, Faults, FileId, IoCompletion, IoEngine,
-        IoFile, IoPart, IoRequest, Rule, open_engine, probe_directory,
+        IoFile, IoPart, IoRequest, Rule, open_engine, probe_directory, scratch_file,
     },
     memory::{SlotLease, SlotPool},
     units::ByteCount,
@@ -274,6 +274,24 @@ fn a_passing_error_of_the_disk_is_survived_and_a_lasting_one_named() {
 }
 
 #[test]
+fn a_failed_request_keeps_its_lease_until_its_last_block_has_ended() {
+    over_all(1, 4 * PAGE as u64, 4 * PAGE as u64, 2, |rig, _| {
+        let mut lease = rig.pool.lease().unwrap();
+        lease.bytes().fill(0x11);
+        let mut lease = rig.run(lease, vec![part(Direction::Write, 0, 0, 0, 4 * PAGE)]).lease;
+        lease.bytes().fill(0);
+        let delay = Fault::Delay(Duration::from_millis(100));
+        rig.faults.add(Rule { direction: Direction::Read, first: 1, times: 1, fault: delay });
+        rig.faults.add(Rule { direction: Direction::Read, first: 2, times: 1, fault: Fault::Errno(libc::ENODEV) });
+        let mut done = rig.run(lease, vec![part(Direction::Read, 0, 0, 0, 4 * PAGE)]);
+        assert_eq!(done.result.expect_err("the second block fails").os_error(), Some(libc::ENODEV));
+        // With threads either block may be the first one to ask for its fault.
+        let arrived = done.lease.bytes().iter().filter(|&&b| b == 0x11).count();
+        assert_eq!(arrived, 2 * PAGE, "the delayed block had to end first");
+    });
+}
+
+#[test]
 fn injected_faults_change_what_they_say() {
     over_all(1, 4 * PAGE as u64, 4 * PAGE as u64, 1, |rig, _| {
         let whole = |direction| vec![part(direction, 0, 0, 0, 4 * PAGE)];
@@ -453,6 +471,22 @@ fn direct_io_that_only_opens_is_not_taken_for_working() {
             }
         });
     }
+}
+
+#[test]
+fn a_scratch_file_has_no_name_even_without_o_tmpfile() {
+    in_a_thread(|| {
+        let tmpfile_only = libc::O_TMPFILE & !libc::O_DIRECTORY;
+        for forbidden in [false, true] {
+            if forbidden {
+                forbid(libc::SYS_openat, libc::EOPNOTSUPP, Some((2, tmpfile_only as u32)));
+            }
+            let dir = disk();
+            let file = scratch_file(dir.path(), false).unwrap();
+            file.write_all_at(b"data", 0).unwrap();
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
+    });
 }
 
 #[test]

@@ -155,9 +155,8 @@ struct Operation {
     request: u32,
     transfer: Transfer,
     fault: Option<Fault>,
-    /// While an injected delay runs: how long, and the result it holds back.
-    delay: types::Timespec,
-    held: Option<i64>,
+    /// An injected delay that comes before the transfer.
+    delay: Option<types::Timespec>,
 }
 
 /// Registered buffers of one region: the address range, and the index of its first buffer.
@@ -207,17 +206,11 @@ impl Ring {
         Ok((this, notes))
     }
 
-    /// Until the engine is closed and nothing is in flight.
+    /// Until the engine is closed. Dropping the ring finishes what is in flight then.
     fn run(&mut self) {
         let mut failures = 0;
-        loop {
-            // Closing is followed by a wake-up, so the read that is armed ends; it is not armed again.
-            if !self.shared.requests.lock().is_closed() {
-                self.arm_wake();
-            } else if self.in_flight() == 0 && !self.wake_armed {
-                self.begin_blocks();
-                return;
-            }
+        while !self.shared.requests.lock().is_closed() {
+            self.arm_wake();
             self.begin_blocks();
             match self.enter() {
                 Ok(()) => failures = 0,
@@ -227,7 +220,6 @@ impl Ring {
                         let message = format!("io_uring_enter keeps failing: {e}.");
                         let error = Error::new(Code::IoFailed, message).errno(e.raw_os_error().unwrap_or(libc::EIO));
                         self.shared.requests.lock().close(error.action("Set io.engine = \"threads\"."));
-                        return;
                     }
                 }
             }
@@ -280,8 +272,7 @@ impl Ring {
             match next {
                 Next::Block(request, block) => {
                     let transfer = Transfer::new(block, self.shared.files[block.file.index()].is_direct());
-                    let delay = types::Timespec::new();
-                    self.operations[index] = Some(Operation { request, transfer, fault: None, delay, held: None });
+                    self.operations[index] = Some(Operation { request, transfer, fault: None, delay: None });
                     self.issue(index);
                 }
                 Next::Complete(completion) => {
@@ -306,6 +297,10 @@ impl Ring {
             Some(Fault::Short(keep)) => {
                 let len = keep.min(rest.len).next_multiple_of(super::ALIGNMENT).min(rest.len);
                 self.transfer_entry(&Block { len, ..rest })
+            }
+            Some(Fault::Delay(time)) => {
+                let time = types::Timespec::new().sec(time.as_secs()).nsec(time.subsec_nanos());
+                opcode::Timeout::new(operation.delay.insert(time)).build()
             }
             _ => self.transfer_entry(&rest),
         };
@@ -346,17 +341,12 @@ impl Ring {
                 unsafe { *(rest.address as *mut u8) ^= 1 };
                 result
             }
-            Some(Fault::Delay(time)) => match operation.held.take() {
-                Some(held) => held,
-                None => {
-                    operation.held = Some(result);
-                    operation.delay = types::Timespec::new().sec(time.as_secs()).nsec(time.subsec_nanos());
-                    let timeout = opcode::Timeout::new(&raw const operation.delay).build().user_data(index as u64);
-                    let pushed = self.push(&timeout);
-                    debug_assert!(pushed, "the submission queue holds one entry per operation");
-                    return;
-                }
-            },
+            Some(Fault::Delay(_)) if operation.delay.take().is_some() => {
+                let entry = self.transfer_entry(&rest).user_data(index as u64);
+                let pushed = self.push(&entry);
+                debug_assert!(pushed, "the submission queue holds one entry per operation");
+                return;
+            }
             _ => result,
         };
         let block = *operation.transfer.block();
@@ -376,14 +366,18 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// Has work to do only if the thread is unwinding or the ring cannot be entered.
+    /// Waits until the kernel has nothing of ours any more. The read of the wake-up counter ends when the engine is
+    /// dropped: closing is followed by a wake-up, and the read is not armed again.
     fn drop(&mut self) {
+        // Closed already, unless this thread is unwinding.
         self.shared.requests.lock().close(Error::new(Code::Panicked, "the thread of the I/O engine panicked."));
         let mut failures = 0;
-        while self.in_flight() > 0 && failures < ENTER_RETRIES {
-            failures = if self.enter().is_ok() { 0 } else { failures + 1 };
-        }
+        // Begins nothing; hands back the requests of which nothing was begun.
         self.begin_blocks();
+        while (self.in_flight() > 0 || self.wake_armed) && failures < ENTER_RETRIES {
+            failures = if self.enter().is_ok() { 0 } else { failures + 1 };
+            self.begin_blocks();
+        }
         if self.in_flight() > 0 {
             // The kernel may still write to slots: their leases are never dropped.
             std::mem::forget(Arc::clone(&self.shared));
