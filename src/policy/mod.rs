@@ -7,6 +7,7 @@
 
 mod decode;
 mod glob;
+pub mod import;
 pub mod limits;
 mod overlay;
 mod parse_json;

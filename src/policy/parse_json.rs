@@ -227,9 +227,9 @@ impl<'a> Parser<'a> {
             self.space();
         }
         match (name.as_str(), self.python()) {
-            ("true", false) | ("True", true) => Ok(Value::Bool(true)),
-            ("false", false) | ("False", true) => Ok(Value::Bool(false)),
-            ("null", false) | ("None", true) => Ok(Value::Null),
+            ("true", _) | ("True", true) => Ok(Value::Bool(true)),
+            ("false", _) | ("False", true) => Ok(Value::Bool(false)),
+            ("null", _) | ("None", true) => Ok(Value::Null),
             ("True" | "False" | "None", false) => {
                 let json = if name == "None" { "null".to_owned() } else { name.to_lowercase() };
                 Err(self.fault_at(start, &format!("{name} is Python; JSON writes {json}")))

@@ -25,6 +25,11 @@ impl<'a> Source<'a> {
         Self { name, text: None }
     }
 
+    /// The name that errors print.
+    pub(crate) fn name(&self) -> &'a str {
+        self.name
+    }
+
     /// Line and column of a byte offset, both from 1, the column in characters.
     pub(crate) fn locate(&self, offset: usize) -> (usize, usize) {
         let text = self.text.unwrap_or_default();

@@ -1,0 +1,574 @@
+//! DeepSpeed's configuration: every offload key, its unit and its traps.
+//!
+//! Other systems' files (accelerate, Lightning) are first rewritten as this one; `labels` then gives the names that
+//! the user wrote.
+
+use super::{
+    Hints, Imported, Item,
+    aio::Aio,
+    report::Found,
+    rules::{LOOP, OPTIMIZER, PARAM, ROOT, ROOT_LOOP, Rule, Rules, ZERO},
+    scalar::{self, Read, bytes},
+};
+use crate::{
+    policy::{
+        Auto, OptimizerTier, ParamsTier, Pattern, format_size,
+        source::{Entry, Node, Source, Value},
+        suggest,
+    },
+    units::{ByteCount, Tier},
+};
+
+/// An import under way.
+pub(super) struct Import<'a> {
+    source: &'a Source<'a>,
+    hints: Hints,
+    labels: &'a [(String, String)],
+    pub(super) out: Imported,
+    /// Bytes of a parameter: 4 if the file turns half precision off, else 2.
+    element: u64,
+    super_offload: bool,
+    param_tier: Option<Tier>,
+    optimizer_tier: Option<Tier>,
+    aio: Aio,
+    root: &'a Node,
+}
+
+/// Imports a tree. `labels` are pairs of a path in it and the name to report it by.
+pub(super) fn import(source: &Source<'_>, root: &Node, hints: Hints, labels: &[(String, String)]) -> Imported {
+    let on = |path: [&str; 2]| root.get(path[0]).and_then(|s| s.get(path[1])).map(scalar::flag).and_then(Result::ok);
+    let named = ["bf16", "bfloat16", "fp16"].map(|section| on([section, "enabled"]));
+    let full = named.iter().any(Option::is_some) && named.iter().flatten().all(|on| !on.value);
+    let super_offload = root
+        .get("zero_optimization")
+        .and_then(|z| z.get("offload_optimizer")?.get("super_offload"))
+        .is_some_and(|node| scalar::flag(node).is_ok_and(|on| on.value));
+    let mut import = Import {
+        source,
+        hints,
+        labels,
+        out: Imported::new(source.name()),
+        element: if full { 4 } else { 2 },
+        super_offload,
+        param_tier: None,
+        optimizer_tier: None,
+        aio: Aio::default(),
+        root,
+    };
+    import.walk("", root, ROOT, Import::other_root);
+    import.finish();
+    import.out
+}
+
+impl<'a> Import<'a> {
+    // What a key becomes.
+
+    pub(super) fn mapped(&mut self, found: Found<'_>, note: impl Into<String>) {
+        let item = self.item(found, note);
+        self.out.mapped.push(item);
+    }
+
+    pub(super) fn ignored(&mut self, found: Found<'_>, note: impl Into<String>) {
+        let item = self.item(found, note);
+        self.out.ignored.push(item);
+    }
+
+    pub(super) fn undecided(&mut self, found: Found<'_>, note: impl Into<String>) {
+        let item = self.item(found, note);
+        self.out.undecided.push(item);
+    }
+
+    fn item(&self, found: Found<'_>, note: impl Into<String>) -> Item {
+        let label = self.labels.iter().find(|(path, _)| path == found.key).map(|(_, label)| label.as_str());
+        Item::new(self.source, Found { key: label.unwrap_or(found.key), ..found }, note)
+    }
+
+    /// Applies rules to the entries of a table; `other` takes the keys that have none.
+    fn walk(&mut self, path: &str, table: &Node, rules: Rules, other: fn(&mut Self, Found<'_>, &str, Rules)) {
+        let Value::Table(entries) = &table.value else { return };
+        for Entry { key, node, .. } in entries {
+            let full = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            let found = Found { key: &full, node };
+            match rules.iter().find(|(name, _)| name == key) {
+                Some((_, rule)) => self.apply(*rule, found),
+                None => other(self, found, key, rules),
+            }
+        }
+    }
+
+    fn apply(&mut self, rule: Rule, found: Found<'_>) {
+        match rule {
+            Rule::Ignore(why) => self.ignored(found, why),
+            Rule::Elements(why) => {
+                let note = format!("{}{why}", self.elements_note(found.node));
+                self.ignored(found, note);
+            }
+            Rule::IfTrue(why) => match scalar::flag(found.node) {
+                Ok(Read { value: false, .. }) => self.ignored(found, "off"),
+                Ok(Read { value: true, .. }) => self.undecided(found, why),
+                Err(fault) => self.undecided(found, fault),
+            },
+            Rule::Do(read) => read(self, found),
+        }
+    }
+
+    /// `1e9 elements, 1.9 GiB; ` if it is a number.
+    fn elements_note(&self, node: &Node) -> String {
+        match scalar::count(node) {
+            Ok(Read { value, .. }) => match bytes(value, self.element) {
+                Some(bytes) => format!("{value} elements, {bytes}; "),
+                None => "no limit; ".to_owned(),
+            },
+            Err(_) => String::new(),
+        }
+    }
+
+    fn other_root(&mut self, found: Found<'_>, key: &str, rules: Rules) {
+        if ROOT_LOOP.contains(&key) {
+            return self.ignored(found, LOOP);
+        }
+        if key.starts_with(['_', '/', '#']) || key.contains(' ') || key.contains("comment") {
+            return self.ignored(found, "a comment");
+        }
+        let offload = ZERO.iter().chain(PARAM).chain(OPTIMIZER).any(|(name, _)| *name == key);
+        if offload {
+            return self.undecided(
+                found,
+                "DeepSpeed reads this key inside zero_optimization only; move it there and import again",
+            );
+        }
+        match suggest::nearest(key, rules.iter().map(|(name, _)| *name)) {
+            Some(near) => self.undecided(found, format!("unknown key (did you mean '{near}'?)")),
+            None => self.ignored(found, "not about offload; belongs to your training loop"),
+        }
+    }
+
+    fn other_section(&mut self, found: Found<'_>, key: &str, rules: Rules) {
+        if key.starts_with(['_', '/', '#']) || key.contains(' ') || key.contains("comment") {
+            return self.ignored(found, "a comment");
+        }
+        let hint = suggest::did_you_mean(key, rules.iter().map(|(name, _)| *name));
+        self.undecided(found, format!("unknown key{hint}; DeepSpeed refuses it"));
+    }
+
+    fn section(&mut self, found: Found<'_>, rules: Rules) {
+        match &found.node.value {
+            Value::Table(entries) if entries.is_empty() => self.ignored(found, "empty"),
+            Value::Table(_) => self.walk(found.key, found.node, rules, Import::other_section),
+            Value::Null => self.ignored(found, "empty"),
+            _ => self.undecided(found, "is not a section"),
+        }
+    }
+
+    pub(super) fn zero(&mut self, found: Found<'_>) {
+        match found.node.value {
+            Value::Bool(_) => self.undecided(found, "deprecated form; write a section with stage and offload_*"),
+            _ => self.section(found, ZERO),
+        }
+    }
+
+    pub(super) fn offload_param(&mut self, found: Found<'_>) {
+        self.section(found, PARAM);
+    }
+
+    pub(super) fn offload_optimizer(&mut self, found: Found<'_>) {
+        self.section(found, OPTIMIZER);
+    }
+
+    pub(super) fn stage(&mut self, found: Found<'_>) {
+        match scalar::count(found.node) {
+            Ok(Read { value: 3, .. }) => {
+                self.ignored(found, "parameters are always paged here; nothing is partitioned over ranks")
+            }
+            Ok(Read { value: stage @ 0..=2, .. }) => {
+                let note = format!(
+                    "stage {stage} keeps all parameters on the GPU; here they are paged through budget.hbm: raise it to hold them all, or leave \"auto\""
+                );
+                self.undecided(found, note);
+            }
+            _ => self.undecided(found, "is not a stage from 0 to 3"),
+        }
+    }
+
+    // Where things live.
+
+    fn device(&mut self, found: Found<'_>) -> Option<Tier> {
+        let word = match &found.node.value {
+            Value::Null => "none",
+            Value::Text(text) => text.trim(),
+            _ => "",
+        };
+        match word.to_ascii_lowercase().as_str() {
+            "none" => Some(Tier::Hbm),
+            "cpu" => Some(Tier::Host),
+            "nvme" => Some(Tier::Nvme),
+            _ => {
+                let hint = suggest::did_you_mean(word, ["none", "cpu", "nvme"]);
+                self.undecided(found, format!("is not one of none, cpu, nvme{hint}"));
+                None
+            }
+        }
+    }
+
+    pub(super) fn param_device(&mut self, found: Found<'_>) {
+        let Some(tier) = self.device(found) else { return };
+        self.param_tier = Some(tier);
+        let (tier, note) = match tier {
+            Tier::Hbm => {
+                (ParamsTier::Auto, "params.tier = \"auto\"; as many stay on the GPU as budget.hbm has room for")
+            }
+            Tier::Host => (ParamsTier::Host, "params.tier = \"host\""),
+            Tier::Nvme => (ParamsTier::Nvme, "params.tier = \"nvme\""),
+        };
+        self.out.policy.params.tier = tier;
+        self.mapped(found, note);
+    }
+
+    pub(super) fn optimizer_device(&mut self, found: Found<'_>) {
+        let Some(tier) = self.device(found) else { return };
+        self.optimizer_tier = Some(tier);
+        let (tier, note) = match tier {
+            Tier::Hbm => (OptimizerTier::Auto, "optimizer.tier = \"auto\"; the fastest tier with room"),
+            Tier::Host => (OptimizerTier::Host, "optimizer.tier = \"host\""),
+            Tier::Nvme => (OptimizerTier::Nvme, "optimizer.tier = \"nvme\""),
+        };
+        self.out.policy.optimizer.tier = tier;
+        self.mapped(found, note);
+    }
+
+    pub(super) fn old_cpu_offload(&mut self, found: Found<'_>) {
+        self.old_flag(found, "offload_optimizer", |import| {
+            import.optimizer_tier = Some(Tier::Host);
+            import.out.policy.optimizer.tier = OptimizerTier::Host;
+            "optimizer.tier = \"host\" (deprecated key)"
+        });
+    }
+
+    pub(super) fn old_cpu_offload_param(&mut self, found: Found<'_>) {
+        self.old_flag(found, "offload_param", |import| {
+            import.param_tier = Some(Tier::Host);
+            import.out.policy.params.tier = ParamsTier::Host;
+            "params.tier = \"host\" (deprecated key)"
+        });
+    }
+
+    /// A deprecated boolean that a newer section replaces.
+    fn old_flag(&mut self, found: Found<'_>, newer: &str, set: fn(&mut Self) -> &'static str) {
+        let replaced = self.root.get("zero_optimization").and_then(|z| z.get(newer)).is_some();
+        match scalar::flag(found.node) {
+            Err(fault) => self.undecided(found, fault),
+            Ok(_) if replaced => self.ignored(found, format!("deprecated; {newer} is there too and decides")),
+            Ok(Read { value: false, .. }) => self.ignored(found, "deprecated, and off"),
+            Ok(Read { value: true, .. }) => {
+                let note = set(self);
+                self.mapped(found, note);
+            }
+        }
+    }
+
+    pub(super) fn nvme_path(&mut self, found: Found<'_>) {
+        let (section, _) = found.key.rsplit_once('.').unwrap_or_default();
+        let zero = self.root.get("zero_optimization");
+        let device = section.rsplit_once('.').and_then(|(_, s)| zero?.get(s)?.get("device"));
+        let used = matches!(device, Some(Node { value: Value::Text(t), .. }) if t.trim().eq_ignore_ascii_case("nvme"));
+        let Value::Text(path) = &found.node.value else {
+            return match found.node.value {
+                Value::Null => self.ignored(found, "empty"),
+                _ => self.undecided(found, "is not a path"),
+            };
+        };
+        if !used {
+            return self.ignored(found, "the device beside it is not nvme");
+        }
+        if path.trim().is_empty() || path.starts_with('~') || path.contains('$') {
+            return self.undecided(found, "nothing expands this path; set nvme.paths to a directory on a local disk");
+        }
+        let path = std::path::PathBuf::from(path.trim());
+        let paths = &mut self.out.policy.nvme.paths;
+        if paths.iter().any(|p| p.components().eq(path.components())) {
+            return self.mapped(found, "nvme.paths (the same directory)");
+        }
+        paths.push(path);
+        let note = match paths.len() {
+            1 => "nvme.paths".to_owned(),
+            n => format!("nvme.paths, number {n}: blocks are striped over all of them, so put them on different disks"),
+        };
+        self.mapped(found, note);
+    }
+
+    pub(super) fn pin_memory(&mut self, found: Found<'_>) {
+        match scalar::flag(found.node) {
+            Ok(Read { value: true, .. }) => self.ignored(found, "host memory is always page-locked here, at its exact size"),
+            Ok(Read { value: false, .. }) => self.undecided(
+                found,
+                "host memory is always page-locked here, at its exact size (DeepSpeed's default was false before August 2026); set budget.host if the machine must keep more for others",
+            ),
+            Err(fault) => self.undecided(found, fault),
+        }
+    }
+
+    // Sizes in elements.
+
+    pub(super) fn max_in_cpu(&mut self, found: Found<'_>) {
+        match scalar::count(found.node) {
+            Err(fault) => self.undecided(found, fault),
+            Ok(_) if self.nvme_params(found) == Some(false) => {
+                self.ignored(found, "read only when the device beside it is nvme")
+            }
+            Ok(Read { value: 0, .. }) => self.ignored(found, "0: nothing stayed in host memory"),
+            Ok(Read { value, .. }) => {
+                let size = bytes(value, self.element).map_or_else(|| "no limit".to_owned(), |b| b.to_string());
+                let note = format!(
+                    "{value} elements ({size}) of parameters stayed in host memory before NVMe was used; params.tier = \"auto\" does that within budget.host, which covers gradients and states too"
+                );
+                self.undecided(found, note);
+            }
+        }
+    }
+
+    /// Whether the device beside a key of `offload_param` is nvme, if it is said.
+    fn nvme_params(&self, found: Found<'_>) -> Option<bool> {
+        let (section, _) = found.key.rsplit_once('.')?;
+        let device = section.split('.').try_fold(self.root, |node, key| node.get(key))?.get("device")?;
+        Some(matches!(&device.value, Value::Text(t) if t.trim().eq_ignore_ascii_case("nvme")))
+    }
+
+    pub(super) fn sub_group(&mut self, found: Found<'_>) {
+        let note = match scalar::count(found.node).ok().and_then(|n| Some((n.value, bytes(n.value, 16)?))) {
+            Some((n, size)) => {
+                format!("{n} elements, {size} of states at a time; the update here goes by segments of its own size")
+            }
+            None => "the update here goes by segments of its own size".to_owned(),
+        };
+        self.ignored(found, note);
+    }
+
+    pub(super) fn max_live(&mut self, found: Found<'_>) {
+        match scalar::count(found.node) {
+            Err(_) if scalar::is_auto(found.node) => self.ignored(found, "budget.hbm stays \"auto\""),
+            Err(fault) => self.undecided(found, fault),
+            Ok(Read { value: 0, .. }) => {
+                self.undecided(found, "0 elements; budget.hbm must hold at least the largest unit")
+            }
+            Ok(read) => match bytes(read.value, self.element) {
+                None => self.mapped(found, "budget.hbm = \"auto\" (so many that it means no limit)"),
+                Some(size) => {
+                    self.out.policy.budget.hbm = Auto::Set(size);
+                    let note = format!(
+                        "budget.hbm = \"{}\" ({} elements of {} bytes{}); raise it, or write \"auto\", to use more of the GPU",
+                        format_size(size),
+                        read.value,
+                        self.element,
+                        remark(&read)
+                    );
+                    self.mapped(found, note);
+                }
+            },
+        }
+    }
+
+    pub(super) fn prefetch(&mut self, found: Found<'_>) {
+        if scalar::is_auto(found.node) {
+            return match self.hints.hidden_size.and_then(|h| h.checked_mul(h)).map(|hh| hh / 10 * 9 + hh % 10 * 9 / 10) {
+                None => self.mapped(
+                    found,
+                    "prefetch.window = \"auto\" (the Hugging Face Trainer computes 0.9 * hidden_size^2 elements; give the hidden size for that number)",
+                ),
+                Some(elements) => self.window(found, elements, "0.9 * hidden_size^2 = "),
+            };
+        }
+        match scalar::count(found.node) {
+            Err(fault) => self.undecided(found, fault),
+            Ok(Read { value: 0, .. }) => self.undecided(
+                found,
+                "0 turns prefetch off, often as a way around an invalidated trace; here a wrong guess is no error: leave prefetch.window at \"auto\"",
+            ),
+            Ok(read) => self.window(found, read.value, ""),
+        }
+    }
+
+    fn window(&mut self, found: Found<'_>, elements: u64, formula: &str) {
+        match bytes(elements, self.element) {
+            None => self.mapped(found, "prefetch.window = \"auto\" (so many that it means no limit)"),
+            Some(size) => {
+                self.out.policy.prefetch.window = Auto::Set(size);
+                let each = self.element;
+                self.mapped(
+                    found,
+                    format!(
+                        "prefetch.window = \"{}\" ({formula}{elements} elements of {each} bytes)",
+                        format_size(size)
+                    ),
+                );
+            }
+        }
+    }
+
+    // The update.
+
+    pub(super) fn ratio(&mut self, found: Found<'_>) {
+        match scalar::share(found.node) {
+            Err(fault) => self.undecided(found, fault),
+            Ok(1.0) => self.ignored(found, "1: the whole update runs on the CPU, as here"),
+            Ok(_) => self.undecided(
+                found,
+                "the rest of the update ran on the GPU; optimizer.tier and optimizer.where = \"auto\" leave the split to the planner",
+            ),
+        }
+    }
+
+    pub(super) fn cores(&mut self, found: Found<'_>) {
+        match scalar::share(found.node) {
+            Err(fault) => self.undecided(found, fault),
+            Ok(_) if !self.super_offload => self.ignored(found, "read only with super_offload"),
+            Ok(share) => {
+                self.undecided(found, format!("set budget.threads to {share} of the CPUs of the machine that trains"))
+            }
+        }
+    }
+
+    pub(super) fn optimizer(&mut self, found: Found<'_>) {
+        let kind = found.node.get("type").map(|node| &node.value);
+        match kind {
+            Some(Value::Text(kind)) if !["adamw", "adam"].contains(&kind.to_ascii_lowercase().as_str()) => {
+                let note = format!("'{kind}' has no kernel here; only AdamW has");
+                self.undecided(found, note);
+            }
+            _ => self
+                .ignored(found, "belongs to your training loop: funicular.AdamW takes lr, betas, eps and weight_decay"),
+        }
+    }
+
+    pub(super) fn half(&mut self, found: Found<'_>) {
+        let Value::Table(entries) = &found.node.value else {
+            return self.undecided(found, "is not a section");
+        };
+        for Entry { key, node, .. } in entries {
+            let full = format!("{}.{key}", found.key);
+            let found = Found { key: &full, node };
+            match key.as_str() {
+                "bf16_master_weights_and_grads" | "fp16_master_weights_and_grads" | "bf16_optimizer_states" => {
+                    self.apply(Rule::IfTrue("master weights and states are always 32 bits here"), found);
+                }
+                "enabled" => self.ignored(found, "belongs to your training loop: the model's own number format counts"),
+                _ => self.ignored(found, LOOP),
+            }
+        }
+    }
+
+    pub(super) fn data_types(&mut self, found: Found<'_>) {
+        let Value::Table(entries) = &found.node.value else {
+            return self.undecided(found, "is not a section");
+        };
+        for Entry { key, node, .. } in entries {
+            let full = format!("{}.{key}", found.key);
+            let found = Found { key: &full, node };
+            match (key.as_str(), &node.value) {
+                ("grad_accum_dtype", Value::Text(t)) if t == "fp32" && self.element == 2 => {
+                    self.undecided(
+                        found,
+                        "grads.accumulate = \"fp32\" is not supported yet; sums are in the parameter's number format",
+                    );
+                }
+                _ => self.ignored(found, LOOP),
+            }
+        }
+    }
+
+    pub(super) fn checkpointing(&mut self, found: Found<'_>) {
+        let cpu = found.node.get("cpu_checkpointing").is_some_and(|n| scalar::flag(n).is_ok_and(|on| on.value));
+        if cpu {
+            self.undecided(found, "cpu_checkpointing: activations.tier = \"host\" is not supported yet");
+        } else {
+            self.ignored(found, "belongs to your training loop: torch.utils.checkpoint works as it is");
+        }
+    }
+
+    pub(super) fn leaf_module(&mut self, found: Found<'_>) {
+        let Value::Table(entries) = &found.node.value else {
+            return self.undecided(found, "is not a section");
+        };
+        if entries.is_empty() {
+            return self.ignored(found, "empty");
+        }
+        for Entry { key, node, .. } in entries {
+            let full = format!("{}.{key}", found.key);
+            let found = Found { key: &full, node };
+            let prefix = match key.as_str() {
+                "names" => "",
+                "name_suffixes" => "*",
+                "classes" => {
+                    self.undecided(found, "units.match takes names of modules, not of classes; name the modules");
+                    continue;
+                }
+                _ => {
+                    self.undecided(found, "unknown key; DeepSpeed refuses it");
+                    continue;
+                }
+            };
+            self.unit_names(found, prefix);
+        }
+    }
+
+    fn unit_names(&mut self, found: Found<'_>, prefix: &str) {
+        let Value::List(items) = &found.node.value else {
+            return self.undecided(found, "is not a list of names");
+        };
+        let names = items.iter().map(|item| match &item.value {
+            Value::Text(name) => Pattern::new(&format!("{prefix}{name}")).ok(),
+            _ => None,
+        });
+        match names.collect::<Option<Vec<_>>>() {
+            Some(patterns) if patterns.is_empty() => self.ignored(found, "empty"),
+            Some(patterns) => {
+                self.out.policy.units.patterns.extend(patterns);
+                self.mapped(found, "units.match");
+            }
+            None => self.undecided(found, "is not a list of names"),
+        }
+    }
+
+    // Asynchronous I/O.
+
+    pub(super) fn aio(&mut self, found: Found<'_>) {
+        self.read_aio(found, "");
+    }
+
+    pub(super) fn nested_aio(&mut self, found: Found<'_>) {
+        self.read_aio(found, " (DeepSpeed refuses aio inside zero_optimization; it belongs to the top level)");
+    }
+
+    fn read_aio(&mut self, found: Found<'_>, misplaced: &'static str) {
+        let Value::Table(entries) = &found.node.value else {
+            return self.undecided(found, "is not a section");
+        };
+        let mut aio = std::mem::take(&mut self.aio);
+        for entry in entries {
+            aio.read(self, found.key, entry, misplaced);
+        }
+        self.aio = aio;
+    }
+
+    /// What depends on several keys.
+    fn finish(&mut self) {
+        let aio = std::mem::take(&mut self.aio);
+        aio.finish(self);
+        let nvme = [self.param_tier, self.optimizer_tier].contains(&Some(Tier::Nvme));
+        if nvme && self.out.policy.nvme.paths.is_empty() {
+            let note = "a device is nvme and no nvme_path can be used: set nvme.paths to a directory on a local disk";
+            self.out.undecided.push(Item::missing(note));
+        }
+        if self.param_tier.is_none() && self.optimizer_tier.is_none() && self.out.refers_to.is_none() {
+            let note = "the file offloads nothing by itself; params.tier and optimizer.tier stay \"auto\"";
+            self.out.undecided.push(Item::missing(note));
+        }
+    }
+}
+
+/// `, written as a string`, or nothing.
+pub(super) fn remark<T>(read: &Read<T>) -> String {
+    read.remark.map_or_else(String::new, |r| format!(", {r}"))
+}
+
+/// The largest size that a block may have.
+pub(super) const MAX_BLOCK: ByteCount = ByteCount::mib(256);

@@ -1,0 +1,135 @@
+//! What an import made of a file: the policy, and why for every key.
+
+use std::fmt;
+
+use crate::{
+    error::Result,
+    policy::{
+        Policy,
+        source::{Node, Source, Value},
+    },
+};
+
+/// A key of the imported file and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// Dotted key as the file has it; empty if something is missing from the file.
+    pub key: String,
+    /// Its value, shortened.
+    pub value: String,
+    /// Line of the file, from 1.
+    pub line: Option<usize>,
+    /// What it became, or why it was left out, or what is to be decided.
+    pub note: String,
+}
+
+/// An imported configuration. `Display` gives a policy file with the three lists as comments.
+#[derive(Clone, Debug)]
+pub struct Imported {
+    /// Name of the file.
+    pub name: String,
+    /// The policy that results.
+    pub policy: Policy,
+    /// Keys that the policy now says.
+    pub mapped: Vec<Item>,
+    /// Keys that have no meaning here, and why.
+    pub ignored: Vec<Item>,
+    /// Keys that a person has to decide about.
+    pub undecided: Vec<Item>,
+    /// Another file that this one refers to for its settings (accelerate's `deepspeed_config_file`).
+    pub refers_to: Option<String>,
+}
+
+/// A key with its value, found in the file.
+#[derive(Clone, Copy)]
+pub(super) struct Found<'a> {
+    pub(super) key: &'a str,
+    pub(super) node: &'a Node,
+}
+
+impl Imported {
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            policy: Policy::default(),
+            mapped: Vec::new(),
+            ignored: Vec::new(),
+            undecided: Vec::new(),
+            refers_to: None,
+        }
+    }
+
+    /// The policy as TOML, only what differs from the defaults.
+    ///
+    /// # Errors
+    /// As for [`Policy::to_toml`].
+    pub fn toml(&self) -> Result<String> {
+        self.policy.to_toml_short()
+    }
+}
+
+impl Item {
+    pub(super) fn new(source: &Source<'_>, found: Found<'_>, note: impl Into<String>) -> Self {
+        let line = found.node.span.as_ref().map(|span| source.locate(span.start).0);
+        Self { key: found.key.to_owned(), value: shown(found.node), line, note: note.into() }
+    }
+
+    pub(super) fn missing(note: impl Into<String>) -> Self {
+        Self { key: String::new(), value: String::new(), line: None, note: note.into() }
+    }
+
+    fn write(&self, f: &mut fmt::Formatter<'_>, joint: &str) -> fmt::Result {
+        f.write_str("#   ")?;
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
+        if self.key.is_empty() {
+            return writeln!(f, "{}", self.note);
+        }
+        writeln!(f, "{} = {}{joint}{}", self.key, self.value, self.note)
+    }
+}
+
+impl fmt::Display for Imported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "# Imported from {}", self.name)?;
+        let lists = [
+            ("mapped", &self.mapped, " -> "),
+            ("ignored because", &self.ignored, ": "),
+            ("needs a decision", &self.undecided, ": "),
+        ];
+        for (title, items, joint) in lists {
+            writeln!(f, "#\n# {title} ({}):", items.len())?;
+            for item in items {
+                item.write(f, joint)?;
+            }
+        }
+        writeln!(f)?;
+        match self.toml() {
+            Ok(toml) => f.write_str(&toml),
+            Err(error) => writeln!(f, "# {error}"),
+        }
+    }
+}
+
+/// A value on one line, tables and long texts shortened.
+fn shown(node: &Node) -> String {
+    match &node.value {
+        Value::Null => "null".to_owned(),
+        Value::Bool(b) => b.to_string(),
+        Value::Integer(n) => n.to_string(),
+        Value::Float(x) if x.abs() >= 1e6 => format!("{x:e}"),
+        Value::Float(x) => x.to_string(),
+        Value::Text(text) => {
+            let short: String = text.chars().take(60).flat_map(char::escape_default).collect();
+            let dots = if text.chars().count() > 60 { "..." } else { "" };
+            format!("\"{short}{dots}\"")
+        }
+        Value::List(items) if items.len() <= 4 => {
+            format!("[{}]", items.iter().map(shown).collect::<Vec<_>>().join(", "))
+        }
+        Value::List(items) => format!("[{} items]", items.len()),
+        Value::Table(entries) if entries.is_empty() => "{}".to_owned(),
+        Value::Table(_) => "{...}".to_owned(),
+    }
+}

@@ -1,0 +1,22 @@
+# strategy of the run of May
+strategy = DeepSpeedStrategy(
+    stage=3,
+    offload_optimizer=True,
+    offload_parameters=True,
+    offload_optimizer_device="nvme",
+    offload_params_device='cpu',
+    nvme_path="/scratch/nvme",
+    params_buffer_count=5,
+    params_buffer_size=100_000_000,
+    max_in_cpu=1_000_000_000,
+    optimizer_buffer_count=4,
+    block_size=1048576,
+    queue_depth=8,
+    thread_count=2,
+    single_submit=False,
+    overlap_events=True,
+    pin_memory=False,
+    sub_group_size=1_000_000_000_000,
+    cpu_checkpointing=False,
+    loss_scale=0,
+)
