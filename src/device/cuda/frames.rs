@@ -171,8 +171,9 @@ impl Drop for CudaFrames {
         // SAFETY: exactly what this value mapped, reserved and created; the copies are done and the owner gave it up.
         // A failure here has nobody to be told; the context remembers it if it matters.
         unsafe {
-            if self.mapped > 0 {
-                let _ = context.check(context.driver.cuMemUnmap(self.base, self.mapped));
+            // Chunk by chunk, as they were mapped: whether one call may undo several is not documented.
+            for at in (0..self.mapped).step_by(self.chunk_bytes) {
+                let _ = context.check(context.driver.cuMemUnmap(self.base + at as u64, self.chunk_bytes));
             }
             if self.reserved > 0 {
                 let _ = context.check(context.driver.cuMemAddressFree(self.base, self.reserved));

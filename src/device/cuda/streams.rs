@@ -246,7 +246,7 @@ impl Streams {
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        self.drain();
+        // Device and frames, the only users, have emptied the streams.
         let context = &*self.context;
         let Ok(_entered) = context.enter() else { return };
         // SAFETY: exactly what this value made, and nobody else can name it. Failures have nobody to be told.
