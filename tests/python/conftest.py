@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from twin import World
 
 import funicular
 
+gc.collect()
+gc.freeze()  # what the imports made stays out of the collections between tests: 0.2 s each otherwise
 torch.set_num_threads(1)  # one order of summation, and no pools that compete with the runtime's
 if CUDA:
     torch.use_deterministic_algorithms(True)
@@ -97,13 +98,3 @@ def host_world(disk: str) -> World:
 def nvme_world(disk: str) -> World:
     """Parameters and states on disk, with the engine that works everywhere."""
     return make_world("nvme-threads", disk, False)
-
-
-@pytest.fixture(autouse=True)
-def leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Threads of the runtime end with its model."""
-    before = {t for t in threading.enumerate() if not t.daemon}
-    yield
-    gc.collect()
-    after = {t for t in threading.enumerate() if not t.daemon}
-    assert after <= before, f"threads left behind: {after - before}"

@@ -8,7 +8,6 @@ noted too. :func:`compare` runs the script twice and raises :class:`Mismatch` at
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,7 +240,6 @@ def case(build: Build | None = None, frames: float = FRAMES, **sections: Any) ->
     def decorate(script: Script) -> Callable[[World], None]:
         def test(world: World) -> None:
             compare(world, build, script, frames, **sections)
-            gc.collect()
 
         test.__name__ = test.__qualname__ = script.__name__
         test.__doc__, test.__module__ = script.__doc__, script.__module__
