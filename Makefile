@@ -134,9 +134,9 @@ gpu-test: need-python
 	@$(MAKE) --no-print-directory package
 	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "error: make gpu-test: torch of $(PY) cannot use the GPU. Install a CUDA build of torch that suits the driver: nvidia-smi shows its version." >&2; exit 1; }
 	$(call say,device conformance on the GPU)
-	@FUNICULAR_REQUIRE_GPU=1 $(CARGO) test --release --locked device
+	@FUNICULAR_REQUIRE_CUDA=1 $(CARGO) test --release --locked --test device_conformance
 	$(call say,Python tests on the GPU)
-	@FUNICULAR_REQUIRE_GPU=1 $(PY) -m pytest tests/python -m gpu $(GPU_TEST_ARGS)
+	@FUNICULAR_REQUIRE_CUDA=1 FUNICULAR_TEST_DEVICE=cuda $(PY) -m pytest tests/python $(GPU_TEST_ARGS)
 
 soak: package
 	@[ -e tests/python/soak.py ] || { echo "error: tests/python/soak.py does not exist." >&2; exit 1; }
