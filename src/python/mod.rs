@@ -1,5 +1,4 @@
 //! The Python extension module `funicular._core`: thin, no logic. Everything that can wait releases the GIL.
-#![expect(unreachable_pub, reason = "pyo3's macros make their own visibility")]
 
 mod dlpack;
 mod engine;

@@ -52,7 +52,7 @@ impl Shared {
         let job = &mut *job;
         for gate in job.after {
             while !self.device.block(gate, std::time::Duration::from_millis(100))? {
-                self.lock()?;
+                drop(self.lock()?);
             }
         }
         let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
