@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from funicular._session import Session
+    from funicular._states import ParamStates
 
 __all__ = ["ParamRef", "Unit", "in_backward", "storage_uses", "stream_of"]
 
@@ -48,6 +49,7 @@ class ParamRef:
         "section",
         "snapshot",
         "start",
+        "states",
         "trainable",
         "unit",
         "version",
@@ -66,6 +68,7 @@ class ParamRef:
         self.version = -1
         self.edited = False
         self.snapshot: torch.Tensor | None = None
+        self.states: ParamStates | None = None
 
     # A copied or pickled parameter is an ordinary one: it takes nothing of the runtime along.
     def __deepcopy__(self, memo: dict[int, Any]) -> None:

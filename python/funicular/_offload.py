@@ -88,6 +88,8 @@ def _build(engine: _core.Engine, found: list[Found]) -> Session:
     where = engine.device()
     device = torch.device("cpu" if where == "host" else where)
     session = Session(engine, device)
+    streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
+    session.waits = engine.shares_processor() and not streamed
     with torch.inference_mode(mode=False), torch.no_grad():
         for index, f in enumerate(found):
             session.units.append(_build_unit(session, index, f))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,9 @@ class Session:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.moved: list[tuple[nn.Module, str, torch.device]] = []
         self.pid = os.getpid()
+        self.started = time.monotonic()
+        #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
+        self.waits = False
         self.strays = 0
         #: gradients on their way down, kept until their copies are over
         self._landing: deque[tuple[int, torch.Tensor]] = deque()
@@ -254,8 +259,6 @@ class Session:
 
     def _home_grad(self, ref: ParamRef) -> torch.Tensor:
         """Return the tensor over the gradient's segment; what the user still holds of the last one keeps its values."""
-        import sys
-
         assert ref.grad is not None
         # The attribute, the argument of getrefcount, and nobody else.
         if sys.getrefcount(ref.grad) > 2:
@@ -320,6 +323,25 @@ class Session:
             if unit.on_nvme and unit.shadow_filled:
                 # Somebody looks at the old bytes: bring the new ones under the same addresses.
                 self.engine.refresh_shadow(unit.engine_id)
+
+    def bring_home(self, ref: ParamRef) -> None:
+        """Make sure that the gradient to be used is the one in the segment."""
+        grad, home = ref.param.grad, ref.grad
+        if grad is home or grad is None or home is None:
+            return
+        self.access_grad(ref)
+        with torch._C.DisableTorchFunctionSubclass():
+            home.copy_(grad.detach())
+
+    def before_accumulate(self, ref: ParamRef) -> None:
+        """On a device with streams: autograd is about to add to a gradient whose copy may still be under way."""
+        if ref.param.grad is ref.grad:
+            self.engine.wait_gradients(self.stream())
+
+    def keep_states(self, ref: ParamRef) -> None:
+        """Take the optimizer's states out of the runtime."""
+        if ref.states is not None:
+            ref.states.detach()
 
     # ------------------------------------------------------------------ life
 

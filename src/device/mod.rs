@@ -16,9 +16,9 @@ pub use cuda::CudaDevice;
 pub use host::HostDevice;
 
 use crate::{
-    units::ByteCount,
     error::{Code, Error, Result},
     memory::HostRegion,
+    units::ByteCount,
 };
 
 /// Which kind of device, as messages and statistics call it.

@@ -95,7 +95,8 @@ pub(crate) fn capsule(py: Python<'_>, address: u64, len: u64, kind: DeviceKind, 
     holder.managed.tensor.strides = holder.strides.as_mut_ptr();
     holder.managed.context = std::ptr::from_mut(holder).cast();
     // SAFETY: a valid pointer, a static name, and a destructor that frees what was leaked above.
-    let raw = unsafe { ffi::PyCapsule_New(std::ptr::from_mut(&mut holder.managed).cast(), NAME.as_ptr(), Some(destroy)) };
+    let raw =
+        unsafe { ffi::PyCapsule_New(std::ptr::from_mut(&mut holder.managed).cast(), NAME.as_ptr(), Some(destroy)) };
     // SAFETY: a new reference, or null with an exception set.
     unsafe { Bound::from_owned_ptr_or_err(py, raw) }.map(Bound::unbind)
 }

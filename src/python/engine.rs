@@ -18,7 +18,10 @@ use crate::{
     model::{Layout, ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
     policy::Policy,
-    runtime::{JobSpan, Runtime, UnitUpdate, shares_processor, stats::{Cause, Link}},
+    runtime::{
+        JobSpan, Runtime, UnitUpdate, shares_processor,
+        stats::{Cause, Link},
+    },
     schedule::Phase,
     units::{Tier, UnitId},
 };
@@ -114,7 +117,12 @@ impl Engine {
                 name,
                 params: params
                     .into_iter()
-                    .map(|(name, numel, d, size, trainable)| ParamSpec { name, numel, dtype: dtype(&d, size), trainable })
+                    .map(|(name, numel, d, size, trainable)| ParamSpec {
+                        name,
+                        numel,
+                        dtype: dtype(&d, size),
+                        trainable,
+                    })
                     .collect(),
             })
             .collect();
@@ -243,7 +251,10 @@ impl Engine {
     ) -> PyResult<()> {
         let hypers: Vec<Hyper> = hypers
             .into_iter()
-            .map(|(lr, beta1, beta2, eps, weight_decay, step, maximize, scale)| { let o = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize }; Hyper::new(&o, step, scale) })
+            .map(|(lr, beta1, beta2, eps, weight_decay, step, maximize, scale)| {
+                let o = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
+                Hyper::new(&o, step, scale)
+            })
             .collect();
         let updates: Vec<UnitUpdate> = updates
             .into_iter()
@@ -251,7 +262,13 @@ impl Engine {
                 unit: UnitId(unit),
                 spans: spans
                     .into_iter()
-                    .map(|(section, start, len, hyper, reset_master)| JobSpan { section, start, len, hyper, reset_master })
+                    .map(|(section, start, len, hyper, reset_master)| JobSpan {
+                        section,
+                        start,
+                        len,
+                        hyper,
+                        reset_master,
+                    })
                     .collect(),
             })
             .collect();
@@ -288,18 +305,41 @@ impl Engine {
         waiting(py, |i| self.with(|rt| rt.store_shadow(UnitId(unit), i)))
     }
 
+    /// Reads a filled shadow anew: its unit was updated while somebody looked at it.
+    fn refresh_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.refresh_shadow(UnitId(unit), i)))
+    }
+
     /// Gives the shadow's memory back.
     fn discard_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
         check(py, self.with(|rt| rt.discard_shadow(UnitId(unit))))
     }
 
     /// Copies a state ("master", "exp_avg", "exp_avg_sq") into host memory at `dst`.
-    fn read_state(&self, py: Python<'_>, unit: u32, section: usize, state: &str, start: u64, len: u64, dst: u64) -> PyResult<()> {
+    fn read_state(
+        &self,
+        py: Python<'_>,
+        unit: u32,
+        section: usize,
+        state: &str,
+        start: u64,
+        len: u64,
+        dst: u64,
+    ) -> PyResult<()> {
         self.state(py, (unit, section, state), start..start + len, dst, Direction::Read)
     }
 
     /// Copies a state from host memory at `src`.
-    fn write_state(&self, py: Python<'_>, unit: u32, section: usize, state: &str, start: u64, len: u64, src: u64) -> PyResult<()> {
+    fn write_state(
+        &self,
+        py: Python<'_>,
+        unit: u32,
+        section: usize,
+        state: &str,
+        start: u64,
+        len: u64,
+        src: u64,
+    ) -> PyResult<()> {
         self.state(py, (unit, section, state), start..start + len, src, Direction::Write)
     }
 
@@ -316,7 +356,13 @@ impl Engine {
 
     /// Starts or stops collecting a trace.
     fn trace(&self, py: Python<'_>, on: bool) -> PyResult<()> {
-        check(py, self.with(|rt| { rt.trace()?.set(on); Ok(()) }))
+        check(
+            py,
+            self.with(|rt| {
+                rt.trace()?.set(on);
+                Ok(())
+            }),
+        )
     }
 
     /// Writes the trace collected so far; returns the number of events.
@@ -325,7 +371,9 @@ impl Engine {
             py,
             self.with(|rt| {
                 let units = &rt.layout()?.units;
-                let name = |u: u64| usize::try_from(u).ok().and_then(|i| units.get(i)).map_or(String::new(), |u| u.name.clone());
+                let name = |u: u64| {
+                    usize::try_from(u).ok().and_then(|i| units.get(i)).map_or(String::new(), |u| u.name.clone())
+                };
                 rt.trace()?.write(std::path::Path::new(path), &name)
             }),
         )
@@ -382,7 +430,7 @@ fn fill_stats(py: Python<'_>, rt: &Runtime, out: &Bound<'_, PyDict>) -> PyResult
     let budgets = PyDict::new(py);
     for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
         let (used, peak) = check(py, rt.used(tier))?;
-        budgets.set_item(tier.name(), (used, peak))?;
+        budgets.set_item(tier.name(), (check(py, rt.limit(tier))?, used, peak))?;
     }
     let p = check(py, rt.prefetches())?;
     out.set_item("links", links)?;

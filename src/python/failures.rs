@@ -13,7 +13,10 @@ pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
         Family::Runtime => "RuntimeFailure",
     };
     let made = py.import("funicular._errors").and_then(|m| m.getattr(class)).and_then(|class| {
-        let args = PyTuple::new(py, [error.code().as_str().into_pyobject(py)?.into_any(), error.to_string().into_pyobject(py)?.into_any()])?;
+        let args = PyTuple::new(
+            py,
+            [error.code().as_str().into_pyobject(py)?.into_any(), error.to_string().into_pyobject(py)?.into_any()],
+        )?;
         let instance = class.call1(args)?;
         instance.setattr("errno", error.os_error())?;
         Ok(instance)

@@ -51,4 +51,3 @@ pub(crate) fn error_codes() -> Vec<(&'static str, &'static str)> {
 fn json(policy: &Policy) -> String {
     serde_json::to_string(policy).unwrap_or_default()
 }
-

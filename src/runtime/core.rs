@@ -4,10 +4,7 @@
 //! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
 #![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
 
-use std::{
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use crossbeam::channel::Sender;
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -396,7 +393,9 @@ impl Shared {
     }
 
     pub(crate) fn disk(&self) -> Result<&Disk> {
-        self.disk.as_ref().ok_or_else(|| Error::new(Code::Stale, "something is said to live on NVMe, but there is no store."))
+        self.disk
+            .as_ref()
+            .ok_or_else(|| Error::new(Code::Stale, "something is said to live on NVMe, but there is no store."))
     }
 
     pub(crate) fn take_parts(inner: &mut Inner) -> Vec<IoPart> {

@@ -39,7 +39,7 @@ use crate::{
         trace::Trace,
         update::Job as UpdateJob,
     },
-    schedule::{Limits, Machine, Phase, Placement, machine::Prefetches, placement},
+    schedule::{Budgets, Limits, Machine, Phase, Placement, machine::Prefetches, placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
     units::{ByteCount, Tier, UnitId},
 };
@@ -61,6 +61,7 @@ pub struct Runtime {
     shared: Option<Arc<Shared>>,
     threads: Vec<JoinHandle<()>>,
     pid: u32,
+    budgets: Budgets,
     notes: Vec<String>,
 }
 
@@ -84,12 +85,8 @@ impl Runtime {
         let plan = placement::place(&layout, &config.tiers, &config.budgets, &limits)?;
         let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
         let homes = Homes::new(&layout, &plan)?;
-        let channels = Channels {
-            done: bounded(4096),
-            run: bounded(4096),
-            up: bounded(1 << 14),
-            down: bounded(1 << 16),
-        };
+        let channels =
+            Channels { done: bounded(4096), run: bounded(4096), up: bounded(1 << 14), down: bounded(1 << 16) };
         let map = Map::new(&layout, &plan);
         let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
         let mut notes = Vec::new();
@@ -107,7 +104,8 @@ impl Runtime {
                 device.register(pool.region())?;
             }
         }
-        let window = config.window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
+        let window =
+            config.window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
         let machine = Machine::new(&plan, &counts, window);
         let units = layout.units.len();
         let shared = Arc::new(Shared {
@@ -130,7 +128,7 @@ impl Runtime {
             to_down: channels.down.0.clone(),
         });
         let threads = start(&shared, channels)?;
-        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), notes })
+        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets: config.budgets, notes })
     }
 
     fn shared(&self) -> Result<&Shared> {
@@ -375,6 +373,14 @@ impl Runtime {
         self.shared()?.store_shadow(unit, interrupted)
     }
 
+    /// Reads a filled shadow anew, in place.
+    ///
+    /// # Errors
+    /// From the disk.
+    pub fn refresh_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.refresh_shadow(unit, interrupted)
+    }
+
     /// Gives a shadow's memory back.
     ///
     /// # Errors
@@ -402,6 +408,19 @@ impl Runtime {
         let (unit, section, kind) = place;
         // SAFETY: the caller's promise is passed on.
         unsafe { self.shared()?.state_io(unit, section, kind, elems, buffer, direction, interrupted) }
+    }
+
+    /// What the policy allows in a tier; none where it sets no bound.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn limit(&self, tier: Tier) -> Result<Option<u64>> {
+        self.shared()?;
+        Ok(match tier {
+            Tier::Hbm => self.budgets.hbm.map(|b| b.0),
+            Tier::Host => Some(self.budgets.host.0),
+            Tier::Nvme => Some(self.budgets.nvme.0).filter(|&b| b != u64::MAX),
+        })
     }
 
     /// Bytes in use by tier: frames, host memory with filled shadows, files.
@@ -468,8 +487,7 @@ fn open_disk(
     notes: &mut Vec<String>,
 ) -> Result<Disk> {
     let (count, bytes) = plan.page_slots;
-    let page_pool =
-        if count > 0 { Some(SlotPool::new(count, ByteCount(bytes), "pages from NVMe")?) } else { None };
+    let page_pool = if count > 0 { Some(SlotPool::new(count, ByteCount(bytes), "pages from NVMe")?) } else { None };
     let (count, bytes) = plan.update_slots;
     let update_pool = SlotPool::new(count, ByteCount(bytes), "states from NVMe")?;
     let mut regions = vec![Arc::clone(update_pool.region())];

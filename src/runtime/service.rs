@@ -40,7 +40,8 @@ impl Shared {
     pub(crate) fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
         let inner = self.lock()?;
         let start = self.trace.now();
-        let done = self.wait(inner, &|| "the updates".into(), interrupted, |i| Ok((!i.machine.updating()).then_some(())));
+        let done =
+            self.wait(inner, &|| "the updates".into(), interrupted, |i| Ok((!i.machine.updating()).then_some(())));
         self.stalled(Cause::Update, start);
         done
     }
@@ -69,19 +70,26 @@ impl Shared {
             )
             .action("Raise budget.host, drop tensors read earlier, or set params.tier to \"host\"."));
         }
-        self.settle_disk(unit, interrupted)?;
-        let start = self.trace.now();
         shadow.fill()?;
         self.stats.shadowed(len, true);
-        let base = shadow.as_ptr();
-        let read = self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
-            // SAFETY: `at` and the length lie in the unit's parameter segment, which the shadow covers; nobody sees the
-            // shadow before this returns.
-            unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), base.add(at), slot.len()) };
-        });
+        let read = self.refresh_shadow(unit, interrupted);
         if read.is_err() {
             self.discard_shadow(unit)?;
         }
+        read
+    }
+
+    /// Reads the parameters of a unit into its filled shadow.
+    pub(crate) fn refresh_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
+        self.settle_disk(unit, interrupted)?;
+        let start = self.trace.now();
+        let base = shadow.as_ptr();
+        let read = self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
+            // SAFETY: `at` and the length lie in the unit's parameter segment, which the shadow covers; whoever looks at it
+            // expects the bytes to become the current ones.
+            unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), base.add(at), slot.len()) };
+        });
         self.stalled(Cause::NvmeRead, start);
         read
     }
@@ -229,7 +237,15 @@ impl Shared {
         // The slot is the disk's until it comes back, so this wait ends only with it or with the runtime.
         let inner = self.inner.lock();
         let mut stop = false;
-        let done = self.wait(inner, &|| "the disk".into(), &mut || { stop |= interrupted(); false }, |i| Ok(i.service_done.take()))?;
+        let done = self.wait(
+            inner,
+            &|| "the disk".into(),
+            &mut || {
+                stop |= interrupted();
+                false
+            },
+            |i| Ok(i.service_done.take()),
+        )?;
         done.result?;
         if stop {
             return Err(Error::new(Code::Interrupted, "interrupted while waiting for the disk."));
@@ -293,7 +309,9 @@ impl Shared {
             let one = u64::from(c) * disk.store.chunk_bytes();
             let span = one..one + disk.store.chunk_len(segment, c);
             let mut kept = Vec::new();
-            self.segment_io(disk, segment, span.clone(), Direction::Read, interrupted, &mut |s, _| kept.extend_from_slice(s))?;
+            self.segment_io(disk, segment, span.clone(), Direction::Read, interrupted, &mut |s, _| {
+                kept.extend_from_slice(s)
+            })?;
             exchange(&mut kept, one as usize, true);
             self.segment_io(disk, segment, span, Direction::Write, interrupted, &mut |s, _| s.copy_from_slice(&kept))?;
         }

@@ -1,11 +1,7 @@
 //! The threads of a runtime: the driver takes completions from the disk, the runner updates, the reapers learn when
 //! copies have ended.
 
-use std::{
-    sync::Arc,
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::{sync::Arc, thread::JoinHandle, time::Duration};
 
 use crossbeam::channel::Receiver;
 
@@ -145,4 +141,3 @@ pub(crate) fn land(shared: &Shared, link: Link, busy: &mut Busy, landing: Landin
     }
     Ok(())
 }
-

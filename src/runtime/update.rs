@@ -60,7 +60,9 @@ impl Shared {
         let mut bytes = 0;
         job.updates.clear();
         for span in &job.spans {
-            let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else { continue };
+            let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else {
+                continue;
+            };
             let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| (&**lease, c));
             let (span_of, moved) = self.span_of(unit, span, start, len, slot);
             bytes += moved;

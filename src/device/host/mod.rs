@@ -17,10 +17,10 @@ use parking_lot::Mutex;
 
 use self::streams::{Op, Streams};
 use crate::{
-    units::ByteCount,
     device::{Device, DeviceKind, FrameSpan, Frames, Gate, Role, StreamRef, check_ring},
     error::Result,
     memory::HostRegion,
+    units::ByteCount,
 };
 
 /// The processor and its memory.
