@@ -5,6 +5,7 @@
 //! P3: no key does nothing: what the runtime does not act on yet is refused by [`Policy::check_supported`].
 //! P4: nothing here asks the machine, except limits.
 
+pub mod cli;
 mod decode;
 mod glob;
 pub mod import;
