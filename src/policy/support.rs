@@ -1,8 +1,8 @@
 //! What the schema has and the runtime has not yet, and what contradicts itself: refused, so that no key does nothing.
 
 use super::{
-    Policy,
-    values::{Accumulate, ActivationsTier, GradsTier, MicroBatch, OptimizerTier, ParamsTier, Pressure, UpdateOn},
+    MicroBatch, Policy,
+    words::{Accumulate, ActivationsTier, GradsTier, OptimizerTier, ParamsTier, Pressure, UpdateOn},
 };
 use crate::error::{Code, Error, Result};
 
