@@ -57,6 +57,7 @@ pub(super) fn import(source: &Source<'_>, root: &Node, hints: Hints, labels: &[(
     };
     import.walk("", root, ROOT, Import::other_root);
     import.finish();
+    import.out.sort();
     import.out
 }
 
