@@ -44,6 +44,8 @@ codes! {
     Forked = "FN-E103", Runtime, "used in a forked child; the runtime belongs to its parent";
     Closed = "FN-E104", Runtime, "used after it was closed, or after an earlier failure";
     Panicked = "FN-E105", Runtime, "a worker thread panicked: a bug of funicular";
+    Interrupted = "FN-E106", Runtime, "a wait was interrupted by a signal";
+    NoThread = "FN-E107", Runtime, "the system refused a thread";
     Wrapped = "FN-E110", Usage, "the model is offloaded already";
     MetaWeights = "FN-E111", Usage, "a parameter on the meta device has no weights to load";
     UnsupportedParam = "FN-E112", Usage, "a parameter's type or layout cannot be paged";

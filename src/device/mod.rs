@@ -2,11 +2,24 @@
 //!
 //! D1: an address handed out by [`Frames::address`] is valid until the frames are dropped.
 //! D2: copies on one stream run in the order in which they were enqueued.
-//! D3: nothing is enqueued that waits for something not yet enqueued.
+//! D3: nothing is enqueued that waits for something not yet enqueued; a gate never recorded is an error.
+//! D4: frames and registered regions go away only after the copy streams are empty.
+
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod host;
 
 use std::{sync::Arc, time::Duration};
 
-use crate::{error::Result, memory::HostRegion};
+#[cfg(feature = "cuda")]
+pub use cuda::CudaDevice;
+pub use host::HostDevice;
+
+use crate::{
+    error::{Code, Error, Result},
+    memory::HostRegion,
+    units::ByteCount,
+};
 
 /// Which kind of device, as messages and statistics call it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +28,52 @@ pub enum DeviceKind {
     Host,
     /// A CUDA device of this ordinal.
     Cuda(u32),
+}
+
+/// Which device to open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first CUDA device if there is one, else the processor.
+    #[default]
+    Auto,
+    /// The processor.
+    Host,
+    /// The CUDA device of this ordinal.
+    Cuda(u32),
+}
+
+/// Opens a device.
+///
+/// # Errors
+/// `FN-E001` without a CUDA driver or a device of that number, `FN-E002` when the driver fails, `FN-E204` from the host.
+pub fn open(choice: DeviceChoice) -> Result<Arc<dyn Device>> {
+    match choice {
+        DeviceChoice::Auto if cuda_count()? > 0 => open_cuda(0),
+        DeviceChoice::Auto | DeviceChoice::Host => Ok(Arc::new(HostDevice::new()?)),
+        DeviceChoice::Cuda(ordinal) => open_cuda(ordinal),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_count() -> Result<u32> {
+    cuda::count()
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: u32) -> Result<Arc<dyn Device>> {
+    Ok(Arc::new(CudaDevice::new(ordinal)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+#[expect(clippy::unnecessary_wraps, reason = "the build with CUDA can fail here")]
+fn cuda_count() -> Result<u32> {
+    Ok(0)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(ordinal: u32) -> Result<Arc<dyn Device>> {
+    Err(Error::new(Code::NoCuda, format!("CUDA device {ordinal} was asked for; this build has no CUDA."))
+        .action("Build with the feature `cuda`, or choose the host device."))
 }
 
 /// A stream of the runtime's own.
@@ -37,6 +96,17 @@ pub enum StreamRef {
     Down,
     /// The user's stream.
     Compute(u64),
+}
+
+impl StreamRef {
+    /// Its role.
+    pub const fn role(self) -> Role {
+        match self {
+            Self::Up => Role::Up,
+            Self::Down => Role::Down,
+            Self::Compute(_) => Role::Compute,
+        }
+    }
 }
 
 /// "Everything enqueued before this on that stream is done." Numbers of one role only grow; `seq` 0 has always passed.
@@ -68,10 +138,19 @@ pub trait Frames: Send + Sync {
     fn address(&self, unit: usize) -> u64;
 }
 
-/// What a compute device can do for the runtime. Calls that take a stream only enqueue; they never wait for the device.
+/// What a compute device can do for the runtime.
+///
+/// Calls that take a stream only enqueue; they wait for the device only when a queue of thousands of operations is full.
+/// On the host device [`StreamRef::Compute`] is the calling thread: what is asked of it is done when the call returns.
 pub trait Device: Send + Sync {
     /// Which device this is.
     fn kind(&self) -> DeviceKind;
+
+    /// Memory free on the device; none where the compute tier is host memory.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    fn free_memory(&self) -> Result<Option<ByteCount>>;
 
     /// Smallest size of a chunk in bytes; a power of two.
     fn granularity(&self) -> u64;
@@ -79,7 +158,11 @@ pub trait Device: Send + Sync {
     /// Reserves one address range per span and maps it onto a ring of `ring_chunks` chunks of `chunk_bytes` each.
     ///
     /// # Errors
-    /// `FN-E201` when the device has not that much memory, `FN-E002` when the driver fails, `FN-E204` from the host.
+    /// `FN-E201` when a span is larger than the ring or the device has not that much memory, `FN-E002` when the driver
+    /// fails, `FN-E204` from the host.
+    ///
+    /// # Panics
+    /// If `chunk_bytes` is no multiple of the granularity, or a span is empty or starts outside the ring.
     fn create_frames(&self, ring_chunks: u32, chunk_bytes: u64, spans: &[FrameSpan]) -> Result<Arc<dyn Frames>>;
 
     /// Makes a host region usable by the copy streams and readable by kernels at its own address. The device keeps the
@@ -89,7 +172,7 @@ pub trait Device: Send + Sync {
     /// `FN-E002` when the driver refuses to page-lock it.
     fn register(&self, region: &Arc<HostRegion>) -> Result<()>;
 
-    /// Enqueues a copy of `len` bytes. `stream` is `Up` or `Down`.
+    /// Enqueues a copy of `len` bytes between device addresses, registered regions, or both.
     ///
     /// # Safety
     /// Both ranges must stay valid, and free of conflicting access, until a gate recorded after this has passed.
@@ -103,10 +186,13 @@ pub trait Device: Send + Sync {
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
     unsafe fn fill(&self, stream: StreamRef, dst: u64, byte: u8, len: usize) -> Result<()>;
 
-    /// Records a gate on a stream.
+    /// Records a gate on a stream. Gates of `Compute` may be recorded on different streams of the user.
     fn record(&self, stream: StreamRef) -> Result<Gate>;
 
     /// Makes later work on `stream` wait for `gate`. On the host device waiting on `Compute` blocks the caller.
+    ///
+    /// # Errors
+    /// `FN-E102` for a gate that was never recorded; here and in [`Device::passed`] and [`Device::block`].
     fn wait(&self, stream: StreamRef, gate: Gate) -> Result<()>;
 
     /// True if the gate has passed.
@@ -115,6 +201,25 @@ pub trait Device: Send + Sync {
     /// Blocks the calling thread until the gate has passed or the time is over; true if it has passed.
     fn block(&self, gate: Gate, timeout: Duration) -> Result<bool>;
 
-    /// Waits until both copy streams are empty. Called once, before memory goes away.
+    /// Waits until both copy streams are empty.
     fn drain(&self);
+}
+
+/// What every device demands of a ring before it maps it.
+fn check_ring(granularity: u64, ring_chunks: u32, chunk_bytes: u64, spans: &[FrameSpan]) -> Result<()> {
+    assert!(chunk_bytes > 0 && chunk_bytes.is_multiple_of(granularity), "chunks of {chunk_bytes} bytes");
+    for (unit, span) in spans.iter().enumerate() {
+        if span.chunks > ring_chunks {
+            let message = format!("unit {unit} needs {} chunks, the ring of frames has {ring_chunks}.", span.chunks);
+            return Err(Error::new(Code::HbmBudget, message).action("Raise budget.hbm."));
+        }
+        assert!(span.chunks > 0 && span.first_chunk < ring_chunks, "unit {unit} is placed at {span:?}");
+    }
+    Ok(())
+}
+
+/// A wait for this gate would never end.
+fn unrecorded(gate: Gate, recorded: u64) -> Error {
+    let message = format!("{:?} gate {} was never recorded; the last one is {recorded}.", gate.role, gate.seq);
+    Error::new(Code::Stuck, message).action("This is a bug of funicular; please report it.")
 }

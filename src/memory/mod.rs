@@ -4,7 +4,9 @@
 //! M2: a slot has one owner, its [`SlotLease`]; dropping the lease returns the slot.
 
 mod region;
+mod shadow;
 mod slots;
 
 pub use region::{HostRegion, HugePages};
+pub use shadow::Shadow;
 pub use slots::{SlotLease, SlotPool};

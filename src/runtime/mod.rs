@@ -1,1 +1,537 @@
-//! In work.
+//! The runtime: one model's memory, threads and state, and the operations that the Python wrapper calls.
+//!
+//! - [`core`](self): the lock, the machine's commands performed, waiting;
+//! - `threads`: driver, runner, reapers; `update`: AdamW over one piece; `service`: what is not part of a step;
+//! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
+
+mod config;
+mod core;
+pub mod files;
+pub mod homes;
+mod service;
+pub mod stats;
+mod threads;
+pub mod trace;
+mod update;
+
+use std::{sync::Arc, thread::JoinHandle};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use parking_lot::{Condvar, Mutex};
+
+pub use config::Config;
+pub use update::{Job, JobSpan};
+
+use crate::{
+    device::{self, Device, DeviceKind, Frames, Gate, StreamRef},
+    dtype::StateKind,
+    error::{Code, Error, Result},
+    io::{Direction, EngineOptions, IoCompletion},
+    memory::SlotPool,
+    model::Layout,
+    optim::{Hyper, Pool},
+    policy::Policy,
+    runtime::{
+        core::{Disk, Inner, Landing, RunTask, Shared},
+        files::Map,
+        homes::Homes,
+        stats::{Busy, Cause, Link, Stats},
+        trace::Trace,
+        update::Job as UpdateJob,
+    },
+    schedule::{Budgets, Limits, Machine, Phase, Placement, machine::Prefetches, placement},
+    store::{OpenedStore, SegmentSpec, Store, StoreSpec},
+    units::{ByteCount, Tier, UnitId},
+};
+
+/// Asked about twenty times a second during a wait; true ends the wait with `FN-E106`.
+pub type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
+
+/// A unit's part of an optimizer step.
+#[derive(Clone, Debug)]
+pub struct UnitUpdate {
+    /// The unit.
+    pub unit: UnitId,
+    /// Its spans.
+    pub spans: Vec<JobSpan>,
+}
+
+/// One model's runtime.
+pub struct Runtime {
+    shared: Option<Arc<Shared>>,
+    threads: Vec<JoinHandle<()>>,
+    pid: u32,
+    budgets: Budgets,
+    notes: Vec<String>,
+}
+
+struct Channels {
+    done: (Sender<IoCompletion>, Receiver<IoCompletion>),
+    run: (Sender<RunTask>, Receiver<RunTask>),
+    up: (Sender<Landing>, Receiver<Landing>),
+    down: (Sender<Landing>, Receiver<Landing>),
+}
+
+impl Runtime {
+    /// Plans, takes memory and disk space, and starts the threads.
+    ///
+    /// # Errors
+    /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`); nothing is left behind.
+    pub fn open(layout: Layout, policy: &Policy) -> Result<Self> {
+        let device = device::open(Config::device_of(policy))?;
+        let config = &Config::resolve(policy, &layout, device.free_memory()?)?;
+        let limits =
+            Limits { granularity: device.granularity(), block: config.block, has_nvme: !config.paths.is_empty() };
+        let plan = placement::place(&layout, &config.tiers, &config.budgets, &limits)?;
+        let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
+        let homes = Homes::new(&layout, &plan)?;
+        let channels =
+            Channels { done: bounded(4096), run: bounded(4096), up: bounded(1 << 14), down: bounded(1 << 16) };
+        let map = Map::new(&layout, &plan);
+        let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
+        let mut notes = Vec::new();
+        let disk = if map.specs.is_empty() {
+            None
+        } else {
+            Some(open_disk(config, &plan, map, channels.done.0.clone(), &mut notes)?)
+        };
+        for region in [&homes.params, &homes.grads, &homes.states] {
+            device.register(region)?;
+        }
+        if let Some(disk) = &disk {
+            device.register(disk.update_pool.region())?;
+            if let Some(pool) = &disk.page_pool {
+                device.register(pool.region())?;
+            }
+        }
+        let window =
+            config.window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
+        let machine = Machine::new(&plan, &counts, window);
+        let units = layout.units.len();
+        let shared = Arc::new(Shared {
+            jobs: (0..units).map(|_| Mutex::new(UpdateJob::default())).collect(),
+            inner: Mutex::new(Inner::new(machine, units)),
+            placement: plan,
+            layout,
+            homes,
+            device,
+            frames,
+            disk,
+            pool: Pool::new(Some(config.threads as usize))?,
+            stats: Stats::default(),
+            trace: Trace::default(),
+            poison: config.poison,
+            changed: Condvar::new(),
+            service: Mutex::new(()),
+            to_runner: channels.run.0.clone(),
+            to_up: channels.up.0.clone(),
+            to_down: channels.down.0.clone(),
+        });
+        let threads = start(&shared, channels)?;
+        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets: config.budgets, notes })
+    }
+
+    fn shared(&self) -> Result<&Shared> {
+        if std::process::id() != self.pid {
+            return Err(Error::new(Code::Forked, "the model was offloaded by the parent of this process.")
+                .action("Use the model in the process that offloaded it; in a child, load a copy."));
+        }
+        self.shared.as_deref().ok_or_else(|| Error::new(Code::Closed, "the runtime is closed."))
+    }
+
+    /// Things worth knowing about how it was set up.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The device at work.
+    pub fn device(&self) -> Result<&Arc<dyn Device>> {
+        Ok(&self.shared()?.device)
+    }
+
+    /// The frames of all units.
+    pub fn frames(&self) -> Result<&Arc<dyn Frames>> {
+        Ok(&self.shared()?.frames)
+    }
+
+    /// How the model is packed.
+    pub fn layout(&self) -> Result<&Layout> {
+        Ok(&self.shared()?.layout)
+    }
+
+    /// Where everything lives.
+    pub fn placement(&self) -> Result<&Placement> {
+        Ok(&self.shared()?.placement)
+    }
+
+    /// Host memory of the model.
+    pub fn homes(&self) -> Result<&Homes> {
+        Ok(&self.shared()?.homes)
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> Result<&Stats> {
+        Ok(&self.shared()?.stats)
+    }
+
+    /// The trace.
+    pub fn trace(&self) -> Result<&Trace> {
+        Ok(&self.shared()?.trace)
+    }
+
+    /// How openings went.
+    pub fn prefetches(&self) -> Result<Prefetches> {
+        Ok(self.shared()?.inner.lock().machine.prefetches())
+    }
+
+    /// Name of the I/O engine at work, if there is a disk.
+    pub fn engine_name(&self) -> Result<Option<&'static str>> {
+        Ok(self.shared()?.disk.as_ref().map(|d| d.store.engine().kind().name()))
+    }
+
+    /// Threads of the update pool.
+    pub fn pool_threads(&self) -> Result<usize> {
+        Ok(self.shared()?.pool.threads())
+    }
+
+    /// Opens a window on `stream`: true if the frames may be used, false if the home must be.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption; the window is not open then.
+    pub fn open_window(&self, unit: UnitId, phase: Phase, stream: u64, interrupted: Interrupted<'_>) -> Result<bool> {
+        self.shared()?.open(unit, phase, stream, interrupted)
+    }
+
+    /// Ends a window.
+    ///
+    /// # Errors
+    /// The runtime's first failure.
+    pub fn release(&self, unit: UnitId, stream: u64) -> Result<()> {
+        self.shared()?.release(unit, stream)
+    }
+
+    /// The home was edited by work enqueued on `stream`: the frames are out of date.
+    ///
+    /// # Errors
+    /// The runtime's first failure.
+    pub fn invalidate(&self, unit: UnitId, stream: u64) -> Result<()> {
+        let shared = self.shared()?;
+        let mut inner = shared.lock()?;
+        inner.gates[unit.index()].home = shared.device.record(StreamRef::Compute(stream))?;
+        shared.step(&mut inner, |m, _| m.invalidate(unit))
+    }
+
+    /// Brings edits made inside a window home.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption.
+    pub fn write_back(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.write_back(unit, stream, interrupted)
+    }
+
+    /// Copies a gradient down to byte `offset` of the unit's gradient segment, after the work on `stream`. The source must
+    /// stay untouched until [`Runtime::landed`] says so of the number returned.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption.
+    ///
+    /// # Safety
+    /// `src` must be a valid address of `len` bytes on the device.
+    #[expect(unsafe_code, reason = "the caller vouches for a raw address")]
+    pub unsafe fn gradient(
+        &self,
+        unit: UnitId,
+        offset: u64,
+        src: u64,
+        len: u64,
+        stream: u64,
+        interrupted: Interrupted<'_>,
+    ) -> Result<u64> {
+        let shared = self.shared()?;
+        shared.settle(unit, interrupted)?;
+        let home = shared.homes.unit(unit).grads;
+        if home == 0 || offset + len > shared.layout.unit(unit).grad_bytes() {
+            return Err(Error::new(Code::Stale, format!("'{}' has no such gradient.", shared.layout.unit(unit).name)));
+        }
+        let mut inner = shared.lock()?;
+        let start = shared.trace.now();
+        let gate = shared.device.record(StreamRef::Compute(stream))?;
+        shared.device.wait(StreamRef::Down, gate)?;
+        // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is over.
+        unsafe { shared.device.copy(StreamRef::Down, home + offset, src, len as usize)? };
+        let gate = shared.device.record(StreamRef::Down)?;
+        inner.last_down = gate;
+        shared.send(&shared.to_down, Landing { gate, unit, lease: None, start, bytes: len })?;
+        Ok(gate.seq)
+    }
+
+    /// True if the gradient copy of that number is over.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn landed(&self, seq: u64) -> Result<bool> {
+        self.shared()?.device.passed(Gate { role: device::Role::Down, seq })
+    }
+
+    /// Makes `stream` (on the host: the caller) wait for all gradient copies so far.
+    ///
+    /// # Errors
+    /// A failure of the device, or an interruption.
+    pub fn wait_gradients(&self, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        let shared = self.shared()?;
+        let gate = shared.lock()?.last_down;
+        shared.wait_gate(stream, gate, Cause::Grads, interrupted)
+    }
+
+    /// Starts an optimizer step on the given units, after the work on `stream`. Returns at once; with `wait` only when
+    /// all updates have run.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption; units not yet submitted keep their old state.
+    pub fn update(
+        &self,
+        updates: &[UnitUpdate],
+        hypers: &[Hyper],
+        stream: u64,
+        wait: bool,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        let shared = self.shared()?;
+        let after = {
+            let _inner = shared.lock()?;
+            [
+                shared.device.record(StreamRef::Compute(stream))?,
+                shared.device.record(StreamRef::Down)?,
+                shared.device.record(StreamRef::Up)?,
+            ]
+        };
+        for update in updates {
+            shared.settle(update.unit, interrupted)?;
+            {
+                let mut job = shared.jobs[update.unit.index()].lock();
+                job.spans.clear();
+                job.spans.extend_from_slice(&update.spans);
+                job.hypers.clear();
+                job.hypers.extend_from_slice(hypers);
+                job.after = after;
+            }
+            shared.event(|m, out| m.submit(update.unit, out))?;
+        }
+        shared.stats.stepped();
+        shared.trace.counter("updates queued", updates.len() as u64);
+        if wait { shared.settle_all(interrupted) } else { Ok(()) }
+    }
+
+    /// True if the unit's home is not yet that of its last update.
+    ///
+    /// # Errors
+    /// In a forked child, or when closed.
+    pub fn update_pending(&self, unit: UnitId) -> Result<bool> {
+        Ok(self.shared()?.inner.lock().machine.update_pending(unit))
+    }
+
+    /// Waits until the unit's home is current, also for `stream`.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption.
+    pub fn settle(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        let shared = self.shared()?;
+        shared.settle(unit, interrupted)?;
+        let gate = shared.inner.lock().gates[unit.index()].home;
+        shared.wait_gate(stream, gate, Cause::Copy, interrupted)
+    }
+
+    /// Waits until no update is under way.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption.
+    pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.settle_all(interrupted)
+    }
+
+    /// Reads parameters that live on NVMe into their shadow; nothing to do for others.
+    ///
+    /// # Errors
+    /// `FN-E205` when the host budget has no room, `FN-E301` and `FN-E302` from the disk.
+    pub fn fault_in(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.fault_in(unit, interrupted)
+    }
+
+    /// Makes the shadow writable for its first contents.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses memory.
+    pub fn blank_shadow(&self, unit: UnitId) -> Result<()> {
+        self.shared()?.blank_shadow(unit)
+    }
+
+    /// Stores a shadow's contents.
+    ///
+    /// # Errors
+    /// From the disk.
+    pub fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.store_shadow(unit, interrupted)
+    }
+
+    /// Reads a filled shadow anew, in place.
+    ///
+    /// # Errors
+    /// From the disk.
+    pub fn refresh_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.refresh_shadow(unit, interrupted)
+    }
+
+    /// Gives a shadow's memory back.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses.
+    pub fn discard_shadow(&self, unit: UnitId) -> Result<()> {
+        self.shared()?.discard_shadow(unit)
+    }
+
+    /// Copies optimizer state to or from the caller's memory.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or from the disk.
+    ///
+    /// # Safety
+    /// `buffer` must be valid for the bytes of `elems` of that kind.
+    #[expect(unsafe_code, reason = "the caller vouches for a raw address")]
+    pub unsafe fn state_io(
+        &self,
+        place: (UnitId, usize, StateKind),
+        elems: std::ops::Range<u64>,
+        buffer: *mut u8,
+        direction: Direction,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        let (unit, section, kind) = place;
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.shared()?.state_io(unit, section, kind, elems, buffer, direction, interrupted) }
+    }
+
+    /// What the policy allows in a tier; none where it sets no bound.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn limit(&self, tier: Tier) -> Result<Option<u64>> {
+        self.shared()?;
+        Ok(match tier {
+            Tier::Hbm => self.budgets.hbm.map(|b| b.0),
+            Tier::Host => Some(self.budgets.host.0),
+            Tier::Nvme => Some(self.budgets.nvme.0).filter(|&b| b != u64::MAX),
+        })
+    }
+
+    /// Bytes in use by tier: frames, host memory with filled shadows, files.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn used(&self, tier: Tier) -> Result<(u64, u64)> {
+        let shared = self.shared()?;
+        let plan = &shared.placement;
+        Ok(match tier {
+            Tier::Hbm => (plan.ring_bytes(), plan.ring_bytes()),
+            Tier::Host => {
+                let staging = shared.disk.as_ref().map_or(0, Disk::staging_bytes);
+                let (now, peak) = shared.stats.shadows();
+                (shared.homes.bytes() + staging + now, shared.homes.bytes() + staging + peak)
+            }
+            Tier::Nvme => {
+                let bytes = shared.disk.as_ref().map_or(0, |d| d.store.reserved().0);
+                (bytes, bytes)
+            }
+        })
+    }
+
+    /// Ends everything: waits for copies and I/O in flight, stops the threads, gives memory and disk space back.
+    pub fn close(&mut self) {
+        if std::process::id() != self.pid {
+            // A forked child owns neither the threads nor the device.
+            std::mem::forget(self.shared.take());
+            self.threads.drain(..).for_each(std::mem::forget);
+            return;
+        }
+        let Some(shared) = self.shared.take() else { return };
+        shared.inner.lock().closing = true;
+        shared.changed.notify_all();
+        shared.device.drain();
+        drop(shared);
+        for thread in self.threads.drain(..) {
+            if thread.thread().id() != std::thread::current().id() {
+                // A panic was reported by the thread itself.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Disk {
+    fn staging_bytes(&self) -> u64 {
+        let page = self.page_pool.as_ref().map_or(0, |p| p.region().len());
+        (page + self.update_pool.region().len()) as u64
+    }
+}
+
+fn open_disk(
+    config: &Config,
+    plan: &Placement,
+    map: Map,
+    done: Sender<IoCompletion>,
+    notes: &mut Vec<String>,
+) -> Result<Disk> {
+    let (count, bytes) = plan.page_slots;
+    let page_pool = if count > 0 { Some(SlotPool::new(count, ByteCount(bytes), "pages from NVMe")?) } else { None };
+    let (count, bytes) = plan.update_slots;
+    let update_pool = SlotPool::new(count, ByteCount(bytes), "states from NVMe")?;
+    let mut regions = vec![Arc::clone(update_pool.region())];
+    regions.extend(page_pool.as_ref().map(|p| Arc::clone(p.region())));
+    // Two bytes per element is the narrowest kind; every kind's piece is then whole chunks.
+    let chunk_bytes = (plan.update_elems * 2).min(1 << 20);
+    let spec = StoreSpec {
+        paths: config.paths.clone(),
+        chunk_bytes,
+        segments: map.specs.iter().map(|(bytes, label)| SegmentSpec { bytes: *bytes, label: label.clone() }).collect(),
+        checksums: config.checksums,
+        direct: config.direct,
+        engine: EngineOptions {
+            choice: config.engine,
+            queue_depth: config.queue_depth,
+            block: config.block as usize,
+            faults: Arc::clone(&config.faults),
+            ..EngineOptions::default()
+        },
+        budget: Some(config.budgets.nvme),
+    };
+    let sink = move |completion: IoCompletion| {
+        // The driver is gone only when the runtime is being dropped; the lease goes back to its pool.
+        let _ = done.send(completion);
+    };
+    let OpenedStore { store, notes: said } = Store::open(spec, &regions, sink)?;
+    notes.extend(said);
+    Ok(Disk { store, map, page_pool, update_pool })
+}
+
+fn start(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>> {
+    let mut up = Busy::default();
+    let mut down = Busy::default();
+    Ok(vec![
+        threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
+        threads::spawn("funicular-run", shared, channels.run.1, threads::run)?,
+        threads::spawn("funicular-up-end", shared, channels.up.1, move |s, m| threads::land(s, Link::Up, &mut up, m))?,
+        threads::spawn("funicular-dn-end", shared, channels.down.1, move |s, m| {
+            threads::land(s, Link::Down, &mut down, m)
+        })?,
+    ])
+}
+
+/// True where the processor that computes is also the one that updates.
+pub fn shares_processor(kind: DeviceKind) -> bool {
+    kind == DeviceKind::Host
+}

@@ -1,0 +1,149 @@
+# Everything runs from here on a fresh Linux machine with Rust, Python >= 3.10, a C compiler and make.
+#   make demo test lint bench wheel gpu-test soak clean
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   VENV=system         use PYTHON as it is, with the torch, maturin, pytest, ... installed there; nothing is installed
+#   PIP_ARGS=...        more options for pip, such as an index of CPU-only torch wheels
+#   DEMO_ARGS=...       options of examples/demo.py, such as "--steps 20"; also TEST_ARGS, GPU_TEST_ARGS, SOAK_ARGS
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+CARGO ?= cargo
+PIP_ARGS ?=
+DEMO_ARGS ?=
+TEST_ARGS ?=
+GPU_TEST_ARGS ?=
+SOAK_ARGS ?=
+
+STAMPS := target/make
+LOCK := requirements-dev.lock
+
+ifeq ($(VENV),system)
+PY := $(PYTHON)
+ENVIRONMENT := $(STAMPS)/system-python
+BUILT := $(STAMPS)/package-system
+export PYTHONPATH := python$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.installed
+BUILT := $(STAMPS)/package
+endif
+
+# What the extension module is made of; Python files need no build.
+SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find src kernels -type f 2>/dev/null | sort)
+
+say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
+
+.PHONY: help demo test test-rust test-python lint lint-rust lint-python bench wheel gpu-test soak package clean
+
+help:
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+
+## What has to be there -----------------------------------------------------------------------------------------------
+
+.PHONY: need-rust need-python
+need-rust:
+	@command -v $(CARGO) >/dev/null || { echo "error: cargo is not installed. Install Rust from https://rustup.rs, then open a new shell and run make again." >&2; exit 1; }
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo "error: no C compiler; Rust needs one to link. Install one (Debian, Ubuntu: apt install gcc) and run make again." >&2; exit 1; }
+
+need-python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) -V) is too old; Python 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+
+# The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes.
+$(VENV)/.installed: $(LOCK) | need-python
+	$(call say,Python environment in $(VENV) from $(LOCK) (about 5 GB with torch; several minutes the first time))
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt install python3-venv), or use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
+	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo "error: $(VENV) exists and is not a virtual environment. Move it away, or name another folder: make VENV=/path/to/folder" >&2; exit 1; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $(LOCK) \
+	    || { echo "error: installing the packages failed; pip's message is above. Without access to PyPI, use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
+	@touch $@
+
+$(STAMPS)/system-python: | need-python
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "error: VENV=system, but $(PYTHON) cannot import torch. Install torch >= 2.4 there, or leave out VENV=system." >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+# The extension module and the package, installed so that edits of Python files count at once.
+$(STAMPS)/package: $(SOURCES) $(VENV)/.installed | need-rust
+	$(call say,building funicular (release))
+	@VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin develop --release --locked
+	@mkdir -p $(@D) && touch $@
+
+# With the system's Python nothing is installed: the module is built by cargo and put beside the package's Python files.
+$(STAMPS)/package-system: $(SOURCES) $(STAMPS)/system-python | need-rust
+	$(call say,building funicular (release) beside python/funicular)
+	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --release --locked --lib --features python
+	@cp target/release/libfunicular.so python/funicular/_core.abi3.so
+	@touch $@
+
+package: $(BUILT)
+
+## What to run --------------------------------------------------------------------------------------------------------
+
+demo: package
+	@$(PY) examples/demo.py $(DEMO_ARGS)
+
+test: test-rust test-python
+
+test-rust: need-rust
+	$(call say,Rust tests)
+	@$(CARGO) test --locked $(TEST_ARGS)
+
+test-python: package
+	$(call say,Python tests)
+	@$(PY) -m pytest tests/python $(if $(CI),--durations=15)
+
+lint: lint-rust lint-python
+
+lint-rust: need-rust
+	$(call say,Rust lints)
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --locked --all-targets --quiet -- -D warnings
+	@$(CARGO) clippy --locked --all-targets --quiet --features python -- -D warnings
+	@$(CARGO) clippy --locked --all-targets --quiet --no-default-features -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --quiet
+	@$(CARGO) test --locked --quiet --test tidy
+
+lint-python: package
+	$(call say,Python lints)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file pyproject.toml
+
+bench: package
+	$(call say,benchmarks)
+	@$(CARGO) bench --locked
+	@for file in benches/*.py; do [ -e "$$file" ] || continue; echo "--- $$file"; $(PY) "$$file"; done
+
+wheel: $(VENV)/.installed need-rust
+	$(call say,wheel)
+	@rm -rf dist
+	@VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin build --release --locked --out dist
+	@ls -l dist
+
+# A test that finds no GPU fails here instead of being skipped.
+gpu-test: need-python
+	@nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "error: make gpu-test needs a CUDA device; nvidia-smi finds none. On a machine without one, run make test." >&2; exit 1; }
+	@$(MAKE) --no-print-directory package
+	@$(PY) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "error: make gpu-test: torch of $(PY) cannot use the GPU. Install a CUDA build of torch that suits the driver: nvidia-smi shows its version." >&2; exit 1; }
+	$(call say,device conformance on the GPU)
+	@FUNICULAR_REQUIRE_CUDA=1 $(CARGO) test --release --locked --test device_conformance
+	$(call say,Python tests on the GPU)
+	@FUNICULAR_REQUIRE_CUDA=1 FUNICULAR_TEST_DEVICE=cuda $(PY) -m pytest tests/python $(GPU_TEST_ARGS)
+
+soak: package
+	@[ -e tests/python/soak.py ] || { echo "error: tests/python/soak.py does not exist." >&2; exit 1; }
+	$(call say,soak: thousands of steps in which nothing may grow)
+	@$(PY) tests/python/soak.py $(SOAK_ARGS)
+
+# .venv stays: it costs a download. Remove it by hand to start from nothing.
+clean:
+	@rm -rf target dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/funicular/*.so
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

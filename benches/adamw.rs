@@ -1,0 +1,102 @@
+//! AdamW and the norm over spans much larger than the cache, in bytes of DRAM traffic per second.
+//!
+//! `cargo bench --bench adamw` for everything; benches/adamw_vs_torch.py compares with torch's fused AdamW.
+//! Environment: `ADAMW_MI` elements in Mi (64), `ADAMW_THREADS` (all processors), `ADAMW_LINE=1`: instead of criterion,
+//! answer each line `<dtype>` on stdin with the seconds of one parallel step, for interleaved comparisons.
+#![expect(unsafe_code, reason = "cuts raw buffers out of a host region")]
+#![expect(missing_docs, reason = "criterion's macros make undocumented functions")]
+#![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a program, not a library")]
+
+use std::{io::BufRead, sync::Arc, time::Instant};
+
+use criterion::{Criterion, Throughput};
+use funicular::{
+    dtype::{DType, StateKind},
+    memory::HostRegion,
+    optim::{AdamWOptions, Hyper, Isa, Pool, Span, Update, adamw_parallel, adamw_with, norm_blocks, norm_sq_parallel},
+    units::ByteCount,
+};
+
+const KINDS: [StateKind; 5] =
+    [StateKind::Param, StateKind::Grad, StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq];
+const DTYPES: [(&str, DType); 3] = [("bf16", DType::Bf16), ("f16", DType::F16), ("f32", DType::F32)];
+
+fn setting(name: &str, default: usize) -> usize {
+    std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
+}
+
+/// Buffers on huge pages, filled with numbers of ordinary size.
+fn buffers(dtype: DType, len: usize) -> (Arc<HostRegion>, Span) {
+    let size: usize = KINDS.iter().map(|kind| kind.element_size(dtype)).sum();
+    let region = HostRegion::new(ByteCount((size * len) as u64), "the bench").unwrap();
+    let mut offset = 0;
+    let [param, grad, master, exp_avg, exp_avg_sq] = KINDS.map(|kind| {
+        let bytes = kind.element_size(dtype) * len;
+        // SAFETY: inside the region, which nobody else has.
+        let array = unsafe { std::slice::from_raw_parts_mut(region.as_ptr().add(offset), bytes) };
+        // 0x3c00_3c00 and the like: about 0.01 in fp32 and bf16, 1 in fp16.
+        array.iter_mut().enumerate().for_each(|(i, byte)| *byte = [(i >> 2) as u8, 0x3c][i % 2]);
+        offset += bytes;
+        array.as_mut_ptr()
+    });
+    let (exp_avg, exp_avg_sq) = (exp_avg.cast(), exp_avg_sq.cast());
+    (region, Span { param, grad, master, exp_avg, exp_avg_sq, len, dtype, reset_master: false })
+}
+
+/// Bytes read and written per element: the gradient is only read.
+fn traffic(dtype: DType) -> usize {
+    KINDS.iter().map(|kind| kind.element_size(dtype) * 2).sum::<usize>() - dtype.size()
+}
+
+fn hyper() -> Hyper {
+    Hyper::new(&AdamWOptions::default(), 10, 1.0)
+}
+
+fn step(pool: &Pool, span: Span) {
+    // SAFETY: the span's buffers live in a region that this bench owns.
+    unsafe { adamw_parallel(pool, &[Update { span, hyper: hyper() }]) }.unwrap();
+}
+
+fn with_criterion(len: usize, pool: &Pool) {
+    let mut criterion = Criterion::default().configure_from_args().sample_size(10);
+    for (name, dtype) in DTYPES {
+        let (_region, span) = buffers(dtype, len);
+        let mut group = criterion.benchmark_group(format!("adamw/{name}"));
+        group.throughput(Throughput::Bytes((traffic(dtype) * len) as u64));
+        group.bench_function(format!("{} threads", pool.threads()), |b| b.iter(|| step(pool, span)));
+        for isa in Isa::available() {
+            group.bench_function(format!("1 thread, {}", isa.name()), |b| {
+                // SAFETY: as in `step`.
+                b.iter(|| unsafe { adamw_with(isa, &span, &hyper()) }.unwrap());
+            });
+        }
+        group.finish();
+        let mut group = criterion.benchmark_group(format!("norm/{name}"));
+        let mut partials = vec![0.0; norm_blocks(len)];
+        group.throughput(Throughput::Bytes((dtype.size() * len) as u64));
+        group.bench_function(format!("{} threads", pool.threads()), |b| {
+            // SAFETY: as in `step`.
+            b.iter(|| unsafe { norm_sq_parallel(pool, span.grad, len, dtype, &mut partials) }.unwrap());
+        });
+        group.finish();
+    }
+    criterion.final_summary();
+}
+
+fn by_line(len: usize, pool: &Pool) {
+    let all = DTYPES.map(|(name, dtype)| (name, buffers(dtype, len)));
+    println!("isa {} threads {} len {len}", funicular::optim::isa(), pool.threads());
+    for line in std::io::stdin().lock().lines() {
+        let line = line.unwrap();
+        let (_, (_, span)) = all.iter().find(|(name, _)| *name == line.trim()).unwrap();
+        let start = Instant::now();
+        step(pool, *span);
+        println!("{}", start.elapsed().as_secs_f64());
+    }
+}
+
+fn main() {
+    let len = setting("ADAMW_MI", 64) << 20;
+    let pool = Pool::new(std::env::var_os("ADAMW_THREADS").map(|_| setting("ADAMW_THREADS", 1))).unwrap();
+    if std::env::var_os("ADAMW_LINE").is_some() { by_line(len, &pool) } else { with_criterion(len, &pool) }
+}

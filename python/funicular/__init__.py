@@ -1,0 +1,25 @@
+"""Train models larger than the GPU's memory, and larger than host memory, in an ordinary PyTorch loop."""
+
+from __future__ import annotations
+
+from funicular._core import __version__
+from funicular._errors import BudgetError, Error, RuntimeFailure, StorageError, UsageError
+from funicular._offload import offload, unwrap
+from funicular.optim import AdamW
+from funicular.policy import Policy
+from funicular.stats import Stats, stats
+
+__all__ = [
+    "AdamW",
+    "BudgetError",
+    "Error",
+    "Policy",
+    "RuntimeFailure",
+    "Stats",
+    "StorageError",
+    "UsageError",
+    "__version__",
+    "offload",
+    "stats",
+    "unwrap",
+]

@@ -1,0 +1,146 @@
+"""Classes of parameters and gradients outside their windows.
+
+Outside its window a parameter is a view of its home, which background updates change and which may live on NVMe. The
+guard makes every access wait for what is pending first. Inside windows parameters have their plain class.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from funicular._model import ParamRef
+
+__all__ = ["GuardedGrad", "GuardedParameter"]
+
+_T = torch.Tensor
+
+
+def _getters(*names: str) -> list[Any]:
+    return [getattr(_T, n).__get__ for n in names if hasattr(_T, n)]
+
+
+#: What says nothing about the values: runs without waiting.
+HARMLESS: frozenset[Any] = frozenset(
+    [
+        *_getters(
+            "shape", "dtype", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "layout", "names",
+            "_version", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
+            "is_xpu", "is_xla", "is_ipu", "is_vulkan", "is_sparse_csr", "itemsize", "nbytes", "output_nr", "retains_grad",
+            "_backward_hooks", "_post_accumulate_grad_hooks", "name", "_base", "is_maia", "is_mtia", "is_ort", "is_hpu",
+        ),
+        _T.requires_grad.__set__, _T.grad.__set__, _T.grad.__delete__, _T._backward_hooks.__set__,
+        _T._post_accumulate_grad_hooks.__set__,
+        _T.size, _T.stride, _T.numel, _T.nelement, _T.dim, _T.ndimension, _T.element_size, _T.is_floating_point,
+        _T.is_complex, _T.is_contiguous, _T.storage_offset, _T.register_hook, _T.register_post_accumulate_grad_hook,
+        _T.requires_grad_, _T.__hash__, _T.__len__, _T.get_device, _T.is_signed, _T.is_inference, _T.has_names,
+        torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, _T.__dlpack_device__,
+        torch.result_type, torch.can_cast, torch.promote_types,
+    ]
+)  # fmt: skip
+_DATA_GET = _T.data.__get__
+_DATA_SET = _T.data.__set__
+_ALIASES: frozenset[Any] = frozenset(
+    [_DATA_GET, _T.data_ptr, _T.untyped_storage, _T.numpy, _T.__dlpack__, _T.__array__]
+    + [f for f in (getattr(_T, "storage", None), getattr(_T, "_typed_storage", None)) if f is not None]
+)
+
+
+def _guarded(items: Iterable[Any], kind: type, found: list[Any]) -> list[Any]:
+    for item in items:
+        if isinstance(item, kind):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            _guarded(item, kind, found)
+        elif isinstance(item, dict):
+            _guarded(item.values(), kind, found)
+    return found
+
+
+class GuardedParameter(nn.Parameter):
+    """A parameter outside its window."""
+
+    _funicular_ref: ParamRef
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
+        refs = [p._funicular_ref for p in params]
+        for ref in refs:
+            ref.unit.session.access(ref, alias=func in _ALIASES)
+        if func is _DATA_SET and refs and args and args[0] is params[0]:
+            refs[0].unit.session.replace_data(refs[0], args[1])
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            for ref, p in zip(refs, params, strict=True):
+                if p._version != ref.version:
+                    ref.unit.session.edited(ref)
+        if refs:
+            grads = _guarded(args, GuardedGrad, [])
+            for g in grads:
+                g._funicular_ref.unit.session.access_grad(g._funicular_ref)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Return an ordinary, independent parameter on the same device."""
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        copy = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickle as an ordinary parameter holding a copy."""
+        return nn.Parameter(self.detach().clone(), self.requires_grad).__reduce_ex__(proto)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: D105
+        return "Parameter containing:\n" + repr(self.detach())
+
+
+class GuardedGrad(torch.Tensor):
+    """A gradient in its pinned segment."""
+
+    _funicular_ref: ParamRef
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in HARMLESS:
+            for g in _guarded(kwargs.values(), cls, _guarded(args, cls, [])):
+                g._funicular_ref.unit.session.access_grad(g._funicular_ref)
+            for p in _guarded(args, GuardedParameter, []):
+                p._funicular_ref.unit.session.access(p._funicular_ref)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return an ordinary, independent tensor."""
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().clone()
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickle as an ordinary tensor."""
+        return self.detach().clone().__reduce_ex__(proto)

@@ -1,0 +1,179 @@
+"""Module hooks: a unit's window opens before its modules' forward and closes after it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from funicular._model import in_backward
+from funicular._session import BACKWARD, EVAL, FORWARD
+
+if TYPE_CHECKING:
+    from funicular._model import Unit
+    from funicular._session import Session
+
+__all__ = ["ModuleHooks", "RootHooks"]
+
+_local = threading.local()
+
+
+def _inert(*args: Any, **kwargs: Any) -> None:
+    """Stands in for a hook on a copied model."""
+
+
+class _Hook:
+    """A callable bound to a session; a copied or pickled model gets one that does nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_get_inert, ())
+
+
+def _get_inert() -> Any:
+    return _inert
+
+
+def _stack() -> list[Any]:
+    if not hasattr(_local, "stack"):
+        _local.stack = []
+    return _local.stack  # type: ignore[no-any-return]
+
+
+class _Enter(_Hook):
+    def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
+        self.session, self.units = session, units
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
+        entered = []
+        try:
+            for unit in self.units:
+                if unit.depth == 0:
+                    self.session.open(unit, phase)
+                unit.depth += 1
+                entered.append(unit)
+        except BaseException:
+            for unit in entered:
+                unit.depth -= 1
+            raise
+        hooks = self.session.leases.push() if torch.is_grad_enabled() else None
+        _stack().append((self, hooks))
+
+
+class _Leave(_Hook):
+    def __init__(self, session: Session, units: tuple[Unit, ...], enter: _Enter) -> None:
+        self.session, self.units, self.enter = session, units, enter
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        stack = _stack()
+        if not stack or stack[-1][0] is not self.enter:
+            return None  # its window was never opened, or was given up by `recover`
+        hooks = stack.pop()[1]
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+        for unit in self.units:
+            unit.depth -= 1
+        replaced = None
+        if output is not None:
+            replaced = self._detach_from_frames(output)
+            if not in_backward() and torch.is_grad_enabled():
+                self._hint_backward(args, kwargs, output if replaced is None else replaced)
+        if not in_backward():
+            for unit in self.units:
+                if unit.depth == 0:
+                    self.session.close(unit)
+        return replaced
+
+    def _detach_from_frames(self, output: Any) -> Any:
+        """Return the output with views of frames replaced by copies; None if there are none."""
+        leaves = pytree.tree_leaves(output)
+        if not any(isinstance(t, torch.Tensor) and self._escapes(t) for t in leaves):
+            return None
+        return pytree.tree_map(
+            lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output
+        )
+
+    def _escapes(self, t: torch.Tensor) -> bool:
+        if isinstance(t, nn.Parameter):
+            return False
+        owner = self.session.leases.owner(t)
+        return owner is not None and owner.is_open
+
+    def _hint_backward(self, args: Any, kwargs: Any, output: Any) -> None:
+        """Have the window opened when the backward reaches the outputs: a hint, saved tensors are what decides."""
+        inputs = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in pytree.tree_leaves(output):
+            if isinstance(t, torch.Tensor) and t.requires_grad and not t.is_leaf and id(t) not in inputs:
+                t.register_hook(_Hint(self.session, self.units))
+
+
+class _Hint(_Hook):
+    def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
+        self.session, self.units = session, units
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        if not self.session.closed:
+            for unit in self.units:
+                self.session.open_for_backward(unit)
+
+
+class ModuleHooks:
+    """The pair of hooks of one module."""
+
+    @staticmethod
+    def install(session: Session, module: nn.Module, units: tuple[Unit, ...]) -> None:
+        """Register them: ours run before and after the user's."""
+        enter = _Enter(session, units)
+        leave = _Leave(session, units, enter)
+        session.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        session.handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+
+
+class _EnterRoot(_Hook):
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.running = threading.local()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if in_backward():
+            return
+        stack = _stack()
+        if getattr(self.running, "depth", 0) > 0 or stack:
+            # A forward of this model ended without its hooks, as after Ctrl-C. Giving windows up is always safe.
+            mine = [entry for entry in stack if entry[0].session is self.session]
+            if getattr(self.running, "depth", 0) > 0 or len(mine) == len(stack):
+                _unwind(stack)
+                self.session.recover()
+        self.running.depth = 1
+
+
+def _unwind(stack: list[Any]) -> None:
+    while stack:
+        hooks = stack.pop()[1]
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+
+
+class _LeaveRoot(_Hook):
+    def __init__(self, enter: _EnterRoot) -> None:
+        self.enter = enter
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.enter.running.depth = 0
+
+
+class RootHooks:
+    """Hooks of the whole model, which notice a forward that was interrupted."""
+
+    @staticmethod
+    def install(session: Session, model: nn.Module) -> None:
+        """Register them."""
+        enter = _EnterRoot(session)
+        session.handles.append(model.register_forward_pre_hook(enter, prepend=True))
+        session.handles.append(model.register_forward_hook(_LeaveRoot(enter), always_call=True))

@@ -1,0 +1,125 @@
+"""Saved tensors that lie in frames or homes, packed as what they are a view of.
+
+Between a unit's forward and its backward its frames may hold other bytes. A lease remembers unit and geometry instead of
+the tensor; unpacking it opens the unit's window again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from funicular._model import ParamRef, Unit
+    from funicular._session import Session
+
+__all__ = ["Lease", "LeaseHooks"]
+
+
+class Lease(NamedTuple):
+    """A view of a unit's parameters, without the tensor."""
+
+    unit: Unit
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    ref: ParamRef | None
+    version: int
+    conjugate: bool
+    negative: bool
+
+
+class _Delegated(NamedTuple):
+    """Something packed by the hooks that were on the stack before ours."""
+
+    packed: Any
+
+
+class LeaseHooks:
+    """The pair of saved-tensor hooks, chained over hooks that are there already, never replacing them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.found: dict[int, Unit] = {}
+
+    def add(self, unit: Unit) -> None:
+        """Recognise tensors in this unit's memory."""
+        self.found[unit.frame.data_ptr()] = unit
+        self.found[unit.home.data_ptr()] = unit
+
+    def owner(self, tensor: torch.Tensor) -> Unit | None:
+        """Return the unit in whose memory a tensor lies."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        try:
+            return self.found.get(tensor.untyped_storage().data_ptr())
+        except (RuntimeError, NotImplementedError):
+            return None  # no storage: sparse tensors and the like
+
+    def push(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Activate, chained over the top of the stack."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if top is None or getattr(top[0], "__self__", None) is self:
+            hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        else:
+            hooks = torch.autograd.graph.saved_tensors_hooks(*self._chained(*top))
+        hooks.__enter__()
+        return hooks
+
+    def _chained(
+        self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]
+    ) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]:
+        def chained_pack(tensor: torch.Tensor) -> Any:
+            packed = self.pack(tensor)
+            return packed if isinstance(packed, Lease) else _Delegated(pack(tensor))
+
+        def chained_unpack(packed: Any) -> torch.Tensor:
+            return self.unpack(packed) if isinstance(packed, Lease) else unpack(packed.packed)
+
+        return chained_pack, chained_unpack
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Replace a view of a unit's memory by a lease."""
+        unit = self.owner(tensor)
+        if unit is None or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return tensor
+        plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            offset = plain.storage_offset()
+            ref = unit.ref_at(offset * plain.element_size())
+            return Lease(
+                unit,
+                plain.dtype,
+                tuple(plain.size()),
+                tuple(plain.stride()),
+                offset,
+                ref,
+                plain._version,
+                plain.is_conj(),
+                plain.is_neg(),
+            )
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """Open the window of a lease and give the view back."""
+        if not isinstance(packed, Lease):
+            return packed  # type: ignore[no-any-return]
+        if packed.ref is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                now = packed.ref.param._version
+            if now != packed.version:
+                msg = (
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{packed.ref.name} {list(packed.size)} is at version {now}; expected version "
+                    f"{packed.version} instead."
+                )
+                raise RuntimeError(msg)
+        at_frames = self.session.open_for_backward(packed.unit)
+        flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
+        view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
+        if packed.conjugate:
+            view = view.conj()
+        return torch._neg_view(view) if packed.negative else view

@@ -1,0 +1,156 @@
+"""What the wrapper knows of a model: units and their parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from funicular._session import Session
+    from funicular._states import ParamStates
+
+__all__ = ["ParamRef", "Unit", "in_backward", "storage_uses", "stream_of"]
+
+
+def in_backward() -> bool:
+    """Whether the calling thread runs inside autograd's backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def storage_uses(storage: torch.UntypedStorage) -> int:
+    """How many tensors and handles share a storage."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def stream_of(device: torch.device) -> int:
+    """Raw handle of the stream that the calling thread computes on; 0 on the host."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _nothing() -> None:
+    return None
+
+
+class ParamRef:
+    """One parameter: where its bytes are, and what was last seen of it."""
+
+    __slots__ = (
+        "edited",
+        "frame",
+        "grad",
+        "home",
+        "name",
+        "numel",
+        "offset",
+        "param",
+        "section",
+        "snapshot",
+        "start",
+        "states",
+        "trainable",
+        "unit",
+        "version",
+    )
+
+    def __init__(self, param: torch.nn.Parameter, name: str, unit: Unit, place: tuple[int, int, int, int]) -> None:
+        # Strong, so that the counts of who shares a storage stay comparable.
+        self.param = param
+        self.name = name
+        self.unit = unit
+        self.section, self.start, self.numel, self.offset = place
+        self.frame: torch.Tensor
+        self.home: torch.Tensor
+        self.grad: torch.Tensor | None = None
+        self.trainable = False
+        self.version = -1
+        self.edited = False
+        self.snapshot: torch.Tensor | None = None
+        self.states: ParamStates | None = None
+
+    # A copied or pickled parameter is an ordinary one: it takes nothing of the runtime along.
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
+class Unit:
+    """The parameters that are paged together, and the state of their window."""
+
+    __slots__ = (
+        "depth",
+        "engine_id",
+        "escaped",
+        "frame",
+        "frame_flats",
+        "frame_idle",
+        "grad_flat",
+        "held",
+        "home",
+        "home_flats",
+        "home_idle",
+        "is_open",
+        "name",
+        "neighbours",
+        "on_nvme",
+        "params",
+        "session",
+        "shadow_filled",
+    )
+
+    def __init__(self, session: Session, engine_id: int, name: str) -> None:
+        self.session = session
+        self.engine_id = engine_id
+        self.name = name
+        self.params: list[ParamRef] = []
+        self.neighbours: list[Unit] = []
+        self.on_nvme = False
+        self.shadow_filled = False
+        #: forward calls of the unit's modules under way
+        self.depth = 0
+        #: the parameters are at their frames
+        self.is_open = False
+        #: the engine keeps the frames for this unit
+        self.held = False
+        #: a raw alias of the home was handed out
+        self.escaped = False
+        self.frame: torch.UntypedStorage
+        self.home: torch.UntypedStorage
+        self.frame_flats: dict[torch.dtype, torch.Tensor] = {}
+        self.home_flats: dict[torch.dtype, torch.Tensor] = {}
+        self.grad_flat: torch.Tensor | None = None
+        self.frame_idle = 0
+        self.home_idle = 0
+
+    def frame_in_use(self) -> bool:
+        """Whether anything but the runtime's own views looks at the frames."""
+        at_frames = len(self.params) if self.is_open else 0
+        return storage_uses(self.frame) > self.frame_idle + at_frames
+
+    def home_aliased(self) -> bool:
+        """Whether anything but the parameters themselves looks at the home."""
+        away = len(self.params) if self.is_open else 0
+        return storage_uses(self.home) > self.home_idle - away
+
+    def flat(self, dtype: torch.dtype, *, at_frames: bool) -> torch.Tensor:
+        """Return the whole frames, or the whole home, as one dimension of a dtype."""
+        flats = self.frame_flats if at_frames else self.home_flats
+        if dtype not in flats:
+            flats[dtype] = flats[torch.uint8].view(dtype)
+            # One more view of the runtime's own.
+            if at_frames:
+                self.frame_idle += 1
+            else:
+                self.home_idle += 1
+        return flats[dtype]
+
+    def ref_at(self, offset: int) -> ParamRef | None:
+        """Return the parameter that covers a byte offset of the segment."""
+        for ref in self.params:
+            if ref.offset <= offset < ref.offset + ref.frame.numel() * ref.frame.element_size():
+                return ref
+        return None

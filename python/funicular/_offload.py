@@ -1,0 +1,268 @@
+"""``offload`` and ``unwrap``: making a model a paged one, in place, and back."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from funicular import _core
+from funicular._errors import UsageError
+from funicular._guard import GuardedParameter
+from funicular._hooks import ModuleHooks, RootHooks
+from funicular._model import ParamRef, Unit, storage_uses
+from funicular._session import Session
+from funicular._units import Found, find_units
+from funicular.policy import Policy
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+__all__ = ["offload", "session_of", "unwrap"]
+
+_log = logging.getLogger("funicular")
+_ATTRIBUTE = "_funicular_session"
+
+
+def offload(
+    model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Page a model's parameters, gradients and optimizer states, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module with weights, on the CPU or a CUDA device. Parameters keep identity, names, shapes and dtypes; on a CUDA
+        device they report that device. Buffers move to the compute device.
+    policy : path, Policy, mapping or None
+        What may be used and where things live (docs/policy.md); ``None`` decides everything from the machine.
+
+    Returns
+    -------
+    nn.Module
+        The same object.
+
+    Raises
+    ------
+    UsageError, BudgetError, StorageError
+        Before anything is touched: bad policy (``FN-E50x``), budgets (``FN-E20x``), paths (``FN-E60x``), parameters that
+        cannot be paged (``FN-E11x``).
+    """
+    if session_of(model) is not None:
+        raise UsageError("FN-E110", "the model is offloaded already. Call funicular.unwrap(model) to change its policy.")
+    for name, module in model.named_modules():
+        if name and session_of(module) is not None:
+            raise UsageError("FN-E110", f"its part '{name}' is offloaded already. Offload the whole model only.")
+    for name, p in model.named_parameters():
+        if isinstance(p, GuardedParameter) or getattr(p, "_funicular_ref", None) is not None:
+            raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
+    resolved = Policy.load(policy)
+    found = find_units(model, resolved.unit_patterns())
+    engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
+    try:
+        session = _build(engine, found)
+    except BaseException:
+        engine.close()
+        raise
+    for note in engine.notes():
+        _log.warning("%s", note)
+    _move_buffers(model, session)
+    _hook(model, session, found)
+    model.__dict__[_ATTRIBUTE] = session
+    return model
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """Return the session of an offloaded model."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
+    return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
+
+
+def _build(engine: _core.Engine, found: list[Found]) -> Session:
+    where = engine.device()
+    device = torch.device("cpu" if where == "host" else where)
+    session = Session(engine, device)
+    streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
+    session.waits = engine.shares_processor() and not streamed
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for index, f in enumerate(found):
+            session.units.append(_build_unit(session, index, f))
+        for index, unit in enumerate(session.units):
+            unit.neighbours = [session.units[v] for v in engine.neighbours(index)]
+        # Everything that can fail has been done; from here parameters move.
+        for unit in session.units:
+            _move_in(session, unit)
+    return session
+
+
+def _build_unit(session: Session, index: int, found: Found) -> Unit:
+    engine = session.engine
+    unit = Unit(session, index, found.name)
+    unit.on_nvme = engine.homes(index)[0] == "nvme"
+    frame = torch.from_dlpack(_Capsule(engine.frame_buffer(index)))
+    home = torch.from_dlpack(_Capsule(engine.home_buffer(index, True)))
+    unit.frame, unit.home = frame.untyped_storage(), home.untyped_storage()
+    unit.frame_flats[torch.uint8] = frame
+    unit.home_flats[torch.uint8] = home
+    if any(p.requires_grad for _, p in found.params):
+        unit.grad_flat = torch.from_dlpack(_Capsule(engine.grad_buffer(index)))
+    for (name, p), place in zip(found.params, engine.places(index), strict=True):
+        ref = ParamRef(p, name, unit, place)
+        ref.frame = _view(unit.flat(p.dtype, at_frames=True), ref, p)
+        ref.home = _view(unit.flat(p.dtype, at_frames=False), ref, p)
+        ref.trainable = p.requires_grad
+        unit.params.append(ref)
+    return unit
+
+
+class _Capsule:
+    """What ``torch.from_dlpack`` takes, around a capsule."""
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, stream: int | None = None, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+def _view(flat: torch.Tensor, ref: ParamRef, p: torch.Tensor) -> torch.Tensor:
+    return torch.as_strided(flat, p.size(), p.stride(), ref.offset // p.element_size())
+
+
+def _move_in(session: Session, unit: Unit) -> None:
+    """Copy the weights home and make the parameters views of it."""
+    engine = session.engine
+    host = unit.home_flats[torch.uint8]
+    if session.device.type != "cpu":
+        host = torch.from_dlpack(_Capsule(engine.home_buffer(unit.engine_id, False)))
+    if unit.on_nvme:
+        engine.blank_shadow(unit.engine_id)
+    for ref in unit.params:
+        p = ref.param
+        target = torch.as_strided(host.view(p.dtype), p.size(), p.stride(), ref.offset // p.element_size())
+        target.copy_(p.data)
+        grad = p.grad
+        p.grad = None
+        p.data = ref.home
+        p._funicular_ref = ref  # type: ignore[attr-defined]
+        if ref.trainable:
+            ref.grad = session.make_grad(ref)
+            session.handles.append(p.register_post_accumulate_grad_hook(_Arrived(session)))
+            if session.device.type != "cpu":
+                session.handles.append(p.register_hook(_BeforeAccumulate(session, ref)))
+        if grad is not None:
+            p.grad = grad.to(session.device)
+        ref.version = p._version
+        p.__class__ = GuardedParameter
+    del host
+    session.leases.add(unit)
+    unit.frame_idle = storage_uses(unit.frame)
+    unit.home_idle = storage_uses(unit.home)
+    if unit.on_nvme:
+        engine.store_shadow(unit.engine_id)
+        engine.discard_shadow(unit.engine_id)
+
+
+class _Arrived:
+    """Post-accumulate hook of a parameter."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, param: torch.Tensor) -> None:
+        self.session.gradient_arrived(param)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+
+class _BeforeAccumulate:
+    """Gradient hook of a parameter on a device with streams: autograd adds to the segment only after earlier copies."""
+
+    def __init__(self, session: Session, ref: ParamRef) -> None:
+        self.session, self.ref = session, ref
+
+    def __call__(self, grad: torch.Tensor) -> None:
+        self.session.before_accumulate(self.ref)
+
+
+def _move_buffers(model: nn.Module, session: Session) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != session.device:
+                session.moved.append((module, name, buffer.device))
+                module._buffers[name] = buffer.to(session.device)
+
+
+def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
+    unit_of = {id(ref.param): unit for unit in session.units for ref in unit.params}
+    blocks = {id(m) for f in found for m in f.modules}
+    RootHooks.install(session, model)
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in blocks and id(module) not in inside:
+            inside.update(id(m) for m in module.modules())
+            units = _units_of(module, unit_of, recurse=True)
+        elif id(module) not in inside:
+            units = _units_of(module, unit_of, recurse=False)
+        else:
+            continue
+        if units:
+            ModuleHooks.install(session, module, units)
+
+
+def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> tuple[Unit, ...]:
+    units = [unit_of[id(p)] for p in module.parameters(recurse=recurse) if id(p) in unit_of]
+    return tuple(dict.fromkeys(units))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Make an offloaded model a normal, resident one again, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model given to :func:`offload`.
+
+    Returns
+    -------
+    nn.Module
+        The same object; its parameters and gradients are ordinary tensors on the compute device. An ``AdamW`` over it
+        keeps its states, as ordinary tensors too.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E114`` if the model is not offloaded.
+    """
+    session = session_of(model)
+    if session is None:
+        raise UsageError("FN-E114", "the model is not offloaded.")
+    session.engine.settle_all()
+    session.close_all()
+    with torch.no_grad():
+        for unit in session.units:
+            for ref in unit.params:
+                p = ref.param
+                value = p.detach().clone(memory_format=torch.preserve_format)
+                grad = None if p.grad is None else p.grad.detach().clone()
+                session.keep_states(ref)
+                p.__class__ = nn.Parameter
+                p.data = value
+                p.grad = grad
+                del p._funicular_ref  # type: ignore[attr-defined]
+    for handle in session.handles:
+        handle.remove()
+    session.closed = True
+    del model.__dict__[_ATTRIBUTE]
+    session.engine.close()
+    return model

@@ -1,0 +1,363 @@
+"""One offloaded model: opens and closes windows, guards homes, brings gradients down.
+
+Invariants:
+
+- W1: outside its window a parameter is a view of its home; the home is valid and current once ``access`` has returned.
+- W2: frames are given up only when nothing but the runtime's own views looks at them (the storage's use count says so),
+  so whatever autograd or the user still holds stays right.
+- W3: where the frames are held by others, a unit is used from its home: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from funicular import _testing
+from funicular._errors import RuntimeFailure, UsageError
+from funicular._guard import GuardedGrad, GuardedParameter
+from funicular._leases import LeaseHooks
+from funicular._model import ParamRef, Unit, in_backward, storage_uses, stream_of
+
+if TYPE_CHECKING:
+    from funicular._core import Engine
+
+__all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
+
+FORWARD, BACKWARD, EVAL = 0, 1, 2
+
+_log = logging.getLogger("funicular")
+
+
+class Session:
+    """State of one offloaded model on the Python side."""
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self.engine = engine
+        self.device = device
+        self.units: list[Unit] = []
+        self.leases = LeaseHooks(self)
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.moved: list[tuple[nn.Module, str, torch.device]] = []
+        self.pid = os.getpid()
+        self.started = time.monotonic()
+        #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
+        self.waits = False
+        self.strays = 0
+        #: gradients on their way down, kept until their copies are over
+        self._landing: deque[tuple[int, torch.Tensor]] = deque()
+        self._arrived: ParamRef | None = None
+        self._task = -1
+        self.closed = False
+
+    # A copied or pickled model is an ordinary one.
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+    def stream(self) -> int:
+        """Raw handle of the caller's compute stream."""
+        return stream_of(self.device)
+
+    # ------------------------------------------------------------------ windows
+
+    def open(self, unit: Unit, phase: int) -> bool:
+        """Bring a unit's parameters to their frames; False if they must be used from their home."""
+        if unit.is_open:
+            return True
+        self._alive()
+        self._before_use(unit)
+        for other in unit.neighbours:
+            if other.held and other.depth == 0:
+                self.close(other)
+        if not self.engine.open(unit.engine_id, phase, self.stream()):
+            self._use_home(unit)
+            return False
+        unit.held = True
+        unit.is_open = True
+        for ref in unit.params:
+            ref.param.__class__ = nn.Parameter
+            ref.param.data = ref.frame
+        return True
+
+    def _use_home(self, unit: Unit) -> None:
+        stream = self.stream()
+        self.engine.settle(unit.engine_id, stream)
+        self._fault_in(unit)
+
+    def close(self, unit: Unit) -> None:
+        """Bring the parameters home and give the frames up, as far as nobody looks at them."""
+        if unit.is_open:
+            if unit.frame_in_use():
+                # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
+                if in_backward():
+                    return
+            self._go_home(unit)
+        if unit.held and not unit.frame_in_use():
+            unit.held = False
+            self.engine.release(unit.engine_id, self.stream())
+
+    def _go_home(self, unit: Unit) -> None:
+        unit.is_open = False
+        edited = False
+        for ref in unit.params:
+            p = ref.param
+            if p._version != ref.version:
+                ref.version = p._version
+                ref.edited = edited = True
+            p.data = ref.home
+            p.__class__ = GuardedParameter
+        if edited:
+            self.engine.write_back(unit.engine_id, self.stream())
+
+    def close_all(self) -> None:
+        """Close what is not in use: at the end of a backward, and before a step."""
+        for unit in self.units:
+            if unit.held and unit.depth == 0:
+                self.close(unit)
+
+    def open_for_backward(self, unit: Unit) -> bool:
+        """Open a unit whose saved tensors are needed now; False: use the home's bytes."""
+        if _testing.broken("skip_backward_reload"):
+            return True
+        return self.open(unit, BACKWARD)
+
+    def recover(self) -> None:
+        """Forget windows that an interrupted forward left open."""
+        for unit in self.units:
+            unit.depth = 0
+        self.close_all()
+
+    # ------------------------------------------------------------------ homes
+
+    def access(self, ref: ParamRef, *, alias: bool = False) -> None:
+        """Make a parameter's home valid and current for the caller, outside a window."""
+        self._alive()
+        unit = ref.unit
+        if in_backward() and not alias and unit.depth == 0 and self.open(unit, BACKWARD):
+            return
+        self.strays += 1
+        self.engine.settle(unit.engine_id, self.stream())
+        self._fault_in(unit)
+        if alias:
+            # Edits through a raw alias leave no trace: compare with what it was, for as long as it may live.
+            unit.escaped = True
+            if ref.snapshot is None and ref.trainable:
+                ref.snapshot = ref.home.detach().clone()
+
+    def access_grad(self, ref: ParamRef) -> None:
+        """Make a gradient in its segment valid for the caller."""
+        self._alive()
+        self.engine.settle(ref.unit.engine_id, self.stream())
+        self.engine.wait_gradients(self.stream())
+
+    def edited(self, ref: ParamRef) -> None:
+        """Note that a parameter was edited in its home."""
+        with torch._C.DisableTorchFunctionSubclass():
+            ref.version = ref.param._version
+        ref.edited = True
+        if ref.unit.on_nvme:
+            self.engine.store_shadow(ref.unit.engine_id)
+        self.engine.invalidate(ref.unit.engine_id, self.stream())
+
+    def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
+        """Carry out ``p.data = t`` by copying into the home."""
+        if data.shape != ref.home.shape or data.dtype != ref.home.dtype or data.device != ref.home.device:
+            raise UsageError(
+                "FN-E115",
+                f"'{ref.name}' is offloaded as {tuple(ref.home.shape)} {ref.home.dtype} on {ref.home.device}; it cannot become "
+                f"{tuple(data.shape)} {data.dtype} on {data.device}. Call funicular.unwrap(model) first, then change it.",
+            )
+        if data.data_ptr() != ref.home.data_ptr():
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                ref.home.copy_(data)
+            self.edited(ref)
+
+    def _fault_in(self, unit: Unit) -> None:
+        if unit.on_nvme and not unit.shadow_filled:
+            self._discard_shadows(but=unit)
+            self.engine.fault_in(unit.engine_id)
+            unit.shadow_filled = True
+
+    def _discard_shadows(self, but: Unit | None = None) -> None:
+        for unit in self.units:
+            if unit.shadow_filled and unit is not but and not unit.home_aliased():
+                self.engine.discard_shadow(unit.engine_id)
+                unit.shadow_filled = False
+
+    def _before_use(self, unit: Unit) -> None:
+        """Take note of edits that went past the guard, before the frames are filled."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for ref in unit.params:
+                if ref.param._version != ref.version:
+                    self.edited(ref)
+        if unit.escaped:
+            self._compare_aliased(unit)
+            if unit.on_nvme:
+                self.engine.store_shadow(unit.engine_id)
+            self.engine.invalidate(unit.engine_id, self.stream())
+        if unit.shadow_filled and not unit.home_aliased():
+            self.engine.discard_shadow(unit.engine_id)
+            unit.shadow_filled = False
+
+    def _compare_aliased(self, unit: Unit) -> None:
+        aliased = unit.home_aliased()
+        for ref in unit.params:
+            if ref.snapshot is None:
+                continue
+            if not torch.equal(_bits(ref.snapshot), _bits(ref.home)):
+                ref.edited = True
+            ref.snapshot = ref.home.detach().clone() if aliased else None
+        unit.escaped = aliased
+
+    # ------------------------------------------------------------------ gradients
+
+    def gradient_arrived(self, param: torch.Tensor) -> None:
+        """Called after autograd accumulated into ``param.grad``."""
+        ref: ParamRef = param._funicular_ref  # type: ignore[attr-defined]
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.backward_ended)
+        # One behind, so that the user's own hooks on the parameter have run.
+        self._bring_down()
+        self._arrived = ref
+
+    def _bring_down(self) -> None:
+        ref, self._arrived = self._arrived, None
+        if ref is None or ref.grad is None:
+            return
+        p = ref.param
+        with torch._C.DisableTorchFunctionSubclass():
+            grad = p.grad
+            if grad is None or grad is ref.grad or grad.requires_grad or grad.layout != torch.strided:
+                return
+            if grad.dtype != ref.home.dtype or grad.device != ref.home.device or type(grad) is not torch.Tensor:
+                return
+            if _testing.broken("drop_gradient"):
+                p.grad = self._home_grad(ref)
+                return
+            if grad.stride() != ref.home.stride():
+                grad = torch.empty_like(ref.frame).copy_(grad)
+            home = self._home_grad(ref)
+            size = grad.element_size()
+            seq = self.engine.gradient(
+                ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream()
+            )
+            self._landing.append((seq, grad))
+            p.grad = home
+        self._reap()
+
+    def _home_grad(self, ref: ParamRef) -> torch.Tensor:
+        """Return the tensor over the gradient's segment; what the user still holds of the last one keeps its values."""
+        assert ref.grad is not None
+        # The attribute, the argument of getrefcount, and nobody else.
+        if sys.getrefcount(ref.grad) > 2:
+            held = ref.grad
+            self.access_grad(ref)
+            with torch._C.DisableTorchFunctionSubclass():
+                fresh = self.make_grad(ref)
+                held.data = held.detach().clone()
+            ref.grad = fresh
+        return ref.grad
+
+    def make_grad(self, ref: ParamRef) -> torch.Tensor:
+        """Build the tensor over the gradient's segment."""
+        flat = ref.unit.grad_flat
+        assert flat is not None
+        typed = flat[ref.offset : ref.offset + ref.numel * ref.home.element_size()].view(ref.home.dtype)
+        view = torch.as_strided(typed, ref.home.size(), ref.home.stride(), typed.storage_offset())
+        grad = view.as_subclass(GuardedGrad)
+        grad._funicular_ref = ref
+        return grad
+
+    def _reap(self) -> None:
+        while self._landing and self.engine.landed(self._landing[0][0]):
+            self._landing.popleft()
+
+    def backward_ended(self) -> None:
+        """Run at the end of a backward: all gradients are in their segments for whoever looks."""
+        self._bring_down()
+        if not _testing.broken("wrong_gate"):
+            self.engine.wait_gradients(self.stream())
+        self._reap()
+        self._task = -1
+        self.close_all()
+
+    # ------------------------------------------------------------------ steps
+
+    def before_step(self, units: list[Unit]) -> list[Unit]:
+        """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
+        self._alive()
+        self._bring_down()
+        self.close_all()
+        watched = []
+        for unit in units:
+            self.engine.settle(unit.engine_id, self.stream())
+            self._before_use(unit)
+            if unit.shadow_filled or storage_uses(unit.home) > unit.home_idle:
+                watched.append(unit)
+        return watched
+
+    def after_step(self, refs: list[ParamRef], watched: list[Unit]) -> None:
+        """Bump versions, and let aliases of homes see the new values."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for ref in refs:
+                torch.autograd.graph.increment_version(ref.param)
+                ref.version = ref.param._version
+                ref.edited = False
+        for unit in watched:
+            self.engine.settle(unit.engine_id, self.stream())
+            for ref in unit.params:
+                if ref.snapshot is not None:
+                    ref.snapshot = ref.home.detach().clone()
+            if unit.on_nvme and unit.shadow_filled:
+                # Somebody looks at the old bytes: bring the new ones under the same addresses.
+                self.engine.refresh_shadow(unit.engine_id)
+
+    def bring_home(self, ref: ParamRef) -> None:
+        """Make sure that the gradient to be used is the one in the segment."""
+        grad, home = ref.param.grad, ref.grad
+        if grad is home or grad is None or home is None:
+            return
+        self.access_grad(ref)
+        with torch._C.DisableTorchFunctionSubclass():
+            home.copy_(grad.detach())
+
+    def before_accumulate(self, ref: ParamRef) -> None:
+        """On a device with streams: autograd is about to add to a gradient whose copy may still be under way."""
+        if ref.param.grad is ref.grad:
+            self.engine.wait_gradients(self.stream())
+
+    def keep_states(self, ref: ParamRef) -> None:
+        """Take the optimizer's states out of the runtime."""
+        if ref.states is not None:
+            ref.states.detach()
+
+    # ------------------------------------------------------------------ life
+
+    def _alive(self) -> None:
+        if self.closed:
+            raise RuntimeFailure("FN-E104", "the model is no longer offloaded.")
+        if os.getpid() != self.pid:
+            raise RuntimeFailure(
+                "FN-E103",
+                "the model was offloaded by the parent of this process. Use it there; in a child, load a copy.",
+            )
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bits, so that NaNs compare equal to themselves."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t.view(kinds[t.element_size()]) if t.element_size() in kinds else t

@@ -1,0 +1,238 @@
+"""AdamW over offloaded (and ordinary) parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from funicular._errors import UsageError
+from funicular._states import MOMENTS, ParamStates
+from funicular.reference import adamw_step
+
+if TYPE_CHECKING:
+    from funicular._model import ParamRef, Unit
+    from funicular._session import Session
+
+__all__ = ["AdamW"]
+
+#: parameters start at multiples of this many elements in their section
+_ALIGN = 128
+
+_Hyper = tuple[float, float, float, float, float, int, bool, float]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101), with torch's defaults and state format.
+
+    Parameters of offloaded models are updated where their states live, by one fused pass with fp32 masters; ``step``
+    returns before the updates have ended, and whatever reads a parameter waits for its own. Ordinary parameters are stepped
+    by :func:`funicular.reference.adamw_step`: the same bits. docs/arithmetic.md states the arithmetic.
+
+    Parameters
+    ----------
+    params : iterable of parameters or of parameter groups
+        As for ``torch.optim.AdamW``; may be given before or after ``funicular.offload``.
+    lr, betas, eps, weight_decay, maximize
+        As for ``torch.optim.AdamW``; may be changed between steps in ``param_groups``.
+    foreach, fused
+        Accepted and ignored.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E117`` for ``amsgrad``, ``capturable`` and ``differentiable``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        unsupported = {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable}
+        for name, asked in unsupported.items():
+            if asked:
+                raise UsageError("FN-E117", f"AdamW does not support {name}=True. Leave it False.")
+        checks = {
+            "lr": float(lr) >= 0,
+            "eps": eps >= 0,
+            "betas": all(0 <= b < 1 for b in betas),
+            "weight_decay": weight_decay >= 0,
+        }
+        for name, right in checks.items():
+            if not right:
+                raise UsageError("FN-E117", f"AdamW: {name} is out of range.")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": False,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": False,
+            "differentiable": False,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients in ``p.grad``; parameters without one are left alone.
+
+        Raises
+        ------
+        UsageError
+            ``FN-E116`` for sparse gradients, before anything is changed.
+        """
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            chosen = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            for p, _ in chosen:
+                if p.grad.layout != torch.strided:
+                    raise UsageError(
+                        "FN-E116",
+                        "a gradient is sparse. Use dense gradients: sparse=False in the embedding.",
+                    )
+            runs: dict[int, _SessionStep] = {}
+            for p, group in chosen:
+                states = self._states(p)
+                ref: ParamRef | None = getattr(p, "_funicular_ref", None)
+                if ref is None or not ref.trainable:
+                    self._step_plain(p, group, states)
+                    continue
+                states.attach(ref)
+                run = runs.setdefault(id(ref.unit.session), _SessionStep(ref.unit.session))
+                run.add(ref, group, states)
+            for run in runs.values():
+                run.go()
+        return loss
+
+    def _states(self, p: torch.nn.Parameter) -> ParamStates:
+        states = self.state[p]
+        if not isinstance(states, ParamStates):
+            states = ParamStates(p)
+            self.state[p] = states
+        return states
+
+    def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
+        states.count += 1
+        half = p.dtype in (torch.bfloat16, torch.float16)
+        master = states.tensor("master") if half else None
+        edited = states.plain_version not in (-1, p._version)
+        adamw_step(
+            p,
+            p.grad,
+            states.tensor("exp_avg"),
+            states.tensor("exp_avg_sq"),
+            master,
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=states.count,
+            maximize=group["maximize"],
+            reset_master=edited,
+        )
+        states.plain_version = p._version
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, in the format of ``torch.optim.AdamW``; states are copies on the host."""
+        packed = super().state_dict()
+        packed["state"] = {
+            key: {k: v.detach().clone() for k, v in states.items()}
+            for key, states in packed["state"].items()
+            if len(states) > 0
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` or ``torch.optim.AdamW.state_dict`` gave."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        self.state.clear()
+        for p, key in zip(params, ids, strict=True):
+            given = state_dict["state"].get(key)
+            if not given:
+                continue
+            states = self._states(p)
+            ref = getattr(p, "_funicular_ref", None)
+            if ref is not None and ref.trainable:
+                states.attach(ref)
+            for name in MOMENTS:
+                states[name] = given[name]
+            states["step"] = given["step"]
+
+
+class _SessionStep:
+    """One session's part of a step."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.hypers: dict[_Hyper, int] = {}
+        self.units: dict[Unit, list[tuple[ParamRef, ParamStates, int]]] = {}
+
+    def add(self, ref: ParamRef, group: dict[str, Any], states: ParamStates) -> None:
+        beta1, beta2 = group["betas"]
+        key = (
+            float(group["lr"]),
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            states.count + 1,
+            bool(group["maximize"]),
+            1.0,
+        )
+        index = self.hypers.setdefault(key, len(self.hypers))
+        self.units.setdefault(ref.unit, []).append((ref, states, index))
+
+    def go(self) -> None:
+        session = self.session
+        units = sorted(self.units, key=lambda u: u.engine_id)
+        watched = session.before_step(units)
+        updates = []
+        refs = []
+        for unit in units:
+            members = sorted(self.units[unit], key=lambda m: (m[0].section, m[0].start))
+            for ref, states, _ in members:
+                states.flush()
+                session.bring_home(ref)
+                refs.append(ref)
+            updates.append((unit.engine_id, _spans(members)))
+        session.engine.update(updates, list(self.hypers), session.stream(), session.waits)
+        for members in self.units.values():
+            for _, states, _ in members:
+                states.count += 1
+        session.after_step(refs, watched)
+
+
+def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[tuple[int, int, int, int, bool]]:
+    """Merge neighbours with the same hyperparameters: padding between them is zero and stays zero."""
+    spans: list[tuple[int, int, int, int, bool]] = []
+    for ref, states, hyper in members:
+        # The fp16 master is the weight itself, and starts from it.
+        reset = ref.edited or states.count == 0
+        if spans:
+            section, start, length, before, was_reset = spans[-1]
+            end = start + -(-length // _ALIGN) * _ALIGN
+            if (section, end, before, was_reset) == (ref.section, ref.start, hyper, reset):
+                spans[-1] = (section, start, ref.start + ref.numel - start, hyper, reset)
+                continue
+        spans.append((ref.section, ref.start, ref.numel, hyper, reset))
+    return spans

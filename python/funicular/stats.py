@@ -1,0 +1,126 @@
+"""Facts about a run: what moved, what was waited for, what is in use."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from funicular._errors import UsageError
+from funicular._offload import session_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Budget", "Link", "Prefetch", "Stats", "stats"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What went over one link, or through the CPU's update, since the model was offloaded."""
+
+    bytes: int
+    #: time during which something was under way
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """Rate while busy, in 1e9 bytes per second."""
+        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One tier: bytes allowed, in use, and at most in use so far."""
+
+    limit: int | None
+    used: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """How window openings went."""
+
+    hits: int
+    late: int
+    demand: int
+    wasted: int
+    conflicts: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot; numbers count from the moment the model was offloaded."""
+
+    device: str
+    engine: str | None
+    threads: int
+    steps: int
+    links: dict[str, Link]
+    #: seconds the training thread waited, by cause
+    stalls: dict[str, float]
+    prefetch: Prefetch
+    #: units used from their home because their frames were held
+    home_uses: int
+    #: reads of parameters outside their windows
+    stray_reads: int
+    budgets: dict[str, Budget]
+    #: seconds since the model was offloaded
+    seconds: float
+
+    @property
+    def stall_seconds(self) -> float:
+        """All stalls together."""
+        return sum(self.stalls.values())
+
+    @property
+    def binding(self) -> str:
+        """Name what the training thread waited for most, or ``compute``."""
+        if self.stall_seconds < 0.02 * self.seconds:
+            return "compute"
+        return max(self.stalls, key=lambda cause: self.stalls[cause])
+
+    def __str__(self) -> str:
+        lines = [f"funicular on {self.device}, {self.steps} steps, I/O engine {self.engine or 'none'}"]
+        lines += [
+            f"  {name:16} {link.bytes / 1e9:10.3f} GB {link.gb_per_s:8.2f} GB/s busy {link.seconds:8.2f} s"
+            for name, link in self.links.items()
+            if link.bytes
+        ]
+        waited = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in self.stalls.items() if seconds >= 0.005)
+        lines.append(f"  stalls           {waited or 'none'}; bound by {self.binding}")
+        p = self.prefetch
+        lines.append(f"  windows          {p.hits} hits, {p.late} late, {p.demand} demand, {p.conflicts} from home")
+        for tier, b in self.budgets.items():
+            limit = "unlimited" if b.limit is None else f"{b.limit / 2**20:.1f} MiB"
+            lines.append(f"  {tier:16} {b.used / 2**20:.1f} MiB used, {b.peak / 2**20:.1f} MiB peak of {limit}")
+        return "\n".join(lines)
+
+
+def stats(model: nn.Module) -> Stats:
+    """Return what has happened so far to an offloaded model.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E114`` if the model is not offloaded.
+    """
+    session = session_of(model)
+    if session is None:
+        raise UsageError("FN-E114", "the model is not offloaded.")
+    raw = session.engine.stats()
+    hits, late, demand, wasted, conflicts = raw["prefetch"]
+    return Stats(
+        device=session.engine.device(),
+        engine=raw["engine"],
+        threads=raw["threads"],
+        steps=raw["steps"],
+        links={name: Link(moved, busy / 1e9) for name, (moved, busy) in raw["links"].items()},
+        stalls={name: nanos / 1e9 for name, nanos in raw["stalls"].items()},
+        prefetch=Prefetch(hits, late, demand, wasted, conflicts),
+        home_uses=raw["home_uses"],
+        stray_reads=session.strays,
+        budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},
+        seconds=time.monotonic() - session.started,
+    )

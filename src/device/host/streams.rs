@@ -1,0 +1,336 @@
+//! The copy streams of the host device: one worker thread each, fed by a bounded queue.
+//!
+//! S1: the operations of a stream run in the order in which they were enqueued.
+//! S2: a worker waits only for gates recorded before the wait was enqueued, so a full queue always moves again.
+//! S3: a panic in a worker fails both streams for good: queues are emptied, every waiter wakes, every later call says so.
+#![expect(unsafe_code, reason = "copies between addresses that the caller vouched for")]
+
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::{
+    device::{Gate, Role, unrecorded},
+    error::{Code, Error, Result},
+};
+
+/// Operations one stream holds before the caller has to wait for room.
+const CAPACITY: usize = 4096;
+/// Bytes copied between two looks at a cap.
+const SLICE: usize = 16 << 20;
+/// The same for a stream with a cap, so that it flows evenly.
+const CAPPED_SLICE: usize = 256 << 10;
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Op {
+    /// Copies `len` bytes.
+    Copy { dst: u64, src: u64, len: usize },
+    /// Sets `len` bytes.
+    Fill { dst: u64, byte: u8, len: usize },
+    /// Opens the gate of this number.
+    Record(u64),
+    /// Holds the stream until the gate is open.
+    Wait(Gate),
+    /// Fails as a bug would.
+    #[cfg(test)]
+    Panic,
+}
+
+struct Queue {
+    ops: VecDeque<Op>,
+    /// An operation has been taken and is not finished.
+    running: bool,
+    closing: bool,
+}
+
+/// One stream: what is enqueued, and how far it is.
+struct Lane {
+    name: &'static str,
+    bytes_per_second: Option<f64>,
+    queue: Mutex<Queue>,
+    /// Something to do, or the end.
+    work: Condvar,
+    /// An operation finished.
+    room: Condvar,
+    /// Number of the last gate enqueued; written under `queue`.
+    recorded: AtomicU64,
+    /// Number of the last gate that opened.
+    done: AtomicU64,
+}
+
+impl Lane {
+    fn new(name: &'static str, bytes_per_second: Option<f64>) -> Self {
+        let queue = Queue { ops: VecDeque::with_capacity(CAPACITY), running: false, closing: false };
+        Self {
+            name,
+            bytes_per_second,
+            queue: Mutex::new(queue),
+            work: Condvar::new(),
+            room: Condvar::new(),
+            recorded: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Both copy streams and the threads' meeting point.
+pub(super) struct Streams {
+    up: Lane,
+    down: Lane,
+    failure: OnceLock<Error>,
+    /// Taken for a moment by whoever opens a gate, so that no waiter misses it.
+    progress: Mutex<()>,
+    opened: Condvar,
+}
+
+impl Streams {
+    pub(super) fn new(up_cap: Option<f64>, down_cap: Option<f64>) -> Arc<Self> {
+        Arc::new(Self {
+            up: Lane::new("funicular-up", up_cap),
+            down: Lane::new("funicular-down", down_cap),
+            failure: OnceLock::new(),
+            progress: Mutex::new(()),
+            opened: Condvar::new(),
+        })
+    }
+
+    /// Starts the worker of `role`; it ends when the streams are closed and empty, or failed.
+    pub(super) fn start(self: &Arc<Self>, role: Role) -> Result<Option<thread::JoinHandle<()>>> {
+        let Some(lane) = self.lane(role) else { return Ok(None) };
+        let name = lane.name;
+        let streams = Arc::clone(self);
+        let worker = move || {
+            if catch_unwind(AssertUnwindSafe(|| streams.work(role))).is_err() {
+                streams.fail(name);
+            }
+        };
+        thread::Builder::new().name(name.to_owned()).spawn(worker).map(Some).map_err(|e| {
+            Error::new(Code::HostAlloc, format!("the system refused a thread for {name}: {e}."))
+                .errno(e.raw_os_error().unwrap_or(0))
+                .action("Raise the limit on processes of this user or container.")
+        })
+    }
+
+    fn lane(&self, role: Role) -> Option<&Lane> {
+        match role {
+            Role::Up => Some(&self.up),
+            Role::Down => Some(&self.down),
+            Role::Compute => None,
+        }
+    }
+
+    /// The failure of a worker, if there was one.
+    pub(super) fn check(&self) -> Result<()> {
+        self.failure.get().map_or(Ok(()), |e| Err(e.clone()))
+    }
+
+    /// Enqueues. Waits only when the queue is full, which S2 ends.
+    pub(super) fn push(&self, role: Role, op: Op) -> Result<()> {
+        self.lane(role).map_or(Ok(()), |lane| self.push_with(lane, |_| op))
+    }
+
+    /// Enqueues the next gate of a stream. Compute is the calling thread: what it did before is done.
+    pub(super) fn record(&self, role: Role) -> Result<Gate> {
+        let Some(lane) = self.lane(role) else {
+            return self.check().map(|()| Gate::OPEN);
+        };
+        let mut seq = 0;
+        self.push_with(lane, |lane| {
+            seq = lane.recorded.load(Ordering::Relaxed) + 1;
+            lane.recorded.store(seq, Ordering::Release);
+            Op::Record(seq)
+        })?;
+        Ok(Gate { role, seq })
+    }
+
+    /// Makes `op` under the lock of the queue, so that numbers and places agree.
+    fn push_with(&self, lane: &Lane, op: impl FnOnce(&Lane) -> Op) -> Result<()> {
+        let mut queue = lane.queue.lock();
+        loop {
+            self.check()?;
+            if queue.closing {
+                return Err(Error::new(Code::Closed, format!("{} was used after its device was closed.", lane.name)));
+            }
+            if queue.ops.len() < CAPACITY {
+                break;
+            }
+            lane.room.wait(&mut queue);
+        }
+        queue.ops.push_back(op(lane));
+        drop(queue);
+        lane.work.notify_one();
+        Ok(())
+    }
+
+    /// True if the gate has passed.
+    pub(super) fn passed(&self, gate: Gate) -> Result<bool> {
+        self.check()?;
+        let Some(lane) = self.lane(gate.role) else { return Ok(true) };
+        if lane.done.load(Ordering::Acquire) >= gate.seq {
+            return Ok(true);
+        }
+        let recorded = lane.recorded.load(Ordering::Acquire);
+        if gate.seq > recorded { Err(unrecorded(gate, recorded)) } else { Ok(false) }
+    }
+
+    /// Blocks until the gate has passed; false when `deadline` came first.
+    pub(super) fn block(&self, gate: Gate, deadline: Option<Instant>) -> Result<bool> {
+        if self.passed(gate)? {
+            return Ok(true);
+        }
+        let mut progress = self.progress.lock();
+        loop {
+            if self.passed(gate)? {
+                return Ok(true);
+            }
+            match deadline {
+                None => self.opened.wait(&mut progress),
+                Some(at) if Instant::now() >= at => return Ok(false),
+                Some(at) => drop(self.opened.wait_until(&mut progress, at)),
+            }
+        }
+    }
+
+    /// Waits until both streams are empty and at rest.
+    pub(super) fn drain(&self) {
+        for lane in [&self.up, &self.down] {
+            let mut queue = lane.queue.lock();
+            while queue.running || !queue.ops.is_empty() {
+                lane.room.wait(&mut queue);
+            }
+        }
+    }
+
+    /// Lets the workers end once their queues are empty.
+    pub(super) fn close(&self) {
+        for lane in [&self.up, &self.down] {
+            lane.queue.lock().closing = true;
+            lane.work.notify_all();
+            lane.room.notify_all();
+        }
+    }
+
+    /// S3. The worker that calls this is at its end.
+    fn fail(&self, name: &str) {
+        let error = Error::new(Code::Panicked, format!("the thread {name} panicked; its message is above."))
+            .action("Please report it with that message; training has to be restarted from its last checkpoint.");
+        // The first failure is the one to tell.
+        let _ = self.failure.set(error);
+        for lane in [&self.up, &self.down] {
+            let mut queue = lane.queue.lock();
+            queue.ops.clear();
+            queue.running &= lane.name != name;
+            drop(queue);
+            lane.work.notify_all();
+            lane.room.notify_all();
+        }
+        drop(self.progress.lock());
+        self.opened.notify_all();
+    }
+
+    fn work(&self, role: Role) {
+        let Some(lane) = self.lane(role) else { return };
+        let mut pace = Pace { bytes_per_second: lane.bytes_per_second, due: Instant::now() };
+        while let Some(op) = self.next(lane) {
+            match op {
+                // SAFETY: whoever enqueued it vouched for both ranges until a later gate has passed.
+                Op::Copy { dst, src, len } => unsafe { copy(dst, src, len, &mut pace) },
+                // SAFETY: as above.
+                Op::Fill { dst, byte, len } => unsafe { fill(dst, byte, len) },
+                Op::Record(seq) => {
+                    lane.done.store(seq, Ordering::Release);
+                    drop(self.progress.lock());
+                    self.opened.notify_all();
+                }
+                // An error here is the failure of the other worker: `next` ends this one.
+                Op::Wait(gate) => drop(self.block(gate, None)),
+                #[cfg(test)]
+                Op::Panic => panic!("asked to"),
+            }
+        }
+    }
+
+    /// Ends the operation taken last and takes the next one; none at the end.
+    fn next(&self, lane: &Lane) -> Option<Op> {
+        let mut queue = lane.queue.lock();
+        queue.running = false;
+        lane.room.notify_all();
+        loop {
+            if self.failure.get().is_some() {
+                return None;
+            }
+            if let Some(op) = queue.ops.pop_front() {
+                queue.running = true;
+                return Some(op);
+            }
+            if queue.closing {
+                return None;
+            }
+            lane.work.wait(&mut queue);
+        }
+    }
+}
+
+/// Slows a stream down to its cap.
+struct Pace {
+    bytes_per_second: Option<f64>,
+    due: Instant,
+}
+
+impl Pace {
+    fn slice(&self) -> usize {
+        if self.bytes_per_second.is_some() { CAPPED_SLICE } else { SLICE }
+    }
+
+    fn spend(&mut self, bytes: usize) {
+        let Some(rate) = self.bytes_per_second else { return };
+        #[expect(clippy::cast_precision_loss, reason = "a slice is far below 2^53")]
+        let seconds = bytes as f64 / rate;
+        self.due = self.due.max(Instant::now()) + Duration::from_secs_f64(seconds);
+        thread::sleep(self.due.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// Copies slice by slice at the given pace.
+///
+/// # Safety
+/// Both ranges are valid, do not overlap, and nobody else touches them in conflict.
+unsafe fn copy(dst: u64, src: u64, len: usize, pace: &mut Pace) {
+    let dst = std::ptr::with_exposed_provenance_mut::<u8>(dst as usize);
+    let src = std::ptr::with_exposed_provenance::<u8>(src as usize);
+    for at in (0..len).step_by(pace.slice()) {
+        let bytes = pace.slice().min(len - at);
+        // SAFETY: `at + bytes` <= `len`, and the caller vouches for both ranges.
+        unsafe { std::ptr::copy_nonoverlapping(src.add(at), dst.add(at), bytes) };
+        pace.spend(bytes);
+    }
+}
+
+/// Copies now, on the calling thread.
+///
+/// # Safety
+/// As for [`copy`].
+pub(super) unsafe fn copy_here(dst: u64, src: u64, len: usize) {
+    let mut pace = Pace { bytes_per_second: None, due: Instant::now() };
+    // SAFETY: the caller's promise is the same.
+    unsafe { copy(dst, src, len, &mut pace) };
+}
+
+/// Sets every byte of a range, on the calling thread.
+///
+/// # Safety
+/// The range is valid and nobody else touches it.
+pub(super) unsafe fn fill(dst: u64, byte: u8, len: usize) {
+    // SAFETY: the caller vouches for the range.
+    unsafe { std::ptr::with_exposed_provenance_mut::<u8>(dst as usize).write_bytes(byte, len) };
+}

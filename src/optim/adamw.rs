@@ -1,0 +1,259 @@
+//! The AdamW update of spans of host memory.
+//!
+//! A span is updated in place, one element at a time in the order that docs/arithmetic.md writes down:
+//! ```text
+//! g = f32(grad) * grad_factor
+//! w = w * decay
+//! m = (lerp_from_grad ? g : m) + (g - m) * lerp_coeff
+//! v = v * beta2 + (g * one_minus_beta2) * g
+//! w = w - (m * step_size) / (sqrt(v) / bias_correction2_sqrt + eps)
+//! ```
+//! Every operation rounds once to fp32; none is fused.
+#![expect(unsafe_code, reason = "makes slices of the raw pointers of a span")]
+
+use std::slice::{from_raw_parts, from_raw_parts_mut};
+
+use crate::{
+    dtype::DType,
+    error::{Code, Error, Result},
+    optim::{
+        Hyper, Pool,
+        half::{bf16_to_f32, canonical, f16_to_f32, f32_to_f16, join_master, split_master},
+        isa::{FloatMode, Isa, per_isa},
+    },
+};
+
+/// Elements per task of a parallel update: long enough for the prefetchers, short enough to balance the threads, and a
+/// multiple of the elements of a cache line, so that threads share none where the arrays start on one.
+pub const PIECE: usize = 32 * 1024;
+
+/// `len` elements of one parameter and everything that belongs to them. The five arrays are disjoint; each is aligned
+/// to its element, better to 64 bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// The parameter, of type `dtype`.
+    pub param: *mut u8,
+    /// Its gradient, of type `dtype`.
+    pub grad: *const u8,
+    /// `i16` rest for bf16, `f32` value for fp16, null for fp32.
+    pub master: *mut u8,
+    /// First moment.
+    pub exp_avg: *mut f32,
+    /// Second moment.
+    pub exp_avg_sq: *mut f32,
+    /// Elements.
+    pub len: usize,
+    /// Type of the parameter and its gradient.
+    pub dtype: DType,
+    /// The parameter was edited since the last step: start from it, without what the master holds beyond it.
+    pub reset_master: bool,
+}
+
+/// A span and the scalars of its step.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// What to update.
+    pub span: Span,
+    /// With what.
+    pub hyper: Hyper,
+}
+
+// SAFETY: an update is addresses and numbers; whoever calls `adamw` vouches for exclusive access to the bytes.
+unsafe impl Send for Update {}
+// SAFETY: as above.
+unsafe impl Sync for Update {}
+
+/// One thread's view of a span, by type.
+enum Arrays<'a> {
+    F32(&'a mut [f32], &'a [f32]),
+    Bf16(&'a mut [u16], &'a [u16], &'a mut [i16]),
+    F16(&'a mut [u16], &'a [u16], &'a mut [f32]),
+}
+
+impl Span {
+    /// The elements from `start` on, `len` of them at most.
+    fn piece(&self, start: usize, len: usize) -> Self {
+        debug_assert!(start <= self.len);
+        let master_size = crate::dtype::StateKind::Master.element_size(self.dtype);
+        Self {
+            param: self.param.wrapping_add(start * self.dtype.size()),
+            grad: self.grad.wrapping_add(start * self.dtype.size()),
+            master: self.master.wrapping_add(start * master_size),
+            exp_avg: self.exp_avg.wrapping_add(start),
+            exp_avg_sq: self.exp_avg_sq.wrapping_add(start),
+            len: len.min(self.len - start),
+            ..*self
+        }
+    }
+
+    fn pieces(&self) -> usize {
+        self.len.div_ceil(PIECE)
+    }
+
+    /// # Safety
+    /// As for [`adamw`], for the lifetime `'a`.
+    unsafe fn arrays<'a>(&self) -> Option<Arrays<'a>> {
+        let Self { param, grad, master, len, .. } = *self;
+        debug_assert!((param as usize).is_multiple_of(self.dtype.size()), "the parameter is not aligned");
+        debug_assert!((grad as usize).is_multiple_of(self.dtype.size()), "the gradient is not aligned");
+        // SAFETY: the caller vouches for `len` elements at each address, aligned, disjoint and exclusive.
+        unsafe {
+            Some(match self.dtype {
+                DType::F32 => Arrays::F32(from_raw_parts_mut(param.cast(), len), from_raw_parts(grad.cast(), len)),
+                DType::Bf16 => Arrays::Bf16(
+                    from_raw_parts_mut(param.cast(), len),
+                    from_raw_parts(grad.cast(), len),
+                    from_raw_parts_mut(master.cast(), len),
+                ),
+                DType::F16 => Arrays::F16(
+                    from_raw_parts_mut(param.cast(), len),
+                    from_raw_parts(grad.cast(), len),
+                    from_raw_parts_mut(master.cast(), len),
+                ),
+                DType::Opaque { .. } => return None,
+            })
+        }
+    }
+}
+
+fn unsupported(dtype: DType) -> Error {
+    let size = dtype.size();
+    Error::new(Code::UnsupportedParam, format!("a parameter of {size}-byte elements of unknown type has no AdamW."))
+        .action("Freeze it with requires_grad_(False).")
+}
+
+/// Updates a span on this thread, with the fastest instruction set.
+///
+/// # Errors
+/// `FN-E112` for a type that is not trainable; nothing was touched.
+///
+/// # Safety
+/// Each pointer of the span is valid for `len` elements of its type, aligned to it, and (but for `grad`, which may be
+/// shared with readers) touched by nobody else during the call; the arrays are disjoint.
+pub unsafe fn adamw(span: &Span, hyper: &Hyper) -> Result<()> {
+    // SAFETY: the same contract.
+    unsafe { adamw_with(Isa::best(), span, hyper) }
+}
+
+/// [`adamw`] with an instruction set of the caller's choice.
+///
+/// # Errors
+/// As for [`adamw`].
+///
+/// # Safety
+/// As for [`adamw`].
+pub unsafe fn adamw_with(isa: Isa, span: &Span, hyper: &Hyper) -> Result<()> {
+    if span.len == 0 {
+        return Ok(());
+    }
+    let _mode = FloatMode::ieee();
+    // SAFETY: the caller's contract; the slices do not outlive this call.
+    let (arrays, m, v) = unsafe {
+        let m = from_raw_parts_mut(span.exp_avg, span.len);
+        let v = from_raw_parts_mut(span.exp_avg_sq, span.len);
+        (span.arrays().ok_or_else(|| unsupported(span.dtype))?, m, v)
+    };
+    match arrays {
+        Arrays::F32(param, grad) => step_f32(isa, param, grad, m, v, *hyper),
+        Arrays::Bf16(param, grad, low) => {
+            if span.reset_master {
+                low.fill(0);
+            }
+            step_bf16(isa, param, grad, low, m, v, *hyper);
+        }
+        Arrays::F16(param, grad, master) => {
+            if span.reset_master {
+                widen_f16(isa, master, param);
+            }
+            step_f16(isa, param, grad, master, m, v, *hyper);
+        }
+    }
+    Ok(())
+}
+
+/// Updates spans on the threads of `pool`, cut into pieces of [`PIECE`] elements. The calling thread sleeps meanwhile.
+///
+/// # Errors
+/// `FN-E112` for a type that is not trainable; nothing was touched. Those of [`Pool::run`].
+///
+/// # Safety
+/// As for [`adamw`], for all spans together.
+pub unsafe fn adamw_parallel(pool: &Pool, updates: &[Update]) -> Result<()> {
+    if let Some(update) = updates.iter().find(|update| !update.span.dtype.trainable()) {
+        return Err(unsupported(update.span.dtype));
+    }
+    let pieces = updates.iter().map(|update| update.span.pieces()).sum();
+    pool.run(pieces, &|mut index| {
+        for Update { span, hyper } in updates {
+            if let Some(rest) = index.checked_sub(span.pieces()) {
+                index = rest;
+                continue;
+            }
+            // SAFETY: the caller's contract; every index is one piece, and pieces are disjoint.
+            // The only error, a type without a kernel, was ruled out above.
+            let _ = unsafe { adamw(&span.piece(index * PIECE, PIECE), hyper) };
+            return;
+        }
+    })
+}
+
+per_isa! {
+    fn step_f32(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], h: Hyper) = step_f32_body;
+}
+per_isa! {
+    fn step_bf16(param: &mut [u16], grad: &[u16], low: &mut [i16], m: &mut [f32], v: &mut [f32], h: Hyper)
+        = step_bf16_body;
+}
+per_isa! {
+    fn step_f16(param: &mut [u16], grad: &[u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], h: Hyper)
+        = step_f16_body;
+}
+per_isa! {
+    fn widen_f16(master: &mut [f32], param: &[u16]) = widen_f16_body;
+}
+
+/// The order of operations; `w`, `m` and `v` come back with canonical NaNs.
+#[inline(always)]
+fn step_one(w: f32, g: f32, m: &mut f32, v: &mut f32, h: &Hyper) -> f32 {
+    let g = g * h.grad_factor;
+    let w = w * h.decay;
+    let base = if h.lerp_from_grad != 0 { g } else { *m };
+    *m = canonical(base + (g - *m) * h.lerp_coeff);
+    *v = canonical(*v * h.beta2 + (g * h.one_minus_beta2) * g);
+    let denom = v.sqrt() / h.bias_correction2_sqrt + h.eps;
+    canonical(w - (*m * h.step_size) / denom)
+}
+
+#[inline(always)]
+fn step_f32_body(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], h: Hyper) {
+    for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
+        *param = step_one(*param, *grad, m, v, &h);
+    }
+}
+
+#[inline(always)]
+fn step_bf16_body(param: &mut [u16], grad: &[u16], low: &mut [i16], m: &mut [f32], v: &mut [f32], h: Hyper) {
+    for ((((param, grad), low), m), v) in param.iter_mut().zip(grad).zip(low).zip(m).zip(v) {
+        let w = step_one(join_master(*param, *low), bf16_to_f32(*grad), m, v, &h);
+        (*param, *low) = split_master(w);
+    }
+}
+
+#[inline(always)]
+fn step_f16_body(param: &mut [u16], grad: &[u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], h: Hyper) {
+    for ((((param, grad), master), m), v) in param.iter_mut().zip(grad).zip(master).zip(m).zip(v) {
+        *master = step_one(*master, f16_to_f32(*grad), m, v, &h);
+        *param = f32_to_f16(*master);
+    }
+}
+
+#[inline(always)]
+fn widen_f16_body(master: &mut [f32], param: &[u16]) {
+    for (master, param) in master.iter_mut().zip(param) {
+        *master = f16_to_f32(*param);
+    }
+}
+
+#[cfg(test)]
+#[path = "adamw_tests.rs"]
+mod tests;

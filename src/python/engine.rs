@@ -1,0 +1,445 @@
+//! `Engine`: one model's runtime, as the wrapper calls it. Units and streams are numbers; sizes are bytes.
+#![expect(unsafe_code, reason = "passes raw addresses of tensors to the runtime")]
+
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use pyo3::{prelude::*, types::PyDict};
+
+use super::{
+    dlpack,
+    failures::{check, raise, waiting},
+};
+use crate::{
+    device::DeviceKind,
+    dtype::{DType, StateKind},
+    error::{Code, Error, Result},
+    io::Direction,
+    model::{Layout, ParamSpec, UnitSpec},
+    optim::{AdamWOptions, Hyper},
+    policy::Policy,
+    runtime::{
+        JobSpan, Runtime, UnitUpdate, shares_processor,
+        stats::{Cause, Link},
+    },
+    schedule::Phase,
+    units::{Tier, UnitId},
+};
+
+/// (name, elements, dtype, bytes per element, trainable)
+type ParamTuple = (String, u64, String, u8, bool);
+/// (section, first element, elements, which hyperparameters, master starts anew)
+type SpanTuple = (usize, u64, u64, usize, bool);
+/// (lr, beta1, beta2, eps, weight decay, step, maximize, gradient scale)
+type HyperTuple = (f64, f64, f64, f64, f64, u64, bool, f64);
+/// (section, first element, elements, byte offset in the parameter segment)
+type PlaceTuple = (usize, u64, u64, u64);
+
+/// One offloaded model.
+#[pyclass(frozen, module = "funicular._core")]
+pub struct Engine {
+    runtime: RwLock<Option<Runtime>>,
+}
+
+impl Engine {
+    fn with<R>(&self, f: impl FnOnce(&Runtime) -> Result<R>) -> Result<R> {
+        match &*self.runtime.read() {
+            Some(runtime) => f(runtime),
+            None => Err(Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again.")),
+        }
+    }
+
+    fn buffer(&self, py: Python<'_>, unit: u32, which: &str, on_device: bool) -> PyResult<Py<PyAny>> {
+        let made = self.with(|rt| {
+            let id = known(rt, unit)?;
+            let kind = rt.device()?.kind();
+            let packed = rt.layout()?.unit(id);
+            let home = rt.homes()?.unit(id);
+            let device = Arc::clone(rt.device()?);
+            let (address, len, owner): (u64, u64, Box<dyn std::any::Any + Send + Sync>) = match which {
+                "frame" => {
+                    let frames = Arc::clone(rt.frames()?);
+                    (frames.address(id.index()), packed.param_bytes(), Box::new((frames, device)))
+                }
+                "home" => match &home.shadow {
+                    Some(shadow) => (home.params, packed.param_bytes(), Box::new((Arc::clone(shadow), device))),
+                    None => (home.params, packed.param_bytes(), Box::new((Arc::clone(&rt.homes()?.params), device))),
+                },
+                _ => (home.grads, packed.grad_bytes(), Box::new((Arc::clone(&rt.homes()?.grads), device))),
+            };
+            Ok((address, len, if on_device { kind } else { DeviceKind::Host }, owner))
+        });
+        let (address, len, kind, owner) = check(py, made)?;
+        dlpack::capsule(py, address, len, kind, owner)
+    }
+}
+
+fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {
+    let id = UnitId(unit);
+    if id.index() < rt.layout()?.units.len() {
+        return Ok(id);
+    }
+    Err(Error::new(Code::Stale, format!("there is no unit {unit}.")))
+}
+
+fn dtype(name: &str, size: u8) -> DType {
+    match name {
+        "float32" => DType::F32,
+        "bfloat16" => DType::Bf16,
+        "float16" => DType::F16,
+        _ => DType::Opaque { size },
+    }
+}
+
+fn kind(name: &str) -> Result<StateKind> {
+    StateKind::OPTIMIZER
+        .into_iter()
+        .find(|k| k.name() == name)
+        .ok_or_else(|| Error::new(Code::OptimizerOption, format!("there is no state '{name}'.")))
+}
+
+fn phase(n: u8) -> Phase {
+    match n {
+        0 => Phase::Forward,
+        1 => Phase::Backward,
+        _ => Phase::Eval,
+    }
+}
+
+#[pymethods]
+impl Engine {
+    /// Plans and starts. `units` is a list of (name, parameters); `policy` is resolved JSON.
+    #[new]
+    fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str) -> PyResult<Self> {
+        let specs: Vec<UnitSpec> = units
+            .into_iter()
+            .map(|(name, params)| UnitSpec {
+                name,
+                params: params
+                    .into_iter()
+                    .map(|(name, numel, d, size, trainable)| ParamSpec {
+                        name,
+                        numel,
+                        dtype: dtype(&d, size),
+                        trainable,
+                    })
+                    .collect(),
+            })
+            .collect();
+        let opened = py.detach(|| {
+            let layout = Layout::new(&specs)?;
+            Runtime::open(layout, &Policy::from_json_str(policy, "policy")?)
+        });
+        Ok(Self { runtime: RwLock::new(Some(check(py, opened)?)) })
+    }
+
+    /// "host" or "cuda:N".
+    fn device(&self, py: Python<'_>) -> PyResult<String> {
+        let kind = check(py, self.with(|rt| Ok(rt.device()?.kind())))?;
+        Ok(match kind {
+            DeviceKind::Host => "host".into(),
+            DeviceKind::Cuda(n) => format!("cuda:{n}"),
+        })
+    }
+
+    /// True where updates and compute share a processor.
+    fn shares_processor(&self, py: Python<'_>) -> PyResult<bool> {
+        check(py, self.with(|rt| Ok(shares_processor(rt.device()?.kind()))))
+    }
+
+    /// Places of a unit's parameters, in the order given.
+    fn places(&self, py: Python<'_>, unit: u32) -> PyResult<Vec<PlaceTuple>> {
+        check(
+            py,
+            self.with(|rt| {
+                let packed = rt.layout()?.unit(known(rt, unit)?);
+                Ok(packed
+                    .params
+                    .iter()
+                    .map(|p| {
+                        let s = &packed.sections[p.section];
+                        (p.section, p.start, p.numel, s.offset + p.start * s.dtype.size() as u64)
+                    })
+                    .collect())
+            }),
+        )
+    }
+
+    /// (parameter tier, optimizer tier) of a unit.
+    fn homes(&self, py: Python<'_>, unit: u32) -> PyResult<(&'static str, &'static str)> {
+        check(
+            py,
+            self.with(|rt| {
+                let homes = rt.placement()?.homes[known(rt, unit)?.index()];
+                Ok((homes.params.name(), homes.optimizer.name()))
+            }),
+        )
+    }
+
+    /// Other units whose frames overlap this unit's.
+    fn neighbours(&self, py: Python<'_>, unit: u32) -> PyResult<Vec<u32>> {
+        check(
+            py,
+            self.with(|rt| {
+                let id = known(rt, unit)?;
+                let plan = rt.placement()?;
+                let others = rt.layout()?.ids().filter(|&v| v != id && plan.share_frames(id, v));
+                Ok(others.map(|v| v.0).collect())
+            }),
+        )
+    }
+
+    /// DLPack capsule over the unit's frames, on the device.
+    fn frame_buffer(&self, py: Python<'_>, unit: u32) -> PyResult<Py<PyAny>> {
+        self.buffer(py, unit, "frame", true)
+    }
+
+    /// DLPack capsule over the unit's home, as memory of the device or of the host.
+    fn home_buffer(&self, py: Python<'_>, unit: u32, on_device: bool) -> PyResult<Py<PyAny>> {
+        self.buffer(py, unit, "home", on_device)
+    }
+
+    /// DLPack capsule over the unit's gradients.
+    fn grad_buffer(&self, py: Python<'_>, unit: u32) -> PyResult<Py<PyAny>> {
+        self.buffer(py, unit, "grad", true)
+    }
+
+    /// Opens a window; false: use the home.
+    fn open(&self, py: Python<'_>, unit: u32, in_phase: u8, stream: u64) -> PyResult<bool> {
+        waiting(py, |i| self.with(|rt| rt.open_window(UnitId(unit), phase(in_phase), stream, i)))
+    }
+
+    /// Ends a window.
+    fn release(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        check(py, self.with(|rt| rt.release(UnitId(unit), stream)))
+    }
+
+    /// The home was edited by work on `stream`.
+    fn invalidate(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        check(py, self.with(|rt| rt.invalidate(UnitId(unit), stream)))
+    }
+
+    /// The frames were edited: bring them home.
+    fn write_back(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.write_back(UnitId(unit), stream, i)))
+    }
+
+    /// Copies a gradient down; returns a number for `landed`.
+    fn gradient(&self, py: Python<'_>, unit: u32, offset: u64, src: u64, len: u64, stream: u64) -> PyResult<u64> {
+        // SAFETY: the wrapper passes a live tensor's address and size, and keeps it until the copy has landed.
+        waiting(py, |i| self.with(|rt| unsafe { rt.gradient(UnitId(unit), offset, src, len, stream, i) }))
+    }
+
+    /// True if that gradient copy is over.
+    fn landed(&self, py: Python<'_>, seq: u64) -> PyResult<bool> {
+        check(py, self.with(|rt| rt.landed(seq)))
+    }
+
+    /// Makes `stream` wait for all gradient copies.
+    fn wait_gradients(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.wait_gradients(stream, i)))
+    }
+
+    /// Starts an optimizer step.
+    fn update(
+        &self,
+        py: Python<'_>,
+        updates: Vec<(u32, Vec<SpanTuple>)>,
+        hypers: Vec<HyperTuple>,
+        stream: u64,
+        wait: bool,
+    ) -> PyResult<()> {
+        let hypers: Vec<Hyper> = hypers
+            .into_iter()
+            .map(|(lr, beta1, beta2, eps, weight_decay, step, maximize, scale)| {
+                let o = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
+                Hyper::new(&o, step, scale)
+            })
+            .collect();
+        let updates: Vec<UnitUpdate> = updates
+            .into_iter()
+            .map(|(unit, spans)| UnitUpdate {
+                unit: UnitId(unit),
+                spans: spans
+                    .into_iter()
+                    .map(|(section, start, len, hyper, reset_master)| JobSpan {
+                        section,
+                        start,
+                        len,
+                        hyper,
+                        reset_master,
+                    })
+                    .collect(),
+            })
+            .collect();
+        waiting(py, |i| self.with(|rt| rt.update(&updates, &hypers, stream, wait, i)))
+    }
+
+    /// Waits until the unit's home is current.
+    fn settle(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.settle(UnitId(unit), stream, i)))
+    }
+
+    /// Waits until no update is under way.
+    fn settle_all(&self, py: Python<'_>) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.settle_all(i)))
+    }
+
+    /// True while the unit's update is under way.
+    fn update_pending(&self, py: Python<'_>, unit: u32) -> PyResult<bool> {
+        check(py, self.with(|rt| rt.update_pending(UnitId(unit))))
+    }
+
+    /// Reads NVMe-resident parameters into their shadow.
+    fn fault_in(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.fault_in(UnitId(unit), i)))
+    }
+
+    /// Makes the shadow writable for its first contents.
+    fn blank_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        check(py, self.with(|rt| rt.blank_shadow(UnitId(unit))))
+    }
+
+    /// Stores the shadow.
+    fn store_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.store_shadow(UnitId(unit), i)))
+    }
+
+    /// Reads a filled shadow anew: its unit was updated while somebody looked at it.
+    fn refresh_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.refresh_shadow(UnitId(unit), i)))
+    }
+
+    /// Gives the shadow's memory back.
+    fn discard_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        check(py, self.with(|rt| rt.discard_shadow(UnitId(unit))))
+    }
+
+    /// Copies a state ("master", "exp_avg", "exp_avg_sq") into host memory at `dst`.
+    fn read_state(
+        &self,
+        py: Python<'_>,
+        unit: u32,
+        section: usize,
+        state: &str,
+        start: u64,
+        len: u64,
+        dst: u64,
+    ) -> PyResult<()> {
+        self.state(py, (unit, section, state), start..start + len, dst, Direction::Read)
+    }
+
+    /// Copies a state from host memory at `src`.
+    fn write_state(
+        &self,
+        py: Python<'_>,
+        unit: u32,
+        section: usize,
+        state: &str,
+        start: u64,
+        len: u64,
+        src: u64,
+    ) -> PyResult<()> {
+        self.state(py, (unit, section, state), start..start + len, src, Direction::Write)
+    }
+
+    /// Everything counted so far.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let out = PyDict::new(py);
+        let filled: PyResult<()> = match &*self.runtime.read() {
+            Some(rt) => fill_stats(py, rt, &out),
+            None => Err(raise(py, &Error::new(Code::Closed, "the runtime is closed."))),
+        };
+        filled?;
+        Ok(out)
+    }
+
+    /// Starts or stops collecting a trace.
+    fn trace(&self, py: Python<'_>, on: bool) -> PyResult<()> {
+        check(
+            py,
+            self.with(|rt| {
+                rt.trace()?.set(on);
+                Ok(())
+            }),
+        )
+    }
+
+    /// Writes the trace collected so far; returns the number of events.
+    fn write_trace(&self, py: Python<'_>, path: &str) -> PyResult<usize> {
+        check(
+            py,
+            self.with(|rt| {
+                let units = &rt.layout()?.units;
+                let name = |u: u64| {
+                    usize::try_from(u).ok().and_then(|i| units.get(i)).map_or(String::new(), |u| u.name.clone())
+                };
+                rt.trace()?.write(std::path::Path::new(path), &name)
+            }),
+        )
+    }
+
+    /// Things worth knowing about how it was set up.
+    fn notes(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        check(py, self.with(|rt| Ok(rt.notes().to_vec())))
+    }
+
+    /// Ends everything and gives memory and disk space back.
+    fn close(&self, py: Python<'_>) {
+        let runtime = self.runtime.write().take();
+        py.detach(|| drop(runtime));
+    }
+}
+
+impl Engine {
+    fn state(
+        &self,
+        py: Python<'_>,
+        place: (u32, usize, &str),
+        elems: std::ops::Range<u64>,
+        address: u64,
+        direction: Direction,
+    ) -> PyResult<()> {
+        let (unit, section, state) = place;
+        let state = check(py, kind(state))?;
+        waiting(py, |i| {
+            self.with(|rt| {
+                let id = known(rt, unit)?;
+                let limit = rt.layout()?.unit(id).sections.get(section).map_or(0, |s| s.elems);
+                if elems.end > limit {
+                    return Err(Error::new(Code::Stale, format!("section {section} of unit {unit} ends at {limit}.")));
+                }
+                // SAFETY: the wrapper passes the address of a live host tensor of that many elements.
+                unsafe { rt.state_io((id, section, state), elems, address as *mut u8, direction, i) }
+            })
+        })
+    }
+}
+
+fn fill_stats(py: Python<'_>, rt: &Runtime, out: &Bound<'_, PyDict>) -> PyResult<()> {
+    let stats = check(py, rt.stats())?;
+    let links = PyDict::new(py);
+    for link in Link::ALL {
+        let flow = stats.flow(link);
+        links.set_item(link.name(), (flow.bytes, flow.busy_nanos))?;
+    }
+    let stalls = PyDict::new(py);
+    for cause in Cause::ALL {
+        stalls.set_item(cause.name(), stats.stall(cause))?;
+    }
+    let budgets = PyDict::new(py);
+    for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
+        let (used, peak) = check(py, rt.used(tier))?;
+        budgets.set_item(tier.name(), (check(py, rt.limit(tier))?, used, peak))?;
+    }
+    let p = check(py, rt.prefetches())?;
+    out.set_item("links", links)?;
+    out.set_item("stalls", stalls)?;
+    out.set_item("budgets", budgets)?;
+    out.set_item("steps", stats.steps())?;
+    out.set_item("home_uses", stats.home_uses())?;
+    out.set_item("prefetch", (p.hits, p.late, p.demand, p.wasted, p.conflicts))?;
+    out.set_item("engine", check(py, rt.engine_name())?)?;
+    out.set_item("threads", check(py, rt.pool_threads())?)?;
+    Ok(())
+}

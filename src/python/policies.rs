@@ -1,0 +1,53 @@
+//! Policies as JSON between Python and the core: read strictly.
+
+use pyo3::prelude::*;
+
+use super::failures::check;
+use crate::{
+    error::{Code, Result},
+    policy::{Policy, schema},
+};
+
+/// Reads a policy: `form` is "file", "toml", "json" or "preset". Environment variables and overrides come on top.
+/// Returns resolved JSON.
+#[pyfunction]
+pub(crate) fn resolve_policy(
+    py: Python<'_>,
+    source: &str,
+    form: &str,
+    environment: Vec<(String, String)>,
+    overrides: Vec<(String, String)>,
+) -> PyResult<String> {
+    let resolved = || -> Result<String> {
+        let read = match form {
+            "file" => Policy::from_file(source)?,
+            "json" => Policy::from_json_str(source, "policy")?,
+            "preset" => Policy::preset(source)?,
+            _ => Policy::from_toml_str(source, "policy")?,
+        };
+        let mut policy = read.with_env(environment)?;
+        for (key, value) in overrides {
+            policy.set(&key, &value)?;
+        }
+        policy.check_supported()?;
+        policy.check_consistent()?;
+        Ok(json(&policy))
+    };
+    check(py, resolved())
+}
+
+/// The JSON Schema of policies.
+#[pyfunction]
+pub(crate) fn policy_schema() -> String {
+    schema::json_schema().to_string()
+}
+
+/// (code, meaning) of every error.
+#[pyfunction]
+pub(crate) fn error_codes() -> Vec<(&'static str, &'static str)> {
+    Code::ALL.iter().map(|c| (c.as_str(), c.summary())).collect()
+}
+
+fn json(policy: &Policy) -> String {
+    serde_json::to_string(policy).unwrap_or_default()
+}

@@ -1,0 +1,116 @@
+//! What a runtime is made from: a policy made concrete for one model on one machine.
+
+use std::{path::PathBuf, sync::Arc};
+
+use crate::{
+    device::DeviceChoice,
+    error::Result,
+    io::{DirectIo, EngineChoice, Faults},
+    model::Layout,
+    policy::{self, Auto, Direct, OptimizerTier, ParamsTier, Policy, limits},
+    schedule::{Budgets, Tiers},
+    units::{ByteCount, Tier},
+};
+
+/// What a runtime is made from; budgets are resolved numbers.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What may be used.
+    pub budgets: Budgets,
+    /// Wishes per unit.
+    pub tiers: Vec<Tiers>,
+    /// Directories on local disks.
+    pub paths: Vec<PathBuf>,
+    /// Which I/O engine.
+    pub engine: EngineChoice,
+    /// Bytes of one transfer.
+    pub block: u64,
+    /// Transfers in flight.
+    pub queue_depth: u32,
+    /// Whether direct I/O must, may or must not be used.
+    pub direct: DirectIo,
+    /// Whether segments are checked when they are read.
+    pub checksums: bool,
+    /// Threads of the update pool.
+    pub threads: u32,
+    /// Bytes paged in ahead at most; `None`: a ring.
+    pub window: Option<ByteCount>,
+    /// Fill released frames with NaN.
+    pub poison: bool,
+    /// Faults to inject.
+    pub faults: Arc<Faults>,
+}
+
+/// Of the memory that is free on a GPU, frames may take this share unless the policy says otherwise; activations need the rest.
+const AUTO_HBM_SHARE: u64 = 40;
+
+impl Config {
+    /// The device a policy asks for.
+    pub fn device_of(policy: &Policy) -> DeviceChoice {
+        match policy.device {
+            policy::DeviceChoice::Auto => DeviceChoice::Auto,
+            policy::DeviceChoice::Host => DeviceChoice::Host,
+            policy::DeviceChoice::Cuda(n) => DeviceChoice::Cuda(n.unwrap_or(0)),
+        }
+    }
+
+    /// Makes a policy concrete. `device_free` is the memory free on the compute device, none on the host.
+    ///
+    /// # Errors
+    /// `FN-E202` when the host budget is more than the machine or the container can give; a bad fault pattern.
+    pub fn resolve(policy: &Policy, layout: &Layout, device_free: Option<ByteCount>) -> Result<Self> {
+        let machine = limits::HostLimits::read()?;
+        let host = limits::resolve_host_budget(&machine, policy);
+        if let Auto::Set(asked) = policy.budget.host {
+            machine.admit("budget.host", asked)?;
+        }
+        let largest = layout.units.iter().map(|u| u.param_bytes()).max().unwrap_or(0);
+        let hbm = policy.budget.hbm.given().or_else(|| {
+            // Never less than two of the largest units, whatever the share.
+            device_free.map(|free| ByteCount((free.0 / 100 * AUTO_HBM_SHARE).max(2 * largest + (64 << 20))))
+        });
+        Ok(Self {
+            budgets: Budgets { hbm, host, nvme: policy.budget.nvme.or(ByteCount(u64::MAX)) },
+            tiers: layout.units.iter().map(|u| tiers(policy, u)).collect(),
+            paths: policy.nvme.paths.clone(),
+            engine: match policy.nvme.engine {
+                policy::Engine::Auto => EngineChoice::Auto,
+                policy::Engine::IoUring => EngineChoice::IoUring,
+                policy::Engine::Threads => EngineChoice::Threads,
+            },
+            block: policy.nvme.block.0,
+            queue_depth: policy.nvme.queue_depth.or(32),
+            direct: match policy.nvme.direct {
+                Direct::Auto => DirectIo::Preferred,
+                Direct::Required => DirectIo::Required,
+                Direct::Off => DirectIo::Off,
+            },
+            checksums: policy.nvme.checksums,
+            threads: limits::resolve_threads(&machine, policy),
+            window: policy.prefetch.window.given(),
+            poison: policy.debug.poison,
+            faults: Arc::new(Faults::parse(&policy.debug.faults)?),
+        })
+    }
+}
+
+/// The tiers of a unit: the first override that matches its name or one of its parameters wins.
+fn tiers(policy: &Policy, unit: &crate::model::Unit) -> Tiers {
+    let matches = |p: &policy::Pattern| p.matches(&unit.name) || unit.params.iter().any(|q| p.matches(&q.name));
+    let found = policy.overrides.iter().find(|o| matches(&o.pattern));
+    let params = found.and_then(|o| o.params).unwrap_or(policy.params.tier);
+    let optimizer = found.and_then(|o| o.optimizer).unwrap_or(policy.optimizer.tier);
+    Tiers {
+        params: match params {
+            ParamsTier::Auto => None,
+            ParamsTier::Host => Some(Tier::Host),
+            ParamsTier::Nvme => Some(Tier::Nvme),
+        },
+        optimizer: match optimizer {
+            OptimizerTier::Auto => None,
+            OptimizerTier::Hbm => Some(Tier::Hbm),
+            OptimizerTier::Host => Some(Tier::Host),
+            OptimizerTier::Nvme => Some(Tier::Nvme),
+        },
+    }
+}

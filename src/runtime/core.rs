@@ -1,0 +1,487 @@
+//! The shared state of a runtime, and the one place that turns the machine's commands into device and disk operations.
+//!
+//! C1: the machine is touched only under the lock. C2: nothing under the lock waits for a device or a disk. C3: a slot's
+//! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
+#![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
+
+use std::{sync::Arc, time::Duration};
+
+use crossbeam::channel::Sender;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::{
+    device::{Device, DeviceKind, Frames, Gate, StreamRef},
+    error::{Code, Error, Result},
+    io::{Direction, IoCompletion, IoPart, IoRequest},
+    memory::{SlotLease, SlotPool},
+    model::Layout,
+    optim::Pool,
+    runtime::{
+        files::Map,
+        homes::Homes,
+        stats::{Busy, Cause, Stats},
+        trace::Trace,
+        update::Job,
+    },
+    schedule::{Command, Machine, Opening, Phase, Placement},
+    store::Store,
+    units::{Tier, UnitId},
+};
+
+/// A thread that waits looks this often whether it was interrupted.
+const SLICE: Duration = Duration::from_millis(50);
+/// Without any event for this long a wait gives up.
+const STUCK_AFTER_SLICES: u32 = 120 * 20;
+
+/// What a request was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ticket {
+    Params(UnitId),
+    ReadChunk(UnitId, u32),
+    WriteChunk(UnitId, u32),
+    Service,
+}
+
+impl Ticket {
+    fn encode(self) -> u64 {
+        let pack = |kind: u64, unit: UnitId, chunk: u32| kind << 62 | u64::from(unit.0) << 32 | u64::from(chunk);
+        match self {
+            Self::Params(u) => pack(0, u, 0),
+            Self::ReadChunk(u, c) => pack(1, u, c),
+            Self::WriteChunk(u, c) => pack(2, u, c),
+            Self::Service => 3 << 62,
+        }
+    }
+    pub(crate) const fn decode(n: u64) -> Self {
+        let unit = UnitId((n << 2 >> 34) as u32);
+        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk")]
+        let chunk = n as u32;
+        match n >> 62 {
+            0 => Self::Params(unit),
+            1 => Self::ReadChunk(unit, chunk),
+            2 => Self::WriteChunk(unit, chunk),
+            _ => Self::Service,
+        }
+    }
+}
+
+/// A piece of an update for the runner.
+#[derive(Debug)]
+pub(crate) struct RunTask {
+    pub(crate) unit: UnitId,
+    pub(crate) chunk: u32,
+    pub(crate) lease: Option<SlotLease>,
+}
+
+/// A copy whose end somebody wants to know.
+#[derive(Debug)]
+pub(crate) struct Landing {
+    pub(crate) gate: Gate,
+    pub(crate) unit: UnitId,
+    pub(crate) lease: Option<SlotLease>,
+    pub(crate) start: u64,
+    pub(crate) bytes: u64,
+}
+
+/// The gates of one unit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gates {
+    /// The end of its last window, on the compute stream.
+    pub(crate) release: Gate,
+    /// The end of the copy into its frames.
+    pub(crate) fill: Gate,
+    /// The last write to its home by a stream.
+    pub(crate) home: Gate,
+}
+
+/// What the lock guards.
+pub(crate) struct Inner {
+    pub(crate) machine: Machine,
+    pub(crate) commands: Vec<Command>,
+    pub(crate) gates: Vec<Gates>,
+    pub(crate) last_down: Gate,
+    pages: Vec<Option<SlotLease>>,
+    chunks: Vec<(UnitId, u32, SlotLease)>,
+    spare_parts: Vec<Vec<IoPart>>,
+    pub(crate) service_done: Option<IoCompletion>,
+    pub(crate) failed: Option<Error>,
+    pub(crate) closing: bool,
+    pub(crate) events: u64,
+    pub(crate) busy_read: Busy,
+    pub(crate) busy_write: Busy,
+}
+
+/// The disk side of a runtime.
+pub(crate) struct Disk {
+    pub(crate) store: Store,
+    pub(crate) map: Map,
+    pub(crate) page_pool: Option<SlotPool>,
+    pub(crate) update_pool: SlotPool,
+}
+
+/// Everything that threads share.
+pub(crate) struct Shared {
+    pub(crate) layout: Layout,
+    pub(crate) placement: Placement,
+    pub(crate) homes: Homes,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) frames: Arc<dyn Frames>,
+    pub(crate) disk: Option<Disk>,
+    pub(crate) pool: Pool,
+    pub(crate) jobs: Vec<Mutex<Job>>,
+    pub(crate) stats: Stats,
+    pub(crate) trace: Trace,
+    pub(crate) poison: bool,
+    pub(crate) inner: Mutex<Inner>,
+    pub(crate) changed: Condvar,
+    pub(crate) service: Mutex<()>,
+    pub(crate) to_runner: Sender<RunTask>,
+    pub(crate) to_up: Sender<Landing>,
+    pub(crate) to_down: Sender<Landing>,
+}
+
+impl Inner {
+    pub(crate) fn new(machine: Machine, units: usize) -> Self {
+        let open = Gates { release: Gate::OPEN, fill: Gate::OPEN, home: Gate::OPEN };
+        Self {
+            machine,
+            commands: Vec::with_capacity(64),
+            gates: vec![open; units],
+            last_down: Gate::OPEN,
+            pages: (0..units).map(|_| None).collect(),
+            chunks: Vec::with_capacity(16),
+            spare_parts: (0..16).map(|_| Vec::with_capacity(64)).collect(),
+            service_done: None,
+            failed: None,
+            closing: false,
+            events: 0,
+            busy_read: Busy::default(),
+            busy_write: Busy::default(),
+        }
+    }
+
+    fn usable(&self) -> Result<()> {
+        match &self.failed {
+            Some(error) => Err(error.clone()),
+            None if self.closing => {
+                Err(Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again."))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    /// Takes the lock, unless the runtime failed or is closed.
+    pub(crate) fn lock(&self) -> Result<MutexGuard<'_, Inner>> {
+        let inner = self.inner.lock();
+        inner.usable()?;
+        Ok(inner)
+    }
+
+    /// Runs one event under the lock and performs what the machine commands.
+    pub(crate) fn event<R>(&self, f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R) -> Result<R> {
+        let mut inner = self.lock()?;
+        self.step(&mut inner, f)
+    }
+
+    /// As [`Shared::event`], with the lock held already.
+    pub(crate) fn step<R>(&self, inner: &mut Inner, f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R) -> Result<R> {
+        let mut commands = std::mem::take(&mut inner.commands);
+        let answer = f(&mut inner.machine, &mut commands);
+        let result = self.perform(inner, &mut commands);
+        commands.clear();
+        inner.commands = commands;
+        inner.events += 1;
+        self.changed.notify_all();
+        if let Err(error) = result {
+            self.fail_locked(inner, error.clone());
+            return Err(error);
+        }
+        Ok(answer)
+    }
+
+    /// Makes every later call fail with this error.
+    pub(crate) fn fail(&self, error: Error) {
+        self.fail_locked(&mut self.inner.lock(), error);
+    }
+
+    fn fail_locked(&self, inner: &mut Inner, error: Error) {
+        inner.failed.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    /// Waits for a change of state until `ready` gives a value; `interrupted` is asked about twenty times a second.
+    pub(crate) fn wait<T>(
+        &self,
+        mut inner: MutexGuard<'_, Inner>,
+        what: &dyn Fn() -> String,
+        interrupted: &mut dyn FnMut() -> bool,
+        mut ready: impl FnMut(&mut Inner) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let (mut seen, mut quiet) = (inner.events, 0);
+        loop {
+            if let Some(value) = ready(&mut inner)? {
+                return Ok(value);
+            }
+            inner.usable()?;
+            let timed_out = self.changed.wait_for(&mut inner, SLICE).timed_out();
+            if timed_out {
+                quiet = if inner.events == seen { quiet + 1 } else { 0 };
+                seen = inner.events;
+                if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
+                    return Err(Error::new(Code::Interrupted, format!("interrupted while waiting for {}.", what())));
+                }
+                if quiet >= STUCK_AFTER_SLICES {
+                    return Err(Error::new(
+                        Code::Stuck,
+                        format!("nothing moved for 120 s while waiting for {}: {}.", what(), inner.machine.describe()),
+                    )
+                    .action("The kernel log may show a failing drive; start again from the last checkpoint."));
+                }
+            }
+        }
+    }
+
+    /// Makes the user's stream wait for a gate; on the host the caller itself waits.
+    pub(crate) fn wait_gate(
+        &self,
+        stream: u64,
+        gate: Gate,
+        cause: Cause,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        if self.device.passed(gate)? {
+            return Ok(());
+        }
+        if self.device.kind() != DeviceKind::Host {
+            return self.device.wait(StreamRef::Compute(stream), gate);
+        }
+        self.block_gate(gate, cause, interrupted)
+    }
+
+    /// Blocks the caller until a gate has passed.
+    pub(crate) fn block_gate(&self, gate: Gate, cause: Cause, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
+        let start = self.trace.now();
+        let mut slices = 0;
+        while !self.device.block(gate, SLICE)? {
+            if interrupted() {
+                return Err(Error::new(Code::Interrupted, format!("interrupted while waiting for {}.", cause.name())));
+            }
+            slices += 1;
+            if slices >= STUCK_AFTER_SLICES {
+                return Err(Error::new(Code::Stuck, format!("a copy did not end for 120 s ({}).", cause.name()))
+                    .action("Check the device with its own tools; start again from the last checkpoint."));
+            }
+        }
+        self.stalled(cause, start);
+        Ok(())
+    }
+
+    /// Notes that the training thread waited since `start`.
+    pub(crate) fn stalled(&self, cause: Cause, start: u64) {
+        self.stats.stalled(cause, self.trace.now().saturating_sub(start));
+        self.trace.span("training thread", cause.name(), u64::MAX, start, 0);
+    }
+
+    /// Opens a unit's window: true if its frames may be used on `stream`, false if the home must be used instead.
+    pub(crate) fn open(
+        &self,
+        unit: UnitId,
+        phase: Phase,
+        stream: u64,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Result<bool> {
+        let mut inner = self.lock()?;
+        let mut answer = self.step(&mut inner, |m, out| m.open(unit, phase, true, out))?;
+        if let Opening::Pending(cause) = answer {
+            let start = self.trace.now();
+            let name = || format!("'{}' ({cause:?})", self.layout.unit(unit).name);
+            let waited = self.wait(inner, &name, interrupted, |inner| {
+                let again = self.step(inner, |m, out| m.open(unit, phase, false, out))?;
+                Ok(if matches!(again, Opening::Pending(_)) { None } else { Some(again) })
+            });
+            let cause = match cause {
+                crate::schedule::machine::Wait::Update => Cause::Update,
+                crate::schedule::machine::Wait::Nvme => Cause::NvmeRead,
+            };
+            self.stalled(cause, start);
+            if waited.is_err() {
+                self.inner.lock().machine.forget(unit);
+            }
+            answer = waited?;
+            inner = self.lock()?;
+        }
+        if answer == Opening::Conflict {
+            self.stats.used_home();
+            return Ok(false);
+        }
+        let gate = inner.gates[unit.index()].fill;
+        drop(inner);
+        if let Err(error) = self.wait_gate(stream, gate, Cause::Copy, interrupted) {
+            self.event(|m, out| m.release(unit, out))?;
+            return Err(error);
+        }
+        Ok(true)
+    }
+
+    /// Ends a unit's window: everything enqueued on `stream` so far may still read the frames, nothing later does.
+    pub(crate) fn release(&self, unit: UnitId, stream: u64) -> Result<()> {
+        let mut inner = self.lock()?;
+        let gate = self.device.record(StreamRef::Compute(stream))?;
+        inner.gates[unit.index()].release = gate;
+        if self.poison {
+            let bytes = self.layout.unit(unit).param_bytes() as usize;
+            self.device.wait(StreamRef::Up, gate)?;
+            // SAFETY: the frames are the unit's until `release` below, and copies into them come later on this stream.
+            unsafe { self.device.fill(StreamRef::Up, self.frames.address(unit.index()), 0xff, bytes)? };
+            inner.machine.invalidate(unit);
+        }
+        self.step(&mut inner, |m, out| m.release(unit, out))
+    }
+
+    fn perform(&self, inner: &mut Inner, commands: &mut Vec<Command>) -> Result<()> {
+        let mut next = 0;
+        while next < commands.len() {
+            let command = commands[next];
+            next += 1;
+            match command {
+                Command::WaitReleased(unit) => {
+                    self.device.wait(StreamRef::Up, inner.gates[unit.index()].release)?;
+                }
+                Command::CopyUp(unit) => self.copy_up(inner, unit)?,
+                Command::DropSlot(unit) => inner.pages[unit.index()] = None,
+                Command::ReadParams(unit) => self.read_params(inner, unit)?,
+                Command::ReadChunk(unit, chunk) => {
+                    if self.read_chunk(inner, unit, chunk)? {
+                        inner.machine.chunk_read(unit, chunk, commands);
+                    }
+                }
+                Command::RunChunk(unit, chunk) => {
+                    let at = inner.chunks.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
+                    let lease = at.map(|i| inner.chunks.swap_remove(i).2);
+                    self.send(&self.to_runner, RunTask { unit, chunk, lease })?;
+                }
+                Command::WriteChunk(unit, chunk) => self.write_chunk(inner, unit, chunk)?,
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn send<T>(&self, to: &Sender<T>, what: T) -> Result<()> {
+        to.send(what).map_err(|_| Error::new(Code::Panicked, "a worker thread of the runtime is gone."))
+    }
+
+    fn copy_up(&self, inner: &mut Inner, unit: UnitId) -> Result<()> {
+        let bytes = self.layout.unit(unit).param_bytes();
+        let lease = inner.pages[unit.index()].take();
+        let from_home = self.placement.homes[unit.index()].params == Tier::Host;
+        let src = match &lease {
+            Some(slot) => slot.as_ptr() as u64,
+            None if from_home => self.homes.unit(unit).params,
+            None => return Err(Error::new(Code::Stale, format!("{unit} has no bytes to page in."))),
+        };
+        self.device.wait(StreamRef::Up, inner.gates[unit.index()].home)?;
+        let start = self.trace.now();
+        // SAFETY: the frames are this unit's by R1 and their last readers were waited for by R3; the source is the
+        // unit's home, which nobody writes while a copy is under way (updates wait for this stream), or a leased slot
+        // that the reaper holds until the gate below has passed.
+        unsafe { self.device.copy(StreamRef::Up, self.frames.address(unit.index()), src, bytes as usize)? };
+        let gate = self.device.record(StreamRef::Up)?;
+        inner.gates[unit.index()].fill = gate;
+        self.send(&self.to_up, Landing { gate, unit, lease, start, bytes })
+    }
+
+    pub(crate) fn disk(&self) -> Result<&Disk> {
+        self.disk
+            .as_ref()
+            .ok_or_else(|| Error::new(Code::Stale, "something is said to live on NVMe, but there is no store."))
+    }
+
+    pub(crate) fn take_parts(inner: &mut Inner) -> Vec<IoPart> {
+        inner.spare_parts.pop().unwrap_or_default()
+    }
+
+    /// Keeps a completion's vector for the next request.
+    pub(crate) fn return_parts(inner: &mut Inner, mut parts: Vec<IoPart>) {
+        parts.clear();
+        inner.spare_parts.push(parts);
+    }
+
+    pub(crate) fn submit_io(&self, ticket: Ticket, lease: SlotLease, parts: Vec<IoPart>) -> Result<()> {
+        let request = IoRequest { ticket: ticket.encode(), lease, parts };
+        self.disk()?.store.engine().submit(request).map_err(|rejected| rejected.error)
+    }
+
+    fn read_params(&self, inner: &mut Inner, unit: UnitId) -> Result<()> {
+        let disk = self.disk()?;
+        let exhausted = || Error::new(Code::Stale, "a page slot was promised but none is free.");
+        let lease = disk.page_pool.as_ref().and_then(SlotPool::lease).ok_or_else(exhausted)?;
+        let mut parts = Self::take_parts(inner);
+        for (index, section) in self.layout.unit(unit).sections.iter().enumerate() {
+            if let Some(segment) = disk.map.segment(unit, index, crate::dtype::StateKind::Param) {
+                let n = disk.store.segment_chunks(segment);
+                disk.store.parts(segment, 0..n, Direction::Read, section.offset as usize, &mut parts);
+            }
+        }
+        self.submit_io(Ticket::Params(unit), lease, parts)
+    }
+
+    /// True if nothing had to be read.
+    fn read_chunk(&self, inner: &mut Inner, unit: UnitId, index: u32) -> Result<bool> {
+        let disk = self.disk()?;
+        let exhausted = || Error::new(Code::Stale, "an update slot was promised but none is free.");
+        let mut lease = disk.update_pool.lease().ok_or_else(exhausted)?;
+        let mut parts = Self::take_parts(inner);
+        let chunk = disk.map.chunk(unit, index);
+        if disk.map.update_parts(&disk.store, &self.layout, unit, chunk, Direction::Read, &mut parts) {
+            // What was never written is zero.
+            lease.bytes().fill(0);
+        }
+        if parts.is_empty() {
+            inner.chunks.push((unit, index, lease));
+            Self::return_parts(inner, parts);
+            return Ok(true);
+        }
+        self.submit_io(Ticket::ReadChunk(unit, index), lease, parts)?;
+        Ok(false)
+    }
+
+    fn write_chunk(&self, inner: &mut Inner, unit: UnitId, index: u32) -> Result<()> {
+        let disk = self.disk()?;
+        let lost = || Error::new(Code::Stale, "an updated chunk has no slot.");
+        let at = inner.chunks.iter().position(|(u, c, _)| (*u, *c) == (unit, index)).ok_or_else(lost)?;
+        let lease = inner.chunks.swap_remove(at).2;
+        let mut parts = Self::take_parts(inner);
+        let chunk = disk.map.chunk(unit, index);
+        disk.map.update_parts(&disk.store, &self.layout, unit, chunk, Direction::Write, &mut parts);
+        self.submit_io(Ticket::WriteChunk(unit, index), lease, parts)
+    }
+
+    /// Keeps a slot until the machine's next command for it.
+    pub(crate) fn park_chunk(inner: &mut Inner, unit: UnitId, chunk: u32, lease: SlotLease) {
+        inner.chunks.push((unit, chunk, lease));
+    }
+
+    /// Keeps a page slot until it is copied up.
+    pub(crate) fn park_page(inner: &mut Inner, unit: UnitId, lease: SlotLease) {
+        inner.pages[unit.index()] = Some(lease);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tickets_survive_the_trip() {
+        for t in [
+            Ticket::Params(UnitId(7)),
+            Ticket::ReadChunk(UnitId((1 << 30) - 1), u32::MAX),
+            Ticket::WriteChunk(UnitId(3), 0),
+            Ticket::Service,
+        ] {
+            assert_eq!(Ticket::decode(t.encode()), t);
+        }
+    }
+}

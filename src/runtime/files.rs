@@ -1,0 +1,166 @@
+//! Which segment of the store holds which kind of which section, and how update chunks cut them.
+
+use std::ops::Range;
+
+use crate::{
+    dtype::StateKind,
+    error::Result,
+    io::{Direction, IoPart},
+    model::Layout,
+    schedule::Placement,
+    store::Store,
+    units::{Tier, UnitId},
+};
+
+/// The kinds that may lie on NVMe, in the order of an update slot.
+pub const KINDS: [StateKind; 4] = [StateKind::Param, StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq];
+
+/// A piece of an update that is streamed: elements of one section.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk {
+    /// Section of the unit.
+    pub section: usize,
+    /// First element.
+    pub start: u64,
+    /// Elements.
+    pub len: u64,
+}
+
+/// Segment numbers by unit, section and kind.
+#[derive(Debug)]
+pub struct Map {
+    segments: Vec<Vec<[Option<usize>; 4]>>,
+    chunks: Vec<Vec<Chunk>>,
+    /// Bytes and label of each segment, in the order of their numbers.
+    pub specs: Vec<(u64, String)>,
+    update_elems: u64,
+}
+
+impl Map {
+    /// Numbers the segments of everything that lives on NVMe.
+    pub fn new(layout: &Layout, placement: &Placement) -> Self {
+        let mut specs = Vec::new();
+        let mut segments = Vec::new();
+        let mut chunks = Vec::new();
+        for (unit, home) in layout.units.iter().zip(&placement.homes) {
+            let mut of_unit = Vec::new();
+            let mut cuts = Vec::new();
+            for (index, section) in unit.sections.iter().enumerate() {
+                let mut ids = [None; 4];
+                for (slot, kind) in KINDS.into_iter().enumerate() {
+                    let tier = if kind == StateKind::Param { home.params } else { home.optimizer };
+                    let bytes = section.bytes(kind);
+                    if tier == Tier::Nvme && bytes > 0 {
+                        ids[slot] = Some(specs.len());
+                        specs.push((bytes, format!("{} {}", unit.name, kind.name())));
+                    }
+                }
+                if section.trainable && ids.iter().any(Option::is_some) {
+                    let step = placement.update_elems;
+                    cuts.extend((0..section.elems).step_by(step as usize).map(|start| Chunk {
+                        section: index,
+                        start,
+                        len: step.min(section.elems - start),
+                    }));
+                }
+                of_unit.push(ids);
+            }
+            segments.push(of_unit);
+            chunks.push(cuts);
+        }
+        Self { segments, chunks, specs, update_elems: placement.update_elems }
+    }
+
+    /// The segment of a kind of a section, if it lives on NVMe.
+    pub fn segment(&self, unit: UnitId, section: usize, kind: StateKind) -> Option<usize> {
+        let slot = KINDS.iter().position(|&k| k == kind)?;
+        self.segments[unit.index()][section][slot]
+    }
+
+    /// How many pieces a unit's update is streamed in; 0 if nothing of it lives on NVMe.
+    pub fn chunk_count(&self, unit: UnitId) -> u32 {
+        u32::try_from(self.chunks[unit.index()].len()).unwrap_or(u32::MAX)
+    }
+
+    /// One piece.
+    pub fn chunk(&self, unit: UnitId, index: u32) -> Chunk {
+        self.chunks[unit.index()][index as usize]
+    }
+
+    /// Where a kind starts in an update slot: four bytes per element for each kind.
+    pub fn slot_offset(&self, kind: StateKind) -> usize {
+        let slot = KINDS.iter().position(|&k| k == kind).unwrap_or(0);
+        slot * self.update_elems as usize * 4
+    }
+
+    /// The store's chunks that a byte range of a segment touches.
+    pub fn store_chunks(store: &Store, bytes: Range<u64>) -> Range<u32> {
+        let size = store.chunk_bytes();
+        (bytes.start / size) as u32..bytes.end.div_ceil(size) as u32
+    }
+
+    /// Parts that move the NVMe kinds of one update chunk. What was never written is skipped on reading; true if there
+    /// was such a piece, and the caller zero-fills the slot first.
+    pub fn update_parts(
+        &self,
+        store: &Store,
+        layout: &Layout,
+        unit: UnitId,
+        chunk: Chunk,
+        direction: Direction,
+        parts: &mut Vec<IoPart>,
+    ) -> bool {
+        let mut skipped = false;
+        self.for_each(layout, unit, chunk, |segment, kind, bytes| {
+            let mut at = self.slot_offset(kind);
+            for c in Self::store_chunks(store, bytes) {
+                if direction == Direction::Write || store.written(segment, c) {
+                    store.parts(segment, c..c + 1, direction, at, parts);
+                } else {
+                    skipped = true;
+                }
+                at += store.chunk_bytes() as usize;
+            }
+        });
+        skipped
+    }
+
+    /// Seals (before a write) or verifies (after a read) every store chunk of an update chunk in its slot.
+    ///
+    /// # Errors
+    /// `FN-E302` when bytes read are not those written.
+    pub fn check(
+        &self,
+        store: &Store,
+        layout: &Layout,
+        unit: UnitId,
+        chunk: Chunk,
+        direction: Direction,
+        slot: &[u8],
+    ) -> Result<()> {
+        let mut result = Ok(());
+        self.for_each(layout, unit, chunk, |segment, kind, bytes| {
+            let mut at = self.slot_offset(kind);
+            for c in Self::store_chunks(store, bytes) {
+                let len = store.chunk_len(segment, c) as usize;
+                if direction == Direction::Write {
+                    store.seal(segment, c, &slot[at..at + len]);
+                } else if result.is_ok() && store.written(segment, c) {
+                    result = store.verify(segment, c, &slot[at..at + len]);
+                }
+                at += store.chunk_bytes() as usize;
+            }
+        });
+        result
+    }
+
+    fn for_each(&self, layout: &Layout, unit: UnitId, chunk: Chunk, mut f: impl FnMut(usize, StateKind, Range<u64>)) {
+        let section = &layout.unit(unit).sections[chunk.section];
+        for kind in KINDS {
+            if let Some(segment) = self.segment(unit, chunk.section, kind) {
+                let size = kind.element_size(section.dtype) as u64;
+                f(segment, kind, chunk.start * size..(chunk.start + chunk.len) * size);
+            }
+        }
+    }
+}

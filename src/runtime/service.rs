@@ -1,0 +1,320 @@
+//! What is not part of a step: first homes, stray reads and edits of what lives on NVMe, reading and writing states.
+//!
+//! S1: one service operation at a time, through the one update slot that the machine never uses. S2: a unit's segments
+//! are touched only when nothing of it is on its way.
+#![expect(unsafe_code, reason = "copies between slots, shadows, homes and buffers of the caller")]
+
+use std::ops::Range;
+
+use crate::{
+    device::StreamRef,
+    dtype::StateKind,
+    error::{Code, Error, Result},
+    io::Direction,
+    memory::SlotLease,
+    runtime::{
+        core::{Disk, Shared, Ticket},
+        stats::Cause,
+    },
+    units::{ByteCount, UnitId},
+};
+
+type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
+
+impl Shared {
+    /// Waits until the unit's home holds the result of its last update.
+    pub(crate) fn settle(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let mut inner = self.inner.lock();
+        if !inner.machine.update_pending(unit) {
+            return Ok(());
+        }
+        inner.machine.promote(unit);
+        let start = self.trace.now();
+        let what = || format!("the update of '{}'", self.layout.unit(unit).name);
+        let done = self.wait(inner, &what, interrupted, |i| Ok((!i.machine.update_pending(unit)).then_some(())));
+        self.stalled(Cause::Update, start);
+        done
+    }
+
+    /// Waits until no update is queued or running; writes to NVMe may trail.
+    pub(crate) fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
+        let inner = self.lock()?;
+        let start = self.trace.now();
+        let done =
+            self.wait(inner, &|| "the updates".into(), interrupted, |i| Ok((!i.machine.updating()).then_some(())));
+        self.stalled(Cause::Update, start);
+        done
+    }
+
+    fn settle_disk(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let inner = self.lock()?;
+        let what = || format!("writes of '{}'", self.layout.unit(unit).name);
+        self.wait(inner, &what, interrupted, |i| Ok((!i.machine.unsettled(unit)).then_some(())))
+    }
+
+    /// Fills the shadow of a unit whose parameters live on NVMe. Nothing to do for others, or if it is filled.
+    pub(crate) fn fault_in(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) else { return Ok(()) };
+        let (now, _) = self.stats.shadows();
+        let len = shadow.len() as u64;
+        if now + len > self.placement.shadow_bytes {
+            return Err(Error::new(
+                Code::ReadBudget,
+                format!(
+                    "reading '{}' outside its window needs {} of host memory; {} are left and {} are taken by other such reads.",
+                    self.layout.unit(unit).name,
+                    ByteCount(len),
+                    ByteCount(self.placement.shadow_bytes),
+                    ByteCount(now)
+                ),
+            )
+            .action("Raise budget.host, drop tensors read earlier, or set params.tier to \"host\"."));
+        }
+        shadow.fill()?;
+        self.stats.shadowed(len, true);
+        let read = self.refresh_shadow(unit, interrupted);
+        if read.is_err() {
+            self.discard_shadow(unit)?;
+        }
+        read
+    }
+
+    /// Reads the parameters of a unit into its filled shadow.
+    pub(crate) fn refresh_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
+        self.settle_disk(unit, interrupted)?;
+        let start = self.trace.now();
+        let base = shadow.as_ptr();
+        let read = self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
+            // SAFETY: `at` and the length lie in the unit's parameter segment, which the shadow covers; whoever looks at it
+            // expects the bytes to become the current ones.
+            unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), base.add(at), slot.len()) };
+        });
+        self.stalled(Cause::NvmeRead, start);
+        read
+    }
+
+    /// Gives a shadow's memory back. Nothing may hold a view of it, and its edits must have been stored.
+    pub(crate) fn discard_shadow(&self, unit: UnitId) -> Result<()> {
+        if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) {
+            shadow.discard()?;
+            self.stats.shadowed(shadow.len() as u64, false);
+        }
+        Ok(())
+    }
+
+    /// Writes a filled shadow to NVMe: at the start, and after edits.
+    pub(crate) fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
+        self.settle_disk(unit, interrupted)?;
+        let base = shadow.as_ptr();
+        self.params_io(unit, Direction::Write, interrupted, &mut |slot, at| {
+            // SAFETY: as in `fault_in`; the caller owns the shadow's contents.
+            unsafe { std::ptr::copy_nonoverlapping(base.add(at), slot.as_mut_ptr(), slot.len()) };
+        })?;
+        self.event(|m, _| m.invalidate(unit))
+    }
+
+    /// Makes a shadow writable without reading it, for its first contents.
+    pub(crate) fn blank_shadow(&self, unit: UnitId) -> Result<()> {
+        if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) {
+            shadow.fill()?;
+            self.stats.shadowed(shadow.len() as u64, true);
+        }
+        Ok(())
+    }
+
+    /// The parameters were edited inside their window: brings the frames' bytes home.
+    pub(crate) fn write_back(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.settle(unit, interrupted)?;
+        let bytes = self.layout.unit(unit).param_bytes() as usize;
+        let frame = self.frames.address(unit.index());
+        let home = self.homes.unit(unit);
+        if home.shadow.is_some() {
+            self.blank_shadow(unit)?;
+        }
+        {
+            let mut inner = self.lock()?;
+            let gate = self.device.record(StreamRef::Compute(stream))?;
+            self.device.wait(StreamRef::Down, gate)?;
+            // SAFETY: the unit is held, so its frames are its own; its home is settled and has the same length.
+            unsafe { self.device.copy(StreamRef::Down, home.params, frame, bytes)? };
+            inner.gates[unit.index()].home = self.device.record(StreamRef::Down)?;
+        }
+        if home.shadow.is_some() {
+            let gate = self.lock()?.gates[unit.index()].home;
+            self.block_gate(gate, Cause::Copy, interrupted)?;
+            self.store_shadow(unit, interrupted)?;
+        }
+        Ok(())
+    }
+
+    /// Moves all parameters of a unit between NVMe and `each`, piece by piece, at offsets in the parameter segment.
+    fn params_io(
+        &self,
+        unit: UnitId,
+        direction: Direction,
+        interrupted: Interrupted<'_>,
+        each: &mut dyn FnMut(&mut [u8], usize),
+    ) -> Result<()> {
+        let disk = self.disk()?;
+        for (index, section) in self.layout.unit(unit).sections.iter().enumerate() {
+            if let Some(segment) = disk.map.segment(unit, index, StateKind::Param) {
+                let all = 0..section.bytes(StateKind::Param);
+                self.segment_io(disk, segment, all, direction, interrupted, &mut |slot, at| {
+                    each(slot, section.offset as usize + at);
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves whole store chunks covering `bytes` of a segment; `each` sees every piece with its offset in the segment,
+    /// after it was read, or before it is written.
+    fn segment_io(
+        &self,
+        disk: &Disk,
+        segment: usize,
+        bytes: Range<u64>,
+        direction: Direction,
+        interrupted: Interrupted<'_>,
+        each: &mut dyn FnMut(&mut [u8], usize),
+    ) -> Result<()> {
+        let _one = self.service.lock();
+        let taken = || Error::new(Code::Stale, "the service slot is taken.");
+        let mut lease = disk.update_pool.lease().ok_or_else(taken)?;
+        let size = disk.store.chunk_bytes() as usize;
+        let at_once = (lease.len() / size).max(1) as u32;
+        let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
+        let mut first = chunks.start;
+        while first < chunks.end {
+            let group = first..(first + at_once).min(chunks.end);
+            first = group.end;
+            for (i, c) in group.clone().enumerate() {
+                let len = disk.store.chunk_len(segment, c) as usize;
+                let piece = &mut lease.bytes()[i * size..i * size + len];
+                if direction == Direction::Write {
+                    each(piece, c as usize * size);
+                    disk.store.seal(segment, c, piece);
+                } else if !disk.store.written(segment, c) {
+                    piece.fill(0);
+                }
+            }
+            lease = self.transfer(disk, segment, group.clone(), direction, lease, interrupted)?;
+            if direction == Direction::Read {
+                for (i, c) in group.enumerate() {
+                    let len = disk.store.chunk_len(segment, c) as usize;
+                    let piece = &mut lease.bytes()[i * size..i * size + len];
+                    if disk.store.written(segment, c) {
+                        disk.store.verify(segment, c, piece)?;
+                    }
+                    each(piece, c as usize * size);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn transfer(
+        &self,
+        disk: &Disk,
+        segment: usize,
+        group: Range<u32>,
+        direction: Direction,
+        lease: SlotLease,
+        interrupted: Interrupted<'_>,
+    ) -> Result<SlotLease> {
+        let mut parts = Vec::with_capacity(group.len());
+        for (i, c) in group.enumerate() {
+            if direction == Direction::Write || disk.store.written(segment, c) {
+                disk.store.parts(segment, c..c + 1, direction, i * disk.store.chunk_bytes() as usize, &mut parts);
+            }
+        }
+        if parts.is_empty() {
+            return Ok(lease);
+        }
+        self.submit_io(Ticket::Service, lease, parts)?;
+        // The slot is the disk's until it comes back, so this wait ends only with it or with the runtime.
+        let inner = self.inner.lock();
+        let mut stop = false;
+        let done = self.wait(
+            inner,
+            &|| "the disk".into(),
+            &mut || {
+                stop |= interrupted();
+                false
+            },
+            |i| Ok(i.service_done.take()),
+        )?;
+        done.result?;
+        if stop {
+            return Err(Error::new(Code::Interrupted, "interrupted while waiting for the disk."));
+        }
+        Ok(done.lease)
+    }
+
+    /// Copies elements of a state to or from the caller's memory of `len` elements at `buffer`.
+    ///
+    /// # Safety
+    /// `buffer` must be valid for the bytes of `len` elements, for writing if `direction` is `Read`.
+    pub(crate) unsafe fn state_io(
+        &self,
+        unit: UnitId,
+        section: usize,
+        kind: StateKind,
+        elems: Range<u64>,
+        buffer: *mut u8,
+        direction: Direction,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        self.settle(unit, interrupted)?;
+        let size = kind.element_size(self.layout.unit(unit).sections[section].dtype) as u64;
+        let range = (elems.start * size) as usize..(elems.end * size) as usize;
+        let slot = StateKind::OPTIMIZER.iter().position(|&k| k == kind);
+        let home = slot.map_or(0, |i| self.homes.unit(unit).states[section][i]);
+        if home > 0 {
+            let there = (home as usize + range.start) as *mut u8;
+            let (src, dst) = if direction == Direction::Read { (there, buffer) } else { (buffer, there) };
+            // SAFETY: the range lies in the state's home, which is settled; the buffer is the caller's promise.
+            unsafe { std::ptr::copy_nonoverlapping(src, dst, range.len()) };
+            return Ok(());
+        }
+        let disk = self.disk()?;
+        let none = || Error::new(Code::Stale, format!("'{}' has no {}.", self.layout.unit(unit).name, kind.name()));
+        let segment = disk.map.segment(unit, section, kind).ok_or_else(none)?;
+        self.settle_disk(unit, interrupted)?;
+        let exchange = |slot: &mut [u8], at: usize, to_slot: bool| {
+            let (from, to) = (range.start.max(at), range.end.min(at + slot.len()));
+            if from < to {
+                let here = &mut slot[from - at..to - at];
+                // SAFETY: `from..to` is inside `range`, so the buffer covers it.
+                let there = unsafe { buffer.add(from - range.start) };
+                // SAFETY: both are valid for `to - from` bytes and cannot overlap.
+                unsafe {
+                    if to_slot {
+                        std::ptr::copy_nonoverlapping(there, here.as_mut_ptr(), here.len());
+                    } else {
+                        std::ptr::copy_nonoverlapping(here.as_ptr(), there, here.len());
+                    }
+                }
+            }
+        };
+        let bytes = range.start as u64..range.end as u64;
+        if direction == Direction::Read {
+            return self.segment_io(disk, segment, bytes, direction, interrupted, &mut |s, at| exchange(s, at, false));
+        }
+        // Chunks are written whole: what is around the range is read first.
+        let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
+        for c in chunks {
+            let one = u64::from(c) * disk.store.chunk_bytes();
+            let span = one..one + disk.store.chunk_len(segment, c);
+            let mut kept = Vec::new();
+            self.segment_io(disk, segment, span.clone(), Direction::Read, interrupted, &mut |s, _| {
+                kept.extend_from_slice(s)
+            })?;
+            exchange(&mut kept, one as usize, true);
+            self.segment_io(disk, segment, span, Direction::Write, interrupted, &mut |s, _| s.copy_from_slice(&kept))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! Counters: what moved, how long links were busy, what was waited for. Reading them costs the data path nothing.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A link or processor that bytes pass through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Host to device.
+    Up,
+    /// Device to host.
+    Down,
+    /// NVMe to host.
+    NvmeRead,
+    /// Host to NVMe.
+    NvmeWrite,
+    /// AdamW on the CPU; bytes are its memory traffic.
+    Update,
+}
+
+impl Link {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Up, Self::Down, Self::NvmeRead, Self::NvmeWrite, Self::Update];
+
+    /// The name in statistics and traces.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Up => "host_to_device",
+            Self::Down => "device_to_host",
+            Self::NvmeRead => "nvme_read",
+            Self::NvmeWrite => "nvme_write",
+            Self::Update => "cpu_update",
+        }
+    }
+}
+
+/// Why the training thread waited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// For an update of parameters.
+    Update,
+    /// For bytes from NVMe.
+    NvmeRead,
+    /// For a copy to the device.
+    Copy,
+    /// For gradients on their way to the host.
+    Grads,
+}
+
+impl Cause {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Update, Self::NvmeRead, Self::Copy, Self::Grads];
+
+    /// The name in statistics and traces.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Update => "update",
+            Self::NvmeRead => "nvme_read",
+            Self::Copy => "copy",
+            Self::Grads => "grads",
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Flow {
+    bytes: AtomicU64,
+    busy_nanos: AtomicU64,
+}
+
+/// All counters of a runtime.
+#[derive(Debug, Default)]
+pub struct Stats {
+    flows: [Flow; 5],
+    stalls: [AtomicU64; 4],
+    steps: AtomicU64,
+    shadow_bytes: AtomicU64,
+    shadow_peak: AtomicU64,
+    home_uses: AtomicU64,
+}
+
+/// One link's totals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowTotals {
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Nanoseconds during which something was under way.
+    pub busy_nanos: u64,
+}
+
+impl Stats {
+    /// Notes a transfer; `busy_nanos` must not count the same instant twice.
+    pub fn moved(&self, link: Link, bytes: u64, busy_nanos: u64) {
+        let flow = &self.flows[link as usize];
+        flow.bytes.fetch_add(bytes, Ordering::Relaxed);
+        flow.busy_nanos.fetch_add(busy_nanos, Ordering::Relaxed);
+    }
+
+    /// Notes time the training thread waited.
+    pub fn stalled(&self, cause: Cause, nanos: u64) {
+        self.stalls[cause as usize].fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// Notes an optimizer step.
+    pub fn stepped(&self) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes that a unit was used from its home because its frames were held.
+    pub fn used_home(&self) {
+        self.home_uses.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes bytes of shadows filled (positive) or discarded (negative).
+    pub fn shadowed(&self, bytes: u64, filled: bool) {
+        if filled {
+            let now = self.shadow_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            self.shadow_peak.fetch_max(now, Ordering::Relaxed);
+        } else {
+            self.shadow_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Shadows filled now, and at most so far.
+    pub fn shadows(&self) -> (u64, u64) {
+        (self.shadow_bytes.load(Ordering::Relaxed), self.shadow_peak.load(Ordering::Relaxed))
+    }
+
+    /// One link's totals.
+    pub fn flow(&self, link: Link) -> FlowTotals {
+        let flow = &self.flows[link as usize];
+        FlowTotals { bytes: flow.bytes.load(Ordering::Relaxed), busy_nanos: flow.busy_nanos.load(Ordering::Relaxed) }
+    }
+
+    /// Nanoseconds waited for a cause.
+    pub fn stall(&self, cause: Cause) -> u64 {
+        self.stalls[cause as usize].load(Ordering::Relaxed)
+    }
+
+    /// Optimizer steps.
+    pub fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
+    /// Uses from the home.
+    pub fn home_uses(&self) -> u64 {
+        self.home_uses.load(Ordering::Relaxed)
+    }
+}
+
+/// Busy time of a link that serves in order: an interval counts from the end of the one before.
+#[derive(Debug, Default)]
+pub struct Busy {
+    end: u64,
+}
+
+impl Busy {
+    /// Nanoseconds of `[start, end]` that were not counted yet.
+    pub fn add(&mut self, start: u64, end: u64) -> u64 {
+        let fresh = end.saturating_sub(start.max(self.end));
+        self.end = self.end.max(end);
+        fresh
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlapping_transfers_count_once() {
+        let mut busy = Busy::default();
+        assert_eq!(busy.add(0, 10), 10);
+        assert_eq!(busy.add(5, 12), 2);
+        assert_eq!(busy.add(20, 25), 5);
+        assert_eq!(busy.add(1, 3), 0);
+    }
+}

@@ -1,0 +1,143 @@
+//! The threads of a runtime: the driver takes completions from the disk, the runner updates, the reapers learn when
+//! copies have ended.
+
+use std::{sync::Arc, thread::JoinHandle, time::Duration};
+
+use crossbeam::channel::Receiver;
+
+use crate::{
+    error::{Code, Error, Result},
+    io::{Direction, IoCompletion},
+    runtime::{
+        core::{Landing, RunTask, Shared, Ticket},
+        stats::{Busy, Link},
+    },
+};
+
+/// Starts a named thread that runs `body` per message until the channel closes; an error or a panic fails the runtime.
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    shared: &Arc<Shared>,
+    from: Receiver<T>,
+    mut body: impl FnMut(&Shared, T) -> Result<()> + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let shared = Arc::downgrade(shared);
+    let label = name.to_owned();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            while let Ok(message) = from.recv() {
+                let Some(shared) = shared.upgrade() else { return };
+                let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&shared, message)));
+                match outcome {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => shared.fail(error),
+                    Err(_) => shared.fail(Error::new(Code::Panicked, format!("thread '{label}' panicked."))),
+                }
+            }
+        })
+        .map_err(|e| Error::new(Code::HostAlloc, format!("thread '{name}' could not be started: {e}.")))
+}
+
+/// Handles one completion from the disk.
+pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
+    let IoCompletion { ticket, mut lease, parts, result, nanos } = done;
+    let ticket = Ticket::decode(ticket);
+    let now = shared.trace.now();
+    let started = now.saturating_sub(nanos);
+    let mut read = 0;
+    let mut written = 0;
+    for p in &parts {
+        match p.direction {
+            Direction::Read => read += p.len as u64,
+            Direction::Write => written += p.len as u64,
+        }
+    }
+    {
+        let mut inner = shared.inner.lock();
+        if read > 0 {
+            let busy = inner.busy_read.add(started, now);
+            shared.stats.moved(Link::NvmeRead, read, busy);
+        }
+        if written > 0 {
+            let busy = inner.busy_write.add(started, now);
+            shared.stats.moved(Link::NvmeWrite, written, busy);
+        }
+        if ticket == Ticket::Service {
+            inner.service_done = Some(IoCompletion { ticket: 0, lease, parts, result, nanos });
+            shared.changed.notify_all();
+            return Ok(());
+        }
+        Shared::return_parts(&mut inner, parts);
+    }
+    result?;
+    let disk = shared.disk()?;
+    match ticket {
+        Ticket::Params(unit) => {
+            shared.trace.span("nvme read", "params", u64::from(unit.0), started, read);
+            let wanted = shared.inner.lock().machine.wants_params(unit);
+            if wanted {
+                for (index, section) in shared.layout.unit(unit).sections.iter().enumerate() {
+                    if let Some(segment) = disk.map.segment(unit, index, crate::dtype::StateKind::Param) {
+                        let mut at = section.offset as usize;
+                        for c in 0..disk.store.segment_chunks(segment) {
+                            let len = disk.store.chunk_len(segment, c) as usize;
+                            disk.store.verify(segment, c, &lease.bytes()[at..at + len])?;
+                            at += disk.store.chunk_bytes() as usize;
+                        }
+                    }
+                }
+            }
+            let mut inner = shared.lock()?;
+            Shared::park_page(&mut inner, unit, lease);
+            shared.step(&mut inner, |m, out| m.params_read(unit, out))
+        }
+        Ticket::ReadChunk(unit, index) => {
+            shared.trace.span("nvme read", "states", u64::from(unit.0), started, read);
+            let chunk = disk.map.chunk(unit, index);
+            disk.map.check(&disk.store, &shared.layout, unit, chunk, Direction::Read, lease.bytes())?;
+            let mut inner = shared.lock()?;
+            Shared::park_chunk(&mut inner, unit, index, lease);
+            shared.step(&mut inner, |m, out| m.chunk_read(unit, index, out))
+        }
+        Ticket::WriteChunk(unit, index) => {
+            shared.trace.span("nvme write", "states", u64::from(unit.0), started, written);
+            drop(lease);
+            shared.event(|m, out| m.chunk_written(unit, index, out))
+        }
+        Ticket::Service => Ok(()),
+    }
+}
+
+/// Runs one piece of an update.
+pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
+    let RunTask { unit, chunk, mut lease } = task;
+    let start = shared.trace.now();
+    let bytes = shared.run_chunk(unit, chunk, lease.as_mut())?;
+    shared.stats.moved(Link::Update, bytes, shared.trace.now().saturating_sub(start));
+    shared.trace.span("cpu update", "adamw", u64::from(unit.0), start, bytes);
+    let mut inner = shared.lock()?;
+    if let Some(lease) = lease {
+        Shared::park_chunk(&mut inner, unit, chunk, lease);
+    }
+    shared.step(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))
+}
+
+/// Waits for the end of one copy.
+pub(crate) fn land(shared: &Shared, link: Link, busy: &mut Busy, landing: Landing) -> Result<()> {
+    while !shared.device.block(landing.gate, Duration::from_millis(100))? {
+        if shared.inner.lock().closing {
+            return Ok(());
+        }
+    }
+    let nanos = busy.add(landing.start, shared.trace.now());
+    shared.stats.moved(link, landing.bytes, nanos);
+    let (track, name) = if link == Link::Up { ("up", "page in") } else { ("down", "gradient") };
+    shared.trace.span(track, name, u64::from(landing.unit.0), landing.start, landing.bytes);
+    if landing.lease.is_some() {
+        drop(landing.lease);
+        let unit = landing.unit;
+        shared.event(|m, out| m.copied(unit, out))?;
+    }
+    Ok(())
+}

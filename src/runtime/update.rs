@@ -1,0 +1,149 @@
+//! An update of one unit: which elements, with which hyperparameters, and the kernel over one piece of it.
+#![expect(unsafe_code, reason = "hands raw spans of homes and leased slots to the kernel")]
+
+use crate::{
+    device::Gate,
+    dtype::StateKind,
+    error::Result,
+    memory::SlotLease,
+    optim::{Hyper, Span, Update, adamw_parallel},
+    runtime::{core::Shared, files::Chunk},
+    units::UnitId,
+};
+
+/// Elements of one section that share hyperparameters and have gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JobSpan {
+    /// Section of the unit.
+    pub section: usize,
+    /// First element.
+    pub start: u64,
+    /// Elements.
+    pub len: u64,
+    /// Which of the job's hyperparameters.
+    pub hyper: usize,
+    /// The parameter was edited: its master starts anew from it.
+    pub reset_master: bool,
+}
+
+/// What the runner needs to know about a unit's update.
+#[derive(Debug)]
+pub struct Job {
+    /// The spans, in order.
+    pub spans: Vec<JobSpan>,
+    /// Hyperparameters the spans refer to.
+    pub hypers: Vec<Hyper>,
+    /// Scratch of the runner.
+    pub(crate) updates: Vec<Update>,
+    /// What must have passed first: the user's stream, gradients down, parameters up.
+    pub after: [Gate; 3],
+}
+
+impl Default for Job {
+    fn default() -> Self {
+        Self { spans: Vec::new(), hypers: Vec::new(), updates: Vec::new(), after: [Gate::OPEN; 3] }
+    }
+}
+
+impl Shared {
+    /// Runs the kernel over one piece of a unit's update; returns the bytes of memory traffic.
+    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<u64> {
+        let mut job = self.jobs[unit.index()].lock();
+        let job = &mut *job;
+        for gate in job.after {
+            while !self.device.block(gate, std::time::Duration::from_millis(100))? {
+                drop(self.lock()?);
+            }
+        }
+        let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
+        let chunk = streamed.as_ref().map(|(disk, _)| disk.map.chunk(unit, index));
+        let mut bytes = 0;
+        job.updates.clear();
+        for span in &job.spans {
+            let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else {
+                continue;
+            };
+            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| (&**lease, c));
+            let (span_of, moved) = self.span_of(unit, span, start, len, slot);
+            bytes += moved;
+            job.updates.push(Update { span: span_of, hyper: job.hypers[span.hyper] });
+        }
+        // SAFETY: all ranges lie in homes or in the leased slot, are disjoint, and belong to this update until the
+        // machine hears of its end: the gates of the job have passed, so no stream touches them.
+        unsafe { adamw_parallel(&self.pool, &job.updates) }?;
+        if let (Some((disk, lease)), Some(chunk)) = (streamed, chunk) {
+            disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
+        }
+        Ok(bytes)
+    }
+
+    /// The addresses of a piece of a span, and the bytes of memory traffic that its update costs.
+    fn span_of(
+        &self,
+        unit: UnitId,
+        span: &JobSpan,
+        start: u64,
+        len: u64,
+        slot: Option<(&SlotLease, Chunk)>,
+    ) -> (Span, u64) {
+        let section = &self.layout.unit(unit).sections[span.section];
+        let home = self.homes.unit(unit);
+        let size = |kind: StateKind| kind.element_size(section.dtype) as u64;
+        let address = |kind: StateKind| -> u64 {
+            if size(kind) == 0 {
+                return 0;
+            }
+            if let Some((lease, chunk)) = slot
+                && let Some(disk) = &self.disk
+                && disk.map.segment(unit, span.section, kind).is_some()
+            {
+                return lease.as_ptr() as u64 + disk.map.slot_offset(kind) as u64 + (start - chunk.start) * size(kind);
+            }
+            let base = match kind {
+                StateKind::Param => home.params + section.offset,
+                StateKind::Grad => home.grads + section.offset,
+                StateKind::Master => home.states[span.section][0],
+                StateKind::ExpAvg => home.states[span.section][1],
+                StateKind::ExpAvgSq => home.states[span.section][2],
+            };
+            base + start * size(kind)
+        };
+        let span_of = Span {
+            param: address(StateKind::Param) as *mut u8,
+            grad: address(StateKind::Grad) as *const u8,
+            master: address(StateKind::Master) as *mut u8,
+            exp_avg: address(StateKind::ExpAvg) as *mut f32,
+            exp_avg_sq: address(StateKind::ExpAvgSq) as *mut f32,
+            len: len as usize,
+            dtype: section.dtype,
+            reset_master: span.reset_master,
+        };
+        let written = size(StateKind::Param) + size(StateKind::Master) + 8;
+        (span_of, len * (2 * written + size(StateKind::Grad)))
+    }
+}
+
+/// The elements that a span and a chunk have in common.
+fn intersect(span: &JobSpan, chunk: Chunk) -> Option<(u64, u64)> {
+    if span.section != chunk.section {
+        return None;
+    }
+    let start = span.start.max(chunk.start);
+    let end = (span.start + span.len).min(chunk.start + chunk.len);
+    (start < end).then(|| (start, end - start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_and_chunks_intersect_within_a_section() {
+        let span = JobSpan { section: 1, start: 10, len: 20, hyper: 0, reset_master: false };
+        let chunk = |section, start, len| Chunk { section, start, len };
+        assert_eq!(intersect(&span, chunk(1, 0, 15)), Some((10, 5)));
+        assert_eq!(intersect(&span, chunk(1, 15, 100)), Some((15, 15)));
+        assert_eq!(intersect(&span, chunk(1, 30, 5)), None);
+        assert_eq!(intersect(&span, chunk(0, 0, 100)), None);
+    }
+}

@@ -1,0 +1,503 @@
+//! Residency of units in the ring of frames, and the progress of updates. A plain state machine.
+//!
+//! Its owner calls a method per event and then performs the commands in the order in which they were pushed.
+//!
+//! R1: a chunk of the ring has one owner. R2: a held unit keeps its frames. R3: a copy into frames is commanded only
+//! after [`Command::WaitReleased`] for every unit whose bytes it overwrites. R4: a unit is filled only when its update,
+//! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once.
+
+use std::collections::VecDeque;
+
+use crate::{
+    schedule::{
+        order::{Order, Phase},
+        placement::Placement,
+    },
+    units::{Tier, UnitId},
+};
+
+/// Something to be done, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Read all parameters of the unit from NVMe into a page slot; answer with [`Machine::params_read`].
+    ReadParams(UnitId),
+    /// The page slot holds bytes nobody wants any more: give it back.
+    DropSlot(UnitId),
+    /// Make the up stream wait until the unit's last window is over on the compute stream.
+    WaitReleased(UnitId),
+    /// Enqueue the copy into the unit's frames, from its page slot if its parameters live on NVMe, else from its home.
+    /// With a slot: answer with [`Machine::copied`] once the copy is over and the slot given back.
+    CopyUp(UnitId),
+    /// Read the states of one chunk into an update slot; answer with [`Machine::chunk_read`].
+    ReadChunk(UnitId, u32),
+    /// Update one chunk; answer with [`Machine::chunk_ran`].
+    RunChunk(UnitId, u32),
+    /// Write one chunk's states back, then give the slot back; answer with [`Machine::chunk_written`].
+    WriteChunk(UnitId, u32),
+}
+
+/// Answer to [`Machine::open`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// The bytes are in the frames, or their copy is enqueued. The unit is held now.
+    Ready,
+    /// On its way; ask again after the next event.
+    Pending(Wait),
+    /// A held unit owns one of the frames: use the home.
+    Conflict,
+}
+
+/// What a pending opening waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The unit's update.
+    Update,
+    /// NVMe.
+    Nvme,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Frame {
+    /// Owns no chunk.
+    Absent,
+    /// Owns its chunks, bytes still on their way from NVMe.
+    Claimed,
+    /// Owns its chunks; current bytes are there or their copy is enqueued.
+    Full,
+    /// Owns its chunks, which hold older bytes.
+    Stale,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Update {
+    None,
+    Queued { next: u32, ran: u32 },
+}
+
+#[derive(Debug)]
+struct UnitState {
+    frame: Frame,
+    held: bool,
+    wanted: bool,
+    prefetched: bool,
+    reading: bool,
+    discard: bool,
+    on_nvme: bool,
+    streamed: bool,
+    chunks: u32,
+    update: Update,
+    writing: u32,
+    replaced: Vec<UnitId>,
+}
+
+/// Counts of how openings went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prefetches {
+    /// Openings whose bytes had been prefetched, or were still there.
+    pub hits: u64,
+    /// Openings of units whose prefetch was still on its way.
+    pub late: u64,
+    /// Openings that nobody had foreseen.
+    pub demand: u64,
+    /// Prefetched bytes overwritten before use, counted in units.
+    pub wasted: u64,
+    /// Openings that found their frames held.
+    pub conflicts: u64,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Machine {
+    units: Vec<UnitState>,
+    spans: Vec<(u32, u32)>,
+    owners: Vec<Option<UnitId>>,
+    order: Order,
+    upcoming: Vec<UnitId>,
+    queue: VecDeque<UnitId>,
+    page_free: u32,
+    update_free: u32,
+    running: u32,
+    window_chunks: u32,
+    prefetches: Prefetches,
+}
+
+/// Updates handed to the runner at a time: one at work, one waiting, so that a demand can still overtake.
+const RUN_AHEAD: u32 = 2;
+
+impl Machine {
+    /// A machine for a placement. `chunks[u]` is the number of streamed chunks of unit `u`'s update, 0 if its update
+    /// needs no NVMe at all. `window_chunks` bounds how far ahead is paged in.
+    pub fn new(placement: &Placement, chunks: &[u32], window_chunks: u32) -> Self {
+        let units = placement
+            .homes
+            .iter()
+            .zip(chunks)
+            .map(|(home, &n)| UnitState {
+                frame: Frame::Absent,
+                held: false,
+                wanted: false,
+                prefetched: false,
+                reading: false,
+                discard: false,
+                on_nvme: home.params == Tier::Nvme,
+                streamed: n > 0,
+                chunks: n.max(1),
+                update: Update::None,
+                writing: 0,
+                replaced: Vec::with_capacity(16),
+            })
+            .collect::<Vec<_>>();
+        Self {
+            spans: placement.spans.iter().map(|s| (s.first_chunk, s.chunks)).collect(),
+            owners: vec![None; placement.ring_chunks as usize],
+            order: Order::default(),
+            upcoming: Vec::with_capacity(units.len()),
+            queue: VecDeque::with_capacity(units.len() + 1),
+            page_free: placement.page_slots.0,
+            // One is the runtime's own, for what is not part of a step.
+            update_free: placement.update_slots.0.saturating_sub(1),
+            running: 0,
+            window_chunks: window_chunks.min(placement.ring_chunks),
+            prefetches: Prefetches::default(),
+            units,
+        }
+    }
+
+    /// The caller wants to use the unit's frames. `first` is false when it asks again after `Pending`.
+    pub fn open(&mut self, unit: UnitId, phase: Phase, first: bool, out: &mut Vec<Command>) -> Opening {
+        if first {
+            self.count_opening(unit);
+            self.order.saw(phase, unit);
+            self.foresee();
+        }
+        let answer = self.try_open(unit, out);
+        if answer == Opening::Conflict {
+            self.units[unit.index()].wanted = false;
+            self.prefetches.conflicts += u64::from(first);
+        }
+        self.pump(out);
+        answer
+    }
+
+    fn count_opening(&mut self, unit: UnitId) {
+        let s = &mut self.units[unit.index()];
+        match s.frame {
+            Frame::Full => self.prefetches.hits += 1,
+            Frame::Claimed if s.prefetched => self.prefetches.late += 1,
+            _ if s.update != Update::None => self.prefetches.late += 1,
+            _ => self.prefetches.demand += 1,
+        }
+        s.prefetched = false;
+    }
+
+    fn try_open(&mut self, unit: UnitId, out: &mut Vec<Command>) -> Opening {
+        if self.update_pending(unit) {
+            self.promote(unit);
+            self.units[unit.index()].wanted = true;
+            return Opening::Pending(Wait::Update);
+        }
+        if self.units[unit.index()].frame != Frame::Full {
+            if self.holder(unit).is_some() {
+                return Opening::Conflict;
+            }
+            self.units[unit.index()].wanted = true;
+            self.fill(unit, out);
+        }
+        let s = &mut self.units[unit.index()];
+        if s.frame != Frame::Full {
+            return Opening::Pending(Wait::Nvme);
+        }
+        s.held = true;
+        s.wanted = false;
+        s.prefetched = false;
+        Opening::Ready
+    }
+
+    /// The window is over, and nothing holds a view of the frames: they may be reused.
+    pub fn release(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        self.units[unit.index()].held = false;
+        self.pump(out);
+    }
+
+    /// The caller of [`Machine::open`] gave up waiting.
+    pub fn forget(&mut self, unit: UnitId) {
+        self.units[unit.index()].wanted = false;
+    }
+
+    /// True while updates are queued or running; their writes to NVMe may trail.
+    pub fn updating(&self) -> bool {
+        self.units.iter().any(|s| s.update != Update::None)
+    }
+
+    /// The home has newer bytes than the frames.
+    pub fn invalidate(&mut self, unit: UnitId) {
+        let s = &mut self.units[unit.index()];
+        if s.frame == Frame::Full {
+            s.frame = Frame::Stale;
+        }
+        s.discard |= s.reading;
+    }
+
+    /// The unit's parameters are to be updated now.
+    ///
+    /// # Panics
+    /// If an update of the unit is still under way: its owner must settle it first.
+    pub fn submit(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        assert!(!self.update_pending(unit), "{unit} is being updated already");
+        self.invalidate(unit);
+        if self.units[unit.index()].frame == Frame::Claimed {
+            self.units[unit.index()].frame = Frame::Stale;
+        }
+        self.units[unit.index()].update = Update::Queued { next: 0, ran: 0 };
+        self.queue.push_back(unit);
+        self.pump(out);
+    }
+
+    /// Puts a unit's update before all others; someone waits for it.
+    pub fn promote(&mut self, unit: UnitId) {
+        if let Some(at) = self.queue.iter().position(|&u| u == unit)
+            && at > 0
+        {
+            self.queue.remove(at);
+            self.queue.push_front(unit);
+        }
+    }
+
+    /// True until the unit's home holds the result of its last submitted update.
+    pub fn update_pending(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].update != Update::None
+    }
+
+    /// True until nothing of the unit is on its way to NVMe either.
+    pub fn unsettled(&self, unit: UnitId) -> bool {
+        self.update_pending(unit) || self.units[unit.index()].writing > 0
+    }
+
+    /// True if the bytes of a [`Command::ReadParams`] under way are still wanted, and so must be verified.
+    pub fn wants_params(&self, unit: UnitId) -> bool {
+        let s = &self.units[unit.index()];
+        s.frame == Frame::Claimed && !s.discard
+    }
+
+    /// A [`Command::ReadParams`] has finished.
+    pub fn params_read(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        let wanted = self.wants_params(unit);
+        let s = &mut self.units[unit.index()];
+        s.reading = false;
+        if wanted {
+            self.copy_up(unit, out);
+        } else {
+            if s.frame == Frame::Claimed {
+                s.frame = Frame::Stale;
+            }
+            s.discard = false;
+            self.page_free += 1;
+            out.push(Command::DropSlot(unit));
+        }
+        self.pump(out);
+    }
+
+    /// The copy of a [`Command::CopyUp`] from a page slot is over.
+    pub fn copied(&mut self, _unit: UnitId, out: &mut Vec<Command>) {
+        self.page_free += 1;
+        self.pump(out);
+    }
+
+    /// A [`Command::ReadChunk`] has finished.
+    pub fn chunk_read(&mut self, unit: UnitId, chunk: u32, out: &mut Vec<Command>) {
+        self.running += 1;
+        out.push(Command::RunChunk(unit, chunk));
+    }
+
+    /// A [`Command::RunChunk`] has finished.
+    pub fn chunk_ran(&mut self, unit: UnitId, chunk: u32, out: &mut Vec<Command>) {
+        self.running -= 1;
+        let s = &mut self.units[unit.index()];
+        if s.streamed {
+            s.writing += 1;
+            out.push(Command::WriteChunk(unit, chunk));
+        }
+        if let Update::Queued { next, ran } = s.update {
+            s.update = if ran + 1 == s.chunks { Update::None } else { Update::Queued { next, ran: ran + 1 } };
+        }
+        self.pump(out);
+    }
+
+    /// A [`Command::WriteChunk`] has finished.
+    pub fn chunk_written(&mut self, unit: UnitId, _chunk: u32, out: &mut Vec<Command>) {
+        self.units[unit.index()].writing -= 1;
+        self.update_free += 1;
+        self.pump(out);
+    }
+
+    /// How openings went so far.
+    pub fn prefetches(&self) -> Prefetches {
+        self.prefetches
+    }
+
+    /// A few words on what is under way, for the message of a wait that took too long.
+    pub fn describe(&self) -> String {
+        let reading = self.units.iter().filter(|s| s.reading).count();
+        let writing: u32 = self.units.iter().map(|s| s.writing).sum();
+        let held = self.units.iter().filter(|s| s.held).count();
+        format!(
+            "{} updates queued, {} running, {reading} units being read, {writing} chunks being written, {held} windows open, {} page and {} update slots free",
+            self.queue.len(),
+            self.running,
+            self.page_free,
+            self.update_free
+        )
+    }
+
+    /// The units expected next, as far as one ring of frames reaches.
+    fn foresee(&mut self) {
+        self.upcoming.clear();
+        let mut left = self.window_chunks;
+        let spans = &self.spans;
+        self.order.upcoming(
+            |u| {
+                let n = spans[u.index()].1;
+                let full = n > left;
+                left = left.saturating_sub(n);
+                full
+            },
+            &mut self.upcoming,
+        );
+    }
+
+    fn chunk_indices(&self, unit: UnitId) -> impl Iterator<Item = usize> + use<> {
+        let (first, n) = self.spans[unit.index()];
+        let ring = self.owners.len();
+        (0..n as usize).map(move |i| (first as usize + i) % ring)
+    }
+
+    /// Another unit that is held and owns one of this unit's frames.
+    fn holder(&self, unit: UnitId) -> Option<UnitId> {
+        self.chunk_indices(unit).filter_map(|c| self.owners[c]).find(|&v| v != unit && self.units[v.index()].held)
+    }
+
+    fn pump(&mut self, out: &mut Vec<Command>) {
+        self.pump_updates(out);
+        for i in 0..self.units.len() {
+            if self.units[i].wanted {
+                #[expect(clippy::cast_possible_truncation, reason = "units are numbered by u32")]
+                self.fill(UnitId(i as u32), out);
+            }
+        }
+        self.pump_prefetch(out);
+    }
+
+    fn pump_updates(&mut self, out: &mut Vec<Command>) {
+        while let Some(&unit) = self.queue.front() {
+            let s = &mut self.units[unit.index()];
+            let Update::Queued { next, ran } = s.update else {
+                unreachable!("a queued unit has an update");
+            };
+            if s.streamed {
+                // Chunks of the update before this one must have landed before they are read again.
+                if self.update_free == 0 || (next == 0 && s.writing > 0) {
+                    return;
+                }
+                self.update_free -= 1;
+                out.push(Command::ReadChunk(unit, next));
+            } else {
+                if self.running >= RUN_AHEAD {
+                    return;
+                }
+                self.running += 1;
+                out.push(Command::RunChunk(unit, next));
+            }
+            s.update = Update::Queued { next: next + 1, ran };
+            if next + 1 == s.chunks {
+                self.queue.pop_front();
+            }
+        }
+    }
+
+    fn pump_prefetch(&mut self, out: &mut Vec<Command>) {
+        for i in 0..self.upcoming.len() {
+            let unit = self.upcoming[i];
+            let s = &self.units[unit.index()];
+            if matches!(s.frame, Frame::Full | Frame::Claimed) {
+                continue;
+            }
+            let sooner = &self.upcoming[..i];
+            let blocked =
+                self.chunk_indices(unit).filter_map(|c| self.owners[c]).any(|v| v != unit && self.keeps(v, sooner));
+            if blocked || !self.fill(unit, out) {
+                return;
+            }
+            self.units[unit.index()].prefetched = true;
+        }
+    }
+
+    /// True if a prefetch must not take this unit's frames.
+    fn keeps(&self, unit: UnitId, sooner: &[UnitId]) -> bool {
+        let s = &self.units[unit.index()];
+        s.held || s.wanted || (matches!(s.frame, Frame::Full | Frame::Claimed) && sooner.contains(&unit))
+    }
+
+    /// Starts paging a unit in, evicting who is in the way; false if that must wait.
+    fn fill(&mut self, unit: UnitId, out: &mut Vec<Command>) -> bool {
+        let s = &self.units[unit.index()];
+        if matches!(s.frame, Frame::Full | Frame::Claimed) {
+            return true;
+        }
+        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.holder(unit).is_some() {
+            return false;
+        }
+        if s.on_nvme && !s.reading {
+            if self.page_free == 0 {
+                return false;
+            }
+            self.page_free -= 1;
+            self.units[unit.index()].reading = true;
+            out.push(Command::ReadParams(unit));
+        }
+        self.claim(unit);
+        if !self.units[unit.index()].on_nvme {
+            self.copy_up(unit, out);
+        }
+        true
+    }
+
+    /// Makes the unit the owner of its chunks and remembers whose bytes it will overwrite.
+    fn claim(&mut self, unit: UnitId) {
+        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
+        replaced.push(unit);
+        for c in self.chunk_indices(unit) {
+            // The victim stays the owner of what is not taken, so that whoever comes next waits for it too.
+            let Some(v) = self.owners[c].filter(|&v| v != unit) else { continue };
+            let victim = &mut self.units[v.index()];
+            self.prefetches.wasted += u64::from(victim.prefetched);
+            victim.prefetched = false;
+            // Who never got to copy leaves what it had replaced to the next.
+            let inherited = std::mem::take(&mut victim.replaced);
+            replaced.extend_from_slice(&inherited);
+            victim.replaced = inherited;
+            victim.replaced.clear();
+            victim.frame = Frame::Absent;
+            if replaced.last() != Some(&v) {
+                replaced.push(v);
+            }
+        }
+        for c in self.chunk_indices(unit) {
+            self.owners[c] = Some(unit);
+        }
+        let s = &mut self.units[unit.index()];
+        s.replaced = replaced;
+        s.frame = Frame::Claimed;
+    }
+
+    fn copy_up(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
+        replaced.sort_unstable();
+        replaced.dedup();
+        out.extend(replaced.iter().map(|&v| Command::WaitReleased(v)));
+        out.push(Command::CopyUp(unit));
+        replaced.clear();
+        let s = &mut self.units[unit.index()];
+        s.replaced = replaced;
+        s.frame = Frame::Full;
+    }
+}

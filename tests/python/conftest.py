@@ -1,0 +1,105 @@
+"""Fixtures: the device, the placements and I/O engines a case runs with, a real disk, and the leak check."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import facts
+import pytest
+import torch
+from models import CUDA, Stack
+from twin import World
+
+import funicular
+
+gc.collect()
+gc.freeze()  # what the imports made stays out of later collections: 0.2 s each otherwise
+torch.set_num_threads(1)  # one order of summation, and no pools that compete with the runtime's
+if CUDA:
+    torch.use_deterministic_algorithms(True)
+
+DEVICE = "cuda" if CUDA else "host"
+#: A disk, not a tmpfs: pytest's own tmp_path often is one.
+DISK = Path(os.environ.get("FUNICULAR_TEST_DIR", "/var/tmp"))
+
+PLACEMENTS = {
+    "host": {"params": "host", "optimizer": "host", "engine": "threads"},
+    "nvme-threads": {"params": "nvme", "optimizer": "nvme", "engine": "threads"},
+    "nvme-io_uring": {"params": "nvme", "optimizer": "nvme", "engine": "io_uring"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped without one; all others run on whichever device is chosen."""
+    skip = pytest.mark.skip(reason="needs FUNICULAR_TEST_DEVICE=cuda")
+    for item in items:
+        if item.get_closest_marker("gpu") and not CUDA:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def disk() -> Iterator[str]:
+    """An empty directory on a real disk; the runtime must leave it empty."""
+    path = tempfile.mkdtemp(prefix="funicular-test-", dir=DISK)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def io_uring() -> bool:
+    """True where io_uring works: containers often forbid it."""
+    path = tempfile.mkdtemp(prefix="funicular-test-", dir=DISK)
+    world = World(DEVICE, (path,), **PLACEMENTS["nvme-io_uring"])
+    model = Stack(depth=2)
+    try:
+        funicular.offload(model, world.policy(model))
+    except funicular.Error as error:
+        if "FN-E601" not in str(error):
+            raise
+        return False
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+    funicular.unwrap(model)
+    return True
+
+
+def make_world(name: str, disk: str, io_uring: bool) -> World:
+    placement = PLACEMENTS[name]
+    if placement["engine"] == "io_uring" and not io_uring:
+        pytest.skip("io_uring does not work here")
+    return World(DEVICE, (disk,), **placement)
+
+
+@pytest.fixture(params=PLACEMENTS)
+def world(request: pytest.FixtureRequest, disk: str, io_uring: bool) -> Iterator[World]:
+    """Every placement, with both I/O engines where it reads a disk."""
+    yield make_world(request.param, disk, io_uring)
+    if residue(disk):
+        gc.collect()  # cycles of user code may keep a model alive; collecting after every test costs a minute
+    assert not residue(disk)
+
+
+def residue(disk: str) -> list[str]:
+    """What a model that is gone left behind: files, hooks on this thread's stack."""
+    left = [f"file {p.name}" for p in Path(disk).iterdir()]
+    return left + ["saved tensor hooks"] * facts.saved_tensor_hooks()
+
+
+@pytest.fixture
+def host_world(disk: str) -> World:
+    """Parameters and states in host memory: for what does not depend on the disk."""
+    return make_world("host", disk, False)
+
+
+@pytest.fixture
+def nvme_world(disk: str) -> World:
+    """Parameters and states on disk, with the engine that works everywhere."""
+    return make_world("nvme-threads", disk, False)

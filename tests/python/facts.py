@@ -1,0 +1,50 @@
+"""The one place that knows the shape of ``funicular.stats`` and asks the system about memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import funicular
+
+
+def budget(model: nn.Module, tier: str) -> tuple[int, int]:
+    """Peak and limit of a tier in bytes, from the arenas' own counters."""
+    entry: dict[str, Any] = funicular.stats(model)["budgets"][tier]
+    return entry["peak"], entry["limit"]
+
+
+def moved(model: nn.Module, link: str) -> int:
+    """Bytes that crossed ``host_to_device``, ``device_to_host``, ``nvme_read`` or ``nvme_write``."""
+    return funicular.stats(model)["links"][link]["bytes"]
+
+
+def saved_tensor_hooks() -> int:
+    """Saved-tensor hooks on this thread's stack; 0 where no offloaded model lives."""
+    return 0 if torch._C._autograd._top_saved_tensors_default_hooks(True) is None else 1
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def pss(name: str) -> int:
+    """Proportional bytes of the mappings whose file name contains ``name``; aliases of a page share it."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()
+        if head and "-" in head[0] and not head[0].endswith(":"):
+            inside = name in line
+        elif inside and head[0] == "Pss:":
+            total += int(head[1]) * 1024
+    return total
+
+
+def open_files() -> int:
+    """File descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))

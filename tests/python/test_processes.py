@@ -1,0 +1,277 @@
+"""Threads, forked children, data loaders, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import WIDTH, Stack, stack
+from torch.utils.data import DataLoader, TensorDataset
+from twin import Run, case, compare
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+HERE = Path(__file__).parent
+
+
+def in_child(work) -> int:
+    """Run ``work`` in a forked child; its exit status, or -1 if it did not end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(work() or 0)
+        except BaseException as error:
+            os._exit(77 if "FN-E103" in str(error) else 1)
+    for _ in range(1000):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -1
+
+
+@case(stack())
+def test_fork_that_does_nothing(run: Run):
+    for _ in range(3):
+        run.train(1, look=False)
+        assert in_child(lambda: 0) == 0
+
+
+@case(stack())
+def test_fork_in_the_middle_of_a_step(run: Run):
+    for _ in range(2):
+        loss = run.model(run.data(4, WIDTH)).square().mean()
+        assert in_child(lambda: 0) == 0
+        loss.backward()
+        assert in_child(lambda: 0) == 0
+        run.opt.step()
+        run.opt.zero_grad()
+
+
+@pytest.mark.parametrize("after", ["step", "read"])
+def test_fork_that_reads_weights(after, world):
+    """A child sees the weights of the moment, or is refused by name; it never hangs, and the parent goes on."""
+    if world.device == "cuda":
+        pytest.skip("CUDA does not survive fork")
+
+    def script(run: Run) -> None:
+        run.train(1, look=False)
+        if after == "read":
+            run.record_weights()
+        weight = run.model.layers[2].up.weight
+        expect = weight.detach().clone() if after == "read" else None
+
+        def work():
+            got = weight.detach().clone()
+            return 0 if expect is None or torch.equal(got, expect) else 3
+
+        assert in_child(work) in (0, 77)
+        run.train(2)
+
+    compare(world, stack(), script)
+
+
+@case(stack())
+def test_fork_that_trains_is_refused(run: Run):
+    """A child must not touch the parent's frames: error by name, or, on the plain side, success."""
+    run.train(1)
+
+    def work():
+        torch.manual_seed(0)
+        run.model(torch.randn(4, WIDTH)).square().mean().backward()
+        run.opt.step()
+
+    if run.world.device == "host":
+        assert in_child(work) == (77 if run.offloaded else 0)
+    run.train(2)
+
+
+@case(stack())
+def test_data_loader_workers(run: Run):
+    data = TensorDataset(torch.randn(12, WIDTH, generator=run.generator))
+    for (x,) in DataLoader(data, 4, num_workers=2):
+        run.step(run.model(x.to(run.device)).square().mean())
+
+
+@case(stack())
+def test_forward_in_another_thread(run: Run):
+    for _ in range(2):
+        out = []
+        thread = threading.Thread(target=lambda out=out: out.append(run.model(run.data(4, WIDTH))))
+        thread.start()
+        thread.join()
+        run.step(out[0].square().mean())
+
+
+@case(stack())
+def test_backward_in_another_thread(run: Run):
+    for _ in range(2):
+        loss = run.model(run.data(4, WIDTH)).square().mean()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        run.record_grads()
+        run.opt.step()
+        run.opt.zero_grad()
+
+
+@case(stack())
+def test_whole_step_in_another_thread(run: Run):
+    thread = threading.Thread(target=lambda: run.train(3))
+    thread.start()
+    thread.join()
+
+
+@case(stack())
+def test_two_threads_evaluate(run: Run):
+    """Both are right, whatever waits for whom."""
+    run.train(1, look=False)
+    inputs = [run.data(4, WIDTH) for _ in range(2)]
+    results = [[], []]
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(5):
+                results[i].append(run.model(inputs[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run.record("results", results)
+    run.train(1)
+
+
+@case(stack())
+def test_another_thread_reads_while_training(run: Run):
+    """Reads never see bytes that are neither the weights before nor after a step."""
+    stop, errors = threading.Event(), []
+
+    def work():
+        while not stop.is_set():
+            for p in run.model.parameters():
+                if not bool(torch.isfinite(p.detach()).all()):
+                    errors.append("not finite")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        run.train(5, look=False)
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
+
+
+SCRIPT = """
+import os, sys, signal, threading, time, torch
+sys.path[:0] = {path!r}
+import funicular
+from models import WIDTH, Stack
+from twin import World
+model = Stack(depth=8)
+world = World({device!r}, ({disk!r},), "nvme", "nvme")
+funicular.offload(model, world.policy(model))
+opt = funicular.AdamW(model.parameters(), lr=1e-3)
+x = torch.randn(4, WIDTH).to(world.torch_device)
+def step():
+    model(x).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+step()
+{body}
+"""
+
+
+def subprocess_of(body: str, disk: str, device: str) -> tuple[subprocess.Popen, str]:
+    code = SCRIPT.format(path=[str(HERE)], device=device, disk=disk, body=textwrap.dedent(body))
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return process.returncode, out, err
+
+
+ENDINGS = {
+    "exit": ("print('end')", 0),
+    "exit with an update under way": ("step(); print('end')", 0),
+    "exit with a graph alive": ("loss = model(x).mean(); print('end')", 0),
+    "sys.exit in forward": ("model.layers[3].register_forward_pre_hook(lambda *_: sys.exit(5)); step()", 5),
+    "os._exit": ("step(); os._exit(6)", 6),
+    "unhandled": ("step(); raise ValueError('mine')", 1),
+    "daemon thread": ("threading.Thread(target=lambda: [step() for _ in range(10**6)], daemon=True).start(); time.sleep(.1)", 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_process_ends(ending, disk):
+    """Whatever the moment, the process ends by itself and leaves no file."""
+    from conftest import DEVICE
+
+    body, expected = ENDINGS[ending]
+    status, _, err = finish(subprocess_of(body, disk, DEVICE))
+    assert status == expected, err
+    assert not os.listdir(disk)
+    assert "panicked" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_signal_while_training(number, disk):
+    """Ctrl-C is a KeyboardInterrupt in the loop; the others end the process; no file stays."""
+    from conftest import DEVICE
+
+    process = subprocess_of("print('ready', flush=True)\nwhile True: step()", disk, DEVICE)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    status, _, err = finish(process, 20)
+    assert status == -number or (number == signal.SIGINT and status == 1), err
+    assert number != signal.SIGINT or "KeyboardInterrupt" in err
+    assert not os.listdir(disk)
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed(disk):
+    """Ctrl-C at arbitrary moments, caught by the user's loop, which then goes on."""
+    from conftest import DEVICE
+
+    body = """
+    hits = 0
+    def nag():
+        for _ in range(20):
+            time.sleep(0.02)
+            signal.raise_signal(signal.SIGINT)
+    nagger = threading.Thread(target=lambda: [time.sleep(.02) or os.kill(os.getpid(), signal.SIGINT) for _ in range(20)])
+    nagger.start()
+    while nagger.is_alive():
+        try:
+            step()
+        except KeyboardInterrupt:
+            hits += 1
+            opt.zero_grad()
+    nagger.join()
+    step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    print('hits', hits)
+    """
+    status, out, err = finish(subprocess_of(body, disk, DEVICE))
+    assert status == 0, err
+    assert out.startswith("hits")

@@ -1,0 +1,445 @@
+//! The rules of the house that no compiler checks, over the files that git would commit (the whole tree without git).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use funicular::Code;
+
+/// Longest Rust file under src/ and longest Python file, in lines.
+const LONGEST_FILE: usize = 500;
+
+/// The folders of src/ whose work is raw memory.
+const UNSAFE_LAYERS: &[&str] = &["memory", "io", "device", "optim", "python"];
+
+/// Codes that no test provokes yet, with the reason. A code that a test names must not be here.
+const UNTESTED: &[(Code, &str)] = &[
+    (Code::NoCuda, NOT_BUILT),
+    (Code::Cuda, NOT_BUILT),
+    (Code::Stale, NOT_BUILT),
+    (Code::Stuck, NOT_BUILT),
+    (Code::Forked, NOT_BUILT),
+    (Code::Closed, NOT_BUILT),
+    (Code::Panicked, NOT_BUILT),
+    (Code::Wrapped, NOT_BUILT),
+    (Code::MetaWeights, NOT_BUILT),
+    (Code::UnsupportedParam, NOT_BUILT),
+    (Code::AliasedParam, NOT_BUILT),
+    (Code::NotOffloaded, NOT_BUILT),
+    (Code::Moved, NOT_BUILT),
+    (Code::SparseGrad, NOT_BUILT),
+    (Code::OptimizerOption, NOT_BUILT),
+    (Code::HbmBudget, NOT_BUILT),
+    (Code::HostBudget, NOT_BUILT),
+    (Code::NvmeBudget, NOT_BUILT),
+    (Code::ReadBudget, NOT_BUILT),
+    (Code::IoFailed, NOT_BUILT),
+    (Code::Corrupted, NOT_BUILT),
+    (Code::PolicySyntax, NOT_BUILT),
+    (Code::PolicyKey, NOT_BUILT),
+    (Code::PolicyValue, NOT_BUILT),
+    (Code::PolicyFile, NOT_BUILT),
+    (Code::EngineUnavailable, NOT_BUILT),
+    (Code::NoDirectIo, NOT_BUILT),
+    (Code::NotADisk, NOT_BUILT),
+    (Code::PathUnusable, NOT_BUILT),
+    (Code::DiskFull, NOT_BUILT),
+];
+
+const NOT_BUILT: &str = "what raises it is not built yet";
+
+/// Words that mean unfinished work. Spelled in two halves so that this file passes its own test.
+const BANNED: &[&str] =
+    &[concat!("FIX", "ME"), concat!("XX", "X"), concat!("todo", "!"), concat!("unimplemented", "!")];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Files by path relative to the root: what git tracks, and what it would if all were added.
+fn files() -> Vec<PathBuf> {
+    let mut files = match git(&["ls-files", "--cached", "--others", "--exclude-standard", "-z"]) {
+        Some(out) => out.split('\0').filter(|path| !path.is_empty()).map(PathBuf::from).collect(),
+        None => walk(root()),
+    };
+    files.retain(|path| root().join(path).is_file());
+    files.sort();
+    files.dedup();
+    assert!(files.iter().any(|path| path == Path::new("src/lib.rs")), "the list of files is wrong: no src/lib.rs");
+    files
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    let out = Command::new("git").arg("-C").arg(root()).args(arguments).output().ok()?;
+    if out.status.success() { String::from_utf8(out.stdout).ok() } else { None }
+}
+
+fn walk(folder: &Path) -> Vec<PathBuf> {
+    let ignored = ["target", ".venv", ".git", "__pycache__", "dist", "build"];
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("the source tree is readable").flatten() {
+        let path = entry.path();
+        if path.is_dir() && !ignored.contains(&entry.file_name().to_string_lossy().as_ref()) {
+            found.extend(walk(&path));
+        } else if path.is_file() {
+            found.push(path.strip_prefix(root()).expect("below the root").to_owned());
+        }
+    }
+    found
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn with_extension(extension: &str) -> Vec<(PathBuf, String)> {
+    let wanted = |path: &PathBuf| path.extension().is_some_and(|found| found == extension);
+    files().into_iter().filter(wanted).map(|path| (path.clone(), read(&path))).collect()
+}
+
+/// Fails with all findings at once.
+fn report(findings: &[String], rule: &str) {
+    assert!(findings.is_empty(), "{rule}\n  {}\n", findings.join("\n  "));
+}
+
+/// Rust source with comments and the contents of literals blanked; lines stay where they are.
+fn code_of(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(next) = rest.chars().next() {
+        let skipped = literal_or_comment(rest, out.chars().next_back());
+        let taken = if skipped > 0 { skipped } else { next.len_utf8() };
+        if skipped > 0 {
+            out.extend(rest[..taken].chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
+        } else {
+            out.push(next);
+        }
+        rest = &rest[taken..];
+    }
+    out
+}
+
+/// Length of the comment, string or character literal that `rest` begins with; 0 if it begins with none.
+fn literal_or_comment(rest: &str, before: Option<char>) -> usize {
+    if rest.starts_with("//") {
+        return rest.find('\n').unwrap_or(rest.len());
+    }
+    if rest.starts_with("/*") {
+        return block_comment(rest);
+    }
+    if rest.starts_with('"') {
+        return quoted(rest, '"');
+    }
+    let in_word = before.is_some_and(|c| c.is_alphanumeric() || c == '_');
+    if rest.starts_with('r') && (!in_word || before == Some('b')) {
+        let hashes = rest[1..].bytes().take_while(|b| *b == b'#').count();
+        if rest[1 + hashes..].starts_with('"') {
+            let end = format!("\"{}", "#".repeat(hashes));
+            let body = 2 + hashes;
+            return rest[body..].find(&end).map_or(rest.len(), |at| body + at + end.len());
+        }
+    }
+    // A lifetime has no closing quote right after its first character.
+    let mut characters = rest.chars();
+    if characters.next() == Some('\'')
+        && let Some(first) = characters.next()
+        && (first == '\\' || characters.next() == Some('\''))
+    {
+        return quoted(rest, '\'');
+    }
+    0
+}
+
+fn block_comment(rest: &str) -> usize {
+    let (mut depth, mut at) = (0, 0);
+    while at < rest.len() {
+        if rest[at..].starts_with("/*") {
+            depth += 1;
+            at += 2;
+        } else if rest[at..].starts_with("*/") {
+            depth -= 1;
+            at += 2;
+            if depth == 0 {
+                return at;
+            }
+        } else {
+            at += rest[at..].chars().next().map_or(1, char::len_utf8);
+        }
+    }
+    rest.len()
+}
+
+fn quoted(rest: &str, quote: char) -> usize {
+    let mut escaped = false;
+    for (at, c) in rest.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            c if c == quote => return at + 1,
+            _ => {}
+        }
+    }
+    rest.len()
+}
+
+/// Where `word` stands alone in `text`, as byte offsets.
+fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
+    let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
+    text.match_indices(word).map(|(at, _)| at).filter(move |&at| {
+        let after = text[at + word.len()..].chars().next();
+        !text[..at].ends_with(part_of_word) && (word.ends_with('!') || !after.is_some_and(part_of_word))
+    })
+}
+
+fn line_of(text: &str, at: usize) -> usize {
+    text[..at].matches('\n').count() + 1
+}
+
+/// The layers named in the docs of src/lib.rs, lowest first: module name to rank.
+fn layers() -> BTreeMap<String, usize> {
+    let source = read(Path::new("src/lib.rs"));
+    let docs: String = source.lines().filter_map(|line| line.strip_prefix("//!")).collect();
+    let mut ranks = BTreeMap::new();
+    let list = docs.split_once("downward").expect("src/lib.rs documents the layers after the word `downward`").1;
+    let list = list.split_once(": ").expect("a colon before the layers").1;
+    for (rank, group) in list.split(" < ").enumerate() {
+        let names = group.split('`').nth(1).expect("each layer stands in backticks");
+        ranks.extend(names.split_whitespace().map(|name| (name.to_owned(), rank)));
+    }
+    assert!(ranks.len() > 10, "src/lib.rs: only {} modules found in the list of layers", ranks.len());
+    ranks
+}
+
+/// First path segments after each `crate::` in `code`, with their offsets; groups are opened.
+fn crate_paths(code: &str) -> Vec<(usize, String)> {
+    let ident = |text: &str| text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+    let mut found = Vec::new();
+    for (at, prefix) in code.match_indices("crate::") {
+        let rest = &code[at + prefix.len()..];
+        if !rest.starts_with('{') {
+            found.push((at, ident(rest)));
+            continue;
+        }
+        let mut depth = 0;
+        for (offset, c) in rest.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                _ => {}
+            }
+            if depth == 1 && (c == ',' || c == '{') {
+                found.push((at, ident(&rest[offset + 1..])));
+            }
+            if depth == 0 {
+                break;
+            }
+        }
+    }
+    found.retain(|(_, name): &(usize, String)| !name.is_empty());
+    found
+}
+
+/// The top-level module that a file under src/ belongs to; `None` for lib.rs and the programs.
+fn module_of(path: &Path) -> Option<String> {
+    let inner = path.strip_prefix("src").ok()?;
+    let first = inner.components().next()?.as_os_str().to_string_lossy().into_owned();
+    let name = first.strip_suffix(".rs").unwrap_or(&first).to_owned();
+    (name != "lib" && name != "bin").then_some(name)
+}
+
+#[test]
+fn imports_go_downward() {
+    let ranks = layers();
+    let mut findings = Vec::new();
+    for (path, source) in with_extension("rs") {
+        let Some(module) = module_of(&path) else { continue };
+        let Some(rank) = ranks.get(&module) else {
+            findings.push(format!("{}: module `{module}` is in no layer of src/lib.rs", path.display()));
+            continue;
+        };
+        let code = code_of(&source);
+        for (at, name) in crate_paths(&code) {
+            // What the crate root re-exports comes from the lowest layer.
+            let target = ranks.get(&name).copied().unwrap_or(0);
+            if target > *rank {
+                findings.push(format!(
+                    "{}:{}: `{module}` uses `crate::{name}`, which lies above it",
+                    path.display(),
+                    line_of(&code, at)
+                ));
+            }
+        }
+    }
+    report(&findings, "imports go only to lower layers or to the same one");
+}
+
+#[test]
+fn files_are_short() {
+    let mut findings = Vec::new();
+    let rust = with_extension("rs").into_iter().filter(|(path, _)| path.starts_with("src"));
+    for (path, source) in rust.chain(with_extension("py")).chain(with_extension("pyi")) {
+        let lines = source.lines().count();
+        if lines > LONGEST_FILE {
+            findings.push(format!("{}: {lines} lines", path.display()));
+        }
+    }
+    report(&findings, "files have at most 500 lines; cut along a noun");
+}
+
+#[test]
+fn unsafe_is_declared_and_explained() {
+    let mut findings = Vec::new();
+    for (path, source) in with_extension("rs") {
+        let code = code_of(&source);
+        let lines: Vec<&str> = source.lines().collect();
+        for at in words(&code, "unsafe") {
+            let line = line_of(&code, at);
+            let place = format!("{}:{line}", path.display());
+            if module_of(&path).is_some_and(|module| !UNSAFE_LAYERS.contains(&module.as_str())) {
+                findings.push(format!("{place}: unsafe in a layer that needs none"));
+            }
+            if !code.contains("expect(unsafe_code") {
+                findings
+                    .push(format!("{place}: unsafe in a file that does not declare expect(unsafe_code, reason = ...)"));
+            }
+            let after = code[at + "unsafe".len()..].trim_start();
+            if (after.starts_with('{') || after.starts_with("impl")) && !explained(&lines, line) {
+                findings.push(format!("{place}: no SAFETY comment within three lines above"));
+            }
+        }
+    }
+    report(&findings, "unsafe stays in the files made for it, and each block says why it is sound");
+}
+
+/// Whether `SAFETY:` stands on this line (from 1) or within three lines above; a comment found there is read to its top.
+fn explained(lines: &[&str], line: usize) -> bool {
+    let mut first = line.saturating_sub(4);
+    while first > 0 && lines[first].trim_start().starts_with("//") {
+        first -= 1;
+    }
+    lines[first..line].iter().any(|text| text.contains("SAFETY:"))
+}
+
+#[test]
+fn nothing_is_left_unfinished() {
+    let mut findings = Vec::new();
+    let mut check = |path: &Path, text: &str| {
+        for word in BANNED {
+            findings.extend(words(text, word).map(|at| format!("{}:{}: {word}", path.display(), line_of(text, at))));
+        }
+    };
+    for extension in ["rs", "py", "pyi", "cu", "cuh", "toml", "md"] {
+        for (path, text) in with_extension(extension) {
+            check(&path, &text);
+        }
+    }
+    report(&findings, "unfinished work belongs into an issue, not into the code");
+}
+
+#[test]
+fn errors_are_documented() {
+    let path = Path::new("docs/errors.md");
+    let text = read(path);
+    let rows: Vec<Vec<&str>> = text
+        .lines()
+        .filter(|line| line.starts_with("| FN-"))
+        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
+        .collect();
+    let mut findings = Vec::new();
+    let documented: Vec<&str> = rows.iter().map(|row| row[0]).collect();
+    for code in Code::ALL {
+        let expected = [code.as_str(), &format!("{:?}", code.family()), code.summary()].map(str::to_owned);
+        match rows.iter().find(|row| row[0] == code.as_str()) {
+            None => findings.push(format!("missing: | {} | WHAT TO DO |", expected.join(" | "))),
+            Some(row) if row.len() != 4 || row[3].is_empty() => findings.push(format!("{}: not four cells", row[0])),
+            Some(row) if row[..3] != expected => findings.push(format!("differs: | {} | ...", expected.join(" | "))),
+            Some(_) => {}
+        }
+    }
+    let known: Vec<&str> = Code::ALL.iter().map(|code| code.as_str()).collect();
+    findings.extend(documented.iter().filter(|code| !known.contains(code)).map(|code| format!("{code}: no such code")));
+    if findings.is_empty() && documented != known {
+        findings.push("the rows are not in the order of src/error.rs, or one stands twice".to_owned());
+    }
+    report(&findings, "docs/errors.md has one row per code of src/error.rs: code, family, meaning, what to do");
+}
+
+/// The part of a file that is test code: all of a test file, in src/ what follows the first `#[cfg(test)]`.
+fn test_code<'a>(path: &Path, source: &'a str) -> &'a str {
+    let is_test_file = path.starts_with("tests") || path.components().any(|part| part.as_os_str() == "tests");
+    if is_test_file || path.file_stem().is_some_and(|stem| stem == "tests") {
+        return source;
+    }
+    source.find("#[cfg(test)]").map_or("", |at| &source[at..])
+}
+
+#[test]
+fn every_error_is_provoked_by_a_test() {
+    let mut tested = BTreeSet::new();
+    for (path, source) in with_extension("rs").into_iter().chain(with_extension("py")) {
+        if path == Path::new("tests/tidy.rs") || path == Path::new("src/error.rs") {
+            continue;
+        }
+        let tests = test_code(&path, &source);
+        for code in Code::ALL {
+            if words(tests, &format!("Code::{code:?}")).next().is_some() || tests.contains(code.as_str()) {
+                tested.insert(code.as_str());
+            }
+        }
+    }
+    let allowed: BTreeMap<&str, &str> = UNTESTED.iter().map(|(code, reason)| (code.as_str(), *reason)).collect();
+    let mut findings = Vec::new();
+    for code in Code::ALL {
+        let (name, text) = (format!("{code:?}"), code.as_str());
+        match (tested.contains(text), allowed.get(text).copied()) {
+            (false, None) => {
+                findings.push(format!("{text} {name}: no test names it; write one, or add it to UNTESTED"))
+            }
+            (true, Some(_)) => findings.push(format!("{text} {name}: tested now; take it out of UNTESTED")),
+            (false, Some("")) => findings.push(format!("{text} {name}: no reason given")),
+            _ => {}
+        }
+    }
+    report(&findings, "every error code is provoked by a test");
+}
+
+#[test]
+fn only_sources_are_tracked() {
+    let Some(tracked) = git(&["ls-files", "-z"]) else { return };
+    let built = ["so", "o", "a", "pyc", "whl", "rlib", "rmeta", "dylib", "ptx", "cubin", "pt", "safetensors"];
+    let folders = ["target", "__pycache__", "dist", "build", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache"];
+    let findings: Vec<String> = tracked
+        .split('\0')
+        .map(Path::new)
+        .filter(|path| {
+            path.extension().is_some_and(|extension| built.iter().any(|built| extension == *built))
+                || path.components().any(|part| folders.iter().any(|folder| part.as_os_str() == *folder))
+        })
+        .map(|path| path.display().to_string())
+        .collect();
+    report(&findings, "nothing that is built is tracked");
+}
+
+#[test]
+fn the_documents_exist() {
+    let needed = ["README.md", "CHANGELOG.md", "LICENSE", "docs/errors.md", "docs/decisions.md"];
+    let findings: Vec<String> =
+        needed.iter().filter(|path| !root().join(path).is_file()).map(|path| (*path).to_owned()).collect();
+    report(&findings, "these documents exist");
+}
+
+#[test]
+fn code_is_told_from_comments_and_literals() {
+    let source = "a /* x /* y */ z */ b // c\n\"d\\\"e\" f r#\"g\"# 'h' '\\'' &'static i";
+    let code: Vec<String> = code_of(source).split_whitespace().map(str::to_owned).collect();
+    assert_eq!(code, ["a", "b", "f", "&'static", "i"]);
+    assert_eq!(code_of(source).lines().count(), source.lines().count());
+    let names = |code: &str| crate_paths(code).into_iter().map(|(_, name)| name).collect::<Vec<_>>();
+    assert_eq!(
+        names("use crate::{error::{Code, Result}, io, memory::Slot}; crate::units::x"),
+        ["error", "io", "memory", "units"]
+    );
+}
