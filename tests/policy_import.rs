@@ -260,6 +260,13 @@ fn lightning() {
     notes(&i.undecided, "strategy", "is not a DeepSpeed strategy");
 }
 
+#[test]
+fn a_line_feed_in_a_key_does_not_leave_the_comment() {
+    let text = r#"{"a\nversion = 2": 1, "optimizer": {"type": "x\nversion = 3"}}"#;
+    let i = import::deepspeed(text, "x\ny = 1.json", Hints::default()).unwrap();
+    assert_eq!(Policy::from_toml_str(&i.to_string(), "x").unwrap(), i.policy, "{i}");
+}
+
 /// A JSON value for a key of the offload sections, right or wrong.
 fn any_value() -> impl Strategy<Value = serde_json::Value> {
     prop_oneof![

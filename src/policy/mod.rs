@@ -5,6 +5,7 @@
 //! P3: no key does nothing: what the runtime does not act on yet is refused by [`Policy::check_supported`].
 //! P4: nothing here asks the machine, except limits.
 
+pub mod cli;
 mod decode;
 mod glob;
 pub mod import;
@@ -17,6 +18,7 @@ mod source;
 mod suggest;
 mod support;
 mod values;
+mod words;
 
 use std::{
     fs::File,
@@ -27,9 +29,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use glob::Pattern;
-pub use values::{
-    Accumulate, ActivationsTier, Auto, DeviceChoice, Direct, Engine, GradsTier, Level, MicroBatch, OptimizerTier,
-    ParamsTier, Pressure, Setting, UpdateOn, format_size, parse_size,
+pub use values::{Auto, DeviceChoice, MicroBatch, Setting, format_size, parse_size};
+pub use words::{
+    Accumulate, ActivationsTier, Direct, Engine, GradsTier, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn,
 };
 
 use crate::{

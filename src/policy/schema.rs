@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Policy, values};
+use super::{Policy, words};
 
 /// One key.
 #[derive(Clone, Copy, Debug)]
@@ -85,34 +85,34 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "nvme.engine",
-        Kind::Word(values::Engine::WORDS),
+        Kind::Word(words::Engine::WORDS),
         "What moves bytes: `auto` takes io_uring where it works and threads elsewhere; a named engine that does not work is an error.",
     ),
     key("nvme.block", Kind::Size, "Size of one read or write and of a stripe: a power of two from 4KiB to 256MiB."),
     key("nvme.queue_depth", Kind::AutoCount, "Reads and writes in flight per path. `auto`: 32."),
     key(
         "nvme.direct",
-        Kind::Word(values::Direct::WORDS),
+        Kind::Word(words::Direct::WORDS),
         "Direct I/O past the page cache: `auto` where the file system takes it, `required` or an error, `off` never.",
     ),
     key("nvme.checksums", Kind::Bool, "Verify an XXH3 checksum of every segment read back."),
     key(
         "params.tier",
-        Kind::Word(values::ParamsTier::WORDS),
+        Kind::Word(words::ParamsTier::WORDS),
         "Home of the parameters. `auto`: host memory while it lasts, then NVMe.",
     ),
-    key("grads.tier", Kind::Word(values::GradsTier::WORDS), "Home of the gradients between backward and step."),
+    key("grads.tier", Kind::Word(words::GradsTier::WORDS), "Home of the gradients between backward and step."),
     key(
         "grads.accumulate",
-        Kind::Word(values::Accumulate::WORDS),
+        Kind::Word(words::Accumulate::WORDS),
         "Number format in which gradients of several backwards are summed: the parameter's, or fp32.",
     ),
     key(
         "optimizer.tier",
-        Kind::Word(values::OptimizerTier::WORDS),
+        Kind::Word(words::OptimizerTier::WORDS),
         "Home of the optimizer's states. `auto`: the fastest tier with room.",
     ),
-    key("optimizer.where", Kind::Word(values::UpdateOn::WORDS), "Where the update runs."),
+    key("optimizer.where", Kind::Word(words::UpdateOn::WORDS), "Where the update runs."),
     key(
         "units.match",
         Kind::Patterns,
@@ -123,25 +123,25 @@ pub const KEYS: &[Key] = &[
         Kind::Pattern,
         "Units or parameters that this entry is for. The first entry that matches wins.",
     ),
-    key("override[].params", Kind::Word(values::ParamsTier::WORDS), "Home of their parameters."),
-    key("override[].optimizer", Kind::Word(values::OptimizerTier::WORDS), "Home of their optimizer states."),
+    key("override[].params", Kind::Word(words::ParamsTier::WORDS), "Home of their parameters."),
+    key("override[].optimizer", Kind::Word(words::OptimizerTier::WORDS), "Home of their optimizer states."),
     key(
         "prefetch.window",
         Kind::AutoSize,
         "Bytes fetched ahead of the unit that computes. `auto`: what the compute budget leaves.",
     ),
     key("activations.micro_batch", Kind::OffCount, "Rows of the batch that a block takes at a time, or `off`."),
-    key("activations.tier", Kind::Word(values::ActivationsTier::WORDS), "Where activations wait for their backward."),
+    key("activations.tier", Kind::Word(words::ActivationsTier::WORDS), "Where activations wait for their backward."),
     key("debug.poison", Kind::Bool, "Fill released memory with NaN, so that a stale read cannot go unnoticed."),
     key("debug.sync", Kind::Bool, "Wait for every transfer at once: slow, for looking for faults."),
     key("debug.faults", Kind::Text, "Faults to inject, for tests only."),
-    key("log.level", Kind::Word(values::Level::WORDS), "How much goes to the logger `funicular`."),
+    key("log.level", Kind::Word(words::Level::WORDS), "How much goes to the logger `funicular`."),
     key("log.every", Kind::Count, "One line of facts every so many steps; 0: none."),
     key("log.trace", Kind::Text, "File for a Chrome/Perfetto trace; empty: none."),
     key("log.trace_steps", Kind::Steps, "The steps to trace, such as `[3, 4]`."),
     key(
         "pressure.action",
-        Kind::Word(values::Pressure::WORDS),
+        Kind::Word(words::Pressure::WORDS),
         "When a budget is short during a run: `demote` moves states to a slower tier, `refuse` stops with an error.",
     ),
 ];

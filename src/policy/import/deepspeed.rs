@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     policy::{
-        Auto, OptimizerTier, ParamsTier, Pattern, format_size,
+        OptimizerTier, ParamsTier,
         source::{Entry, Node, Source, Value},
         suggest,
     },
@@ -22,16 +22,16 @@ use crate::{
 /// An import under way.
 pub(super) struct Import<'a> {
     source: &'a Source<'a>,
-    hints: Hints,
+    pub(super) hints: Hints,
     labels: &'a [(String, String)],
     pub(super) out: Imported,
     /// Bytes of a parameter: 4 if the file turns half precision off, else 2.
-    element: u64,
-    super_offload: bool,
+    pub(super) element: u64,
+    pub(super) super_offload: bool,
     param_tier: Option<Tier>,
     optimizer_tier: Option<Tier>,
     aio: Aio,
-    root: &'a Node,
+    pub(super) root: &'a Node,
 }
 
 /// Imports a tree. `labels` are pairs of a path in it and the name to report it by.
@@ -57,6 +57,7 @@ pub(super) fn import(source: &Source<'_>, root: &Node, hints: Hints, labels: &[(
     };
     import.walk("", root, ROOT, Import::other_root);
     import.finish();
+    import.out.sort();
     import.out
 }
 
@@ -96,7 +97,7 @@ impl<'a> Import<'a> {
         }
     }
 
-    fn apply(&mut self, rule: Rule, found: Found<'_>) {
+    pub(super) fn apply(&mut self, rule: Rule, found: Found<'_>) {
         match rule {
             Rule::Ignore(why) => self.ignored(found, why),
             Rule::Elements(why) => {
@@ -304,227 +305,6 @@ impl<'a> Import<'a> {
                 "host memory is always page-locked here, at its exact size (DeepSpeed's default was false before August 2026); set budget.host if the machine must keep more for others",
             ),
             Err(fault) => self.undecided(found, fault),
-        }
-    }
-
-    // Sizes in elements.
-
-    pub(super) fn max_in_cpu(&mut self, found: Found<'_>) {
-        match scalar::count(found.node) {
-            Err(fault) => self.undecided(found, fault),
-            Ok(_) if self.nvme_params(found) == Some(false) => {
-                self.ignored(found, "read only when the device beside it is nvme")
-            }
-            Ok(Read { value: 0, .. }) => self.ignored(found, "0: nothing stayed in host memory"),
-            Ok(Read { value, .. }) => {
-                let size = bytes(value, self.element).map_or_else(|| "no limit".to_owned(), |b| b.to_string());
-                let note = format!(
-                    "{value} elements ({size}) of parameters stayed in host memory before NVMe was used; params.tier = \"auto\" does that within budget.host, which covers gradients and states too"
-                );
-                self.undecided(found, note);
-            }
-        }
-    }
-
-    /// Whether the device beside a key of `offload_param` is nvme, if it is said.
-    fn nvme_params(&self, found: Found<'_>) -> Option<bool> {
-        let (section, _) = found.key.rsplit_once('.')?;
-        let device = section.split('.').try_fold(self.root, |node, key| node.get(key))?.get("device")?;
-        Some(matches!(&device.value, Value::Text(t) if t.trim().eq_ignore_ascii_case("nvme")))
-    }
-
-    pub(super) fn sub_group(&mut self, found: Found<'_>) {
-        let note = match scalar::count(found.node).ok().and_then(|n| Some((n.value, bytes(n.value, 16)?))) {
-            Some((n, size)) => {
-                format!("{n} elements, {size} of states at a time; the update here goes by segments of its own size")
-            }
-            None => "the update here goes by segments of its own size".to_owned(),
-        };
-        self.ignored(found, note);
-    }
-
-    pub(super) fn max_live(&mut self, found: Found<'_>) {
-        match scalar::count(found.node) {
-            Err(_) if scalar::is_auto(found.node) => self.ignored(found, "budget.hbm stays \"auto\""),
-            Err(fault) => self.undecided(found, fault),
-            Ok(Read { value: 0, .. }) => {
-                self.undecided(found, "0 elements; budget.hbm must hold at least the largest unit")
-            }
-            Ok(read) => match bytes(read.value, self.element) {
-                None => self.mapped(found, "budget.hbm = \"auto\" (so many that it means no limit)"),
-                Some(size) => {
-                    self.out.policy.budget.hbm = Auto::Set(size);
-                    let note = format!(
-                        "budget.hbm = \"{}\" ({} elements of {} bytes{}); raise it, or write \"auto\", to use more of the GPU",
-                        format_size(size),
-                        read.value,
-                        self.element,
-                        remark(&read)
-                    );
-                    self.mapped(found, note);
-                }
-            },
-        }
-    }
-
-    pub(super) fn prefetch(&mut self, found: Found<'_>) {
-        if scalar::is_auto(found.node) {
-            return match self.hints.hidden_size.and_then(|h| h.checked_mul(h)).map(|hh| hh / 10 * 9 + hh % 10 * 9 / 10) {
-                None => self.mapped(
-                    found,
-                    "prefetch.window = \"auto\" (the Hugging Face Trainer computes 0.9 * hidden_size^2 elements; give the hidden size for that number)",
-                ),
-                Some(elements) => self.window(found, elements, "0.9 * hidden_size^2 = "),
-            };
-        }
-        match scalar::count(found.node) {
-            Err(fault) => self.undecided(found, fault),
-            Ok(Read { value: 0, .. }) => self.undecided(
-                found,
-                "0 turns prefetch off, often as a way around an invalidated trace; here a wrong guess is no error: leave prefetch.window at \"auto\"",
-            ),
-            Ok(read) => self.window(found, read.value, ""),
-        }
-    }
-
-    fn window(&mut self, found: Found<'_>, elements: u64, formula: &str) {
-        match bytes(elements, self.element) {
-            None => self.mapped(found, "prefetch.window = \"auto\" (so many that it means no limit)"),
-            Some(size) => {
-                self.out.policy.prefetch.window = Auto::Set(size);
-                let each = self.element;
-                self.mapped(
-                    found,
-                    format!(
-                        "prefetch.window = \"{}\" ({formula}{elements} elements of {each} bytes)",
-                        format_size(size)
-                    ),
-                );
-            }
-        }
-    }
-
-    // The update.
-
-    pub(super) fn ratio(&mut self, found: Found<'_>) {
-        match scalar::share(found.node) {
-            Err(fault) => self.undecided(found, fault),
-            Ok(1.0) => self.ignored(found, "1: the whole update runs on the CPU, as here"),
-            Ok(_) => self.undecided(
-                found,
-                "the rest of the update ran on the GPU; optimizer.tier and optimizer.where = \"auto\" leave the split to the planner",
-            ),
-        }
-    }
-
-    pub(super) fn cores(&mut self, found: Found<'_>) {
-        match scalar::share(found.node) {
-            Err(fault) => self.undecided(found, fault),
-            Ok(_) if !self.super_offload => self.ignored(found, "read only with super_offload"),
-            Ok(share) => {
-                self.undecided(found, format!("set budget.threads to {share} of the CPUs of the machine that trains"))
-            }
-        }
-    }
-
-    pub(super) fn optimizer(&mut self, found: Found<'_>) {
-        let kind = found.node.get("type").map(|node| &node.value);
-        match kind {
-            Some(Value::Text(kind)) if !["adamw", "adam"].contains(&kind.to_ascii_lowercase().as_str()) => {
-                let note = format!("'{kind}' has no kernel here; only AdamW has");
-                self.undecided(found, note);
-            }
-            _ => self
-                .ignored(found, "belongs to your training loop: funicular.AdamW takes lr, betas, eps and weight_decay"),
-        }
-    }
-
-    pub(super) fn half(&mut self, found: Found<'_>) {
-        let Value::Table(entries) = &found.node.value else {
-            return self.undecided(found, "is not a section");
-        };
-        for Entry { key, node, .. } in entries {
-            let full = format!("{}.{key}", found.key);
-            let found = Found { key: &full, node };
-            match key.as_str() {
-                "bf16_master_weights_and_grads" | "fp16_master_weights_and_grads" | "bf16_optimizer_states" => {
-                    self.apply(Rule::IfTrue("master weights and states are always 32 bits here"), found);
-                }
-                "enabled" => self.ignored(found, "belongs to your training loop: the model's own number format counts"),
-                _ => self.ignored(found, LOOP),
-            }
-        }
-    }
-
-    pub(super) fn data_types(&mut self, found: Found<'_>) {
-        let Value::Table(entries) = &found.node.value else {
-            return self.undecided(found, "is not a section");
-        };
-        for Entry { key, node, .. } in entries {
-            let full = format!("{}.{key}", found.key);
-            let found = Found { key: &full, node };
-            match (key.as_str(), &node.value) {
-                ("grad_accum_dtype", Value::Text(t)) if t == "fp32" && self.element == 2 => {
-                    self.undecided(
-                        found,
-                        "grads.accumulate = \"fp32\" is not supported yet; sums are in the parameter's number format",
-                    );
-                }
-                _ => self.ignored(found, LOOP),
-            }
-        }
-    }
-
-    pub(super) fn checkpointing(&mut self, found: Found<'_>) {
-        let cpu = found.node.get("cpu_checkpointing").is_some_and(|n| scalar::flag(n).is_ok_and(|on| on.value));
-        if cpu {
-            self.undecided(found, "cpu_checkpointing: activations.tier = \"host\" is not supported yet");
-        } else {
-            self.ignored(found, "belongs to your training loop: torch.utils.checkpoint works as it is");
-        }
-    }
-
-    pub(super) fn leaf_module(&mut self, found: Found<'_>) {
-        let Value::Table(entries) = &found.node.value else {
-            return self.undecided(found, "is not a section");
-        };
-        if entries.is_empty() {
-            return self.ignored(found, "empty");
-        }
-        for Entry { key, node, .. } in entries {
-            let full = format!("{}.{key}", found.key);
-            let found = Found { key: &full, node };
-            let prefix = match key.as_str() {
-                "names" => "",
-                "name_suffixes" => "*",
-                "classes" => {
-                    self.undecided(found, "units.match takes names of modules, not of classes; name the modules");
-                    continue;
-                }
-                _ => {
-                    self.undecided(found, "unknown key; DeepSpeed refuses it");
-                    continue;
-                }
-            };
-            self.unit_names(found, prefix);
-        }
-    }
-
-    fn unit_names(&mut self, found: Found<'_>, prefix: &str) {
-        let Value::List(items) = &found.node.value else {
-            return self.undecided(found, "is not a list of names");
-        };
-        let names = items.iter().map(|item| match &item.value {
-            Value::Text(name) => Pattern::new(&format!("{prefix}{name}")).ok(),
-            _ => None,
-        });
-        match names.collect::<Option<Vec<_>>>() {
-            Some(patterns) if patterns.is_empty() => self.ignored(found, "empty"),
-            Some(patterns) => {
-                self.out.policy.units.patterns.extend(patterns);
-                self.mapped(found, "units.match");
-            }
-            None => self.undecided(found, "is not a list of names"),
         }
     }
 

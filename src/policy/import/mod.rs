@@ -10,6 +10,8 @@ mod others;
 mod report;
 mod rules;
 mod scalar;
+mod sizes;
+mod training;
 mod yaml;
 
 use super::{

@@ -132,9 +132,7 @@ impl<'a> Rewrite<'a> {
         out.mapped.extend(self.own.mapped);
         out.ignored.extend(self.own.ignored);
         out.undecided.extend(self.own.undecided);
-        for list in [&mut out.mapped, &mut out.ignored, &mut out.undecided] {
-            list.sort_by_key(|item| item.line.unwrap_or(usize::MAX));
-        }
+        out.sort();
         out
     }
 }

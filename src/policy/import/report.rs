@@ -59,6 +59,13 @@ impl Imported {
         }
     }
 
+    /// Every list in the order of the file.
+    pub(super) fn sort(&mut self) {
+        for list in [&mut self.mapped, &mut self.ignored, &mut self.undecided] {
+            list.sort_by_key(|item| item.line.unwrap_or(usize::MAX));
+        }
+    }
+
     /// The policy as TOML, only what differs from the defaults.
     ///
     /// # Errors
@@ -79,20 +86,15 @@ impl Item {
     }
 
     fn write(&self, f: &mut fmt::Formatter<'_>, joint: &str) -> fmt::Result {
-        f.write_str("#   ")?;
-        if let Some(line) = self.line {
-            write!(f, "line {line}: ")?;
-        }
-        if self.key.is_empty() {
-            return writeln!(f, "{}", self.note);
-        }
-        writeln!(f, "{} = {}{joint}{}", self.key, self.value, self.note)
+        let place = self.line.map_or_else(String::new, |line| format!("line {line}: "));
+        let setting = if self.key.is_empty() { String::new() } else { format!("{} = {}{joint}", self.key, self.value) };
+        comment(f, &format!("  {place}{setting}{}", self.note))
     }
 }
 
 impl fmt::Display for Imported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "# Imported from {}", self.name)?;
+        comment(f, &format!("Imported from {}", self.name))?;
         let lists = [
             ("mapped", &self.mapped, " -> "),
             ("ignored because", &self.ignored, ": "),
@@ -110,6 +112,12 @@ impl fmt::Display for Imported {
             Err(error) => writeln!(f, "# {error}"),
         }
     }
+}
+
+/// A comment of one line, whatever the text: a key of the file may hold a line feed.
+fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    writeln!(f, "# {line}")
 }
 
 /// A value on one line, tables and long texts shortened.

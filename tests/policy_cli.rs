@@ -1,0 +1,87 @@
+//! `funicular policy` as its user runs it.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::process::{Command, Output};
+
+fn funicular(arguments: &[&str], env: &[(&str, &str)]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_funicular"));
+    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/ds"));
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("FUNICULAR_")) {
+        command.env_remove(name);
+    }
+    command.args(arguments).envs(env.iter().copied()).output().unwrap()
+}
+
+/// Exit code, standard output, standard error.
+fn run(arguments: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
+    let output = funicular(arguments, env);
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn check_says_what_a_run_would_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |text: &str| {
+        let path = dir.path().join("p.toml");
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let file = write("[optimizer]\ntier = \"nvme\"\n[nvme]\npaths = [\"/mnt/a\"]\n");
+    let (code, out, err) = run(&["policy", "check", &file], &[]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(out.ends_with("p.toml: a valid policy\n"), "{out}");
+    let (code, _, err) = run(&["policy", "check", &file, "--set", "nvme.paths="], &[]);
+    assert!(code == 1 && err.contains("FN-E503 optimizer.tier is nvme, but nvme.paths is empty."), "{err}");
+    let (code, _, err) = run(&["policy", "check", &file], &[("FUNICULAR_OPTIMIZER__WHERE", "gpu")]);
+    assert!(code == 1 && err.contains("optimizer.where = gpu is not supported yet"), "{err}");
+    let (code, out, err) = run(&["policy", "check", &write("[optimizer]\nteir = \"host\"\n")], &[]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("p.toml:2:1: unknown key 'optimizer.teir' (did you mean 'tier'?)\n"), "{err}");
+    assert!(err.contains("\n      | ^^^^"), "{err}");
+    assert_eq!(run(&["policy", "check", "none.toml"], &[]).0, 1);
+}
+
+#[test]
+fn show_resolves_the_sources_in_order() {
+    let (code, out, _) =
+        run(&["policy", "show"], &[("FUNICULAR_BUDGET__HBM", "1GiB"), ("FUNICULAR_BUDGET__HOST", "2GiB")]);
+    assert!(code == 0 && out.contains("hbm = \"1GiB\"\nhost = \"2GiB\"\nnvme = \"auto\"\n"), "{out}");
+    let (code, out, _) = run(&["policy", "show", "--set", "budget.hbm=3GiB"], &[("FUNICULAR_BUDGET__HBM", "1GiB")]);
+    assert!(code == 0 && out.contains("hbm = \"3GiB\"\n"), "{out}");
+    let (code, _, err) = run(&["policy", "show", "--set", "budget.hbm"], &[]);
+    assert!(code == 1 && err.contains("no '=' in it"), "{err}");
+}
+
+#[test]
+fn schema_is_json() {
+    let (code, out, _) = run(&["policy", "schema"], &[]);
+    assert_eq!(code, 0);
+    let published = include_str!("../docs/policy.schema.json");
+    assert_eq!(out, published);
+}
+
+#[test]
+fn import_prints_a_policy_that_check_takes() {
+    let (code, out, err) = run(&["policy", "import", "complete.json"], &[]);
+    assert_eq!(code, 0);
+    assert!(err.contains("complete.json: ") && err.contains("1 to decide"), "{err}");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("p.toml");
+    std::fs::write(&file, out).unwrap();
+    assert_eq!(run(&["policy", "check", file.to_str().unwrap()], &[]).0, 0);
+    let (code, out, err) = run(&["policy", "import", "accelerate_file.yaml", "--hidden-size", "4096"], &[]);
+    assert!(code == 0 && err.contains("accelerate_file.yaml refers to hf_nvme.json"), "{err}");
+    assert!(out.contains("15099494 elements"), "{out}");
+    let (code, out, err) = run(&["policy", "import", "missing_comma.json"], &[]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.contains("missing_comma.json:6:32:"), "{err}");
+}
+
+#[test]
+fn wrong_arguments_are_told() {
+    let (code, _, err) = run(&["polic"], &[]);
+    assert!(code == 2 && err.contains("policy"), "{err}");
+    assert_eq!(run(&[], &[]).0, 2);
+}
