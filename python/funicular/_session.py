@@ -24,7 +24,7 @@ from funicular import _testing
 from funicular._errors import RuntimeFailure, UsageError
 from funicular._guard import GuardedGrad, GuardedParameter
 from funicular._leases import LeaseHooks
-from funicular._model import ParamRef, Unit, in_backward, storage_uses, stream_of
+from funicular._model import ParamRef, Unit, in_backward, link, ref_of, storage_uses, stream_of
 
 if TYPE_CHECKING:
     from funicular._core import Engine
@@ -45,7 +45,6 @@ class Session:
         self.units: list[Unit] = []
         self.leases = LeaseHooks(self)
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.moved: list[tuple[nn.Module, str, torch.device]] = []
         self.pid = os.getpid()
         self.started = time.monotonic()
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
@@ -190,12 +189,21 @@ class Session:
 
     def _discard_shadows(self, but: Unit | None = None) -> None:
         for unit in self.units:
-            if unit.shadow_filled and unit is not but and not unit.home_aliased():
-                self.engine.discard_shadow(unit.engine_id)
-                unit.shadow_filled = False
+            if unit.shadow_filled and unit is not but:
+                self._take_edits(unit)
+                self._retire_shadow(unit)
+
+    def _retire_shadow(self, unit: Unit) -> None:
+        if unit.shadow_filled and not unit.escaped and not unit.home_aliased():
+            self.engine.discard_shadow(unit.engine_id)
+            unit.shadow_filled = False
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
+        self._take_edits(unit)
+        self._retire_shadow(unit)
+
+    def _take_edits(self, unit: Unit) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             for ref in unit.params:
                 if ref.param._version != ref.version:
@@ -205,9 +213,6 @@ class Session:
             if unit.on_nvme:
                 self.engine.store_shadow(unit.engine_id)
             self.engine.invalidate(unit.engine_id, self.stream())
-        if unit.shadow_filled and not unit.home_aliased():
-            self.engine.discard_shadow(unit.engine_id)
-            unit.shadow_filled = False
 
     def _compare_aliased(self, unit: Unit) -> None:
         aliased = unit.home_aliased()
@@ -223,7 +228,7 @@ class Session:
 
     def gradient_arrived(self, param: torch.Tensor) -> None:
         """Called after autograd accumulated into ``param.grad``."""
-        ref: ParamRef = param._funicular_ref  # type: ignore[attr-defined]
+        ref = ref_of(param)
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -277,7 +282,7 @@ class Session:
         typed = flat[ref.offset : ref.offset + ref.numel * ref.home.element_size()].view(ref.home.dtype)
         view = torch.as_strided(typed, ref.home.size(), ref.home.stride(), typed.storage_offset())
         grad = view.as_subclass(GuardedGrad)
-        grad._funicular_ref = ref
+        link(grad, ref)
         return grad
 
     def _reap(self) -> None:
