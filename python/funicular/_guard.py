@@ -72,6 +72,11 @@ def _living(p: torch.Tensor) -> ParamRef:
     return ref
 
 
+def _settle_params(refs: list[ParamRef], *, alias: bool = False) -> None:
+    for session in dict.fromkeys(ref.unit.session for ref in refs):
+        session.access([ref for ref in refs if ref.unit.session is session], alias=alias)
+
+
 def _settle_grads(args: Iterable[Any]) -> None:
     for g in _guarded(args, GuardedGrad, []):
         ref = ref_of(g)
@@ -96,10 +101,9 @@ class GuardedParameter(nn.Parameter):
                 return func(*args, **kwargs)
         params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
         refs = [_living(p) for p in params]
-        for ref in refs:
-            ref.unit.session.access(ref, alias=func in _ALIASES)
+        _settle_params(refs, alias=func in _ALIASES)
         _settle_grads(args)
-        if func is _DATA_SET and refs and args and args[0] is params[0]:
+        if func == _DATA_SET and refs and args and args[0] is params[0]:
             refs[0].unit.session.replace_data(refs[0], args[1])
             return None
         with torch._C.DisableTorchFunctionSubclass():
@@ -140,9 +144,7 @@ class GuardedGrad(torch.Tensor):
         if func not in HARMLESS:
             _settle_grads(args)
             _settle_grads(kwargs.values())
-            for p in _guarded(args, GuardedParameter, []):
-                ref = _living(p)
-                ref.unit.session.access(ref)
+            _settle_params([_living(p) for p in _guarded(args, GuardedParameter, [])])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

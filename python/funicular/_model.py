@@ -72,6 +72,7 @@ class ParamRef:
         "__weakref__",
         "edited",
         "frame",
+        "frame_address",
         "grad",
         "home",
         "name",
@@ -94,6 +95,7 @@ class ParamRef:
         self.unit = unit
         self.section, self.start, self.numel, self.offset = place
         self.frame: torch.Tensor
+        self.frame_address = 0
         self.home: torch.Tensor
         self.grad: torch.Tensor | None = None
         self.trainable = False

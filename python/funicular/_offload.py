@@ -116,6 +116,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = ParamRef(p, name, unit, place)
         ref.frame = _view(unit.flat(p.dtype, at_frames=True), ref, p)
+        ref.frame_address = ref.frame.data_ptr()
         ref.home = _view(unit.flat(p.dtype, at_frames=False), ref, p)
         ref.trainable = p.requires_grad
         unit.params.append(ref)

@@ -27,6 +27,8 @@ from funicular._leases import LeaseHooks
 from funicular._model import ParamRef, Unit, in_backward, link, ref_of, storage_uses, stream_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from funicular._core import Engine
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
@@ -91,7 +93,7 @@ class Session:
     def _use_home(self, unit: Unit) -> None:
         stream = self.stream()
         self.engine.settle(unit.engine_id, stream)
-        self._fault_in(unit)
+        self._fault_in([unit])
 
     def close(self, unit: Unit) -> None:
         """Bring the parameters home and give the frames up, as far as nobody looks at them."""
@@ -113,10 +115,20 @@ class Session:
             if p._version != ref.version:
                 ref.version = p._version
                 ref.edited = edited = True
+            if p.data_ptr() != ref.frame_address and ref.numel > 0:
+                self._take_replacement(ref, p.data)
+                edited = True
             p.data = ref.home
             p.__class__ = GuardedParameter
         if edited:
             self.engine.write_back(unit.engine_id, self.stream())
+
+    def _take_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
+        """Carry out ``p.data = t`` inside a window, where no guard saw it."""
+        self._check_replacement(ref, data)
+        with torch.no_grad():
+            ref.frame.copy_(data)
+        ref.edited = True
 
     def close_all(self) -> None:
         """Close what is not in use: at the end of a backward, and before a step."""
@@ -138,20 +150,22 @@ class Session:
 
     # ------------------------------------------------------------------ homes
 
-    def access(self, ref: ParamRef, *, alias: bool = False) -> None:
-        """Make a parameter's home valid and current for the caller, outside a window."""
+    def access(self, refs: list[ParamRef], *, alias: bool = False) -> None:
+        """Make the homes of parameters valid and current for the caller, outside their windows."""
         self._alive()
-        unit = ref.unit
-        if in_backward() and not alias and unit.depth == 0 and self.open(unit, BACKWARD):
-            return
-        self.strays += 1
-        self.engine.settle(unit.engine_id, self.stream())
-        self._fault_in(unit)
+        units = dict.fromkeys(ref.unit for ref in refs)
+        if in_backward() and not alias:
+            units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
+        self.strays += len(units)
+        for unit in units:
+            self.engine.settle(unit.engine_id, self.stream())
+        self._fault_in(units)
         if alias:
             # Edits through a raw alias leave no trace: compare with what it was, for as long as it may live.
-            unit.escaped = True
-            if ref.snapshot is None and ref.trainable:
-                ref.snapshot = ref.home.detach().clone()
+            for ref in refs:
+                ref.unit.escaped = True
+                if ref.snapshot is None and ref.trainable:
+                    ref.snapshot = ref.home.detach().clone()
 
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
@@ -170,28 +184,32 @@ class Session:
 
     def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` by copying into the home."""
+        self._check_replacement(ref, data)
+        if data.data_ptr() != ref.home.data_ptr():
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                ref.home.copy_(data)
+            self.edited(ref)
+
+    def _check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         if data.shape != ref.home.shape or data.dtype != ref.home.dtype or data.device != ref.home.device:
             raise UsageError(
                 "FN-E115",
                 f"'{ref.name}' is offloaded as {tuple(ref.home.shape)} {ref.home.dtype} on {ref.home.device}; it cannot become "
                 f"{tuple(data.shape)} {data.dtype} on {data.device}. Call funicular.unwrap(model) first, then change it.",
             )
-        if data.data_ptr() != ref.home.data_ptr():
-            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                ref.home.copy_(data)
-            self.edited(ref)
 
-    def _fault_in(self, unit: Unit) -> None:
-        if unit.on_nvme and not unit.shadow_filled:
-            self._discard_shadows(but=unit)
-            self.engine.fault_in(unit.engine_id)
-            unit.shadow_filled = True
-
-    def _discard_shadows(self, but: Unit | None = None) -> None:
+    def _fault_in(self, units: Iterable[Unit]) -> None:
+        """Read what lives on NVMe; what was read for earlier accesses makes room."""
+        missing = [unit for unit in units if unit.on_nvme and not unit.shadow_filled]
+        if not missing:
+            return
         for unit in self.units:
-            if unit.shadow_filled and unit is not but:
+            if unit.shadow_filled and unit.depth == 0 and unit not in units:
                 self._take_edits(unit)
                 self._retire_shadow(unit)
+        for unit in missing:
+            self.engine.fault_in(unit.engine_id)
+            unit.shadow_filled = True
 
     def _retire_shadow(self, unit: Unit) -> None:
         if unit.shadow_filled and not unit.escaped and not unit.home_aliased():
