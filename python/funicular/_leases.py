@@ -98,7 +98,7 @@ class LeaseHooks:
                 tuple(plain.stride()),
                 offset,
                 ref,
-                plain._version,
+                0 if ref is None else ref.param._version,
                 plain.is_conj(),
                 plain.is_neg(),
             )

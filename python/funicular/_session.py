@@ -142,6 +142,12 @@ class Session:
             return True
         return self.open(unit, BACKWARD)
 
+    def _watch_backward(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.backward_ended)
+
     def recover(self) -> None:
         """Forget windows that an interrupted forward left open."""
         for unit in self.units:
@@ -178,6 +184,7 @@ class Session:
         with torch._C.DisableTorchFunctionSubclass():
             ref.version = ref.param._version
         ref.edited = True
+        _outdate(ref.unit)
         if ref.unit.on_nvme:
             self.engine.store_shadow(ref.unit.engine_id)
         self.engine.invalidate(ref.unit.engine_id, self.stream())
@@ -247,10 +254,7 @@ class Session:
     def gradient_arrived(self, param: torch.Tensor) -> None:
         """Called after autograd accumulated into ``param.grad``."""
         ref = ref_of(param)
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.backward_ended)
+        self._watch_backward()
         # One behind, so that the user's own hooks on the parameter have run.
         self._bring_down()
         self._arrived = ref
@@ -338,6 +342,8 @@ class Session:
                 torch.autograd.graph.increment_version(ref.param)
                 ref.version = ref.param._version
                 ref.edited = False
+            for unit in dict.fromkeys(ref.unit for ref in refs):
+                _outdate(unit)
         for unit in watched:
             self.engine.settle(unit.engine_id, self.stream())
             for ref in unit.params:
@@ -376,6 +382,12 @@ class Session:
                 "FN-E103",
                 "the model was offloaded by the parent of this process. Use it there; in a child, load a copy.",
             )
+
+
+def _outdate(unit: Unit) -> None:
+    """Have torch refuse a backward through views that a backward with ``create_graph`` saved before the change."""
+    torch.autograd.graph.increment_version(unit.frame_flats[torch.uint8])
+    torch.autograd.graph.increment_version(unit.home_flats[torch.uint8])
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

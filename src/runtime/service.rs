@@ -11,7 +11,7 @@ use crate::{
     dtype::StateKind,
     error::{Code, Error, Result},
     io::Direction,
-    memory::SlotLease,
+    memory::{Shadow, SlotLease},
     runtime::{
         core::{Disk, Shared, Ticket},
         stats::Cause,
@@ -70,8 +70,7 @@ impl Shared {
             )
             .action("Raise budget.host, drop tensors read earlier, or set params.tier to \"host\"."));
         }
-        shadow.fill()?;
-        self.stats.shadowed(len, true);
+        self.fill_shadow(shadow)?;
         let read = self.refresh_shadow(unit, interrupted);
         if read.is_err() {
             self.discard_shadow(unit)?;
@@ -97,9 +96,21 @@ impl Shared {
     /// Gives a shadow's memory back. Nothing may hold a view of it, and its edits must have been stored.
     pub(crate) fn discard_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) {
+            self.device.hide(shadow.as_ptr() as u64)?;
             shadow.discard()?;
             self.stats.shadowed(shadow.len() as u64, false);
         }
+        Ok(())
+    }
+
+    fn fill_shadow(&self, shadow: &Shadow) -> Result<()> {
+        shadow.fill()?;
+        // SAFETY: the shadow is mapped for as long as the runtime lives, and hidden before it is discarded.
+        if let Err(error) = unsafe { self.device.expose(shadow.as_ptr() as u64, shadow.len()) } {
+            shadow.discard()?;
+            return Err(error);
+        }
+        self.stats.shadowed(shadow.len() as u64, true);
         Ok(())
     }
 
@@ -125,8 +136,7 @@ impl Shared {
     /// Makes a shadow writable without reading it, for its first contents.
     pub(crate) fn blank_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) {
-            shadow.fill()?;
-            self.stats.shadowed(shadow.len() as u64, true);
+            self.fill_shadow(shadow)?;
         }
         Ok(())
     }
