@@ -22,6 +22,7 @@ __all__ = ["Lease", "LeaseHooks"]
 class Lease(NamedTuple):
     """A view of a unit's parameters, without the tensor."""
 
+    session: Session
     unit: Unit
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -42,8 +43,7 @@ class _Delegated(NamedTuple):
 class LeaseHooks:
     """The pair of saved-tensor hooks, chained over hooks that are there already, never replacing them."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self) -> None:
         self.found: dict[int, Unit] = {}
 
     def add(self, unit: Unit) -> None:
@@ -92,6 +92,7 @@ class LeaseHooks:
             offset = plain.storage_offset()
             ref = unit.ref_at(offset * plain.element_size())
             return Lease(
+                unit.session,
                 unit,
                 plain.dtype,
                 tuple(plain.size()),
@@ -117,7 +118,7 @@ class LeaseHooks:
                     f"{packed.version} instead."
                 )
                 raise RuntimeError(msg)
-        at_frames = self.session.open_for_backward(packed.unit)
+        at_frames = packed.session.open_for_backward(packed.unit)
         flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
         view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
         if packed.conjugate:

@@ -45,7 +45,7 @@ class Session:
         self.engine = engine
         self.device = device
         self.units: list[Unit] = []
-        self.leases = LeaseHooks(self)
+        self.leases = LeaseHooks()
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.pid = os.getpid()
         self.started = time.monotonic()
@@ -57,6 +57,12 @@ class Session:
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
+
+    def __del__(self) -> None:
+        for unit in self.units:
+            unit.params.clear()
+            unit.neighbours.clear()
+        self.engine.close()
 
     # A copied or pickled model is an ordinary one.
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
