@@ -81,7 +81,8 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
     try:
         return func(*args, **kwargs)
     finally:
-        hooks.__exit__(None, None, None)
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
 
 
 def _settle_params(refs: list[ParamRef], *, alias: bool = False) -> None:
@@ -118,11 +119,17 @@ class GuardedParameter(nn.Parameter):
         if func == _DATA_SET and refs and args and args[0] is params[0]:
             refs[0].unit.session.replace_data(refs[0], args[1])
             return None
-        with torch._C.DisableTorchFunctionSubclass():
-            result = _leased(refs, func, args, kwargs)
-            for ref, p in zip(refs, params, strict=True):
-                if p._version != ref.version:
-                    ref.unit.session.edited(ref)
+        for ref in refs:
+            ref.unit.readers += 1
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = _leased(refs, func, args, kwargs)
+                for ref, p in zip(refs, params, strict=True):
+                    if p._version != ref.version:
+                        ref.unit.session.edited(ref)
+        finally:
+            for ref in refs:
+                ref.unit.readers -= 1
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:

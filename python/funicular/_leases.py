@@ -60,8 +60,13 @@ class LeaseHooks:
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 
-    def push(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Activate, chained over the top of the stack."""
+    def push(self) -> torch.autograd.graph.saved_tensors_hooks | None:
+        """Activate, chained over the top of the stack; None where hooks are forbidden, as inside ``torch.func``.
+
+        What is saved there keeps its frames occupied instead.
+        """
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+            return None
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is None or getattr(top[0], "__self__", None) is self:
             hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)

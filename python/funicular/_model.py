@@ -128,6 +128,7 @@ class Unit:
         "neighbours",
         "on_nvme",
         "params",
+        "readers",
         "shadow_filled",
     )
 
@@ -142,6 +143,8 @@ class Unit:
         self.shadow_filled = False
         #: forward calls of the unit's modules under way
         self.depth = 0
+        #: reads of the home under way, outside any window
+        self.readers = 0
         #: the parameters are at their frames
         self.is_open = False
         #: the engine keeps the frames for this unit

@@ -64,7 +64,7 @@ def offload(
     found = find_units(model, resolved.unit_patterns())
     engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
     try:
-        session = _build(engine, found)
+        session = _build(engine, found, resolved)
     except BaseException:
         engine.close()
         raise
@@ -85,10 +85,10 @@ def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
-def _build(engine: _core.Engine, found: list[Found]) -> Session:
+def _build(engine: _core.Engine, found: list[Found], policy: Policy) -> Session:
     where = engine.device()
     device = torch.device("cpu" if where == "host" else where)
-    session = Session(engine, device)
+    session = Session(engine, device, policy)
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
     session.waits = engine.shares_processor() and not streamed
     with torch.inference_mode(mode=False), torch.no_grad():
