@@ -114,6 +114,9 @@ class GuardedParameter(nn.Parameter):
                 return func(*args, **kwargs)
         params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
         refs = [_living(p) for p in params]
+        if func is torch._has_compatible_shallow_copy_type and refs and isinstance(args[1], torch.Tensor):
+            # `module.to(...)` and its kin ask before they move a parameter or replace it.
+            refs[0].unit.session.check_replacement(refs[0], args[1])
         _settle_params(refs, alias=func in _ALIASES)
         _settle_grads(args)
         if func == _DATA_SET and refs and args and args[0] is params[0]:

@@ -85,6 +85,7 @@ class ParamRef:
         "snapshot",
         "start",
         "states",
+        "stepped",
         "trainable",
         "unit",
         "version",
@@ -105,6 +106,8 @@ class ParamRef:
         self.edited = False
         self.snapshot: torch.Tensor | None = None
         self.states: ParamStates | None = None
+        #: the runtime's states are not blank any more
+        self.stepped = False
 
 
 class Unit:

@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from funicular import _testing
-from funicular._errors import RuntimeFailure, UsageError
+from funicular._errors import Error, RuntimeFailure, UsageError
 from funicular._guard import GuardedGrad, GuardedParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
@@ -76,10 +77,27 @@ class Session:
         self.closed = False
 
     def __del__(self) -> None:
+        """Leave what somebody still holds as ordinary tensors, and give the rest back."""
+        with contextlib.suppress(Error):
+            if not self.closed and os.getpid() == self.pid:
+                self.engine.settle_all()
+                for unit in self.units:
+                    self._leave(unit)
         for unit in self.units:
             unit.params.clear()
             unit.neighbours.clear()
         self.engine.close()
+
+    def _leave(self, unit: Unit) -> None:
+        if unit.on_nvme:
+            # Somebody besides the reference, this loop and the call keeps a parameter.
+            if not any(sys.getrefcount(ref.param) > 3 for ref in unit.params):
+                return
+            self.engine.fault_in(unit.engine_id)
+        for ref in unit.params:
+            self.keep_states(ref)
+            ref.param.__class__ = nn.Parameter
+            ref.param.data = ref.home
 
     # A copied or pickled model is an ordinary one.
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -150,7 +168,7 @@ class Session:
 
     def _take_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` inside a window, where no guard saw it."""
-        self._check_replacement(ref, data)
+        self.check_replacement(ref, data)
         with torch.no_grad():
             ref.frame.copy_(data)
         ref.edited = True
@@ -219,13 +237,13 @@ class Session:
 
     def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` by copying into the home."""
-        self._check_replacement(ref, data)
+        self.check_replacement(ref, data)
         if data.data_ptr() != ref.home.data_ptr():
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 ref.home.copy_(data)
             self.edited(ref)
 
-    def _check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
+    def check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         if data.shape != ref.home.shape or data.dtype != ref.home.dtype or data.device != ref.home.device:
             raise UsageError(
                 "FN-E115",

@@ -175,9 +175,13 @@ class AdamW(torch.optim.Optimizer):
             ref = ref_of(p)
             if ref is not None and ref.trainable:
                 states.attach(ref)
-            for name in MOMENTS:
-                states[name] = given[name]
+            for name in (*MOMENTS, "master"):
+                if name in given:
+                    states[name] = given[name]
             states["step"] = given["step"]
+            if ref is not None:
+                ref.stepped = True
+                ref.edited = "master" not in given
 
 
 class _SessionStep:
@@ -221,8 +225,9 @@ class _SessionStep:
         session.bring_home(refs)
         session.engine.update(updates, list(self.hypers), session.stream(), session.waits)
         for members in self.units.values():
-            for _, states, _ in members:
+            for ref, states, _ in members:
                 states.count += 1
+                ref.stepped = True
         session.after_step(refs, watched)
 
 

@@ -147,9 +147,8 @@ impl Shared {
         let bytes = self.layout.unit(unit).param_bytes() as usize;
         let frame = self.frames.address(unit.index());
         let home = self.homes.unit(unit);
-        if home.shadow.is_some() {
-            self.blank_shadow(unit)?;
-        }
+        let looked_at = home.shadow.as_ref().is_some_and(|s| s.filled());
+        self.blank_shadow(unit)?;
         let down = {
             let mut inner = self.lock()?;
             let gate = self.device.record(StreamRef::Compute(stream))?;
@@ -165,6 +164,9 @@ impl Shared {
         if home.shadow.is_some() {
             self.block_gate(down, Cause::Copy, interrupted)?;
             self.store_shadow(unit, interrupted)?;
+            if !looked_at {
+                self.discard_shadow(unit)?;
+            }
         }
         Ok(())
     }
