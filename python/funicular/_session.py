@@ -67,6 +67,8 @@ class Session:
         #: several threads may run the model at once; windows are opened and closed by one at a time
         self.lock = threading.RLock()
         self.started = time.monotonic()
+        self.first_window = 0.0
+        self.last_step = 0.0
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
@@ -118,6 +120,7 @@ class Session:
         if unit.is_open:
             return True
         self._alive()
+        self.first_window = self.first_window or time.monotonic()
         self._before_use(unit)
         for other in unit.neighbours:
             if other.held and other.depth == 0:
@@ -393,6 +396,7 @@ class Session:
                 ref.edited = False
             for unit in dict.fromkeys(ref.unit for ref in refs):
                 _outdate(unit)
+        self.last_step = time.monotonic()
         self.log.stepped()
         for unit in watched:
             self.engine.settle(unit.engine_id, self.stream())
