@@ -47,15 +47,14 @@ class InMemoryAdamW:
             p.grad = None
 
 
-def build(args: argparse.Namespace, device: str) -> nn.Module:
-    """The same weights every time."""
+def build(args: argparse.Namespace) -> nn.Module:
+    """The same weights every time, on the host."""
     torch.manual_seed(0)
     config = Config(
         vocab=args.vocab, dim=args.dim, layers=args.layers, heads=args.dim // 128, hidden=args.hidden,
         checkpoint="saved_tensors",
     )  # fmt: skip
-    with torch.device(device):
-        return Transformer(config).to(torch.bfloat16)
+    return Transformer(config).to(torch.bfloat16)
 
 
 def run(args: argparse.Namespace, model: nn.Module, opt: InMemoryAdamW | funicular.AdamW) -> dict[str, object]:
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace, model: nn.Module, opt: InMemoryAdamW | funicul
         ids = torch.randint(args.vocab, (args.tokens // args.seq, args.seq + 1), generator=generator).to("cuda")
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss: Tensor = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss: Tensor = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -108,11 +107,11 @@ def main() -> None:
     args = parser.parse_args()
 
     def resident() -> tuple[nn.Module, object]:
-        model = build(args, "cuda")
+        model = build(args).to("cuda")
         return model, InMemoryAdamW(model)
 
     def offloaded() -> tuple[nn.Module, object]:
-        model = build(args, "cpu")
+        model = build(args)
         policy = {"device": "cuda", "budget": {"hbm": args.hbm}, "optimizer": {"tier": args.tier}, "params": {"tier": "host"}}
         if args.tier == "nvme":
             policy["nvme"] = {"paths": [tempfile.mkdtemp(dir="/var/tmp")]}

@@ -4,7 +4,7 @@
 //! are touched only when nothing of it is on its way.
 #![expect(unsafe_code, reason = "copies between slots, shadows, homes and buffers of the caller")]
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     device::StreamRef,
@@ -96,7 +96,6 @@ impl Shared {
     /// Gives a shadow's memory back. Nothing may hold a view of it, and its edits must have been stored.
     pub(crate) fn discard_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) {
-            self.device.hide(shadow.as_ptr() as u64)?;
             shadow.discard()?;
             self.stats.shadowed(shadow.len() as u64, false);
         }
@@ -105,11 +104,17 @@ impl Shared {
 
     fn fill_shadow(&self, shadow: &Shadow) -> Result<()> {
         shadow.fill()?;
-        // SAFETY: the shadow is mapped for as long as the runtime lives, and hidden before it is discarded.
-        if let Err(error) = unsafe { self.device.expose(shadow.as_ptr() as u64, shadow.len()) } {
+        let address = shadow.as_ptr() as u64;
+        // SAFETY: the range is hidden, by what is registered below, before it is discarded or unmapped.
+        if let Err(error) = unsafe { self.device.expose(address, shadow.len()) } {
             shadow.discard()?;
             return Err(error);
         }
+        let device = Arc::clone(&self.device);
+        shadow.before_release(Box::new(move || {
+            // A device that fails now has failed the runtime already.
+            let _ = device.hide(address);
+        }));
         self.stats.shadowed(shadow.len() as u64, true);
         Ok(())
     }
