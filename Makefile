@@ -72,7 +72,7 @@ $(STAMPS)/system-python: | need-python
 # The extension module and the package, installed so that edits of Python files count at once.
 $(STAMPS)/package: $(SOURCES) $(VENV)/.installed | need-rust
 	$(call say,building funicular (release))
-	@VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin develop --release --locked
+	@PIP_QUIET=1 VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin develop --release --locked
 	@mkdir -p $(@D) && touch $@
 
 # With the system's Python nothing is installed: the module is built by cargo and put beside the package's Python files.
