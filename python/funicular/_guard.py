@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from funicular._errors import RuntimeFailure
+from funicular._model import ref_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -62,10 +65,27 @@ def _guarded(items: Iterable[Any], kind: type, found: list[Any]) -> list[Any]:
     return found
 
 
+def _living(p: torch.Tensor) -> ParamRef:
+    ref = ref_of(p)
+    if ref is None:
+        raise RuntimeFailure("FN-E104", "the offloaded model of this parameter is gone. Keep the model, or unwrap it first.")
+    return ref
+
+
+def _settle_params(refs: list[ParamRef], *, alias: bool = False) -> None:
+    for session in dict.fromkeys(ref.unit.session for ref in refs):
+        session.access([ref for ref in refs if ref.unit.session is session], alias=alias)
+
+
+def _settle_grads(args: Iterable[Any]) -> None:
+    for g in _guarded(args, GuardedGrad, []):
+        ref = ref_of(g)
+        if ref is not None:
+            ref.unit.session.access_grad(ref)
+
+
 class GuardedParameter(nn.Parameter):
     """A parameter outside its window."""
-
-    _funicular_ref: ParamRef
 
     @classmethod
     def __torch_function__(
@@ -80,10 +100,10 @@ class GuardedParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
-        refs = [p._funicular_ref for p in params]
-        for ref in refs:
-            ref.unit.session.access(ref, alias=func in _ALIASES)
-        if func is _DATA_SET and refs and args and args[0] is params[0]:
+        refs = [_living(p) for p in params]
+        _settle_params(refs, alias=func in _ALIASES)
+        _settle_grads(args)
+        if func == _DATA_SET and refs and args and args[0] is params[0]:
             refs[0].unit.session.replace_data(refs[0], args[1])
             return None
         with torch._C.DisableTorchFunctionSubclass():
@@ -91,10 +111,6 @@ class GuardedParameter(nn.Parameter):
             for ref, p in zip(refs, params, strict=True):
                 if p._version != ref.version:
                     ref.unit.session.edited(ref)
-        if refs:
-            grads = _guarded(args, GuardedGrad, [])
-            for g in grads:
-                g._funicular_ref.unit.session.access_grad(g._funicular_ref)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -116,8 +132,6 @@ class GuardedParameter(nn.Parameter):
 class GuardedGrad(torch.Tensor):
     """A gradient in its pinned segment."""
 
-    _funicular_ref: ParamRef
-
     @classmethod
     def __torch_function__(
         cls,
@@ -128,10 +142,9 @@ class GuardedGrad(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func not in HARMLESS:
-            for g in _guarded(kwargs.values(), cls, _guarded(args, cls, [])):
-                g._funicular_ref.unit.session.access_grad(g._funicular_ref)
-            for p in _guarded(args, GuardedParameter, []):
-                p._funicular_ref.unit.session.access(p._funicular_ref)
+            _settle_grads(args)
+            _settle_grads(kwargs.values())
+            _settle_params([_living(p) for p in _guarded(args, GuardedParameter, [])])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

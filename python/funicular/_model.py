@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from funicular._session import Session
     from funicular._states import ParamStates
 
-__all__ = ["ParamRef", "Unit", "in_backward", "storage_uses", "stream_of"]
+__all__ = ["ParamRef", "Unit", "in_backward", "link", "ref_of", "storage_uses", "stream_of"]
 
 
 def in_backward() -> bool:
@@ -34,12 +35,44 @@ def _nothing() -> None:
     return None
 
 
+class _Link:
+    """Weak, since the garbage collector does not see all that tensors hold: a model must die with its last user."""
+
+    __slots__ = ("_ref",)
+
+    def __init__(self, ref: ParamRef) -> None:
+        self._ref = weakref.ref(ref)
+
+    def __call__(self) -> ParamRef | None:
+        return self._ref()
+
+    # A copied or pickled parameter is an ordinary one: it takes nothing of the runtime along.
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())
+
+
+def link(tensor: torch.Tensor, ref: ParamRef) -> None:
+    """Let a parameter or gradient lead to its place."""
+    tensor._funicular_ref = _Link(ref)  # type: ignore[attr-defined]
+
+
+def ref_of(tensor: torch.Tensor) -> ParamRef | None:
+    """Return the place of an offloaded parameter or of its gradient; None for ordinary tensors."""
+    found = tensor.__dict__.get("_funicular_ref")
+    return None if found is None else found()
+
+
 class ParamRef:
     """One parameter: where its bytes are, and what was last seen of it."""
 
     __slots__ = (
+        "__weakref__",
         "edited",
         "frame",
+        "frame_address",
         "grad",
         "home",
         "name",
@@ -62,6 +95,7 @@ class ParamRef:
         self.unit = unit
         self.section, self.start, self.numel, self.offset = place
         self.frame: torch.Tensor
+        self.frame_address = 0
         self.home: torch.Tensor
         self.grad: torch.Tensor | None = None
         self.trainable = False
@@ -69,13 +103,6 @@ class ParamRef:
         self.edited = False
         self.snapshot: torch.Tensor | None = None
         self.states: ParamStates | None = None
-
-    # A copied or pickled parameter is an ordinary one: it takes nothing of the runtime along.
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())
 
 
 class Unit:

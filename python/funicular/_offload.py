@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from funicular import _core
 from funicular._errors import UsageError
 from funicular._guard import GuardedParameter
 from funicular._hooks import ModuleHooks, RootHooks
-from funicular._model import ParamRef, Unit, storage_uses
+from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
 from funicular._session import Session
 from funicular._units import Found, find_units
 from funicular.policy import Policy
@@ -57,7 +58,7 @@ def offload(
         if name and session_of(module) is not None:
             raise UsageError("FN-E110", f"its part '{name}' is offloaded already. Offload the whole model only.")
     for name, p in model.named_parameters():
-        if isinstance(p, GuardedParameter) or getattr(p, "_funicular_ref", None) is not None:
+        if isinstance(p, GuardedParameter) or ref_of(p) is not None:
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
     resolved = Policy.load(policy)
     found = find_units(model, resolved.unit_patterns())
@@ -115,6 +116,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = ParamRef(p, name, unit, place)
         ref.frame = _view(unit.flat(p.dtype, at_frames=True), ref, p)
+        ref.frame_address = ref.frame.data_ptr()
         ref.home = _view(unit.flat(p.dtype, at_frames=False), ref, p)
         ref.trainable = p.requires_grad
         unit.params.append(ref)
@@ -153,12 +155,12 @@ def _move_in(session: Session, unit: Unit) -> None:
         grad = p.grad
         p.grad = None
         p.data = ref.home
-        p._funicular_ref = ref  # type: ignore[attr-defined]
+        link(p, ref)
         if ref.trainable:
             ref.grad = session.make_grad(ref)
             session.handles.append(p.register_post_accumulate_grad_hook(_Arrived(session)))
             if session.device.type != "cpu":
-                session.handles.append(p.register_hook(_BeforeAccumulate(session, ref)))
+                session.handles.append(p.register_hook(_BeforeAccumulate(ref)))
         if grad is not None:
             p.grad = grad.to(session.device)
         ref.version = p._version
@@ -176,30 +178,30 @@ class _Arrived:
     """Post-accumulate hook of a parameter."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session = weakref.ref(session)
 
     def __call__(self, param: torch.Tensor) -> None:
-        self.session.gradient_arrived(param)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
+        session = self.session()
+        if session is not None:
+            session.gradient_arrived(param)
 
 
 class _BeforeAccumulate:
     """Gradient hook of a parameter on a device with streams: autograd adds to the segment only after earlier copies."""
 
-    def __init__(self, session: Session, ref: ParamRef) -> None:
-        self.session, self.ref = session, ref
+    def __init__(self, ref: ParamRef) -> None:
+        self.ref = weakref.ref(ref)
 
     def __call__(self, grad: torch.Tensor) -> None:
-        self.session.before_accumulate(self.ref)
+        ref = self.ref()
+        if ref is not None:
+            ref.unit.session.before_accumulate(ref)
 
 
 def _move_buffers(model: nn.Module, session: Session) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != session.device:
-                session.moved.append((module, name, buffer.device))
                 module._buffers[name] = buffer.to(session.device)
 
 

@@ -24,9 +24,11 @@ from funicular import _testing
 from funicular._errors import RuntimeFailure, UsageError
 from funicular._guard import GuardedGrad, GuardedParameter
 from funicular._leases import LeaseHooks
-from funicular._model import ParamRef, Unit, in_backward, storage_uses, stream_of
+from funicular._model import ParamRef, Unit, in_backward, link, ref_of, storage_uses, stream_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from funicular._core import Engine
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
@@ -45,7 +47,6 @@ class Session:
         self.units: list[Unit] = []
         self.leases = LeaseHooks(self)
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.moved: list[tuple[nn.Module, str, torch.device]] = []
         self.pid = os.getpid()
         self.started = time.monotonic()
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
@@ -92,7 +93,7 @@ class Session:
     def _use_home(self, unit: Unit) -> None:
         stream = self.stream()
         self.engine.settle(unit.engine_id, stream)
-        self._fault_in(unit)
+        self._fault_in([unit])
 
     def close(self, unit: Unit) -> None:
         """Bring the parameters home and give the frames up, as far as nobody looks at them."""
@@ -114,10 +115,20 @@ class Session:
             if p._version != ref.version:
                 ref.version = p._version
                 ref.edited = edited = True
+            if p.data_ptr() != ref.frame_address and ref.numel > 0:
+                self._take_replacement(ref, p.data)
+                edited = True
             p.data = ref.home
             p.__class__ = GuardedParameter
         if edited:
             self.engine.write_back(unit.engine_id, self.stream())
+
+    def _take_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
+        """Carry out ``p.data = t`` inside a window, where no guard saw it."""
+        self._check_replacement(ref, data)
+        with torch.no_grad():
+            ref.frame.copy_(data)
+        ref.edited = True
 
     def close_all(self) -> None:
         """Close what is not in use: at the end of a backward, and before a step."""
@@ -139,20 +150,22 @@ class Session:
 
     # ------------------------------------------------------------------ homes
 
-    def access(self, ref: ParamRef, *, alias: bool = False) -> None:
-        """Make a parameter's home valid and current for the caller, outside a window."""
+    def access(self, refs: list[ParamRef], *, alias: bool = False) -> None:
+        """Make the homes of parameters valid and current for the caller, outside their windows."""
         self._alive()
-        unit = ref.unit
-        if in_backward() and not alias and unit.depth == 0 and self.open(unit, BACKWARD):
-            return
-        self.strays += 1
-        self.engine.settle(unit.engine_id, self.stream())
-        self._fault_in(unit)
+        units = dict.fromkeys(ref.unit for ref in refs)
+        if in_backward() and not alias:
+            units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
+        self.strays += len(units)
+        for unit in units:
+            self.engine.settle(unit.engine_id, self.stream())
+        self._fault_in(units)
         if alias:
             # Edits through a raw alias leave no trace: compare with what it was, for as long as it may live.
-            unit.escaped = True
-            if ref.snapshot is None and ref.trainable:
-                ref.snapshot = ref.home.detach().clone()
+            for ref in refs:
+                ref.unit.escaped = True
+                if ref.snapshot is None and ref.trainable:
+                    ref.snapshot = ref.home.detach().clone()
 
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
@@ -171,31 +184,44 @@ class Session:
 
     def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` by copying into the home."""
+        self._check_replacement(ref, data)
+        if data.data_ptr() != ref.home.data_ptr():
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                ref.home.copy_(data)
+            self.edited(ref)
+
+    def _check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         if data.shape != ref.home.shape or data.dtype != ref.home.dtype or data.device != ref.home.device:
             raise UsageError(
                 "FN-E115",
                 f"'{ref.name}' is offloaded as {tuple(ref.home.shape)} {ref.home.dtype} on {ref.home.device}; it cannot become "
                 f"{tuple(data.shape)} {data.dtype} on {data.device}. Call funicular.unwrap(model) first, then change it.",
             )
-        if data.data_ptr() != ref.home.data_ptr():
-            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                ref.home.copy_(data)
-            self.edited(ref)
 
-    def _fault_in(self, unit: Unit) -> None:
-        if unit.on_nvme and not unit.shadow_filled:
-            self._discard_shadows(but=unit)
+    def _fault_in(self, units: Iterable[Unit]) -> None:
+        """Read what lives on NVMe; what was read for earlier accesses makes room."""
+        missing = [unit for unit in units if unit.on_nvme and not unit.shadow_filled]
+        if not missing:
+            return
+        for unit in self.units:
+            if unit.shadow_filled and unit.depth == 0 and unit not in units:
+                self._take_edits(unit)
+                self._retire_shadow(unit)
+        for unit in missing:
             self.engine.fault_in(unit.engine_id)
             unit.shadow_filled = True
 
-    def _discard_shadows(self, but: Unit | None = None) -> None:
-        for unit in self.units:
-            if unit.shadow_filled and unit is not but and not unit.home_aliased():
-                self.engine.discard_shadow(unit.engine_id)
-                unit.shadow_filled = False
+    def _retire_shadow(self, unit: Unit) -> None:
+        if unit.shadow_filled and not unit.escaped and not unit.home_aliased():
+            self.engine.discard_shadow(unit.engine_id)
+            unit.shadow_filled = False
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
+        self._take_edits(unit)
+        self._retire_shadow(unit)
+
+    def _take_edits(self, unit: Unit) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             for ref in unit.params:
                 if ref.param._version != ref.version:
@@ -205,9 +231,6 @@ class Session:
             if unit.on_nvme:
                 self.engine.store_shadow(unit.engine_id)
             self.engine.invalidate(unit.engine_id, self.stream())
-        if unit.shadow_filled and not unit.home_aliased():
-            self.engine.discard_shadow(unit.engine_id)
-            unit.shadow_filled = False
 
     def _compare_aliased(self, unit: Unit) -> None:
         aliased = unit.home_aliased()
@@ -223,7 +246,7 @@ class Session:
 
     def gradient_arrived(self, param: torch.Tensor) -> None:
         """Called after autograd accumulated into ``param.grad``."""
-        ref: ParamRef = param._funicular_ref  # type: ignore[attr-defined]
+        ref = ref_of(param)
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -277,7 +300,7 @@ class Session:
         typed = flat[ref.offset : ref.offset + ref.numel * ref.home.element_size()].view(ref.home.dtype)
         view = torch.as_strided(typed, ref.home.size(), ref.home.stride(), typed.storage_offset())
         grad = view.as_subclass(GuardedGrad)
-        grad._funicular_ref = ref
+        link(grad, ref)
         return grad
 
     def _reap(self) -> None:

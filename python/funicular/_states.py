@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,10 @@ def _master_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(dtype)
 
 
+def _nowhere() -> None:
+    return None
+
+
 class ParamStates(MutableMapping[str, Any]):
     """``optimizer.state[p]``: ``step``, ``exp_avg``, ``exp_avg_sq``, in torch's format.
 
@@ -29,11 +34,16 @@ class ParamStates(MutableMapping[str, Any]):
     def __init__(self, param: torch.nn.Parameter) -> None:
         self.param = param
         self.count = 0
-        self.ref: ParamRef | None = None
+        self._ref: Callable[[], ParamRef | None] = _nowhere
         #: version of an ordinary parameter after its last step
         self.plain_version = -1
         #: ordinary: the states themselves; offloaded: what was fetched since the last step, with its version then
         self._tensors: dict[str, tuple[torch.Tensor, int]] = {}
+
+    @property
+    def ref(self) -> ParamRef | None:
+        """The place in the runtime; None for an ordinary parameter, or when the model is gone."""
+        return self._ref()
 
     # ------------------------------------------------------------------ where the bytes are
 
@@ -42,7 +52,7 @@ class ParamStates(MutableMapping[str, Any]):
         if self.ref is ref:
             return
         tensors, self._tensors = self._tensors, {}
-        self.ref = ref
+        self._ref = weakref.ref(ref)
         ref.states = self
         for name, (tensor, _) in tensors.items():
             self._store(name, tensor)
@@ -56,7 +66,7 @@ class ParamStates(MutableMapping[str, Any]):
             tensors = {name: self.tensor(name) for name in names}
             self._tensors = {name: (t.to(self.param.device), t._version) for name, t in tensors.items()}
         self.ref.states = None
-        self.ref = None
+        self._ref = _nowhere
 
     def flush(self) -> None:
         """Write edited tensors back, and forget what was fetched."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from funicular._errors import UsageError
+from funicular._model import ref_of
 from funicular._states import MOMENTS, ParamStates
 from funicular.reference import adamw_step
 
@@ -111,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
             runs: dict[int, _SessionStep] = {}
             for p, group in chosen:
                 states = self._states(p)
-                ref: ParamRef | None = getattr(p, "_funicular_ref", None)
+                ref = ref_of(p)
                 if ref is None or not ref.trainable:
                     self._step_plain(p, group, states)
                     continue
@@ -171,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
             if not given:
                 continue
             states = self._states(p)
-            ref = getattr(p, "_funicular_ref", None)
+            ref = ref_of(p)
             if ref is not None and ref.trainable:
                 states.attach(ref)
             for name in MOMENTS:

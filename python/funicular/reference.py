@@ -225,7 +225,7 @@ class ReferenceAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.grad_scale = 1.0
         """Multiplies every gradient of the next steps."""
-        self._versions: dict[Tensor, int] = {}
+        self._seen: dict[Tensor, tuple[int, Tensor]] = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -270,9 +270,16 @@ class ReferenceAdamW(torch.optim.Optimizer):
             step=state["step"],
             maximize=group["maximize"],
             grad_scale=self.grad_scale,
-            reset_master=self._versions.get(param, param._version) != param._version,
+            reset_master=self._edited(param),
         )
-        self._versions[param] = param._version
+        self._seen[param] = (param._version, param.detach().clone())
+
+    def _edited(self, param: Tensor) -> bool:
+        """Whether `param` was edited since its last step, also through `param.data`, which leaves no trace but bits."""
+        if param not in self._seen:
+            return False
+        version, value = self._seen[param]
+        return version != param._version or not torch.equal(_bytes(value), _bytes(param.detach()))
 
 
 def _first_master(param: Tensor) -> Tensor | None:
@@ -281,3 +288,7 @@ def _first_master(param: Tensor) -> Tensor | None:
     if param.dtype == torch.float16:
         return param.detach().to(torch.float32)
     return None
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)

@@ -107,12 +107,19 @@ impl Shared {
     pub(crate) fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
         self.settle_disk(unit, interrupted)?;
-        let base = shadow.as_ptr();
+        self.event(|m, _| m.begin_write(unit))?;
+        let written = self.overwrite_params(unit, shadow.as_ptr(), interrupted);
+        self.event(|m, out| m.end_write(unit, out))?;
+        written
+    }
+
+    fn overwrite_params(&self, unit: UnitId, base: *mut u8, interrupted: Interrupted<'_>) -> Result<()> {
+        let what = || format!("a read of '{}'", self.layout.unit(unit).name);
+        self.wait(self.lock()?, &what, interrupted, |i| Ok((!i.machine.reading(unit)).then_some(())))?;
         self.params_io(unit, Direction::Write, interrupted, &mut |slot, at| {
-            // SAFETY: as in `fault_in`; the caller owns the shadow's contents.
+            // SAFETY: as in `refresh_shadow`; the caller owns the shadow's contents.
             unsafe { std::ptr::copy_nonoverlapping(base.add(at), slot.as_mut_ptr(), slot.len()) };
-        })?;
-        self.event(|m, _| m.invalidate(unit))
+        })
     }
 
     /// Makes a shadow writable without reading it, for its first contents.
@@ -133,17 +140,20 @@ impl Shared {
         if home.shadow.is_some() {
             self.blank_shadow(unit)?;
         }
-        {
+        let down = {
             let mut inner = self.lock()?;
             let gate = self.device.record(StreamRef::Compute(stream))?;
             self.device.wait(StreamRef::Down, gate)?;
             // SAFETY: the unit is held, so its frames are its own; its home is settled and has the same length.
             unsafe { self.device.copy(StreamRef::Down, home.params, frame, bytes)? };
-            inner.gates[unit.index()].home = self.device.record(StreamRef::Down)?;
-        }
+            let down = self.device.record(StreamRef::Down)?;
+            inner.gates[unit.index()].home = down;
+            down
+        };
+        // The window's release is recorded on the compute stream: it must come after this copy out of the frames.
+        self.wait_gate(stream, down, Cause::Copy, interrupted)?;
         if home.shadow.is_some() {
-            let gate = self.lock()?.gates[unit.index()].home;
-            self.block_gate(gate, Cause::Copy, interrupted)?;
+            self.block_gate(down, Cause::Copy, interrupted)?;
             self.store_shadow(unit, interrupted)?;
         }
         Ok(())

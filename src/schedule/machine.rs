@@ -273,6 +273,28 @@ impl Machine {
         self.update_pending(unit) || self.units[unit.index()].writing > 0
     }
 
+    /// The unit's parameters on NVMe are about to be overwritten: nothing of it is read until [`Machine::end_write`]. The
+    /// caller waits until [`Machine::reading`] is over.
+    pub fn begin_write(&mut self, unit: UnitId) {
+        self.invalidate(unit);
+        let s = &mut self.units[unit.index()];
+        if s.frame == Frame::Claimed {
+            s.frame = Frame::Stale;
+        }
+        s.writing += 1;
+    }
+
+    /// The parameters on NVMe were overwritten.
+    pub fn end_write(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        self.units[unit.index()].writing -= 1;
+        self.pump(out);
+    }
+
+    /// True while the unit's parameters are being read from NVMe.
+    pub fn reading(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].reading
+    }
+
     /// True if the bytes of a [`Command::ReadParams`] under way are still wanted, and so must be verified.
     pub fn wants_params(&self, unit: UnitId) -> bool {
         let s = &self.units[unit.index()];
