@@ -118,7 +118,8 @@ impl Disk {
         }
         let lane = self.lane(&which, EngineChoice::Auto, 1 << 20, 32, &[Arc::clone(pool.region())])?;
         let total = self.file_bytes * which.len() as u64;
-        let mut slots: Vec<_> = std::iter::from_fn(|| pool.lease()).map(|lease| (lease, Vec::with_capacity(1))).collect();
+        let mut slots: Vec<_> =
+            std::iter::from_fn(|| pool.lease()).map(|lease| (lease, Vec::with_capacity(1))).collect();
         slots.iter_mut().for_each(|(lease, _)| fill_with_numbers(lease.bytes()));
         let (mut next, mut in_flight) = (0, 0);
         while next < total || in_flight > 0 {
@@ -130,7 +131,11 @@ impl Disk {
                 // File after file; the last block of each is short.
                 let (file, offset) = ((next / self.file_bytes) as u32, next % self.file_bytes);
                 let len = (FILL as u64).min(self.file_bytes - offset);
-                lane.submit(lease, parts, IoPart { direction: Direction::Write, file: FileId(file), offset, start: 0, len: len as usize })?;
+                lane.submit(
+                    lease,
+                    parts,
+                    IoPart { direction: Direction::Write, file: FileId(file), offset, start: 0, len: len as usize },
+                )?;
                 next += len;
                 in_flight += 1;
                 continue;
@@ -379,8 +384,7 @@ mod tests {
     fn numbers_are_ordinary_and_do_not_repeat() {
         let mut bytes = vec![0; 4096];
         fill_with_numbers(&mut bytes);
-        let words: Vec<f32> =
-            bytes.chunks_exact(4).map(|w| f32::from_ne_bytes([w[0], w[1], w[2], w[3]])).collect();
+        let words: Vec<f32> = bytes.chunks_exact(4).map(|w| f32::from_ne_bytes([w[0], w[1], w[2], w[3]])).collect();
         assert!(words.iter().all(|x| (0.5..1.0).contains(x)));
         assert_ne!(words[..512], words[512..]);
     }

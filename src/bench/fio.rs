@@ -106,7 +106,8 @@ mod tests {
 
     #[test]
     fn a_report_is_read_and_anything_else_is_not() {
-        let report = r#"{"jobs": [{"read": {"bw_bytes": 1500}, "write": {"bw_bytes": 500}}, {"read": {"bw_bytes": 1}}]}"#;
+        let report =
+            r#"{"jobs": [{"read": {"bw_bytes": 1500}, "write": {"bw_bytes": 500}}, {"read": {"bw_bytes": 1}}]}"#;
         assert_eq!(parse(&format!("fio: a warning\n{report}")), Some(2001.0));
         for other in ["", "fio: failed", "{}", r#"{"jobs": []}"#, r#"{"jobs": [{"read": {"bw_bytes": 0}}]}"#] {
             assert_eq!(parse(other), None, "{other}");
@@ -117,7 +118,10 @@ mod tests {
     fn the_command_is_one_a_shell_takes() {
         let fio = Fio { mix: Mix::Both, block: 1 << 20, depth: 32, engine: "io_uring", file_bytes: 1 << 30 };
         let command = fio.command(&["/mnt/it's here".to_owned(), "/b".to_owned()]);
-        assert!(command.starts_with("fio --name=nvme_read_write '--filename=/mnt/it'\\''s here/fio.tmp:/b/fio.tmp'"), "{command}");
+        assert!(
+            command.starts_with("fio --name=nvme_read_write '--filename=/mnt/it'\\''s here/fio.tmp:/b/fio.tmp'"),
+            "{command}"
+        );
         assert!(command.contains("--rw=rw --bs=1048576 --size=2147483648 --direct=1"), "{command}");
         assert!(command.contains("--ioengine=io_uring --iodepth=32"), "{command}");
         let threads = Fio { engine: "threads", ..fio };

@@ -12,7 +12,11 @@ use std::{
 };
 
 use crate::{
-    bench::{Exercise, disk::Clock, stats::Round},
+    bench::{
+        Exercise,
+        disk::{Clock, fill_with_numbers},
+        stats::Round,
+    },
     device::{self, Device, DeviceChoice, DeviceKind, FrameSpan, Frames, Gate, StreamRef},
     error::{Code, Error, Result},
     memory::{HostRegion, SlotLease},
@@ -80,32 +84,36 @@ impl Link {
         let spans = [FrameSpan { first_chunk: 0, chunks }, FrameSpan { first_chunk: chunks, chunks }];
         let frames = device.create_frames(chunks * 2, chunk, &spans)?;
         let pinned = HostRegion::new(ByteCount(side * 2), "the benchmark's copies")?;
-        pinned.touch(0, pinned.len());
         device.register(&pinned)?;
         for region in slots {
             device.register(region)?;
         }
         let pageable = match device.kind() {
             DeviceKind::Host => None,
-            DeviceKind::Cuda(_) => {
-                let region = HostRegion::new(ByteCount(side * 2), "the benchmark's copies")?;
-                region.touch(0, region.len());
-                Some(region)
-            }
+            DeviceKind::Cuda(_) => Some(HostRegion::new(ByteCount(side * 2), "the benchmark's copies")?),
         };
         let link = Self { device, frames, pinned, pageable, registered: slots.to_vec(), side: side as usize };
         link.first_touch()?;
         Ok(link)
     }
 
-    /// Writes the device's memory once, so that no first touch is timed.
+    /// Fills all buffers on both sides, so that no first touch is timed, with what no drive can compress.
     fn first_touch(&self) -> Result<()> {
-        for way in [Way::Up, Way::Down] {
-            // SAFETY: the whole frame of that direction, which lives as long as `self`; nothing else is enqueued yet.
-            unsafe { self.device.fill(way.stream(), self.frames.address(way as usize), 0x3f, self.side)? };
-            self.wait(self.device.record(way.stream())?)?;
+        for region in [Some(&self.pinned), self.pageable.as_ref()].into_iter().flatten() {
+            // SAFETY: the whole region, which nobody else has yet.
+            fill_with_numbers(unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), region.len()) });
         }
-        Ok(())
+        for unit in 0..2 {
+            let (dst, src) = (self.frames.address(unit), self.pinned.as_ptr() as u64);
+            // SAFETY: a whole frame and half of the region; both live as long as `self`, whose drop drains the device.
+            unsafe { self.device.copy(StreamRef::Up, dst, src, self.side)? };
+        }
+        self.wait(self.device.record(StreamRef::Up)?)
+    }
+
+    /// The block to take where `wanted` is asked for: at most what leaves room for those in flight.
+    pub fn block(&self, wanted: usize) -> usize {
+        wanted.min(self.side / DEPTH)
     }
 
     /// Which device it is.
@@ -262,7 +270,9 @@ impl Exercise for LinkHop {
         }
         let bytes = self.lap().min(self.link.side) as u64;
         let mut clock = Clock::new(DEPTH * self.ways.len(), time);
-        while let Some(&(oldest, _)) = gates.iter().filter_map(|(_, queue)| queue.front()).min_by_key(|(_, begun)| *begun) {
+        while let Some(&(oldest, _)) =
+            gates.iter().filter_map(|(_, queue)| queue.front()).min_by_key(|(_, begun)| *begun)
+        {
             self.link.device.block(oldest, Duration::from_millis(1))?;
             for (way, queue) in &mut gates {
                 while let Some(&(gate, begun)) = queue.front()

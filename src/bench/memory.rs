@@ -72,7 +72,8 @@ impl Exercise for Triad {
         let a: &mut [f64] = bytemuck::cast_slice_mut(a.bytes());
         let (b, c): (&[f64], &[f64]) = (bytemuck::cast_slice(b.bytes()), bytemuck::cast_slice(c.bytes()));
         let bytes = a.len() as u64 * 32;
-        let mut pieces: Vec<_> = a.chunks_mut(PIECE).zip(b.chunks(PIECE)).zip(c.chunks(PIECE)).map(Mutex::new).collect();
+        let mut pieces: Vec<_> =
+            a.chunks_mut(PIECE).zip(b.chunks(PIECE)).zip(c.chunks(PIECE)).map(Mutex::new).collect();
         let mut clock = Clock::new(1, time);
         loop {
             let begun = Instant::now();

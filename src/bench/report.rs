@@ -181,9 +181,11 @@ pub struct Report {
 impl Report {
     /// The hop of a name over all paths, or the only one.
     pub fn hop(&self, name: &str) -> Option<&Hop> {
-        let mut found = self.hops.iter().filter(|hop| hop.name == name && hop.figure.is_some());
-        let last = found.next_back();
-        // Striped hops stand behind those of single paths.
-        last
+        find(&self.hops, name)
     }
+}
+
+/// The hop of a name that was measured; with several the last, which is the one over all paths, or from pinned memory.
+pub fn find<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
+    hops.iter().rev().find(|hop| hop.name == name && hop.figure.is_some())
 }

@@ -58,7 +58,8 @@ pub fn of(dir: &Path) -> Drive {
     let file_system = mount.map(|(kind, _)| kind).unwrap_or_default();
     let Some(node) = node else { return Drive { file_system, ..Drive::default() } };
     // A partition lies in the folder of its disk.
-    let disk = if node.join("partition").exists() { node.parent().map_or(node.clone(), Path::to_path_buf) } else { node };
+    let disk =
+        if node.join("partition").exists() { node.parent().map_or(node.clone(), Path::to_path_buf) } else { node };
     described(&disk, file_system)
 }
 
@@ -111,7 +112,8 @@ mod tests {
     fn a_disk_is_described_from_its_folder() {
         let dir = tempfile::tempdir().expect("a directory");
         let disk = dir.path().join("nvme7n1");
-        for (file, text) in [("device/model", "ACME 9000 "), ("queue/max_sectors_kb", "512"), ("queue/rotational", "0")] {
+        for (file, text) in [("device/model", "ACME 9000 "), ("queue/max_sectors_kb", "512"), ("queue/rotational", "0")]
+        {
             std::fs::create_dir_all(disk.join(file).parent().expect("a parent")).expect("makes");
             std::fs::write(disk.join(file), text).expect("writes");
         }
