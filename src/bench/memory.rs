@@ -110,7 +110,12 @@ impl States {
         let len = len.next_multiple_of(64).max(64);
         let region = HostRegion::new(ByteCount(len as u64 * 14), "AdamW's states")?;
         // SAFETY: the region is this function's own, and this is the only reference into it.
-        fill_with_numbers(unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), len * 14) });
+        let bytes = unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), len * 14) };
+        fill_with_numbers(bytes);
+        // Parameters and gradients: the halves of an fp32 number are no ordinary bf16 numbers.
+        for half in bytemuck::cast_slice_mut::<u8, u16>(&mut bytes[8 * len..12 * len]) {
+            *half = 0x3f00 | (*half & 0x7f);
+        }
         Ok(Rc::new(RefCell::new(Self { region, len, at: 0 })))
     }
 

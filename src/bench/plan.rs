@@ -22,8 +22,12 @@ use crate::{
     units::ByteCount,
 };
 
-/// Bytes of a piece of a pipeline: what the runtime moves at a time.
-const PIECE: u64 = 4 << 20;
+/// Bytes of a piece of a pipeline, where there are few threads: small, so that what is in flight stays near the caches.
+const PIECE: u64 = 1 << 20;
+/// The same with many threads: a piece has to have a task of AdamW for each.
+const LARGE_PIECE: u64 = 4 << 20;
+/// Pieces on their way between hops, besides those that keep the disk busy.
+const BETWEEN: u64 = 8;
 /// Bytes in flight in one engine at most, whatever block and depth ask for.
 const IN_FLIGHT: u64 = 256 << 20;
 /// One block of a link's hop, as nvbandwidth has it.
@@ -101,7 +105,7 @@ struct Bench<'a> {
 /// # Errors
 /// Those of the device, the paths and the engines, before anything is measured; `FN-E106` when interrupted.
 pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress) -> Result<Report> {
-    let least = options.block.0.max(PIECE) * 4;
+    let least = options.block.0.max(LARGE_PIECE) * 4;
     if options.file.0 < least || options.block.0 < 4096 || !options.block.0.is_multiple_of(4096) {
         let message = format!("files of {} and blocks of {} cannot be measured.", options.file, options.block);
         let action = format!("Give --block as a multiple of 4KiB, and --size as at least {}.", ByteCount(least));
@@ -155,9 +159,10 @@ impl<'a> Bench<'a> {
         let arrays = arrays.min(options.file.0.max(16 << 20));
         let depth = Self::fit(options.block.0, u64::from(options.depth) * paths, most);
         let blocks = SlotPool::new(depth, options.block, "blocks of the benchmark")?;
-        let in_flight = (options.block.0 * u64::from(options.depth) * paths).max(PIECE);
-        let pieces = Self::fit(PIECE, in_flight / PIECE * 2 + 8, most.min(options.file.0 / 2 + PIECE));
-        let pieces = SlotPool::new(pieces, ByteCount(PIECE), "pieces of the benchmark")?;
+        let in_flight = (options.block.0 * u64::from(options.depth) * paths).max(LARGE_PIECE);
+        let piece = if options.threads.unwrap_or(machine.cpus) > 4 { LARGE_PIECE } else { PIECE };
+        let pieces = Self::fit(piece, in_flight / piece + BETWEEN, most.min(options.file.0 / 2 + piece));
+        let pieces = SlotPool::new(pieces, ByteCount(piece), "pieces of the benchmark")?;
         fill_slots(&blocks);
         fill_slots(&pieces);
         let link = Link::open(options.device, side, &[Arc::clone(pieces.region())])?;
@@ -295,7 +300,7 @@ impl<'a> Bench<'a> {
     }
 
     fn pipelines(&self, lane: &Rc<Lane>, planned: &mut Vec<Planned>) {
-        let piece = (PIECE as usize).min(self.link.block(PIECE as usize));
+        let piece = self.link.block(self.pieces.slot_len());
         let parts = Parts { lane: Rc::clone(lane), slots: self.pieces.clone(), piece, link: Rc::clone(&self.link) };
         let place = "all".to_owned();
         let depth = self.pieces.free();

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -128,7 +128,7 @@ fn cpu_model(cpuinfo: &str) -> String {
 /// Bytes of the largest cache that a CPU's `cache` folder lists.
 fn largest_cache(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let sizes = entries.filter_map(|entry| parse_cache_size(&text(PathBuf::from(entry.path()).join("size"))));
+    let sizes = entries.filter_map(|entry| parse_cache_size(&text(entry.path().join("size"))));
     sizes.max().unwrap_or(0)
 }
 
