@@ -13,7 +13,7 @@ use funicular::Code;
 const LONGEST_FILE: usize = 500;
 
 /// The folders of src/ whose work is raw memory.
-const UNSAFE_LAYERS: &[&str] = &["memory", "io", "device", "optim", "python"];
+const UNSAFE_LAYERS: &[&str] = &["memory", "io", "device", "optim", "bench", "python"];
 
 /// Codes that no test provokes yet, with the reason. A code that a test names must not be here.
 const UNTESTED: &[(Code, &str)] = &[

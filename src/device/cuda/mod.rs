@@ -49,6 +49,14 @@ pub struct PcieLink {
     pub speed: String,
     /// The most lanes.
     pub width: u32,
+    /// The rate negotiated now; an idle device may have slowed its link down.
+    pub current_speed: String,
+    /// The lanes negotiated.
+    pub current_width: u32,
+    /// The memory node it is attached to, if the system has several.
+    pub numa_node: Option<u32>,
+    /// Its place on the bus, such as `0000:65:00.0`.
+    pub bus: String,
 }
 
 /// What a device is.
@@ -107,6 +115,10 @@ fn pcie_link(bus: &str) -> Option<PcieLink> {
     Some(PcieLink {
         speed: read("max_link_speed")?.trim().to_owned(),
         width: read("max_link_width")?.trim().parse().ok()?,
+        current_speed: read("current_link_speed")?.trim().to_owned(),
+        current_width: read("current_link_width")?.trim().parse().ok()?,
+        numa_node: read("numa_node").and_then(|text| text.trim().parse().ok()),
+        bus: bus.to_lowercase(),
     })
 }
 
