@@ -47,3 +47,8 @@ def pss(name: str) -> int:
 def open_files() -> int:
     """File descriptors of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def files(directory: str) -> list[str]:
+    """Names of what lies in a directory."""
+    return [p.name for p in Path(directory).iterdir()]
