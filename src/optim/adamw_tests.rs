@@ -187,6 +187,7 @@ fn follows_the_written_order() {
                 Isa::best(),
                 std::slice::from_mut(&mut w),
                 &[g],
+                &mut [()],
                 std::slice::from_mut(&mut m),
                 std::slice::from_mut(&mut v),
                 hyper,
