@@ -214,7 +214,6 @@ def _move_buffers(model: nn.Module, session: Session) -> None:
 def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
     unit_of = {id(ref.param): unit for unit in session.units for ref in unit.params}
     blocks = {id(m) for f in found for m in f.modules}
-    RootHooks.install(session, model)
     inside: set[int] = set()
     for module in model.modules():
         if id(module) in blocks and id(module) not in inside:
@@ -226,6 +225,8 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
             continue
         if units:
             ModuleHooks.install(session, module, units)
+    # Last, so that they run before all others.
+    RootHooks.install(session, model)
 
 
 def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> tuple[Unit, ...]:
