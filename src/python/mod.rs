@@ -22,7 +22,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
 /// Runs the command line on `argv`, program name included; returns the exit status.
 #[pyfunction]
 fn cli(py: Python<'_>, argv: Vec<std::ffi::OsString>) -> i32 {
-    let python = py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
+    let python =
+        py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
     let relaunch = [python.unwrap_or_else(|_| "python3".into()), "-m".into(), "funicular".into()];
     py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch))
 }

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import WIDTH, Block, Stack, stack
 from torch.utils.checkpoint import checkpoint
+
+from models import WIDTH, Block, Stack, stack
 from twin import Run, case, compare
 
 

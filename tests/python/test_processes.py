@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import WIDTH, Stack, stack
 from torch.utils.data import DataLoader, TensorDataset
+
+from models import WIDTH, stack
 from twin import Run, case, compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -215,7 +216,10 @@ ENDINGS = {
     "sys.exit in forward": ("model.layers[3].register_forward_pre_hook(lambda *_: sys.exit(5)); step()", 5),
     "os._exit": ("step(); os._exit(6)", 6),
     "unhandled": ("step(); raise ValueError('mine')", 1),
-    "daemon thread": ("threading.Thread(target=lambda: [step() for _ in range(10**6)], daemon=True).start(); time.sleep(.1)", 0),
+    "daemon thread": (
+        "threading.Thread(target=lambda: [step() for _ in range(10**6)], daemon=True).start(); time.sleep(.1)",
+        0,
+    ),
 }
 
 
