@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -17,6 +18,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +44,17 @@ FORWARD, BACKWARD, EVAL = 0, 1, 2
 
 _R = TypeVar("_R")
 _log = logging.getLogger("funicular")
+
+
+#: closed at exit, before torch goes, so that no directory stays behind
+_living: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(_living):
+        if os.getpid() == session.pid:
+            session.engine.close()
 
 
 def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
@@ -77,6 +90,7 @@ class Session:
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
+        _living.add(self)
 
     def __del__(self) -> None:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
