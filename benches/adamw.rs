@@ -4,7 +4,6 @@
 //! Environment: `ADAMW_MI` elements in Mi (64), `ADAMW_THREADS` (all processors), `ADAMW_LINE=1`: instead of criterion,
 //! answer each line `<dtype>` on stdin with the seconds of one parallel step, for interleaved comparisons.
 #![expect(unsafe_code, reason = "cuts raw buffers out of a host region")]
-#![expect(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a program, not a library")]
 
 use std::{io::BufRead, sync::Arc, time::Instant};

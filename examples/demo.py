@@ -212,7 +212,7 @@ def show_time(stats: funicular.Stats) -> None:
     for name, link in stats.links.items():
         say(f"{name:<24}{link.bytes / 1e9:>10.2f}{link.gb_per_s:>18.2f}")
     p = stats.prefetch
-    say(f"\nprefetch: {p.hits} hits, {p.late} late, {p.misses} misses, {p.demand} on demand")
+    say(f"\nprefetch: {p.hits} hits, {p.late} late, {p.demand} on demand, {p.conflicts} used from home")
 
 
 def differs(ours: list[float], theirs: list[float]) -> float:

@@ -22,6 +22,7 @@ __all__ = ["Lease", "LeaseHooks"]
 class Lease(NamedTuple):
     """A view of a unit's parameters, without the tensor."""
 
+    session: Session
     unit: Unit
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -42,8 +43,7 @@ class _Delegated(NamedTuple):
 class LeaseHooks:
     """The pair of saved-tensor hooks, chained over hooks that are there already, never replacing them."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self) -> None:
         self.found: dict[int, Unit] = {}
 
     def add(self, unit: Unit) -> None:
@@ -60,8 +60,13 @@ class LeaseHooks:
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 
-    def push(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Activate, chained over the top of the stack."""
+    def push(self) -> torch.autograd.graph.saved_tensors_hooks | None:
+        """Activate, chained over the top of the stack; None where hooks are forbidden, as inside ``torch.func``.
+
+        What is saved there keeps its frames occupied instead.
+        """
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+            return None
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is None or getattr(top[0], "__self__", None) is self:
             hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
@@ -92,13 +97,14 @@ class LeaseHooks:
             offset = plain.storage_offset()
             ref = unit.ref_at(offset * plain.element_size())
             return Lease(
+                unit.session,
                 unit,
                 plain.dtype,
                 tuple(plain.size()),
                 tuple(plain.stride()),
                 offset,
                 ref,
-                plain._version,
+                0 if ref is None else ref.param._version,
                 plain.is_conj(),
                 plain.is_neg(),
             )
@@ -117,7 +123,7 @@ class LeaseHooks:
                     f"{packed.version} instead."
                 )
                 raise RuntimeError(msg)
-        at_frames = self.session.open_for_backward(packed.unit)
+        at_frames = packed.session.open_for_backward(packed.unit)
         flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
         view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
         if packed.conjugate:

@@ -64,7 +64,7 @@ def offload(
     found = find_units(model, resolved.unit_patterns())
     engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
     try:
-        session = _build(engine, found)
+        session = _build(engine, found, resolved)
     except BaseException:
         engine.close()
         raise
@@ -85,10 +85,10 @@ def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
-def _build(engine: _core.Engine, found: list[Found]) -> Session:
+def _build(engine: _core.Engine, found: list[Found], policy: Policy) -> Session:
     where = engine.device()
     device = torch.device("cpu" if where == "host" else where)
-    session = Session(engine, device)
+    session = Session(engine, device, policy)
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
     session.waits = engine.shares_processor() and not streamed
     with torch.inference_mode(mode=False), torch.no_grad():
@@ -143,15 +143,11 @@ def _view(flat: torch.Tensor, ref: ParamRef, p: torch.Tensor) -> torch.Tensor:
 def _move_in(session: Session, unit: Unit) -> None:
     """Copy the weights home and make the parameters views of it."""
     engine = session.engine
-    host = unit.home_flats[torch.uint8]
-    if session.device.type != "cpu":
-        host = torch.from_dlpack(_Capsule(engine.home_buffer(unit.engine_id, False)))
     if unit.on_nvme:
         engine.blank_shadow(unit.engine_id)
+    _copy_home(session, unit)
     for ref in unit.params:
         p = ref.param
-        target = torch.as_strided(host.view(p.dtype), p.size(), p.stride(), ref.offset // p.element_size())
-        target.copy_(p.data)
         grad = p.grad
         p.grad = None
         p.data = ref.home
@@ -165,13 +161,23 @@ def _move_in(session: Session, unit: Unit) -> None:
             p.grad = grad.to(session.device)
         ref.version = p._version
         p.__class__ = GuardedParameter
-    del host
     session.leases.add(unit)
+    # What counts as idle: the runtime's own views and the parameters themselves, nothing else alive here.
     unit.frame_idle = storage_uses(unit.frame)
     unit.home_idle = storage_uses(unit.home)
     if unit.on_nvme:
         engine.store_shadow(unit.engine_id)
         engine.discard_shadow(unit.engine_id)
+
+
+def _copy_home(session: Session, unit: Unit) -> None:
+    host = unit.home_flats[torch.uint8]
+    if session.device.type != "cpu":
+        host = torch.from_dlpack(_Capsule(session.engine.home_buffer(unit.engine_id, False)))
+    for ref in unit.params:
+        p = ref.param
+        target = torch.as_strided(host.view(p.dtype), p.size(), p.stride(), ref.offset // p.element_size())
+        target.copy_(p.data)
 
 
 class _Arrived:

@@ -175,9 +175,13 @@ class AdamW(torch.optim.Optimizer):
             ref = ref_of(p)
             if ref is not None and ref.trainable:
                 states.attach(ref)
-            for name in MOMENTS:
-                states[name] = given[name]
+            for name in (*MOMENTS, "master"):
+                if name in given:
+                    states[name] = given[name]
             states["step"] = given["step"]
+            if ref is not None:
+                ref.stepped = True
+                ref.edited = "master" not in given
 
 
 class _SessionStep:
@@ -204,7 +208,10 @@ class _SessionStep:
         self.units.setdefault(ref.unit, []).append((ref, states, index))
 
     def go(self) -> None:
-        session = self.session
+        with self.session.lock:
+            self._go(self.session)
+
+    def _go(self, session: Session) -> None:
         units = sorted(self.units, key=lambda u: u.engine_id)
         watched = session.before_step(units)
         updates = []
@@ -213,13 +220,14 @@ class _SessionStep:
             members = sorted(self.units[unit], key=lambda m: (m[0].section, m[0].start))
             for ref, states, _ in members:
                 states.flush()
-                session.bring_home(ref)
                 refs.append(ref)
             updates.append((unit.engine_id, _spans(members)))
+        session.bring_home(refs)
         session.engine.update(updates, list(self.hypers), session.stream(), session.waits)
         for members in self.units.values():
-            for _, states, _ in members:
+            for ref, states, _ in members:
                 states.count += 1
+                ref.stepped = True
         session.after_step(refs, watched)
 
 

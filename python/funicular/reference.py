@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Hyper", "ReferenceAdamW", "adamw_step", "hyper", "join_master", "norm_sq", "split_master"]
 
@@ -76,7 +78,7 @@ def _canonical(x: Tensor) -> Tensor:
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts fp32 into its high half, rounded half up, and the signed rest: `(bf16, int16)`."""
+    """Cut fp32 into its high half, rounded half up, and the signed rest: `(bf16, int16)`."""
     if master.dtype != torch.float32:
         raise TypeError(f"split_master takes fp32, not {master.dtype}")
     bits = _canonical(master.contiguous()).view(torch.int32)
@@ -86,7 +88,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 values that `split_master` cut, bit for bit."""
+    """Restore the fp32 values that `split_master` cut, bit for bit."""
     if high.dtype != torch.bfloat16 or low.dtype != torch.int16:
         raise TypeError(f"join_master takes bf16 and int16, not {high.dtype} and {low.dtype}")
     bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
@@ -128,15 +130,24 @@ def adamw_step(
 ) -> None:
     """One step, in place.
 
-    Args:
-        param: fp32, bf16 or fp16.
-        grad: Same type and shape as `param`.
-        exp_avg: First moment, fp32.
-        exp_avg_sq: Second moment, fp32.
-        master: None for fp32, the int16 rest for bf16, the fp32 value for fp16.
-        step: Number of this step, from 1.
-        grad_scale: Multiplies the gradient.
-        reset_master: The weight was edited: start from `param` alone.
+    Parameters
+    ----------
+    param
+        fp32, bf16 or fp16.
+    grad
+        Same type and shape as `param`.
+    exp_avg, exp_avg_sq
+        First and second moment, fp32.
+    master
+        None for fp32, the int16 rest for bf16, the fp32 value for fp16.
+    lr, betas, eps, weight_decay, maximize
+        As in `torch.optim.AdamW`.
+    step
+        Number of this step, from 1.
+    grad_scale
+        Multiplies the gradient.
+    reset_master
+        The weight was edited: start from `param` alone.
     """
     h = hyper(
         lr=lr,
@@ -177,7 +188,7 @@ def adamw_step(
 
 
 def _tree(lanes: Tensor) -> Tensor:
-    """Sums the last dimension, of `NORM_LANES`, by halving."""
+    """Sum the last dimension, of `NORM_LANES`, by halving."""
     width = NORM_LANES // 2
     while width:
         lanes = lanes[..., :width] + lanes[..., width : 2 * width]
@@ -233,7 +244,7 @@ class ReferenceAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -245,8 +256,16 @@ class ReferenceAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refused: torch would cast the moments to the parameters' type."""
-        raise NotImplementedError("ReferenceAdamW does not load states: torch casts them to the parameter's type")
+        """Takes what `state_dict` gave, without torch's cast of the moments to the parameters' type."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for param, key in zip(params, ids, strict=True):
+            if given := state_dict["state"].get(key):
+                state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
+                state["step"] = int(given["step"])
+                state.setdefault("master", _first_master(param))
+                self.state[param] = state
 
     def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

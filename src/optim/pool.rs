@@ -312,6 +312,33 @@ mod tests {
     }
 
     #[test]
+    fn a_run_ends_after_its_last_task_has_ended() {
+        let pool = Pool::new(Some(3)).expect("threads");
+        for with_caller in [false, true] {
+            let ended = AtomicUsize::new(0);
+            let task = |i: usize| {
+                std::thread::sleep(std::time::Duration::from_millis(5 * i as u64));
+                ended.fetch_add(1, Ordering::Relaxed);
+            };
+            if with_caller { pool.run_with_caller(3, &task) } else { pool.run(3, &task) }.expect("no panic");
+            assert_eq!(ended.into_inner(), 3);
+        }
+    }
+
+    #[test]
+    fn a_panic_skips_what_has_not_started() {
+        let pool = Pool::new(Some(2)).expect("threads");
+        let started = AtomicUsize::new(0);
+        let e = pool.run(2000, &|i| {
+            started.fetch_add(1, Ordering::Relaxed);
+            assert!(i != 0, "the first");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        });
+        assert_eq!(e.expect_err("panicked").code(), Code::Panicked);
+        assert!(started.into_inner() < 2000);
+    }
+
+    #[test]
     fn callers_from_several_threads_take_turns() {
         let pool = Pool::new(Some(2)).expect("threads");
         let inside = AtomicUsize::new(0);

@@ -1,5 +1,6 @@
 """Ways to call a model that are not ``model(x)``: functional_call, transforms, methods, autocast, compile."""
 
+import funicular
 import pytest
 import torch
 import torch.nn.functional as F
@@ -428,6 +429,7 @@ def test_sequential(run: Run):
     run.train(3)
 
 
-@case(lambda: Decoder(True).double())
-def test_double_precision(run: Run):
-    run.train(2)
+def test_double_precision_is_refused(host_world):
+    run = Run(host_world, True)
+    with pytest.raises(funicular.Error, match=r"FN-E112.*float64"):
+        run.wrap(Decoder(True).double())

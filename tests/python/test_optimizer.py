@@ -301,7 +301,7 @@ def test_state_goes_to_torch_and_back(host_world):
     run.train(1)
 
 
-OPTIONS = [{"amsgrad": True}, {"differentiable": True}, {"capturable": True}, {"fused": True}]
+OPTIONS = [{"amsgrad": True}, {"differentiable": True}, {"capturable": True}]
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda o: next(iter(o)))

@@ -202,6 +202,21 @@ impl Device for CudaDevice {
         Ok(())
     }
 
+    unsafe fn expose(&self, address: u64, len: usize) -> Result<()> {
+        let context = self.context();
+        let _entered = context.enter()?;
+        let flags = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: the caller keeps the range mapped until `hide`.
+        context.check(unsafe { context.driver.cuMemHostRegister_v2(address as *mut _, len, flags) })
+    }
+
+    fn hide(&self, address: u64) -> Result<()> {
+        let context = self.context();
+        let _entered = context.enter()?;
+        // SAFETY: registered by `expose`.
+        context.check(unsafe { context.driver.cuMemHostUnregister(address as *mut _) })
+    }
+
     unsafe fn copy(&self, stream: StreamRef, dst: u64, src: u64, len: usize) -> Result<()> {
         let context = self.context();
         let _entered = context.enter()?;
