@@ -34,6 +34,13 @@ class Lease(NamedTuple):
     negative: bool
 
 
+class _Kept(NamedTuple):
+    """A tensor of somebody else's, and its version when it was saved: torch does not compare versions under hooks."""
+
+    tensor: torch.Tensor
+    version: int
+
+
 class _Delegated(NamedTuple):
     """Something packed by the hooks that were on the stack before ours."""
 
@@ -90,9 +97,12 @@ class LeaseHooks:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Replace a view of a unit's memory by a lease."""
-        unit = self.owner(tensor)
-        if unit is None or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
             return tensor
+        unit = self.owner(tensor)
+        if unit is None:
+            # Detached: an output that a node saves of itself would keep the node alive for ever.
+            return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with torch._C.DisableTorchFunctionSubclass():
             offset = int(plain.storage_offset())
@@ -112,21 +122,27 @@ class LeaseHooks:
 
     def unpack(self, packed: Any) -> torch.Tensor:
         """Open the window of a lease and give the view back."""
+        if isinstance(packed, _Kept):
+            _check_version(f"{packed.tensor.type()} {list(packed.tensor.shape)}", packed.tensor, packed.version)
+            return packed.tensor
         if not isinstance(packed, Lease):
             return packed  # type: ignore[no-any-return]
         if packed.ref is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                now = packed.ref.param._version
-            if now != packed.version:
-                msg = (
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{packed.ref.name} {list(packed.size)} is at version {now}; expected version "
-                    f"{packed.version} instead."
-                )
-                raise RuntimeError(msg)
+            _check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
         at_frames = packed.session.open_for_backward(packed.unit)
         flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
         view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
         if packed.conjugate:
             view = view.conj()
         return torch._neg_view(view) if packed.negative else view
+
+
+def _check_version(name: str, tensor: torch.Tensor, saved: int) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        now = tensor._version
+    if now != saved:
+        msg = (
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{name} is at version {now}; expected version {saved} instead."
+        )
+        raise RuntimeError(msg)
