@@ -52,3 +52,8 @@ def open_files() -> int:
 def files(directory: str) -> list[str]:
     """Names of what lies in a directory."""
     return [p.name for p in Path(directory).iterdir()]
+
+
+def threads() -> int:
+    """Threads of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
