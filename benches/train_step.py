@@ -112,7 +112,12 @@ def main() -> None:
 
     def offloaded() -> tuple[nn.Module, object]:
         model = build(args)
-        policy = {"device": "cuda", "budget": {"hbm": args.hbm}, "optimizer": {"tier": args.tier}, "params": {"tier": "host"}}
+        policy = {
+            "device": "cuda",
+            "budget": {"hbm": args.hbm},
+            "optimizer": {"tier": args.tier},
+            "params": {"tier": "host"},
+        }
         if args.tier == "nvme":
             policy["nvme"] = {"paths": [tempfile.mkdtemp(dir="/var/tmp")]}
         funicular.offload(model, policy)

@@ -24,11 +24,11 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
 
 import torch
-from funicular.reference import ReferenceAdamW
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funicular
+from funicular.reference import ReferenceAdamW
 from transformer import Config, Transformer
 
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

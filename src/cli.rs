@@ -270,8 +270,10 @@ fn examine(arguments: DoctorArguments, relaunch: &[OsString]) -> Result<i32> {
     Ok(doctor::exit_code(&checks))
 }
 
+/// The paths, made absolute so that reports and profiles still mean something elsewhere; the working directory if none.
 fn or_here(paths: Vec<PathBuf>) -> Vec<PathBuf> {
-    if paths.is_empty() { vec![PathBuf::from(".")] } else { paths }
+    let paths = if paths.is_empty() { vec![PathBuf::from(".")] } else { paths };
+    paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect()
 }
 
 fn bench(arguments: BenchArguments) -> Result<i32> {

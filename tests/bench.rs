@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "lowers limits of child processes before they start")]
 
 use std::{
-    io,
+    io::{self, Read},
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, Output, Stdio},
@@ -256,7 +256,7 @@ fn with_little_locked_memory_everything_runs() {
 fn an_interrupted_run_removes_what_it_made() {
     let dir = disk();
     let long = ["bench", "--device", "host", "--size", "64MiB", "--seconds", "600", "--no-sweep", "--json", "r.json"];
-    let mut child = funicular(&long, dir.path()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starts");
+    let mut child = funicular(&long, dir.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("starts");
     let begun = Instant::now();
     while entries(dir.path()).is_empty() && begun.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(5));
@@ -264,7 +264,10 @@ fn an_interrupted_run_removes_what_it_made() {
     let pid = libc::pid_t::try_from(child.id()).expect("a pid");
     // SAFETY: a signal to our own child.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGINT) }, 0);
-    assert_eq!(child.wait().expect("ends").code(), Some(130));
+    let mut err = String::new();
+    child.stderr.take().expect("a pipe").read_to_string(&mut err).expect("UTF-8");
+    assert_eq!(child.wait().expect("ends").code(), Some(130), "{err}");
+    assert!(err.contains(Code::Interrupted.as_str()), "{err}");
     assert!(entries(dir.path()).is_empty(), "{:?}", entries(dir.path()));
 }
 
@@ -312,7 +315,7 @@ fn the_doctor_names_an_action_for_every_complaint() {
     for name in ["kernel", "CPUs", "memory", "cgroup memory", "memlock", "huge pages", "NUMA", "page-lock limit"] {
         check(&checks, name);
     }
-    assert_eq!(check(&checks, "path .")["status"], "OKAY");
+    assert_eq!(check(&checks, &format!("path {}", dir.path().display()))["status"], "OKAY");
     assert!(entries(dir.path()).is_empty());
 
     let (code, checks) = examined(before(&mut funicular(&arguments, dir.path()), no_io_uring));
@@ -322,7 +325,8 @@ fn the_doctor_names_an_action_for_every_complaint() {
 
     let (code, checks) = examined(&mut funicular(&["doctor", "--json", "--path", "missing"], dir.path()));
     assert_eq!(code, Some(2));
-    assert!(check(&checks, "path missing")["found"].as_str().expect("text").starts_with(Code::PathUnusable.as_str()));
+    let missing = format!("path {}", dir.path().join("missing").display());
+    assert!(check(&checks, &missing)["found"].as_str().expect("text").starts_with(Code::PathUnusable.as_str()));
 }
 
 #[test]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardedGrad", "GuardedParameter"]
 
-_T = torch.Tensor
+#: untyped: descriptors of the class are looked at, not values
+_T: Any = torch.Tensor
 
 
 def _getters(*names: str) -> list[Any]:
@@ -69,7 +70,9 @@ def _guarded(items: Iterable[Any], kind: type, found: list[Any]) -> list[Any]:
 def _living(p: torch.Tensor) -> ParamRef:
     ref = ref_of(p)
     if ref is None:
-        raise RuntimeFailure("FN-E104", "the offloaded model of this parameter is gone. Keep the model, or unwrap it first.")
+        raise RuntimeFailure(
+            "FN-E104", "the offloaded model of this parameter is gone. Keep the model, or unwrap it first."
+        )
     return ref
 
 
@@ -145,9 +148,10 @@ class GuardedParameter(nn.Parameter):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary parameter holding a copy."""
-        return nn.Parameter(self.detach().clone(), self.requires_grad).__reduce_ex__(proto)
+        copy: Any = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return copy.__reduce_ex__(proto)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: D105
+    def __repr__(self) -> str:  # type: ignore[override]
         return "Parameter containing:\n" + repr(self.detach())
 
 
@@ -178,7 +182,8 @@ class GuardedGrad(torch.Tensor):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary tensor."""
-        return self.detach().clone().__reduce_ex__(proto)
+        copy: Any = self.detach().clone()
+        return copy.__reduce_ex__(proto)
 
 
 def _known_to_foreach() -> None:

@@ -100,9 +100,7 @@ class _Leave(_Hook):
         leaves = pytree.tree_leaves(output)
         if not any(isinstance(t, torch.Tensor) and self._escapes(t) for t in leaves):
             return None
-        return pytree.tree_map(
-            lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output
-        )
+        return pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output)
 
     def _escapes(self, t: torch.Tensor) -> bool:
         if isinstance(t, nn.Parameter):
@@ -115,7 +113,8 @@ class _Leave(_Hook):
         inputs = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for t in pytree.tree_leaves(output):
             if isinstance(t, torch.Tensor) and t.requires_grad and not t.is_leaf and id(t) not in inputs:
-                t.register_hook(_Hint(self.session, self.units))
+                hooked: Any = t
+                hooked.register_hook(_Hint(self.session, self.units))
 
 
 class _Hint(_Hook):

@@ -65,10 +65,11 @@ class LeaseHooks:
 
         What is saved there keeps its frames occupied instead.
         """
-        if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        autograd: Any = torch._C._autograd
+        if not autograd._saved_tensors_hooks_is_enabled():
             return None
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if top is None or getattr(top[0], "__self__", None) is self:
+        top = autograd._top_saved_tensors_default_hooks(True)
+        if not top or getattr(top[0], "__self__", None) is self:
             hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         else:
             hooks = torch.autograd.graph.saved_tensors_hooks(*self._chained(*top))
@@ -94,7 +95,7 @@ class LeaseHooks:
             return tensor
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with torch._C.DisableTorchFunctionSubclass():
-            offset = plain.storage_offset()
+            offset = int(plain.storage_offset())
             ref = unit.ref_at(offset * plain.element_size())
             return Lease(
                 unit.session,

@@ -58,6 +58,10 @@ class StepLog:
         )
         stalls = ", ".join(f"{name} {nanos / 1e9:.2f} s" for name, nanos in raw["stalls"].items() if nanos > 5_000_000)
         _log.info(
-            "FN-I307 step %d: %.3f s/step; %s; stalls so far: %s", self.step, seconds / self.every, rates, stalls or "none"
+            "FN-I307 step %d: %.3f s/step; %s; stalls so far: %s",
+            self.step,
+            seconds / self.every,
+            rates,
+            stalls or "none",
         )
         self._last = (now, moved)

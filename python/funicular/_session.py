@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -17,6 +18,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +44,17 @@ FORWARD, BACKWARD, EVAL = 0, 1, 2
 
 _R = TypeVar("_R")
 _log = logging.getLogger("funicular")
+
+
+#: closed at exit, before torch goes, so that no directory stays behind
+_living: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(_living):
+        if os.getpid() == session.pid:
+            session.engine.close()
 
 
 def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
@@ -77,6 +90,7 @@ class Session:
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
+        _living.add(self)
 
     def __del__(self) -> None:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
@@ -144,10 +158,9 @@ class Session:
     def close(self, unit: Unit) -> None:
         """Bring the parameters home and give the frames up, as far as nobody looks at them."""
         if unit.is_open:
-            if unit.frame_in_use():
-                # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
-                if in_backward():
-                    return
+            # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
+            if unit.frame_in_use() and in_backward():
+                return
             self._go_home(unit)
         if unit.held and not unit.frame_in_use():
             unit.held = False
@@ -302,7 +315,7 @@ class Session:
 
     @_locked
     def gradient_arrived(self, param: torch.Tensor) -> None:
-        """Called after autograd accumulated into ``param.grad``."""
+        """Take note that autograd accumulated into ``param.grad``."""
         ref = ref_of(param)
         self._watch_backward()
         # One behind, so that the user's own hooks on the parameter have run.
@@ -327,9 +340,7 @@ class Session:
                 grad = torch.empty_like(ref.frame).copy_(grad)
             home = self._home_grad(ref)
             size = grad.element_size()
-            seq = self.engine.gradient(
-                ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream()
-            )
+            seq = self.engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream())
             self._landing.append((seq, grad))
             p.grad = home
         self._reap()
@@ -412,7 +423,9 @@ class Session:
         """Make sure that the gradients to be used are the ones in their segments."""
         foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
         # One parameter's segment may be another's gradient: all are read before any is written.
-        taken = [(ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None]
+        taken = [
+            (ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None
+        ]
         for ref, grad in taken:
             self.access_grad(ref)
             with torch._C.DisableTorchFunctionSubclass():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -13,6 +12,8 @@ from funicular._states import MOMENTS, ParamStates
 from funicular.reference import adamw_step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from funicular._model import ParamRef, Unit
     from funicular._session import Session
 
@@ -131,6 +132,7 @@ class AdamW(torch.optim.Optimizer):
         return states
 
     def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
+        assert p.grad is not None
         states.count += 1
         half = p.dtype in (torch.bfloat16, torch.float16)
         master = states.tensor("master") if half else None

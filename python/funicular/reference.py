@@ -256,7 +256,7 @@ class ReferenceAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave, without torch's cast of the moments to the parameters' type."""
+        """Take what `state_dict` gave, without torch's cast of the moments to the parameters' type."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -77,6 +77,7 @@ pub(super) fn cpu_list(text: &str) -> Vec<u32> {
 }
 
 /// CPUs this process may run on.
+#[cfg(feature = "cuda")]
 pub(super) fn allowed_cpus() -> Vec<u32> {
     let status = text("/proc/self/status");
     status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(cpu_list).unwrap_or_default()

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// What has to be undone before a range may be unmapped: a device's registration of it.
-pub type Undo = Box<dyn FnOnce() + Send>;
+type Undo = Box<dyn FnOnce() + Send>;
 
 /// A range that is inaccessible until it is filled: touching it unfilled ends the process loudly instead of giving zeros.
 pub struct Shadow {
@@ -84,7 +84,7 @@ impl Shadow {
     }
 
     /// Has `undo` run before the memory is given back.
-    pub fn before_release(&self, undo: Undo) {
+    pub fn before_release(&self, undo: Box<dyn FnOnce() + Send>) {
         *self.undo.lock() = Some(undo);
     }
 

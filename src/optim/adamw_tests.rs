@@ -1,3 +1,5 @@
+#![expect(unsafe_code, reason = "calls the kernels over buffers of its own")]
+
 use super::*;
 use crate::optim::AdamWOptions;
 

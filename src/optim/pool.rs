@@ -76,7 +76,7 @@ impl Pool {
     /// `threads` threads, or one for each processor that the affinity mask and the cgroup's CPU quota allow.
     ///
     /// # Errors
-    /// `FN-E106` when the system refuses a thread.
+    /// [`Code::NoThread`] when the system refuses a thread.
     pub fn new(threads: Option<usize>) -> Result<Self> {
         let count = threads.unwrap_or_else(Self::default_threads).max(1);
         let shared = Arc::new(Shared {

@@ -1,13 +1,14 @@
 """Ways to call a model that are not ``model(x)``: functional_call, transforms, methods, autocast, compile."""
 
-import funicular
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils import parametrizations, parametrize
+
+import funicular
+from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from twin import Run, case, compare
 
 # Torch's own forward-mode rules use torch.jit at their first call.
