@@ -218,14 +218,20 @@ def match(plain: list[tuple[str, Any]], paged: list[tuple[str, Any]]) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal bits; any NaN equals any NaN, and nothing equals something of another type or shape."""
+    """Equal bits, the sign of zero too; any NaN equals any NaN, and nothing equals something of another type or shape."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and (a == b or (a != a and b != b))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b))
+    return bool(((bits(a) == bits(b)) | (a.isnan() & b.isnan())).all())
+
+
+def bits(a: Tensor) -> Tensor:
+    """Integers of the same bits: tells -0.0 from 0.0."""
+    return a.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()])
 
 
 def difference(a: Any, b: Any) -> str:
