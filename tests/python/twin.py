@@ -239,9 +239,10 @@ def difference(a: Any, b: Any) -> str:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.dtype != b.dtype:
         show = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v) for v in (a, b)]
         return f"plain {show[0]}, offloaded {show[1]}"
-    wrong = ~((a == b) | (a.isnan() & b.isnan()))
-    gap = (a.double() - b.double()).abs()[wrong]
-    return f"{int(wrong.sum())} of {a.numel()} elements differ, by at most {gap.max().item():.3e}, {int(b.isnan().sum())} NaN"
+    gap = (a.double() - b.double()).abs().nan_to_num(0.0, 0.0)
+    wrong = int((bits(a) != bits(b)).sum()) if a.is_floating_point() else int((a != b).sum())
+    most = gap.max().item() if gap.numel() else 0.0
+    return f"{wrong} of {a.numel()} elements differ, by at most {most:.3e}, {int(b.isnan().sum())} NaN"
 
 
 def case(
