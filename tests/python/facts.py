@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,3 +54,16 @@ def open_files() -> int:
 def files(directory: str) -> list[str]:
     """Names of what lies in a directory."""
     return [p.name for p in Path(directory).iterdir()]
+
+
+def threads() -> int:
+    """Threads of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def eventually(true: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for what other threads are about to do; an assertion error if they do not."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.01)

@@ -218,14 +218,20 @@ def match(plain: list[tuple[str, Any]], paged: list[tuple[str, Any]]) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal bits; any NaN equals any NaN, and nothing equals something of another type or shape."""
+    """Equal bits, the sign of zero too; any NaN equals any NaN, and nothing equals something of another type or shape."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and (a == b or (a != a and b != b))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b))
+    return bool(((bits(a) == bits(b)) | (a.isnan() & b.isnan())).all())
+
+
+def bits(a: Tensor) -> Tensor:
+    """Integers of the same bits: tells -0.0 from 0.0."""
+    return a.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()])
 
 
 def difference(a: Any, b: Any) -> str:
@@ -233,9 +239,10 @@ def difference(a: Any, b: Any) -> str:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.dtype != b.dtype:
         show = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v) for v in (a, b)]
         return f"plain {show[0]}, offloaded {show[1]}"
-    wrong = ~((a == b) | (a.isnan() & b.isnan()))
-    gap = (a.double() - b.double()).abs()[wrong]
-    return f"{int(wrong.sum())} of {a.numel()} elements differ, by at most {gap.max().item():.3e}, {int(b.isnan().sum())} NaN"
+    gap = (a.double() - b.double()).abs().nan_to_num(0.0, 0.0)
+    wrong = int((bits(a) != bits(b)).sum()) if a.is_floating_point() else int((a != b).sum())
+    most = gap.max().item() if gap.numel() else 0.0
+    return f"{wrong} of {a.numel()} elements differ, by at most {most:.3e}, {int(b.isnan().sum())} NaN"
 
 
 def case(

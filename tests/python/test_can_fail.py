@@ -1,0 +1,154 @@
+"""The judge sees what is broken: each mechanism left out on purpose makes the comparison fail."""
+
+import pytest
+import torch
+from torch import nn
+
+import funicular
+from funicular import _testing
+from models import Decoder, stack
+from twin import Mismatch, Run, World, compare
+
+BUILDS = {
+    "linear": lambda: Decoder(matmul=False),
+    "matmul": lambda: Decoder(matmul=True),
+    "tied": lambda: Decoder(matmul=True, tie=True),
+    "bf16": lambda: Decoder(matmul=True, dtype=torch.bfloat16),
+    "stack": stack(),
+}
+
+
+def backward(run: Run) -> None:
+    """One backward: what goes wrong in it shows in the gradients."""
+    x = run.model.example(run) if hasattr(run.model, "example") else run.data(4, run.model.width)
+    run.model(x).square().mean().backward()
+    run.record_grads()
+
+
+def train(run: Run) -> None:
+    """Nobody looks at gradients: what goes wrong shows in the weights."""
+    run.train(2, look=False)
+
+
+@pytest.mark.parametrize("script", [backward, train])
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("what", ["skip_backward_reload", "drop_gradient"])
+def test_broken(what: str, build: str, script, two_worlds: World):
+    compare(two_worlds, BUILDS[build], script)
+    with _testing.break_(what), pytest.raises(Mismatch):
+        compare(two_worlds, BUILDS[build], script)
+    compare(two_worlds, BUILDS[build], script)
+
+
+@pytest.mark.parametrize("what", ["skip_backward_reload", "drop_gradient"])
+def test_broken_for_one_of_four(what: str, host_world: World):
+    """Only in one micro-batch of an accumulation; later gradients are added in place and need no way down."""
+    which = 0 if what == "drop_gradient" else 2
+
+    def script(run: Run) -> None:
+        for i in range(4):
+            loss = run.model(run.tokens(2, 9))
+            if i == which and broken:
+                with _testing.break_(what):
+                    loss.backward()
+            else:
+                loss.backward()
+        run.record_grads()
+
+    broken = False
+    compare(host_world, Decoder, script)
+    broken = True
+    with pytest.raises(Mismatch):
+        compare(host_world, Decoder, script)
+
+
+def test_skipped_reload_is_loud(host_world: World):
+    """With poison the stale bytes are NaN, so that a run without a twin notices too."""
+    run = Run(host_world, True)
+    run.model = run.wrap(Decoder(matmul=True))
+    with _testing.break_("skip_backward_reload"):
+        run.model(run.tokens(2, 9)).backward()
+    assert not all(bool(p.grad.isfinite().all()) for p in run.model.parameters())
+
+
+def test_skipped_reload_is_silent_without_poison(host_world: World):
+    """What poison is for: without it the numbers are finite, and wrong."""
+
+    def script(run: Run) -> None:
+        backward(run)
+        assert all(bool(p.grad.isfinite().all()) for p in run.model.parameters())
+
+    with _testing.break_("skip_backward_reload"), pytest.raises(Mismatch):
+        compare(host_world, BUILDS["matmul"], script, debug={"poison": False})
+
+
+class Wide(nn.Module):
+    """One weight, large enough that its gradient is on its way for milliseconds."""
+
+    def __init__(self, width: int = 4096) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def last_gradient_entries(run: Run) -> None:
+    """Read the end of the gradient past the guard, as compiled code would, the moment that backward returns."""
+    run.model = run.wrap(Wide(), budget={"host": "1GiB"})
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        run.model(torch.full((1, 4096), scale, device=run.device)).sum().backward()
+        with torch._C.DisableTorchFunctionSubclass():
+            run.record("end", run.model.weight.grad[-1, -8:].clone())
+        run.model.zero_grad(set_to_none=True)
+
+
+def test_wrong_gate(host_world: World):
+    """Not waiting for the gradients' copies at the end of backward."""
+    compare(host_world, None, last_gradient_entries)
+    with _testing.break_("wrong_gate"), pytest.raises(Mismatch, match="end"):
+        compare(host_world, None, last_gradient_entries)
+
+
+def test_no_such_mechanism():
+    with pytest.raises(ValueError, match="skip_backward_reload"), _testing.break_("everything"):
+        pass
+    assert not _testing.broken("skip_backward_reload")
+
+
+@pytest.mark.parametrize("change", ["weight", "gradient", "buffer", "missing gradient", "extra note", "loss"])
+def test_the_judge(change: str, host_world: World):
+    """One changed bit, or one missing note, on one side only."""
+
+    def script(run: Run) -> None:
+        run.train(2)
+        run.model.register_buffer("table", torch.zeros(3, device=run.device))
+        run.model(run.data(4, run.model.width)).square().mean().backward()
+        p = run.model.layers[2].up.weight
+        if not run.offloaded:
+            return
+        with torch.no_grad():
+            if change == "weight":
+                p.view(-1)[5] = torch.nextafter(p.view(-1)[5], torch.tensor(9.0, device=p.device))
+            elif change == "gradient":
+                p.grad.view(-1)[7] = torch.nextafter(p.grad.view(-1)[7], torch.tensor(9.0, device=p.device))
+            elif change == "missing gradient":
+                p.grad = None
+            elif change == "buffer":
+                run.model.table[1] = -0.0  # another bit pattern of the same number
+            elif change == "extra note":
+                run.record("more", 1)
+            else:
+                run.record("loss", torch.tensor(1.0))
+
+    with pytest.raises(Mismatch):
+        compare(host_world, stack(), script)
+
+
+def test_an_offloaded_model_is_really_paged(host_world: World):
+    """The matrix would prove nothing if everything fitted: its budgets hold fewer frames than there are units."""
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()())
+    limit = funicular.stats(run.model).budgets["hbm"].limit
+    assert limit is not None
+    assert limit < sum(p.numel() * p.element_size() for p in run.model.parameters()) * 2 / 3

@@ -1,0 +1,241 @@
+"""What a run tells about itself: counters, the printed summary, log lines, traces."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funicular
+from funicular import Stats
+from models import WIDTH, Decoder, Stack, stack
+from twin import Run, World, compare
+
+LINKS = {"host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update"}
+CAUSES = {"update", "nvme_read", "copy", "grads"}
+
+
+def trained(world: World, steps: int = 3, build=Decoder, **sections: Any) -> Run:
+    run = Run(world, True)
+    run.model = run.wrap(build(), **sections)
+    run.opt = run.adamw()
+    run.train(steps, look=False)
+    return run
+
+
+def test_fields(world: World):
+    """Names, types, and what must be true of any run."""
+    run = trained(world)
+    stats = funicular.stats(run.model)
+    assert isinstance(stats, Stats)
+    assert set(stats.links) == LINKS
+    assert set(stats.stalls) == CAUSES
+    assert set(stats.budgets) == {"hbm", "host", "nvme"}
+    assert stats.device == ("host" if world.device == "host" else f"cuda:{torch.cuda.current_device()}")
+    assert stats.engine == (world.engine if world.params == "nvme" else None)
+    assert stats.steps == 3
+    assert stats.threads >= 1
+    assert all(link.bytes >= 0 and 0 <= link.seconds <= stats.seconds for link in stats.links.values())
+    assert all(seconds >= 0 for seconds in stats.stalls.values())
+    assert stats.stall_seconds == pytest.approx(sum(stats.stalls.values()))
+    assert stats.binding in {"compute", *CAUSES}
+    for name, budget in stats.budgets.items():
+        assert 0 <= budget.used <= budget.peak, name
+        assert budget.limit is None or budget.peak <= budget.limit, name
+    nvme = {stats.links["nvme_read"].bytes > 0, stats.links["nvme_write"].bytes > 0, stats.budgets["nvme"].used > 0}
+    assert nvme == {world.params == "nvme"}
+
+
+def test_a_snapshot(host_world: World):
+    """It does not change, and later ones never count backwards."""
+    run = trained(host_world)
+    first = funicular.stats(run.model)
+    kept = dataclasses.asdict(first)
+    run.train(2, look=False)
+    second = funicular.stats(run.model)
+    assert dataclasses.asdict(first) == kept
+    assert second.steps == 5
+    assert all(second.links[name].bytes >= first.links[name].bytes for name in LINKS)
+    assert second.links["host_to_device"].bytes > first.links["host_to_device"].bytes
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.steps = 0
+
+
+def test_gradients_go_down_once(host_world: World):
+    """Bytes are exact: every gradient of every step once, whatever is accumulated in place."""
+    run = trained(host_world, steps=0)
+    total = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    for _ in range(3):
+        for _ in range(2):
+            run.model(run.tokens(2, 9)).backward()
+        run.opt.step()
+        run.opt.zero_grad()
+    for p in run.model.parameters():
+        p.detach().sum()
+    assert funicular.stats(run.model).links["device_to_host"].bytes == 3 * total
+
+
+def test_updates_count_their_traffic(host_world: World):
+    """28 bytes per fp32 parameter and step."""
+    run = trained(host_world, steps=3, build=Stack)
+    for p in run.model.parameters():
+        p.detach().sum()
+    numel = sum(p.numel() for p in run.model.parameters())
+    moved = funicular.stats(run.model).links["cpu_update"].bytes
+    assert 3 * 28 * numel <= moved <= 3 * 28 * (numel + 128 * len(list(run.model.parameters())))
+
+
+def test_everything_fits_nothing_moves(host_world: World):
+    """With room for all, a forward without an update before it pages nothing in."""
+    run = trained(host_world, frames=64, debug={"poison": False})
+    run.model(run.tokens(2, 9))
+    before = funicular.stats(run.model)
+    with torch.no_grad():
+        run.model(run.tokens(2, 9))
+    after = funicular.stats(run.model)
+    assert after.links["host_to_device"].bytes == before.links["host_to_device"].bytes
+    assert after.prefetch.hits > before.prefetch.hits
+
+
+def test_strays_and_homes_are_counted(host_world: World):
+    run = trained(host_world, build=stack(depth=8))
+    before = funicular.stats(run.model)
+    for p in run.model.parameters():
+        p.detach()
+    assert funicular.stats(run.model).stray_reads > before.stray_reads
+    assert funicular.stats(run.model).home_uses == before.home_uses
+
+
+def test_printed(world: World):
+    """One line per thing that moved, was waited for, or is bounded."""
+    text = str(funicular.stats(trained(world).model))
+    first, *rest = text.splitlines()
+    assert first.startswith("funicular on ")
+    assert "3 steps" in first
+    names = [line.split()[0] for line in rest]
+    for name in ("host_to_device", "device_to_host", "cpu_update", "stalls", "windows", "hbm", "host", "nvme"):
+        assert name in names, text
+    assert ("nvme_read" in names) == (world.params == "nvme")
+    assert "GB/s" in text
+    assert "MiB" in text
+    assert "nan" not in text.lower()
+
+
+def test_printed_before_anything_happened(host_world: World):
+    run = trained(host_world, steps=0)
+    stats = funicular.stats(run.model)
+    assert "0 steps" in str(stats)
+    assert "none" in str(stats)
+    assert stats.links["device_to_host"].gb_per_s == 0.0
+
+
+# ------------------------------------------------------------------ traces
+
+
+def spans(path: Path) -> list[dict[str, Any]]:
+    return [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+
+
+def test_trace_of_chosen_steps(world: World, tmp_path: Path):
+    """Valid JSON with a track for every link, the update, and the training thread; every event names its unit."""
+    path = tmp_path / "trace.json"
+    run = trained(world, steps=6, build=stack(depth=8), log={"trace": str(path), "trace_steps": [3, 4]})
+    events = json.loads(path.read_text())["traceEvents"]
+    tracks = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    expected = {"up", "down", "cpu update"}
+    if world.params == "nvme":
+        expected |= {"nvme read", "nvme write", "training thread"}
+    assert expected <= set(tracks.values())
+    assert [e for e in events if e["ph"] == "C"], "no counters"
+    found = spans(path)
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 and tracks[e["tid"]] == e["cat"] for e in found)
+    units = {name for name, _ in run.model.named_parameters()} | {f"layers.{i}" for i in range(8)}
+    for e in found:
+        if e["cat"] != "training thread":
+            assert e["name"].split()[-1] in units, e
+            assert e["args"]["bytes"] > 0, e
+    total = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    down = sum(e["args"]["bytes"] for e in found if e["cat"] == "down")
+    # The copies of the last backward before, and of this one, may end on either side of the border.
+    assert total <= down <= 3 * total
+
+
+def test_counters_of_tiers(nvme_world: World, tmp_path: Path):
+    """What each tier holds, over time."""
+    path = tmp_path / "trace.json"
+    trained(nvme_world, steps=4, log={"trace": str(path), "trace_steps": [2, 3]})
+    counters = {e["name"] for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "C"}
+    assert {"hbm", "host", "nvme"} <= {name.split()[0] for name in counters}
+
+
+def test_only_the_chosen_steps(host_world: World, tmp_path: Path):
+    """Nothing is collected before, and the file is there as soon as the step is over."""
+    path = tmp_path / "trace.json"
+    run = trained(host_world, steps=1, log={"trace": str(path), "trace_steps": [3]})
+    assert not path.exists()
+    run.train(1, look=False)
+    assert not path.exists()
+    run.train(1, look=False)
+    assert spans(path)
+    written = path.read_text()
+    run.train(2, look=False)
+    assert path.read_text() == written
+
+
+def test_tracing_changes_nothing(two_worlds: World, tmp_path: Path):
+    """Traced steps give the same bits."""
+    log = {"trace": str(tmp_path / "t.json"), "trace_steps": [1, 2, 3], "every": 1}
+    compare(two_worlds, Decoder, lambda run: run.train(4), log=log)
+    assert spans(tmp_path / "t.json")
+
+
+def test_trace_on_demand(host_world: World, tmp_path: Path):
+    """The engine's own switch, as tools use it: on, off, written."""
+    from funicular._offload import session_of
+
+    run = trained(host_world)
+    engine = session_of(run.model).engine
+    engine.trace(True)
+    run.train(1, look=False)
+    engine.trace(False)
+    run.train(1, look=False)
+    assert engine.write_trace(str(tmp_path / "a.json")) > 0
+    assert spans(tmp_path / "a.json")
+    assert engine.write_trace(str(tmp_path / "b.json")) == 0
+    with pytest.raises(funicular.StorageError, match=r"FN-E301.*/none/at/all\.json"):
+        engine.write_trace("/none/at/all.json")
+
+
+def test_trace_that_cannot_be_written(host_world: World):
+    """Known before training begins, or an error by name when it is written; never a lost step without a word."""
+    model = Stack()
+    policy = host_world.policy(model, log={"trace": "/none/at/all.json", "trace_steps": [1]})
+    with pytest.raises(funicular.Error, match=r"/none/at/all\.json"):
+        funicular.offload(model, policy)
+        opt = funicular.AdamW(model.parameters())
+        model(torch.ones(2, WIDTH, device=host_world.torch_device)).mean().backward()
+        opt.step()
+
+
+# ------------------------------------------------------------------ log
+
+
+def test_log_lines(host_world: World, caplog: pytest.LogCaptureFixture):
+    """Every N steps one line with a code, through ``logging``; nothing is printed."""
+    with caplog.at_level(logging.INFO, logger="funicular"):
+        trained(host_world, steps=4, log={"every": 2})
+    lines = [r.getMessage() for r in caplog.records if r.name == "funicular" and "FN-I307" in r.getMessage()]
+    assert [line.split(":")[0] for line in lines] == ["FN-I307 step 2", "FN-I307 step 4"]
+    assert all("s/step" in line for line in lines)
+
+
+def test_silent_by_default(host_world: World, capfd: pytest.CaptureFixture[str]):
+    trained(host_world)
+    out = capfd.readouterr()
+    assert out.out == ""
+    assert out.err == ""
