@@ -24,11 +24,11 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
 
 import torch
-from funicular.reference import ReferenceAdamW
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funicular
+from funicular.reference import ReferenceAdamW
 from transformer import Config, Transformer
 
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
@@ -212,7 +212,7 @@ def show_time(stats: funicular.Stats) -> None:
     for name, link in stats.links.items():
         say(f"{name:<24}{link.bytes / 1e9:>10.2f}{link.gb_per_s:>18.2f}")
     p = stats.prefetch
-    say(f"\nprefetch: {p.hits} hits, {p.late} late, {p.misses} misses, {p.demand} on demand")
+    say(f"\nprefetch: {p.hits} hits, {p.late} late, {p.demand} on demand, {p.conflicts} used from home")
 
 
 def differs(ours: list[float], theirs: list[float]) -> float:

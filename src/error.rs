@@ -70,6 +70,7 @@ codes! {
     NotADisk = "FN-E603", Usage, "an NVMe path is in memory, not on a disk";
     PathUnusable = "FN-E604", Usage, "an NVMe path is missing or cannot be written";
     DiskFull = "FN-E605", Storage, "not enough free space on an NVMe path";
+    OutputFile = "FN-E606", Storage, "a file to be written exists and is not ours, or cannot be written";
 }
 
 /// What went wrong. `Display` gives one line: code, message, next action.
@@ -99,6 +100,16 @@ impl Error {
     pub fn errno(mut self, errno: i32) -> Self {
         self.errno = Some(errno);
         self
+    }
+
+    /// What happened, without code and next action.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What the user can do about it.
+    pub fn next_action(&self) -> Option<&str> {
+        self.action.as_deref()
     }
 
     /// Its code.

@@ -1,9 +1,12 @@
 //! Full-parameter training of models larger than the GPU's memory.
 //!
 //! Layers, imports only downward (`tests/tidy.rs` checks it):
-//! `error units dtype` < `memory model policy` < `device io optim` < `store schedule` < `runtime` < `bench python`.
+//! `error units dtype` < `memory model policy` < `device io optim` < `store schedule` < `runtime` < `bench doctor` < `cli` < `python`.
 
+pub mod bench;
+pub mod cli;
 pub mod device;
+pub mod doctor;
 pub mod dtype;
 pub mod error;
 pub mod io;

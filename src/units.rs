@@ -22,7 +22,7 @@ impl ByteCount {
 }
 
 impl fmt::Display for ByteCount {
-    /// Binary units with one decimal, exact below 1 KiB: `640 B`, `12.5 MiB`, `1.0 GiB`.
+    /// Binary units with one decimal, rounded up so that a need that is shown is enough: `640 B`, `12.5 MiB`, `1.0 GiB`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const NAMES: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
         if self.0 < 1024 {
@@ -35,7 +35,7 @@ impl fmt::Display for ByteCount {
             value /= 1024.0;
             name += 1;
         }
-        write!(f, "{value:.1} {}", NAMES[name])
+        write!(f, "{:.1} {}", (value * 10.0).ceil() / 10.0, NAMES[name])
     }
 }
 

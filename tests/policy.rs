@@ -408,10 +408,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("[activations]\nmicro_batch = 2", "activations.micro_batch"),
         ("[activations]\ntier = \"host\"", "activations.tier"),
         ("[debug]\nsync = true", "debug.sync"),
-        ("[log]\nlevel = \"debug\"", "log.level"),
-        ("[log]\nevery = 10", "log.every"),
-        ("[log]\ntrace = \"t.json\"", "log.trace"),
-        ("[log]\ntrace_steps = [3]", "log.trace_steps"),
         ("[pressure]\naction = \"demote\"", "pressure.action"),
     ] {
         let error = Policy::from_toml_str(text, "p").unwrap().check_supported().unwrap_err();

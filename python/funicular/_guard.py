@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._foreach_utils
 from torch import nn
 
 from funicular._errors import RuntimeFailure
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardedGrad", "GuardedParameter"]
 
-_T = torch.Tensor
+#: untyped: descriptors of the class are looked at, not values
+_T: Any = torch.Tensor
 
 
 def _getters(*names: str) -> list[Any]:
@@ -68,8 +70,22 @@ def _guarded(items: Iterable[Any], kind: type, found: list[Any]) -> list[Any]:
 def _living(p: torch.Tensor) -> ParamRef:
     ref = ref_of(p)
     if ref is None:
-        raise RuntimeFailure("FN-E104", "the offloaded model of this parameter is gone. Keep the model, or unwrap it first.")
+        raise RuntimeFailure(
+            "FN-E104", "the offloaded model of this parameter is gone. Keep the model, or unwrap it first."
+        )
     return ref
+
+
+def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call, with what autograd saves of the parameters packed as leases."""
+    if not refs or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    hooks = refs[0].unit.session.leases.push()
+    try:
+        return func(*args, **kwargs)
+    finally:
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
 
 
 def _settle_params(refs: list[ParamRef], *, alias: bool = False) -> None:
@@ -101,16 +117,25 @@ class GuardedParameter(nn.Parameter):
                 return func(*args, **kwargs)
         params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
         refs = [_living(p) for p in params]
+        if func is torch._has_compatible_shallow_copy_type and refs and isinstance(args[1], torch.Tensor):
+            # `module.to(...)` and its kin ask before they move a parameter or replace it.
+            refs[0].unit.session.check_replacement(refs[0], args[1])
         _settle_params(refs, alias=func in _ALIASES)
         _settle_grads(args)
         if func == _DATA_SET and refs and args and args[0] is params[0]:
             refs[0].unit.session.replace_data(refs[0], args[1])
             return None
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            for ref, p in zip(refs, params, strict=True):
-                if p._version != ref.version:
-                    ref.unit.session.edited(ref)
+        for ref in refs:
+            ref.unit.readers += 1
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = _leased(refs, func, args, kwargs)
+                for ref, p in zip(refs, params, strict=True):
+                    if p._version != ref.version:
+                        ref.unit.session.edited(ref)
+        finally:
+            for ref in refs:
+                ref.unit.readers -= 1
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -123,9 +148,10 @@ class GuardedParameter(nn.Parameter):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary parameter holding a copy."""
-        return nn.Parameter(self.detach().clone(), self.requires_grad).__reduce_ex__(proto)
+        copy: Any = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return copy.__reduce_ex__(proto)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: D105
+    def __repr__(self) -> str:  # type: ignore[override]
         return "Parameter containing:\n" + repr(self.detach())
 
 
@@ -156,4 +182,15 @@ class GuardedGrad(torch.Tensor):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary tensor."""
-        return self.detach().clone().__reduce_ex__(proto)
+        copy: Any = self.detach().clone()
+        return copy.__reduce_ex__(proto)
+
+
+def _known_to_foreach() -> None:
+    """Let torch take its foreach paths for guarded tensors, so that norms over them have the bits of ordinary ones."""
+    known = getattr(torch.utils._foreach_utils, "_foreach_supported_types", None)
+    if isinstance(known, list):
+        known.extend(cls for cls in (GuardedParameter, GuardedGrad) if cls not in known)
+
+
+_known_to_foreach()

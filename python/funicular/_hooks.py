@@ -52,16 +52,17 @@ class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
         entered = []
-        try:
-            for unit in self.units:
-                if unit.depth == 0:
-                    self.session.open(unit, phase)
-                unit.depth += 1
-                entered.append(unit)
-        except BaseException:
-            for unit in entered:
-                unit.depth -= 1
-            raise
+        with self.session.lock:
+            try:
+                for unit in self.units:
+                    if unit.depth == 0:
+                        self.session.open(unit, phase)
+                    unit.depth += 1
+                    entered.append(unit)
+            except BaseException:
+                for unit in entered:
+                    unit.depth -= 1
+                raise
         hooks = self.session.leases.push() if torch.is_grad_enabled() else None
         _stack().append((self, hooks))
 
@@ -77,17 +78,21 @@ class _Leave(_Hook):
         hooks = stack.pop()[1]
         if hooks is not None:
             hooks.__exit__(None, None, None)
-        for unit in self.units:
-            unit.depth -= 1
+        try:
+            return self._replace(args, kwargs, output)
+        finally:
+            with self.session.lock:
+                for unit in self.units:
+                    unit.depth -= 1
+                    if unit.depth == 0 and not in_backward():
+                        self.session.close(unit)
+
+    def _replace(self, args: Any, kwargs: Any, output: Any) -> Any:
         replaced = None
         if output is not None:
             replaced = self._detach_from_frames(output)
             if not in_backward() and torch.is_grad_enabled():
                 self._hint_backward(args, kwargs, output if replaced is None else replaced)
-        if not in_backward():
-            for unit in self.units:
-                if unit.depth == 0:
-                    self.session.close(unit)
         return replaced
 
     def _detach_from_frames(self, output: Any) -> Any:
@@ -95,9 +100,7 @@ class _Leave(_Hook):
         leaves = pytree.tree_leaves(output)
         if not any(isinstance(t, torch.Tensor) and self._escapes(t) for t in leaves):
             return None
-        return pytree.tree_map(
-            lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output
-        )
+        return pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output)
 
     def _escapes(self, t: torch.Tensor) -> bool:
         if isinstance(t, nn.Parameter):
@@ -110,7 +113,8 @@ class _Leave(_Hook):
         inputs = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for t in pytree.tree_leaves(output):
             if isinstance(t, torch.Tensor) and t.requires_grad and not t.is_leaf and id(t) not in inputs:
-                t.register_hook(_Hint(self.session, self.units))
+                hooked: Any = t
+                hooked.register_hook(_Hint(self.session, self.units))
 
 
 class _Hint(_Hook):

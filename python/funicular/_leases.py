@@ -22,6 +22,7 @@ __all__ = ["Lease", "LeaseHooks"]
 class Lease(NamedTuple):
     """A view of a unit's parameters, without the tensor."""
 
+    session: Session
     unit: Unit
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -33,6 +34,13 @@ class Lease(NamedTuple):
     negative: bool
 
 
+class _Kept(NamedTuple):
+    """A tensor of somebody else's, and its version when it was saved: torch does not compare versions under hooks."""
+
+    tensor: torch.Tensor
+    version: int
+
+
 class _Delegated(NamedTuple):
     """Something packed by the hooks that were on the stack before ours."""
 
@@ -42,8 +50,7 @@ class _Delegated(NamedTuple):
 class LeaseHooks:
     """The pair of saved-tensor hooks, chained over hooks that are there already, never replacing them."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self) -> None:
         self.found: dict[int, Unit] = {}
 
     def add(self, unit: Unit) -> None:
@@ -60,10 +67,16 @@ class LeaseHooks:
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 
-    def push(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """Activate, chained over the top of the stack."""
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if top is None or getattr(top[0], "__self__", None) is self:
+    def push(self) -> torch.autograd.graph.saved_tensors_hooks | None:
+        """Activate, chained over the top of the stack; None where hooks are forbidden, as inside ``torch.func``.
+
+        What is saved there keeps its frames occupied instead.
+        """
+        autograd: Any = torch._C._autograd
+        if not autograd._saved_tensors_hooks_is_enabled():
+            return None
+        top = autograd._top_saved_tensors_default_hooks(True)
+        if not top or getattr(top[0], "__self__", None) is self:
             hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         else:
             hooks = torch.autograd.graph.saved_tensors_hooks(*self._chained(*top))
@@ -84,42 +97,52 @@ class LeaseHooks:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Replace a view of a unit's memory by a lease."""
-        unit = self.owner(tensor)
-        if unit is None or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
             return tensor
+        unit = self.owner(tensor)
+        if unit is None:
+            # Detached: an output that a node saves of itself would keep the node alive for ever.
+            return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with torch._C.DisableTorchFunctionSubclass():
-            offset = plain.storage_offset()
+            offset = int(plain.storage_offset())
             ref = unit.ref_at(offset * plain.element_size())
             return Lease(
+                unit.session,
                 unit,
                 plain.dtype,
                 tuple(plain.size()),
                 tuple(plain.stride()),
                 offset,
                 ref,
-                plain._version,
+                0 if ref is None else ref.param._version,
                 plain.is_conj(),
                 plain.is_neg(),
             )
 
     def unpack(self, packed: Any) -> torch.Tensor:
         """Open the window of a lease and give the view back."""
+        if isinstance(packed, _Kept):
+            _check_version(f"{packed.tensor.type()} {list(packed.tensor.shape)}", packed.tensor, packed.version)
+            return packed.tensor
         if not isinstance(packed, Lease):
             return packed  # type: ignore[no-any-return]
         if packed.ref is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                now = packed.ref.param._version
-            if now != packed.version:
-                msg = (
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{packed.ref.name} {list(packed.size)} is at version {now}; expected version "
-                    f"{packed.version} instead."
-                )
-                raise RuntimeError(msg)
-        at_frames = self.session.open_for_backward(packed.unit)
+            _check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
+        at_frames = packed.session.open_for_backward(packed.unit)
         flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
         view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
         if packed.conjugate:
             view = view.conj()
         return torch._neg_view(view) if packed.negative else view
+
+
+def _check_version(name: str, tensor: torch.Tensor, saved: int) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        now = tensor._version
+    if now != saved:
+        msg = (
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{name} is at version {now}; expected version {saved} instead."
+        )
+        raise RuntimeError(msg)

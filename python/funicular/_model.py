@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from funicular._errors import RuntimeFailure
+
 if TYPE_CHECKING:
     from funicular._session import Session
     from funicular._states import ParamStates
@@ -83,6 +85,7 @@ class ParamRef:
         "snapshot",
         "start",
         "states",
+        "stepped",
         "trainable",
         "unit",
         "version",
@@ -103,12 +106,15 @@ class ParamRef:
         self.edited = False
         self.snapshot: torch.Tensor | None = None
         self.states: ParamStates | None = None
+        #: the runtime's states are not blank any more
+        self.stepped = False
 
 
 class Unit:
     """The parameters that are paged together, and the state of their window."""
 
     __slots__ = (
+        "_session",
         "depth",
         "engine_id",
         "escaped",
@@ -125,12 +131,13 @@ class Unit:
         "neighbours",
         "on_nvme",
         "params",
-        "session",
+        "readers",
         "shadow_filled",
     )
 
     def __init__(self, session: Session, engine_id: int, name: str) -> None:
-        self.session = session
+        # Weak, so that a model's memory is given back with its last user and not at some later garbage collection.
+        self._session = weakref.ref(session)
         self.engine_id = engine_id
         self.name = name
         self.params: list[ParamRef] = []
@@ -139,6 +146,8 @@ class Unit:
         self.shadow_filled = False
         #: forward calls of the unit's modules under way
         self.depth = 0
+        #: reads of the home under way, outside any window
+        self.readers = 0
         #: the parameters are at their frames
         self.is_open = False
         #: the engine keeps the frames for this unit
@@ -152,6 +161,14 @@ class Unit:
         self.grad_flat: torch.Tensor | None = None
         self.frame_idle = 0
         self.home_idle = 0
+
+    @property
+    def session(self) -> Session:
+        """The session that the unit belongs to."""
+        session = self._session()
+        if session is None:
+            raise RuntimeFailure("FN-E104", "the offloaded model is gone. Keep the model, or unwrap it first.")
+        return session
 
     def frame_in_use(self) -> bool:
         """Whether anything but the runtime's own views looks at the frames."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from funicular import _core
 from funicular._errors import UsageError
@@ -28,9 +29,7 @@ _log = logging.getLogger("funicular")
 _ATTRIBUTE = "_funicular_session"
 
 
-def offload(
-    model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None
-) -> nn.Module:
+def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None) -> nn.Module:
     """Page a model's parameters, gradients and optimizer states, in place.
 
     Parameters
@@ -53,7 +52,9 @@ def offload(
         cannot be paged (``FN-E11x``).
     """
     if session_of(model) is not None:
-        raise UsageError("FN-E110", "the model is offloaded already. Call funicular.unwrap(model) to change its policy.")
+        raise UsageError(
+            "FN-E110", "the model is offloaded already. Call funicular.unwrap(model) to change its policy."
+        )
     for name, module in model.named_modules():
         if name and session_of(module) is not None:
             raise UsageError("FN-E110", f"its part '{name}' is offloaded already. Offload the whole model only.")
@@ -64,7 +65,7 @@ def offload(
     found = find_units(model, resolved.unit_patterns())
     engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
     try:
-        session = _build(engine, found)
+        session = _build(engine, found, resolved)
     except BaseException:
         engine.close()
         raise
@@ -85,10 +86,10 @@ def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
-def _build(engine: _core.Engine, found: list[Found]) -> Session:
+def _build(engine: _core.Engine, found: list[Found], policy: Policy) -> Session:
     where = engine.device()
     device = torch.device("cpu" if where == "host" else where)
-    session = Session(engine, device)
+    session = Session(engine, device, policy)
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
     session.waits = engine.shares_processor() and not streamed
     with torch.inference_mode(mode=False), torch.no_grad():
@@ -106,13 +107,13 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     engine = session.engine
     unit = Unit(session, index, found.name)
     unit.on_nvme = engine.homes(index)[0] == "nvme"
-    frame = torch.from_dlpack(_Capsule(engine.frame_buffer(index)))
-    home = torch.from_dlpack(_Capsule(engine.home_buffer(index, True)))
+    frame = from_dlpack(_Capsule(engine.frame_buffer(index)))
+    home = from_dlpack(_Capsule(engine.home_buffer(index, True)))
     unit.frame, unit.home = frame.untyped_storage(), home.untyped_storage()
     unit.frame_flats[torch.uint8] = frame
     unit.home_flats[torch.uint8] = home
     if any(p.requires_grad for _, p in found.params):
-        unit.grad_flat = torch.from_dlpack(_Capsule(engine.grad_buffer(index)))
+        unit.grad_flat = from_dlpack(_Capsule(engine.grad_buffer(index)))
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = ParamRef(p, name, unit, place)
         ref.frame = _view(unit.flat(p.dtype, at_frames=True), ref, p)
@@ -154,9 +155,10 @@ def _move_in(session: Session, unit: Unit) -> None:
         link(p, ref)
         if ref.trainable:
             ref.grad = session.make_grad(ref)
-            session.handles.append(p.register_post_accumulate_grad_hook(_Arrived(session)))
+            hooked: Any = p
+            session.handles.append(hooked.register_post_accumulate_grad_hook(_Arrived(session)))
             if session.device.type != "cpu":
-                session.handles.append(p.register_hook(_BeforeAccumulate(ref)))
+                session.handles.append(hooked.register_hook(_BeforeAccumulate(ref)))
         if grad is not None:
             p.grad = grad.to(session.device)
         ref.version = p._version
@@ -173,7 +175,7 @@ def _move_in(session: Session, unit: Unit) -> None:
 def _copy_home(session: Session, unit: Unit) -> None:
     host = unit.home_flats[torch.uint8]
     if session.device.type != "cpu":
-        host = torch.from_dlpack(_Capsule(session.engine.home_buffer(unit.engine_id, False)))
+        host = from_dlpack(_Capsule(session.engine.home_buffer(unit.engine_id, False)))
     for ref in unit.params:
         p = ref.param
         target = torch.as_strided(host.view(p.dtype), p.size(), p.stride(), ref.offset // p.element_size())
@@ -214,7 +216,6 @@ def _move_buffers(model: nn.Module, session: Session) -> None:
 def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
     unit_of = {id(ref.param): unit for unit in session.units for ref in unit.params}
     blocks = {id(m) for f in found for m in f.modules}
-    RootHooks.install(session, model)
     inside: set[int] = set()
     for module in model.modules():
         if id(module) in blocks and id(module) not in inside:
@@ -226,6 +227,8 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
             continue
         if units:
             ModuleHooks.install(session, module, units)
+    # Last, so that they run before all others.
+    RootHooks.install(session, model)
 
 
 def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> tuple[Unit, ...]:

@@ -10,45 +10,78 @@ Invariants:
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import logging
 import os
 import sys
+import threading
 import time
+import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from funicular import _testing
-from funicular._errors import RuntimeFailure, UsageError
+from funicular._errors import Error, RuntimeFailure, UsageError
 from funicular._guard import GuardedGrad, GuardedParameter
 from funicular._leases import LeaseHooks
+from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, in_backward, link, ref_of, storage_uses, stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from funicular._core import Engine
+    from funicular.policy import Policy
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
 
 FORWARD, BACKWARD, EVAL = 0, 1, 2
 
+_R = TypeVar("_R")
 _log = logging.getLogger("funicular")
+
+
+#: closed at exit, before torch goes, so that no directory stays behind
+_living: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(_living):
+        if os.getpid() == session.pid:
+            session.engine.close()
+
+
+def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
+    @functools.wraps(method)
+    def wrapper(self: Session, *args: Any, **kwargs: Any) -> _R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return wrapper
 
 
 class Session:
     """State of one offloaded model on the Python side."""
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
+    def __init__(self, engine: Engine, device: torch.device, policy: Policy) -> None:
         self.engine = engine
+        self.log = StepLog(engine, policy.to_dict())
         self.device = device
         self.units: list[Unit] = []
-        self.leases = LeaseHooks(self)
+        self.leases = LeaseHooks()
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.pid = os.getpid()
+        #: several threads may run the model at once; windows are opened and closed by one at a time
+        self.lock = threading.RLock()
         self.started = time.monotonic()
+        self.first_window = 0.0
+        self.last_step = 0.0
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
@@ -57,6 +90,30 @@ class Session:
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
+        _living.add(self)
+
+    def __del__(self) -> None:
+        """Leave what somebody still holds as ordinary tensors, and give the rest back."""
+        with contextlib.suppress(Error):
+            if not self.closed and os.getpid() == self.pid:
+                self.engine.settle_all()
+                for unit in self.units:
+                    self._leave(unit)
+        for unit in self.units:
+            unit.params.clear()
+            unit.neighbours.clear()
+        self.engine.close()
+
+    def _leave(self, unit: Unit) -> None:
+        if unit.on_nvme:
+            # Somebody besides the reference, this loop and the call keeps a parameter.
+            if not any(sys.getrefcount(ref.param) > 3 for ref in unit.params):
+                return
+            self.engine.fault_in(unit.engine_id)
+        for ref in unit.params:
+            self.keep_states(ref)
+            ref.param.__class__ = nn.Parameter
+            ref.param.data = ref.home
 
     # A copied or pickled model is an ordinary one.
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -71,11 +128,13 @@ class Session:
 
     # ------------------------------------------------------------------ windows
 
+    @_locked
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
         if unit.is_open:
             return True
         self._alive()
+        self.first_window = self.first_window or time.monotonic()
         self._before_use(unit)
         for other in unit.neighbours:
             if other.held and other.depth == 0:
@@ -95,13 +154,13 @@ class Session:
         self.engine.settle(unit.engine_id, stream)
         self._fault_in([unit])
 
+    @_locked
     def close(self, unit: Unit) -> None:
         """Bring the parameters home and give the frames up, as far as nobody looks at them."""
         if unit.is_open:
-            if unit.frame_in_use():
-                # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
-                if in_backward():
-                    return
+            # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
+            if unit.frame_in_use() and in_backward():
+                return
             self._go_home(unit)
         if unit.held and not unit.frame_in_use():
             unit.held = False
@@ -125,11 +184,12 @@ class Session:
 
     def _take_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` inside a window, where no guard saw it."""
-        self._check_replacement(ref, data)
+        self.check_replacement(ref, data)
         with torch.no_grad():
             ref.frame.copy_(data)
         ref.edited = True
 
+    @_locked
     def close_all(self) -> None:
         """Close what is not in use: at the end of a backward, and before a step."""
         for unit in self.units:
@@ -142,6 +202,13 @@ class Session:
             return True
         return self.open(unit, BACKWARD)
 
+    def _watch_backward(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.backward_ended)
+
+    @_locked
     def recover(self) -> None:
         """Forget windows that an interrupted forward left open."""
         for unit in self.units:
@@ -150,6 +217,7 @@ class Session:
 
     # ------------------------------------------------------------------ homes
 
+    @_locked
     def access(self, refs: list[ParamRef], *, alias: bool = False) -> None:
         """Make the homes of parameters valid and current for the caller, outside their windows."""
         self._alive()
@@ -178,19 +246,20 @@ class Session:
         with torch._C.DisableTorchFunctionSubclass():
             ref.version = ref.param._version
         ref.edited = True
+        _outdate(ref.unit)
         if ref.unit.on_nvme:
             self.engine.store_shadow(ref.unit.engine_id)
         self.engine.invalidate(ref.unit.engine_id, self.stream())
 
     def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` by copying into the home."""
-        self._check_replacement(ref, data)
+        self.check_replacement(ref, data)
         if data.data_ptr() != ref.home.data_ptr():
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 ref.home.copy_(data)
             self.edited(ref)
 
-    def _check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
+    def check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         if data.shape != ref.home.shape or data.dtype != ref.home.dtype or data.device != ref.home.device:
             raise UsageError(
                 "FN-E115",
@@ -212,7 +281,7 @@ class Session:
             unit.shadow_filled = True
 
     def _retire_shadow(self, unit: Unit) -> None:
-        if unit.shadow_filled and not unit.escaped and not unit.home_aliased():
+        if unit.shadow_filled and not unit.escaped and unit.readers == 0 and not unit.home_aliased():
             self.engine.discard_shadow(unit.engine_id)
             unit.shadow_filled = False
 
@@ -244,13 +313,11 @@ class Session:
 
     # ------------------------------------------------------------------ gradients
 
+    @_locked
     def gradient_arrived(self, param: torch.Tensor) -> None:
-        """Called after autograd accumulated into ``param.grad``."""
+        """Take note that autograd accumulated into ``param.grad``."""
         ref = ref_of(param)
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.backward_ended)
+        self._watch_backward()
         # One behind, so that the user's own hooks on the parameter have run.
         self._bring_down()
         self._arrived = ref
@@ -273,9 +340,7 @@ class Session:
                 grad = torch.empty_like(ref.frame).copy_(grad)
             home = self._home_grad(ref)
             size = grad.element_size()
-            seq = self.engine.gradient(
-                ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream()
-            )
+            seq = self.engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream())
             self._landing.append((seq, grad))
             p.grad = home
         self._reap()
@@ -307,6 +372,7 @@ class Session:
         while self._landing and self.engine.landed(self._landing[0][0]):
             self._landing.popleft()
 
+    @_locked
     def backward_ended(self) -> None:
         """Run at the end of a backward: all gradients are in their segments for whoever looks."""
         self._bring_down()
@@ -318,6 +384,7 @@ class Session:
 
     # ------------------------------------------------------------------ steps
 
+    @_locked
     def before_step(self, units: list[Unit]) -> list[Unit]:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
         self._alive()
@@ -338,23 +405,32 @@ class Session:
                 torch.autograd.graph.increment_version(ref.param)
                 ref.version = ref.param._version
                 ref.edited = False
+            for unit in dict.fromkeys(ref.unit for ref in refs):
+                _outdate(unit)
+        self.last_step = time.monotonic()
+        self.log.stepped()
         for unit in watched:
             self.engine.settle(unit.engine_id, self.stream())
-            for ref in unit.params:
-                if ref.snapshot is not None:
-                    ref.snapshot = ref.home.detach().clone()
             if unit.on_nvme and unit.shadow_filled:
                 # Somebody looks at the old bytes: bring the new ones under the same addresses.
                 self.engine.refresh_shadow(unit.engine_id)
+            readable = unit.shadow_filled or not unit.on_nvme
+            for ref in unit.params:
+                if ref.snapshot is not None:
+                    ref.snapshot = ref.home.detach().clone() if readable else None
 
-    def bring_home(self, ref: ParamRef) -> None:
-        """Make sure that the gradient to be used is the one in the segment."""
-        grad, home = ref.param.grad, ref.grad
-        if grad is home or grad is None or home is None:
-            return
-        self.access_grad(ref)
-        with torch._C.DisableTorchFunctionSubclass():
-            home.copy_(grad.detach())
+    def bring_home(self, refs: list[ParamRef]) -> None:
+        """Make sure that the gradients to be used are the ones in their segments."""
+        foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
+        # One parameter's segment may be another's gradient: all are read before any is written.
+        taken = [
+            (ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None
+        ]
+        for ref, grad in taken:
+            self.access_grad(ref)
+            with torch._C.DisableTorchFunctionSubclass():
+                assert ref.grad is not None
+                ref.grad.copy_(grad)
 
     def before_accumulate(self, ref: ParamRef) -> None:
         """On a device with streams: autograd is about to add to a gradient whose copy may still be under way."""
@@ -376,6 +452,12 @@ class Session:
                 "FN-E103",
                 "the model was offloaded by the parent of this process. Use it there; in a child, load a copy.",
             )
+
+
+def _outdate(unit: Unit) -> None:
+    """Have torch refuse a backward through views that a backward with ``create_graph`` saved before the change."""
+    torch.autograd.graph.increment_version(unit.frame_flats[torch.uint8])
+    torch.autograd.graph.increment_version(unit.home_flats[torch.uint8])
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ def _nowhere() -> None:
 
 
 class ParamStates(MutableMapping[str, Any]):
-    """``optimizer.state[p]``: ``step``, ``exp_avg``, ``exp_avg_sq``, in torch's format.
+    """``optimizer.state[p]``: ``step``, ``exp_avg``, ``exp_avg_sq``, in torch's format, and ``master`` of 16-bit weights.
 
     Tensors are fetched when asked for, with the parameter's shape and strides, fp32 on the host; edits of a fetched tensor
     count from the next step on.
@@ -48,22 +48,26 @@ class ParamStates(MutableMapping[str, Any]):
     # ------------------------------------------------------------------ where the bytes are
 
     def attach(self, ref: ParamRef) -> None:
-        """Hand the states over to the runtime."""
+        """Hand the states over to the runtime; another optimizer's states of the parameter leave it."""
         if self.ref is ref:
             return
+        if ref.states is not None:
+            ref.states.detach()
         tensors, self._tensors = self._tensors, {}
         self._ref = weakref.ref(ref)
         ref.states = self
-        for name, (tensor, _) in tensors.items():
-            self._store(name, tensor)
+        for name in (*MOMENTS, "master"):
+            if name in tensors:
+                self._store(name, tensors[name][0])
+            elif ref.stepped and name in MOMENTS:
+                self._store(name, self._blank(name))
 
     def detach(self) -> None:
         """Take the states back as ordinary tensors."""
         if self.ref is None:
             return
         if self.count > 0:
-            names = [*MOMENTS] + (["master"] if _master_dtype(self.param.dtype) is not None else [])
-            tensors = {name: self.tensor(name) for name in names}
+            tensors = {name: self.tensor(name) for name in self._keys() if name != "step"}
             self._tensors = {name: (t.to(self.param.device), t._version) for name, t in tensors.items()}
         self.ref.states = None
         self._ref = _nowhere
@@ -111,7 +115,7 @@ class ParamStates(MutableMapping[str, Any]):
             raise KeyError(key)
         if key == "step":
             return torch.tensor(float(self.count))
-        if key not in MOMENTS:
+        if key not in self:
             raise KeyError(key)
         return self.tensor(key)
 
@@ -131,10 +135,20 @@ class ParamStates(MutableMapping[str, Any]):
         raise KeyError(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("step", *MOMENTS) if self.count else ())
+        return iter(self._keys())
 
     def __len__(self) -> int:
-        return 1 + len(MOMENTS) if self.count else 0
+        return len(self._keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys()
+
+    def _keys(self) -> tuple[str, ...]:
+        if self.count == 0:
+            return ()
+        # What the fp32 master has beyond a 16-bit weight: torch's AdamW has no such state, and ignores it.
+        half = _master_dtype(self.param.dtype) is not None
+        return ("step", *MOMENTS, "master") if half else ("step", *MOMENTS)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """Return an ordinary dictionary of copies."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ def _parameter_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _check(name: str, p: nn.Parameter) -> None:
-    if isinstance(p, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(p):
         raise UsageError("FN-E112", f"'{name}' is not initialised yet. Run one forward before offloading.")
     if p.is_meta:
         raise UsageError(
@@ -120,11 +121,11 @@ def _check_storages(names: list[tuple[str, nn.Parameter]]) -> None:
         if p.numel() == 0:
             continue
         storage = p.untyped_storage()
-        start = p.storage_offset() * p.element_size()
+        start = int(p.storage_offset()) * p.element_size()
         seen.setdefault(storage.data_ptr(), []).append((start, start + p.numel() * p.element_size(), name))
     for ranges in seen.values():
         ranges.sort()
-        for (_, end, a), (start, _, b) in zip(ranges, ranges[1:], strict=False):
+        for (_, end, a), (start, _, b) in itertools.pairwise(ranges):
             if start < end:
                 raise UsageError(
                     "FN-E113",

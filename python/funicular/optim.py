@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -13,6 +12,8 @@ from funicular._states import MOMENTS, ParamStates
 from funicular.reference import adamw_step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from funicular._model import ParamRef, Unit
     from funicular._session import Session
 
@@ -131,6 +132,7 @@ class AdamW(torch.optim.Optimizer):
         return states
 
     def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
+        assert p.grad is not None
         states.count += 1
         half = p.dtype in (torch.bfloat16, torch.float16)
         master = states.tensor("master") if half else None
@@ -175,9 +177,13 @@ class AdamW(torch.optim.Optimizer):
             ref = ref_of(p)
             if ref is not None and ref.trainable:
                 states.attach(ref)
-            for name in MOMENTS:
-                states[name] = given[name]
+            for name in (*MOMENTS, "master"):
+                if name in given:
+                    states[name] = given[name]
             states["step"] = given["step"]
+            if ref is not None:
+                ref.stepped = True
+                ref.edited = "master" not in given
 
 
 class _SessionStep:
@@ -204,7 +210,10 @@ class _SessionStep:
         self.units.setdefault(ref.unit, []).append((ref, states, index))
 
     def go(self) -> None:
-        session = self.session
+        with self.session.lock:
+            self._go(self.session)
+
+    def _go(self, session: Session) -> None:
         units = sorted(self.units, key=lambda u: u.engine_id)
         watched = session.before_step(units)
         updates = []
@@ -213,13 +222,14 @@ class _SessionStep:
             members = sorted(self.units[unit], key=lambda m: (m[0].section, m[0].start))
             for ref, states, _ in members:
                 states.flush()
-                session.bring_home(ref)
                 refs.append(ref)
             updates.append((unit.engine_id, _spans(members)))
+        session.bring_home(refs)
         session.engine.update(updates, list(self.hypers), session.stream(), session.waits)
         for members in self.units.values():
-            for _, states, _ in members:
+            for ref, states, _ in members:
                 states.count += 1
+                ref.stepped = True
         session.after_step(refs, watched)
 
 

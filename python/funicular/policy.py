@@ -69,7 +69,7 @@ class Policy:
 
 
 def _environment() -> list[tuple[str, str]]:
-    return [(k, v) for k, v in os.environ.items() if k.startswith("FUNICULAR_") and "__" in k]
+    return [(k, v) for k, v in os.environ.items() if k.startswith("FUNICULAR_")]
 
 
 def _overrides(given: Mapping[str, str]) -> list[tuple[str, str]]:

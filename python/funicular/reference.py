@@ -256,8 +256,16 @@ class ReferenceAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refused: torch would cast the moments to the parameters' type."""
-        raise NotImplementedError("ReferenceAdamW does not load states: torch casts them to the parameter's type")
+        """Take what `state_dict` gave, without torch's cast of the moments to the parameters' type."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for param, key in zip(params, ids, strict=True):
+            if given := state_dict["state"].get(key):
+                state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
+                state["step"] = int(given["step"])
+                state.setdefault("master", _first_master(param))
+                self.state[param] = state
 
     def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

@@ -68,11 +68,18 @@ class Stats:
     budgets: dict[str, Budget]
     #: seconds since the model was offloaded
     seconds: float
+    #: seconds from the first window of the first step to the end of the last one
+    step_seconds: float
 
     @property
     def stall_seconds(self) -> float:
         """All stalls together."""
         return sum(self.stalls.values())
+
+    @property
+    def compute_seconds(self) -> float:
+        """Return what of the steps was not waiting."""
+        return max(self.step_seconds - self.stall_seconds, 0.0)
 
     @property
     def binding(self) -> str:
@@ -123,4 +130,5 @@ def stats(model: nn.Module) -> Stats:
         stray_reads=session.strays,
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},
         seconds=time.monotonic() - session.started,
+        step_seconds=session.last_step - session.first_window if session.last_step else 0.0,
     )

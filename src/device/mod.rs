@@ -172,6 +172,23 @@ pub trait Device: Send + Sync {
     /// `FN-E002` when the driver refuses to page-lock it.
     fn register(&self, region: &Arc<HostRegion>) -> Result<()>;
 
+    /// Makes `len` bytes of mapped, accessible host memory at `address` readable by kernels, until [`Device::hide`].
+    /// Slow; not for the data path.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver refuses.
+    ///
+    /// # Safety
+    /// The range must stay mapped until it is hidden.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn expose(&self, address: u64, len: usize) -> Result<()>;
+
+    /// Ends [`Device::expose`]; waits for the device.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver refuses.
+    fn hide(&self, address: u64) -> Result<()>;
+
     /// Enqueues a copy of `len` bytes between device addresses, registered regions, or both.
     ///
     /// # Safety

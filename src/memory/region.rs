@@ -111,6 +111,23 @@ impl HostRegion {
     }
 }
 
+impl HostRegion {
+    /// Locks all pages in memory, as long as the region lives.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses: `RLIMIT_MEMLOCK`.
+    pub fn lock(&self) -> Result<()> {
+        // SAFETY: exactly this region's range; locking changes no contents.
+        if unsafe { libc::mlock(self.start.as_ptr().cast(), self.len) } == 0 {
+            return Ok(());
+        }
+        let e = std::io::Error::last_os_error();
+        Err(Error::new(Code::HostAlloc, format!("{} of memory cannot be locked: {e}.", ByteCount(self.len as u64)))
+            .errno(e.raw_os_error().unwrap_or(0))
+            .action("Raise the limit: ulimit -l unlimited, docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity."))
+    }
+}
+
 impl Drop for HostRegion {
     fn drop(&mut self) {
         // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`, so nobody is left.

@@ -9,17 +9,22 @@ use std::{
     },
 };
 
+use parking_lot::Mutex;
+
 use crate::{
     error::{Code, Error, Result},
     units::{ByteCount, round_up},
 };
 
+/// What has to be undone before a range may be unmapped: a device's registration of it.
+type Undo = Box<dyn FnOnce() + Send>;
+
 /// A range that is inaccessible until it is filled: touching it unfilled ends the process loudly instead of giving zeros.
-#[derive(Debug)]
 pub struct Shadow {
     start: NonNull<u8>,
     len: usize,
     filled: AtomicBool,
+    undo: Mutex<Option<Undo>>,
 }
 
 // SAFETY: plain memory; who may touch it when is decided by the runtime, which owns `fill` and `discard`.
@@ -55,7 +60,7 @@ impl Shadow {
             return Err(refused());
         }
         let start = NonNull::new(raw.cast()).ok_or_else(refused)?;
-        Ok(Arc::new(Self { start, len, filled: AtomicBool::new(false) }))
+        Ok(Arc::new(Self { start, len, filled: AtomicBool::new(false), undo: Mutex::new(None) }))
     }
 
     /// First byte.
@@ -78,6 +83,18 @@ impl Shadow {
         self.filled.load(Ordering::Acquire)
     }
 
+    /// Has `undo` run before the memory is given back.
+    pub fn before_release(&self, undo: Box<dyn FnOnce() + Send>) {
+        *self.undo.lock() = Some(undo);
+    }
+
+    fn run_undo(&self) {
+        let undo = self.undo.lock().take();
+        if let Some(undo) = undo {
+            undo();
+        }
+    }
+
     /// Makes the range accessible, zero-filled.
     ///
     /// # Errors
@@ -93,6 +110,7 @@ impl Shadow {
     /// # Errors
     /// `FN-E204` when the system refuses.
     pub fn discard(&self) -> Result<()> {
+        self.run_undo();
         self.filled.store(false, Ordering::Release);
         // SAFETY: exactly the range of this mapping.
         unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_DONTNEED) };
@@ -113,8 +131,15 @@ impl Shadow {
     }
 }
 
+impl std::fmt::Debug for Shadow {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shadow({} bytes, filled: {})", self.len, self.filled())
+    }
+}
+
 impl Drop for Shadow {
     fn drop(&mut self) {
+        self.run_undo();
         // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }

@@ -11,7 +11,10 @@
 //! Every operation rounds once to fp32; none is fused.
 #![expect(unsafe_code, reason = "makes slices of the raw pointers of a span")]
 
-use std::slice::{from_raw_parts, from_raw_parts_mut};
+use std::{
+    ptr::NonNull,
+    slice::{from_raw_parts, from_raw_parts_mut},
+};
 
 use crate::{
     dtype::DType,
@@ -19,7 +22,7 @@ use crate::{
     optim::{
         Hyper, Pool,
         half::{bf16_to_f32, canonical, f16_to_f32, f32_to_f16, join_master, split_master},
-        isa::{FloatMode, Isa, per_isa},
+        isa::{FloatMode, Isa, per_isa, prefetch},
     },
 };
 
@@ -65,7 +68,7 @@ unsafe impl Sync for Update {}
 
 /// One thread's view of a span, by type.
 enum Arrays<'a> {
-    F32(&'a mut [f32], &'a [f32]),
+    F32(&'a mut [f32], &'a [f32], &'a mut [()]),
     Bf16(&'a mut [u16], &'a [u16], &'a mut [i16]),
     F16(&'a mut [u16], &'a [u16], &'a mut [f32]),
 }
@@ -99,7 +102,11 @@ impl Span {
         // SAFETY: the caller vouches for `len` elements at each address, aligned, disjoint and exclusive.
         unsafe {
             Some(match self.dtype {
-                DType::F32 => Arrays::F32(from_raw_parts_mut(param.cast(), len), from_raw_parts(grad.cast(), len)),
+                DType::F32 => Arrays::F32(
+                    from_raw_parts_mut(param.cast(), len),
+                    from_raw_parts(grad.cast(), len),
+                    from_raw_parts_mut(NonNull::dangling().as_ptr(), len),
+                ),
                 DType::Bf16 => Arrays::Bf16(
                     from_raw_parts_mut(param.cast(), len),
                     from_raw_parts(grad.cast(), len),
@@ -154,7 +161,7 @@ pub unsafe fn adamw_with(isa: Isa, span: &Span, hyper: &Hyper) -> Result<()> {
         (span.arrays().ok_or_else(|| unsupported(span.dtype))?, m, v)
     };
     match arrays {
-        Arrays::F32(param, grad) => step_f32(isa, param, grad, m, v, *hyper),
+        Arrays::F32(param, grad, none) => step_f32(isa, param, grad, none, m, v, *hyper),
         Arrays::Bf16(param, grad, low) => {
             if span.reset_master {
                 low.fill(0);
@@ -198,18 +205,85 @@ pub unsafe fn adamw_parallel(pool: &Pool, updates: &[Update]) -> Result<()> {
 }
 
 per_isa! {
-    fn step_f32(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], h: Hyper) = step_f32_body;
+    fn step_f32(param: &mut [f32], grad: &[f32], none: &mut [()], m: &mut [f32], v: &mut [f32], h: Hyper)
+        = step_all::<F32>;
 }
 per_isa! {
     fn step_bf16(param: &mut [u16], grad: &[u16], low: &mut [i16], m: &mut [f32], v: &mut [f32], h: Hyper)
-        = step_bf16_body;
+        = step_all::<Bf16>;
 }
 per_isa! {
     fn step_f16(param: &mut [u16], grad: &[u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], h: Hyper)
-        = step_f16_body;
+        = step_all::<F16>;
 }
 per_isa! {
     fn widen_f16(master: &mut [f32], param: &[u16]) = widen_f16_body;
+}
+
+/// How a type holds its weight.
+trait Weight {
+    type Param: Copy;
+    /// What there is beyond the parameter.
+    type Master: Copy;
+    fn value(x: Self::Param) -> f32;
+    fn join(param: Self::Param, master: Self::Master) -> f32;
+    /// Of a weight whose NaNs are canonical.
+    fn split(w: f32) -> (Self::Param, Self::Master);
+}
+
+struct F32;
+struct Bf16;
+struct F16;
+
+impl Weight for F32 {
+    type Param = f32;
+    type Master = ();
+    #[inline(always)]
+    fn value(x: f32) -> f32 {
+        x
+    }
+    #[inline(always)]
+    fn join(param: f32, (): ()) -> f32 {
+        param
+    }
+    #[inline(always)]
+    fn split(w: f32) -> (f32, ()) {
+        (w, ())
+    }
+}
+
+impl Weight for Bf16 {
+    type Param = u16;
+    type Master = i16;
+    #[inline(always)]
+    fn value(x: u16) -> f32 {
+        bf16_to_f32(x)
+    }
+    #[inline(always)]
+    fn join(param: u16, low: i16) -> f32 {
+        join_master(param, low)
+    }
+    #[inline(always)]
+    fn split(w: f32) -> (u16, i16) {
+        split_master(w)
+    }
+}
+
+impl Weight for F16 {
+    type Param = u16;
+    type Master = f32;
+    #[inline(always)]
+    fn value(x: u16) -> f32 {
+        f16_to_f32(x)
+    }
+    #[inline(always)]
+    fn join(_: u16, master: f32) -> f32 {
+        master
+    }
+    #[inline(always)]
+    fn split(w: f32) -> (u16, f32) {
+        (f32_to_f16(w), w)
+    }
 }
 
 /// The order of operations; `w`, `m` and `v` come back with canonical NaNs.
@@ -225,25 +299,57 @@ fn step_one(w: f32, g: f32, m: &mut f32, v: &mut f32, h: &Hyper) -> f32 {
 }
 
 #[inline(always)]
-fn step_f32_body(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], h: Hyper) {
-    for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
-        *param = step_one(*param, *grad, m, v, &h);
-    }
-}
-
-#[inline(always)]
-fn step_bf16_body(param: &mut [u16], grad: &[u16], low: &mut [i16], m: &mut [f32], v: &mut [f32], h: Hyper) {
-    for ((((param, grad), low), m), v) in param.iter_mut().zip(grad).zip(low).zip(m).zip(v) {
-        let w = step_one(join_master(*param, *low), bf16_to_f32(*grad), m, v, &h);
-        (*param, *low) = split_master(w);
-    }
-}
-
-#[inline(always)]
-fn step_f16_body(param: &mut [u16], grad: &[u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], h: Hyper) {
+fn step_few<W: Weight>(
+    param: &mut [W::Param],
+    grad: &[W::Param],
+    master: &mut [W::Master],
+    m: &mut [f32],
+    v: &mut [f32],
+    h: &Hyper,
+) {
     for ((((param, grad), master), m), v) in param.iter_mut().zip(grad).zip(master).zip(m).zip(v) {
-        *master = step_one(*master, f16_to_f32(*grad), m, v, &h);
-        *param = f32_to_f16(*master);
+        let w = step_one(W::join(*param, *master), W::value(*grad), m, v, h);
+        (*param, *master) = W::split(w);
+    }
+}
+
+/// Elements between two rounds of prefetching: whole cache lines of every array.
+const CHUNK: usize = 64;
+/// How many elements ahead to prefetch. The processor's own prefetchers follow five streams, some of them narrow, less
+/// well: on a Zen 5 core this gave 60 instead of 52 GB/s for bf16.
+const AHEAD: usize = 512;
+
+#[inline(always)]
+fn step_all<W: Weight>(
+    param: &mut [W::Param],
+    grad: &[W::Param],
+    master: &mut [W::Master],
+    m: &mut [f32],
+    v: &mut [f32],
+    h: Hyper,
+) {
+    let (params, param) = param.as_chunks_mut::<CHUNK>();
+    let (grads, grad) = grad.as_chunks::<CHUNK>();
+    let (masters, master) = master.as_chunks_mut::<CHUNK>();
+    let (ms, m) = m.as_chunks_mut::<CHUNK>();
+    let (vs, v) = v.as_chunks_mut::<CHUNK>();
+    for ((((param, grad), master), m), v) in params.iter_mut().zip(grads).zip(masters).zip(ms).zip(vs) {
+        prefetch_after(param);
+        prefetch_after(grad);
+        prefetch_after(master);
+        prefetch_after(m);
+        prefetch_after(v);
+        step_few::<W>(param, grad, master, m, v, &h);
+    }
+    step_few::<W>(param, grad, master, m, v, &h);
+}
+
+/// Prefetches what lies [`AHEAD`] elements after `chunk`, be it inside the array or not.
+#[inline(always)]
+fn prefetch_after<T>(chunk: &[T; CHUNK]) {
+    let start = chunk.as_ptr().wrapping_add(AHEAD).cast::<u8>();
+    for line in 0..size_of_val(chunk) / 64 {
+        prefetch(start.wrapping_add(line * 64));
     }
 }
 

@@ -90,6 +90,18 @@ macro_rules! per_isa {
 }
 pub(super) use per_isa;
 
+/// Asks for the cache line at `at`. A hint: it never faults, whatever the address.
+#[inline(always)]
+pub(super) fn prefetch(at: *const u8) {
+    // SAFETY: the instruction is part of every x86-64 and has no effect but on the cache.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// While it lives, this thread rounds to nearest and keeps subnormals. Both modes are inherited by new threads, and
 /// libraries set them (`torch.set_flush_denormal`, `-ffast-math` start-up code).
 pub(super) struct FloatMode {

@@ -76,7 +76,7 @@ impl Pool {
     /// `threads` threads, or one for each processor that the affinity mask and the cgroup's CPU quota allow.
     ///
     /// # Errors
-    /// `FN-E106` when the system refuses a thread.
+    /// [`Code::NoThread`] when the system refuses a thread.
     pub fn new(threads: Option<usize>) -> Result<Self> {
         let count = threads.unwrap_or_else(Self::default_threads).max(1);
         let shared = Arc::new(Shared {
@@ -309,6 +309,33 @@ mod tests {
                 assert_eq!(counts(&pool, 9, false), vec![1; 9]);
             }
         }
+    }
+
+    #[test]
+    fn a_run_ends_after_its_last_task_has_ended() {
+        let pool = Pool::new(Some(3)).expect("threads");
+        for with_caller in [false, true] {
+            let ended = AtomicUsize::new(0);
+            let task = |i: usize| {
+                std::thread::sleep(std::time::Duration::from_millis(5 * i as u64));
+                ended.fetch_add(1, Ordering::Relaxed);
+            };
+            if with_caller { pool.run_with_caller(3, &task) } else { pool.run(3, &task) }.expect("no panic");
+            assert_eq!(ended.into_inner(), 3);
+        }
+    }
+
+    #[test]
+    fn a_panic_skips_what_has_not_started() {
+        let pool = Pool::new(Some(2)).expect("threads");
+        let started = AtomicUsize::new(0);
+        let e = pool.run(2000, &|i| {
+            started.fetch_add(1, Ordering::Relaxed);
+            assert!(i != 0, "the first");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        });
+        assert_eq!(e.expect_err("panicked").code(), Code::Panicked);
+        assert!(started.into_inner() < 2000);
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod limits;
 mod overlay;
 mod parse_json;
 mod parse_toml;
+pub mod profile;
 pub mod schema;
 mod source;
 mod suggest;

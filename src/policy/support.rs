@@ -2,7 +2,7 @@
 
 use super::{
     MicroBatch, Policy,
-    words::{Accumulate, ActivationsTier, GradsTier, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn},
+    words::{Accumulate, ActivationsTier, GradsTier, OptimizerTier, ParamsTier, Pressure, UpdateOn},
 };
 use crate::error::{Code, Error, Result};
 
@@ -19,10 +19,6 @@ const PENDING: &[Pending] = &[
     ("activations.micro_batch", "a number", |p| p.activations.micro_batch != MicroBatch::Off),
     ("activations.tier", "host", |p| p.activations.tier != ActivationsTier::Hbm),
     ("debug.sync", "true", |p| p.debug.sync),
-    ("log.level", "another level", |p| p.log.level != Level::Info),
-    ("log.every", "a number", |p| p.log.every != 0),
-    ("log.trace", "a file", |p| !p.log.trace.is_empty()),
-    ("log.trace_steps", "a list", |p| !p.log.trace_steps.is_empty()),
     ("pressure.action", "demote", |p| p.pressure.action == Pressure::Demote),
 ];
 

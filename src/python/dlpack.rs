@@ -37,7 +37,7 @@ struct Tensor {
 struct Managed {
     tensor: Tensor,
     context: *mut c_void,
-    deleter: Option<unsafe extern "C" fn(*mut Managed)>,
+    deleter: Option<unsafe extern "C" fn(*mut Self)>,
 }
 
 /// What a capsule keeps alive.

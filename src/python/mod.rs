@@ -14,6 +14,16 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
+    m.add_function(wrap_pyfunction!(cli, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     Ok(())
+}
+
+/// Runs the command line on `argv`, program name included; returns the exit status.
+#[pyfunction]
+fn cli(py: Python<'_>, argv: Vec<std::ffi::OsString>) -> i32 {
+    let python =
+        py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
+    let relaunch = [python.unwrap_or_else(|_| "python3".into()), "-m".into(), "funicular".into()];
+    py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch))
 }

@@ -36,6 +36,7 @@ pub struct Homes {
     pub grads: Arc<HostRegion>,
     /// Optimizer states that live on the host.
     pub states: Arc<HostRegion>,
+    bytes: u64,
     units: Vec<UnitHome>,
 }
 
@@ -73,6 +74,7 @@ impl Homes {
                 shadow: if on_host { None } else { Some(Shadow::new(unit.param_bytes())?) },
             });
         }
+        let bytes = params + grads + states;
         let params = HostRegion::new(ByteCount(params), "parameters")?;
         let grads = HostRegion::new(ByteCount(grads), "gradients")?;
         let states = HostRegion::new(ByteCount(states), "optimizer states")?;
@@ -89,7 +91,7 @@ impl Homes {
                 u.params = shadow.as_ptr() as u64;
             }
         }
-        Ok(Self { params, grads, states, units })
+        Ok(Self { params, grads, states, bytes, units })
     }
 
     /// One unit's addresses.
@@ -99,6 +101,6 @@ impl Homes {
 
     /// Bytes that are mapped for homes and gradients.
     pub fn bytes(&self) -> u64 {
-        (self.params.len() + self.grads.len() + self.states.len()) as u64
+        self.bytes
     }
 }

@@ -9,15 +9,13 @@ mod core;
 pub mod files;
 pub mod homes;
 mod service;
+mod start;
 pub mod stats;
 mod threads;
 pub mod trace;
 mod update;
 
 use std::{sync::Arc, thread::JoinHandle};
-
-use crossbeam::channel::{Receiver, Sender, bounded};
-use parking_lot::{Condvar, Mutex};
 
 pub use config::Config;
 pub use update::{Job, JobSpan};
@@ -26,22 +24,19 @@ use crate::{
     device::{self, Device, DeviceKind, Frames, Gate, StreamRef},
     dtype::StateKind,
     error::{Code, Error, Result},
-    io::{Direction, EngineOptions, IoCompletion},
-    memory::SlotPool,
+    io::Direction,
     model::Layout,
-    optim::{Hyper, Pool},
+    optim::Hyper,
     policy::Policy,
     runtime::{
-        core::{Disk, Inner, Landing, RunTask, Shared},
-        files::Map,
+        core::{Disk, Landing, Shared},
         homes::Homes,
-        stats::{Busy, Cause, Link, Stats},
+        start::Started,
+        stats::{Cause, Stats},
         trace::Trace,
-        update::Job as UpdateJob,
     },
-    schedule::{Budgets, Limits, Machine, Phase, Placement, machine::Prefetches, placement},
-    store::{OpenedStore, SegmentSpec, Store, StoreSpec},
-    units::{ByteCount, Tier, UnitId},
+    schedule::{Budgets, Phase, Placement, machine::Prefetches},
+    units::{Tier, UnitId},
 };
 
 /// Asked about twenty times a second during a wait; true ends the wait with `FN-E106`.
@@ -65,70 +60,14 @@ pub struct Runtime {
     notes: Vec<String>,
 }
 
-struct Channels {
-    done: (Sender<IoCompletion>, Receiver<IoCompletion>),
-    run: (Sender<RunTask>, Receiver<RunTask>),
-    up: (Sender<Landing>, Receiver<Landing>),
-    down: (Sender<Landing>, Receiver<Landing>),
-}
-
 impl Runtime {
     /// Plans, takes memory and disk space, and starts the threads.
     ///
     /// # Errors
     /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`); nothing is left behind.
     pub fn open(layout: Layout, policy: &Policy) -> Result<Self> {
-        let device = device::open(Config::device_of(policy))?;
-        let config = &Config::resolve(policy, &layout, device.free_memory()?)?;
-        let limits =
-            Limits { granularity: device.granularity(), block: config.block, has_nvme: !config.paths.is_empty() };
-        let plan = placement::place(&layout, &config.tiers, &config.budgets, &limits)?;
-        let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
-        let homes = Homes::new(&layout, &plan)?;
-        let channels =
-            Channels { done: bounded(4096), run: bounded(4096), up: bounded(1 << 14), down: bounded(1 << 16) };
-        let map = Map::new(&layout, &plan);
-        let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
-        let mut notes = Vec::new();
-        let disk = if map.specs.is_empty() {
-            None
-        } else {
-            Some(open_disk(config, &plan, map, channels.done.0.clone(), &mut notes)?)
-        };
-        for region in [&homes.params, &homes.grads, &homes.states] {
-            device.register(region)?;
-        }
-        if let Some(disk) = &disk {
-            device.register(disk.update_pool.region())?;
-            if let Some(pool) = &disk.page_pool {
-                device.register(pool.region())?;
-            }
-        }
-        let window =
-            config.window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
-        let machine = Machine::new(&plan, &counts, window);
-        let units = layout.units.len();
-        let shared = Arc::new(Shared {
-            jobs: (0..units).map(|_| Mutex::new(UpdateJob::default())).collect(),
-            inner: Mutex::new(Inner::new(machine, units)),
-            placement: plan,
-            layout,
-            homes,
-            device,
-            frames,
-            disk,
-            pool: Pool::new(Some(config.threads as usize))?,
-            stats: Stats::default(),
-            trace: Trace::default(),
-            poison: config.poison,
-            changed: Condvar::new(),
-            service: Mutex::new(()),
-            to_runner: channels.run.0.clone(),
-            to_up: channels.up.0.clone(),
-            to_down: channels.down.0.clone(),
-        });
-        let threads = start(&shared, channels)?;
-        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets: config.budgets, notes })
+        let Started { shared, threads, budgets, notes } = start::start(layout, policy)?;
+        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes })
     }
 
     fn shared(&self) -> Result<&Shared> {
@@ -470,65 +409,6 @@ impl Drop for Runtime {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-impl Disk {
-    fn staging_bytes(&self) -> u64 {
-        let page = self.page_pool.as_ref().map_or(0, |p| p.region().len());
-        (page + self.update_pool.region().len()) as u64
-    }
-}
-
-fn open_disk(
-    config: &Config,
-    plan: &Placement,
-    map: Map,
-    done: Sender<IoCompletion>,
-    notes: &mut Vec<String>,
-) -> Result<Disk> {
-    let (count, bytes) = plan.page_slots;
-    let page_pool = if count > 0 { Some(SlotPool::new(count, ByteCount(bytes), "pages from NVMe")?) } else { None };
-    let (count, bytes) = plan.update_slots;
-    let update_pool = SlotPool::new(count, ByteCount(bytes), "states from NVMe")?;
-    let mut regions = vec![Arc::clone(update_pool.region())];
-    regions.extend(page_pool.as_ref().map(|p| Arc::clone(p.region())));
-    // Two bytes per element is the narrowest kind; every kind's piece is then whole chunks.
-    let chunk_bytes = (plan.update_elems * 2).min(1 << 20);
-    let spec = StoreSpec {
-        paths: config.paths.clone(),
-        chunk_bytes,
-        segments: map.specs.iter().map(|(bytes, label)| SegmentSpec { bytes: *bytes, label: label.clone() }).collect(),
-        checksums: config.checksums,
-        direct: config.direct,
-        engine: EngineOptions {
-            choice: config.engine,
-            queue_depth: config.queue_depth,
-            block: config.block as usize,
-            faults: Arc::clone(&config.faults),
-            ..EngineOptions::default()
-        },
-        budget: Some(config.budgets.nvme),
-    };
-    let sink = move |completion: IoCompletion| {
-        // The driver is gone only when the runtime is being dropped; the lease goes back to its pool.
-        let _ = done.send(completion);
-    };
-    let OpenedStore { store, notes: said } = Store::open(spec, &regions, sink)?;
-    notes.extend(said);
-    Ok(Disk { store, map, page_pool, update_pool })
-}
-
-fn start(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>> {
-    let mut up = Busy::default();
-    let mut down = Busy::default();
-    Ok(vec![
-        threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
-        threads::spawn("funicular-run", shared, channels.run.1, threads::run)?,
-        threads::spawn("funicular-up-end", shared, channels.up.1, move |s, m| threads::land(s, Link::Up, &mut up, m))?,
-        threads::spawn("funicular-dn-end", shared, channels.down.1, move |s, m| {
-            threads::land(s, Link::Down, &mut down, m)
-        })?,
-    ])
 }
 
 /// True where the processor that computes is also the one that updates.

@@ -4,14 +4,14 @@
 //! are touched only when nothing of it is on its way.
 #![expect(unsafe_code, reason = "copies between slots, shadows, homes and buffers of the caller")]
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     device::StreamRef,
     dtype::StateKind,
     error::{Code, Error, Result},
     io::Direction,
-    memory::SlotLease,
+    memory::{Shadow, SlotLease},
     runtime::{
         core::{Disk, Shared, Ticket},
         stats::Cause,
@@ -70,8 +70,7 @@ impl Shared {
             )
             .action("Raise budget.host, drop tensors read earlier, or set params.tier to \"host\"."));
         }
-        shadow.fill()?;
-        self.stats.shadowed(len, true);
+        self.fill_shadow(shadow)?;
         let read = self.refresh_shadow(unit, interrupted);
         if read.is_err() {
             self.discard_shadow(unit)?;
@@ -103,6 +102,23 @@ impl Shared {
         Ok(())
     }
 
+    fn fill_shadow(&self, shadow: &Shadow) -> Result<()> {
+        shadow.fill()?;
+        let address = shadow.as_ptr() as u64;
+        // SAFETY: the range is hidden, by what is registered below, before it is discarded or unmapped.
+        if let Err(error) = unsafe { self.device.expose(address, shadow.len()) } {
+            shadow.discard()?;
+            return Err(error);
+        }
+        let device = Arc::clone(&self.device);
+        shadow.before_release(Box::new(move || {
+            // A device that fails now has failed the runtime already.
+            let _ = device.hide(address);
+        }));
+        self.stats.shadowed(shadow.len() as u64, true);
+        Ok(())
+    }
+
     /// Writes a filled shadow to NVMe: at the start, and after edits.
     pub(crate) fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
@@ -125,8 +141,7 @@ impl Shared {
     /// Makes a shadow writable without reading it, for its first contents.
     pub(crate) fn blank_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) {
-            shadow.fill()?;
-            self.stats.shadowed(shadow.len() as u64, true);
+            self.fill_shadow(shadow)?;
         }
         Ok(())
     }
@@ -137,9 +152,8 @@ impl Shared {
         let bytes = self.layout.unit(unit).param_bytes() as usize;
         let frame = self.frames.address(unit.index());
         let home = self.homes.unit(unit);
-        if home.shadow.is_some() {
-            self.blank_shadow(unit)?;
-        }
+        let looked_at = home.shadow.as_ref().is_some_and(|s| s.filled());
+        self.blank_shadow(unit)?;
         let down = {
             let mut inner = self.lock()?;
             let gate = self.device.record(StreamRef::Compute(stream))?;
@@ -155,6 +169,9 @@ impl Shared {
         if home.shadow.is_some() {
             self.block_gate(down, Cause::Copy, interrupted)?;
             self.store_shadow(unit, interrupted)?;
+            if !looked_at {
+                self.discard_shadow(unit)?;
+            }
         }
         Ok(())
     }

@@ -287,6 +287,7 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, plan: &Placement) 
             (true, false, true) => "Raise budget.host, or set params.tier to \"nvme\" or \"auto\".",
             (true, false, false) => "Raise budget.host; everything that can lie on NVMe does already.",
         };
+        let need = enough(layout, &plan.homes, budgets);
         return Err(Error::new(
             Code::HostBudget,
             format!(
@@ -308,6 +309,19 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, plan: &Placement) 
         .action("Raise budget.nvme, or budget.host so that less has to lie there."));
     }
     Ok(())
+}
+
+/// The need at the least budget that holds it: staging grows with what is allowed.
+fn enough(layout: &Layout, homes: &[Homes], budgets: &Budgets) -> HostNeed {
+    let mut budgets = *budgets;
+    loop {
+        let need = host_need(layout, homes, &budgets);
+        // What a message shows is rounded up by at most a tenth of its unit.
+        if need.total() <= budgets.host.0 {
+            return need;
+        }
+        budgets.host = ByteCount(need.total() + need.total() / 10);
+    }
 }
 
 impl Placement {

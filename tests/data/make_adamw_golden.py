@@ -3,8 +3,8 @@
 Run from the repository's root: python tests/data/make_adamw_golden.py
 
 Little endian. Header: `FNADAMW1`, u32 number of cases. Each case: u32 type (0 fp32, 1 bf16, 2 fp16), u32 length n,
-u32 step, u32 flags (1 maximize, 2 reset_master), f64 lr, beta1, beta2, eps, weight_decay, grad_scale, norm_sq
-of the gradient; then n elements each of grad; then param, master, exp_avg, exp_avg_sq before the step; then the same four after it.
+u32 step, u32 flags (1 maximize, 2 reset_master), f64 lr, beta1, beta2, eps, weight_decay, grad_scale and norm_sq of the
+gradient; n elements of grad; param, master, exp_avg, exp_avg_sq before the step; the same four after it.
 """
 
 from __future__ import annotations

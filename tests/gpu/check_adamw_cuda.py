@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import glob
 import itertools
 import statistics
 import sys
@@ -42,7 +41,7 @@ class Hyper(ctypes.Structure):
 def nvrtc() -> ctypes.CDLL:
     """The NVRTC that came with torch, or the system's."""
     for root in {str(Path(torch.__file__).parents[1]), *sys.path}:
-        for path in sorted(glob.glob(f"{root}/nvidia/*/lib/libnvrtc.so.*")):  # noqa: PTH207
+        for path in sorted(str(p) for p in Path(root).glob("nvidia/*/lib/libnvrtc.so.*")):
             if "alt" not in path:
                 return ctypes.CDLL(path)
     return ctypes.CDLL("libnvrtc.so")

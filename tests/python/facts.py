@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +11,15 @@ from torch import nn
 import funicular
 
 
-def budget(model: nn.Module, tier: str) -> tuple[int, int]:
+def budget(model: nn.Module, tier: str) -> tuple[int, int | None]:
     """Peak and limit of a tier in bytes, from the arenas' own counters."""
-    entry: dict[str, Any] = funicular.stats(model)["budgets"][tier]
-    return entry["peak"], entry["limit"]
+    entry = funicular.stats(model).budgets[tier]
+    return entry.peak, entry.limit
 
 
 def moved(model: nn.Module, link: str) -> int:
     """Bytes that crossed ``host_to_device``, ``device_to_host``, ``nvme_read`` or ``nvme_write``."""
-    return funicular.stats(model)["links"][link]["bytes"]
+    return funicular.stats(model).links[link].bytes
 
 
 def saved_tensor_hooks() -> int:
@@ -47,4 +46,9 @@ def pss(name: str) -> int:
 
 def open_files() -> int:
     """File descriptors of this process."""
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def files(directory: str) -> list[str]:
+    """Names of what lies in a directory."""
+    return [p.name for p in Path(directory).iterdir()]

@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Decoder, Stack, stack
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -13,6 +12,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
 )
+
+from models import WIDTH, Block, Decoder, Stack, stack
 from twin import Run, case, compare
 
 # Torch says so when an outer reentrant checkpoint runs an inner one without gradients.
@@ -125,9 +126,16 @@ def save_matmuls(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@case(stack(call=lambda block, x: checkpoint(
-    block, x, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, save_matmuls)
-)))
+@case(
+    stack(
+        call=lambda block, x: checkpoint(
+            block,
+            x,
+            use_reentrant=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, save_matmuls),
+        )
+    )
+)
 def test_selective(run: Run):
     run.train(3)
 

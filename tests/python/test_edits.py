@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
-from models import WIDTH, Block, Decoder, Stack, stack
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models import WIDTH, Block, Decoder, Stack, stack
 from twin import Run, World, case, compare, match
 
 EDITS = {
@@ -162,7 +163,9 @@ def test_reads_do_not_disturb(run: Run):
     facts = []
 
     def look(*_):
-        facts.append([(p.shape, p.numel(), p.dtype, p.stride(), p.device.type, p.requires_grad) for p in run.model.parameters()])
+        facts.append(
+            [(p.shape, p.numel(), p.dtype, p.stride(), p.device.type, p.requires_grad) for p in run.model.parameters()]
+        )
 
     run.model.layers[3].register_forward_hook(look)
     run.model.layers[3].register_full_backward_hook(look)

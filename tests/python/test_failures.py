@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import WIDTH, Block, Stack, stack
 from torch.utils.checkpoint import checkpoint
+
+from models import WIDTH, Block, Stack, stack
 from twin import Run, case, compare
 
 
@@ -26,35 +27,35 @@ class Trap(torch.autograd.Function):
 
 def fail_in_forward(run: Run, error: BaseException) -> None:
     def hook(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[3].up.register_forward_pre_hook(hook)
 
 
 def fail_in_pre_hook(run: Run, error: BaseException) -> None:
     def hook(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[3].register_forward_pre_hook(hook)
 
 
 def fail_in_pre_hook_before_ours(run: Run, error: BaseException) -> None:
     def hook(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[3].register_forward_pre_hook(hook, prepend=True)
 
 
 def fail_in_post_hook(run: Run, error: BaseException) -> None:
     def hook(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[3].register_forward_hook(hook)
 
 
 def fail_in_post_hook_before_ours(run: Run, error: BaseException) -> None:
     def hook(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[3].register_forward_hook(hook, prepend=True)
 
@@ -73,21 +74,21 @@ def fail_in_last_backward(run: Run, error: BaseException) -> None:
 
 def fail_in_parameter_hook(run: Run, error: BaseException) -> None:
     def hook(grad):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[2].up.weight.register_hook(hook)
 
 
 def fail_in_post_accumulate_hook(run: Run, error: BaseException) -> None:
     def hook(p):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[2].up.weight.register_post_accumulate_grad_hook(hook)
 
 
 def fail_in_backward_hook(run: Run, error: BaseException) -> None:
     def hook(*_):
-        raise error
+        raise type(error)(*error.args)  # a new one: kept tracebacks keep whole steps alive
 
     return run.model.layers[2].register_full_backward_hook(hook)
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils import parametrizations, parametrize
+
+import funicular
+from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from twin import Run, case, compare
 
 # Torch's own forward-mode rules use torch.jit at their first call.
@@ -428,6 +430,7 @@ def test_sequential(run: Run):
     run.train(3)
 
 
-@case(lambda: Decoder(True).double())
-def test_double_precision(run: Run):
-    run.train(2)
+def test_double_precision_is_refused(host_world):
+    run = Run(host_world, True)
+    with pytest.raises(funicular.Error, match=r"FN-E112.*float64"):
+        run.wrap(Decoder(True).double())

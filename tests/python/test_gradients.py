@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import WIDTH, Decoder, Stack, stack
 from torch import nn
+
+from models import WIDTH, Decoder, Stack, stack
 from twin import Run, case, compare
 
 
@@ -224,7 +225,9 @@ def test_gradient_swapped_between_parameters(run: Run):
 def test_noise_added(run: Run):
     for _ in range(2):
         backward(run)
-        torch._foreach_add_([p.grad for p in run.model.parameters()], [run.data(*p.shape) * 0.01 for p in run.model.parameters()])
+        torch._foreach_add_(
+            [p.grad for p in run.model.parameters()], [run.data(*p.shape) * 0.01 for p in run.model.parameters()]
+        )
         step(run)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Linear, Stack, stack
 from torch import nn
+
+from models import WIDTH, Block, Linear, stack
 from twin import Run, case, compare
 
 

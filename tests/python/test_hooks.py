@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import WIDTH, Stack, stack
 from torch import nn
+
+from models import WIDTH, Stack, stack
 from twin import Run, case, compare
 
 # Torch says so of the first layer, whose input needs no gradient.
@@ -202,7 +203,9 @@ def test_ours_go_with_unwrap(host_world):
 
     run = Run(host_world, True)
     model = Stack()
-    counts = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]  # noqa: E731
+    counts = lambda: [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+    ]
     before = counts()
     run.model = run.wrap(model)
     model.layers[0].register_forward_hook(lambda m, a, o: None)

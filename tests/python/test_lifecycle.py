@@ -5,14 +5,14 @@ import gc
 import os
 import weakref
 
-import facts
 import pytest
 import torch
-from models import WIDTH, Decoder, Stack, stack
 from torch import nn
-from twin import Run, case
 
+import facts
 import funicular
+from models import WIDTH, Decoder, Stack, stack
+from twin import Run, case
 
 
 @case(stack())
@@ -275,8 +275,9 @@ def test_train_and_eval_flags(run: Run):
 @case()
 def test_policy_from_a_file(run: Run):
     """The same policy as TOML, and as an object."""
-    import tomllib
     from pathlib import Path
+
+    import tomllib
 
     model = Stack()
     if run.offloaded:

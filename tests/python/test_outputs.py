@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Linear, Stack, stack
 from torch import nn
 from transformers.utils import ModelOutput
+
+from models import WIDTH, Block, Linear, Stack, stack
 from twin import Run, case, compare
 
 

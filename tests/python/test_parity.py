@@ -1,13 +1,13 @@
 """Training a decoder offloaded gives the bits of training it plainly."""
 
-import facts
 import pytest
 import torch
+
+import facts
+import funicular
 from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, World, compare, unit_bytes
-
-import funicular
 
 CHECKPOINT = ["none", "reentrant", "saved_tensors"]
 TIERS = [("host", "host"), ("host", "nvme"), ("nvme", "nvme")]
@@ -46,9 +46,18 @@ def test_dtypes(matmul, tie, dtype, world):
     compare(world, lambda: Decoder(matmul, tie=tie, dtype=dtype), micro_batches(2))
 
 
-@pytest.mark.parametrize("options", [
-    {"betas": (0.8, 0.95)}, {"eps": 1e-4}, {"weight_decay": 0.0}, {"lr": 0.0}, {"maximize": True}, {"betas": (0.0, 0.0)},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (0.8, 0.95)},
+        {"eps": 1e-4},
+        {"weight_decay": 0.0},
+        {"lr": 0.0},
+        {"maximize": True},
+        {"betas": (0.0, 0.0)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_options(options, dtype, host_world):
     def script(run: Run) -> None:

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from twin import Run, case
 
 

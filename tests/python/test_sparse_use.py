@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from twin import Run, case, compare
 
 
@@ -65,7 +66,9 @@ def frozen(*names: str):
     return build
 
 
-@pytest.mark.parametrize("names", [("weight",), ("bias",), ("layers.0", "layers.1"), ("layers",), ("inp", "out"), ("up",)], ids=str)
+@pytest.mark.parametrize(
+    "names", [("weight",), ("bias",), ("layers.0", "layers.1"), ("layers",), ("inp", "out"), ("up",)], ids=str
+)
 def test_frozen(names, world):
     compare(world, frozen(*names), lambda run: run.train(3))
 

@@ -171,7 +171,9 @@ class Run:
 
 def to_loss(out: Any) -> Tensor:
     """A scalar that depends on every float tensor of an output."""
-    terms = [t.float().square().mean() for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    terms = [
+        t.float().square().mean() for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
     return torch.stack(terms).sum()
 
 
@@ -179,7 +181,9 @@ Script = Callable[[Run], None]
 Build = Callable[[], nn.Module]
 
 
-def play(world: World, build: Build | None, script: Script, offloaded: bool, frames: float, sections: dict[str, Any]) -> Run:
+def play(
+    world: World, build: Build | None, script: Script, offloaded: bool, frames: float, sections: dict[str, Any]
+) -> Run:
     """Run a script on one side, to the end."""
     run = Run(world, offloaded)
     if build is not None:
@@ -234,7 +238,9 @@ def difference(a: Any, b: Any) -> str:
     return f"{int(wrong.sum())} of {a.numel()} elements differ, by at most {gap.max().item():.3e}, {int(b.isnan().sum())} NaN"
 
 
-def case(build: Build | None = None, frames: float = FRAMES, **sections: Any) -> Callable[[Script], Callable[[World], None]]:
+def case(
+    build: Build | None = None, frames: float = FRAMES, **sections: Any
+) -> Callable[[Script], Callable[[World], None]]:
     """Turn a script into a test that is right only if both sides agree in every bit."""
 
     def decorate(script: Script) -> Callable[[World], None]:

@@ -49,6 +49,14 @@ pub struct PcieLink {
     pub speed: String,
     /// The most lanes.
     pub width: u32,
+    /// The rate negotiated now; an idle device may have slowed its link down.
+    pub current_speed: String,
+    /// The lanes negotiated.
+    pub current_width: u32,
+    /// The memory node it is attached to, if the system has several.
+    pub numa_node: Option<u32>,
+    /// Its place on the bus, such as `0000:65:00.0`.
+    pub bus: String,
 }
 
 /// What a device is.
@@ -107,6 +115,10 @@ fn pcie_link(bus: &str) -> Option<PcieLink> {
     Some(PcieLink {
         speed: read("max_link_speed")?.trim().to_owned(),
         width: read("max_link_width")?.trim().parse().ok()?,
+        current_speed: read("current_link_speed")?.trim().to_owned(),
+        current_width: read("current_link_width")?.trim().parse().ok()?,
+        numa_node: read("numa_node").and_then(|text| text.trim().parse().ok()),
+        bus: bus.to_lowercase(),
     })
 }
 
@@ -188,6 +200,21 @@ impl Device for CudaDevice {
             ));
         }
         Ok(())
+    }
+
+    unsafe fn expose(&self, address: u64, len: usize) -> Result<()> {
+        let context = self.context();
+        let _entered = context.enter()?;
+        let flags = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: the caller keeps the range mapped until `hide`.
+        context.check(unsafe { context.driver.cuMemHostRegister_v2(address as *mut _, len, flags) })
+    }
+
+    fn hide(&self, address: u64) -> Result<()> {
+        let context = self.context();
+        let _entered = context.enter()?;
+        // SAFETY: registered by `expose`.
+        context.check(unsafe { context.driver.cuMemHostUnregister(address as *mut _) })
     }
 
     unsafe fn copy(&self, stream: StreamRef, dst: u64, src: u64, len: usize) -> Result<()> {

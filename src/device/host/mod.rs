@@ -77,6 +77,14 @@ impl Device for HostDevice {
         self.streams.check()
     }
 
+    unsafe fn expose(&self, _address: u64, _len: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn hide(&self, _address: u64) -> Result<()> {
+        Ok(())
+    }
+
     unsafe fn copy(&self, stream: StreamRef, dst: u64, src: u64, len: usize) -> Result<()> {
         match stream.role() {
             Role::Compute => {

@@ -1,0 +1,67 @@
+"""Log lines and traces of chosen steps, as ``[log]`` of the policy asks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from funicular._core import Engine
+
+__all__ = ["StepLog"]
+
+_log = logging.getLogger("funicular")
+
+
+class StepLog:
+    """Counts steps of one model."""
+
+    def __init__(self, engine: Engine, policy: dict[str, Any]) -> None:
+        log = policy["log"]
+        self.engine = engine
+        self.every = int(log["every"])
+        self.trace = str(log["trace"])
+        self.traced = frozenset(int(step) for step in log["trace_steps"])
+        self.step = 1
+        self._tracing = False
+        self._last = (time.monotonic(), {name: moved for name, (moved, _) in engine.stats()["links"].items()})
+        _log.setLevel(str(log["level"]).upper() if log["level"] != "off" else logging.CRITICAL + 1)
+        self._trace_next()
+
+    def stepped(self) -> None:
+        """Note the end of an optimizer step."""
+        if self._tracing and self.step + 1 not in self.traced:
+            events = self.engine.write_trace(self.trace)
+            _log.info("FN-I306 trace of step %d with %d events in %s", self.step, events, self.trace)
+        if self.every and self.step % self.every == 0:
+            self._facts()
+        self.step += 1
+        self._trace_next()
+
+    def _trace_next(self) -> None:
+        wanted = self.step in self.traced
+        if wanted != self._tracing:
+            self.engine.trace(wanted)
+            self._tracing = wanted
+
+    def _facts(self) -> None:
+        raw = self.engine.stats()
+        now = time.monotonic()
+        then, moved_then = self._last
+        seconds = max(now - then, 1e-9)
+        moved = {name: total for name, (total, _) in raw["links"].items()}
+        rates = ", ".join(
+            f"{name} {(moved[name] - moved_then[name]) / seconds / 1e9:.2f} GB/s"
+            for name in moved
+            if moved[name] > moved_then[name]
+        )
+        stalls = ", ".join(f"{name} {nanos / 1e9:.2f} s" for name, nanos in raw["stalls"].items() if nanos > 5_000_000)
+        _log.info(
+            "FN-I307 step %d: %.3f s/step; %s; stalls so far: %s",
+            self.step,
+            seconds / self.every,
+            rates,
+            stalls or "none",
+        )
+        self._last = (now, moved)

@@ -1,0 +1,391 @@
+//! The NVMe hops: reads, writes and both at once, of one block after the other, on one path or striped over all.
+//!
+//! K1: only files that this module made are touched; they have no name, so they are gone with the process.
+//! K2: every byte that is read was written before, so that no read is answered from a hole.
+//! K3: without direct I/O there is no figure: it would be the page cache's.
+
+use std::{
+    fs::File,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crossbeam::channel::{Receiver, bounded};
+
+use crate::{
+    bench::{
+        Exercise, Interrupt,
+        stats::{Round, as_f64},
+    },
+    doctor::drive::{self, Drive},
+    error::{Code, Error, Result},
+    io::{
+        DirectIo, Direction, EngineChoice, EngineOptions, FileId, IoCompletion, IoEngine, IoFile, IoPart, IoRequest,
+        OpenedEngine, allocate, device_number, disk_full, free_bytes, open_engine, probe_directory, scratch_file,
+    },
+    memory::{HostRegion, SlotLease, SlotPool},
+    store::RunDir,
+    units::ByteCount,
+};
+
+/// How long the disk may be silent before the benchmark gives up.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Free space that is left to others.
+const SPARE: u64 = 256 << 20;
+/// Bytes of one write while the files are filled.
+const FILL: usize = 4 << 20;
+
+/// A path under test.
+#[derive(Debug)]
+pub struct DiskPath {
+    /// The directory that was given.
+    pub dir: PathBuf,
+    /// What it lies on.
+    pub drive: Drive,
+    /// Whether direct I/O works there; if not, why no figure is given.
+    pub direct: std::result::Result<(), String>,
+    file: File,
+    _run_dir: RunDir,
+}
+
+/// The files of all paths, of the same size, each filled once.
+#[derive(Debug)]
+pub struct Disk {
+    /// The paths, in the order given.
+    pub paths: Vec<DiskPath>,
+    /// Bytes of each file.
+    pub file_bytes: u64,
+}
+
+impl Disk {
+    /// Makes a file of `file_bytes` on each path. The notes are lines for the user.
+    ///
+    /// # Errors
+    /// `FN-E603`, `FN-E604` for a path that is no disk or cannot be used, `FN-E605` without the space.
+    pub fn open(dirs: &[PathBuf], file_bytes: u64) -> Result<(Self, Vec<String>)> {
+        let (mut paths, mut notes) = (Vec::new(), Vec::new());
+        let mut needs: Vec<(u64, &Path, u64)> = Vec::new();
+        for dir in dirs {
+            let probe = probe_directory(dir, DirectIo::Preferred)?;
+            let device = device_number(dir)?;
+            match needs.iter_mut().find(|(known, ..)| *known == device) {
+                Some((_, first, need)) => {
+                    notes.push(format!(
+                        "FN-W606 {} and {} are on the same file system: two paths there are no faster than one.",
+                        first.display(),
+                        dir.display()
+                    ));
+                    *need += file_bytes;
+                }
+                None => needs.push((device, dir, file_bytes)),
+            }
+            let (run_dir, swept) = RunDir::create(dir, probe.file_system)?;
+            notes.extend(swept);
+            let direct = if probe.direct {
+                notes.extend(probe.notes);
+                Ok(())
+            } else {
+                let why = probe.notes.last().cloned().unwrap_or_default();
+                Err(format!("not measured: through the page cache the figure would be memory's. {why}"))
+            };
+            let file = scratch_file(run_dir.path(), probe.direct)?;
+            paths.push(DiskPath { dir: dir.clone(), drive: drive::of(dir), direct, file, _run_dir: run_dir });
+        }
+        for (_, dir, need) in needs {
+            let free = free_bytes(dir)?;
+            if need + SPARE > free {
+                return Err(disk_full(dir, need + SPARE, free).action("Free some space, or give a smaller --size."));
+            }
+        }
+        for path in paths.iter().filter(|path| path.direct.is_ok()) {
+            allocate(&path.file, file_bytes, &path.dir)?;
+        }
+        Ok((Self { paths, file_bytes }, notes))
+    }
+
+    /// Writes every byte of every file that is measured.
+    ///
+    /// # Errors
+    /// Those of the engine; `FN-E106` when interrupted.
+    pub fn fill(&self, interrupt: &Interrupt, mut progress: impl FnMut(f64)) -> Result<()> {
+        let pool = SlotPool::new(8, ByteCount(FILL as u64), "filling the benchmark's files")?;
+        let which: Vec<usize> = (0..self.paths.len()).filter(|&n| self.paths[n].direct.is_ok()).collect();
+        if which.is_empty() {
+            return Ok(());
+        }
+        let lane = self.lane(&which, EngineChoice::Auto, 1 << 20, 32, &[Arc::clone(pool.region())])?;
+        let total = self.file_bytes * which.len() as u64;
+        let mut slots: Vec<_> =
+            std::iter::from_fn(|| pool.lease()).map(|lease| (lease, Vec::with_capacity(1))).collect();
+        slots.iter_mut().for_each(|(lease, _)| fill_with_numbers(lease.bytes()));
+        let (mut next, mut in_flight) = (0, 0);
+        while next < total || in_flight > 0 {
+            interrupt.check()?;
+            progress(as_f64(next) / as_f64(total));
+            if next < total
+                && let Some((lease, parts)) = slots.pop()
+            {
+                // File after file; the last block of each is short.
+                let (file, offset) = ((next / self.file_bytes) as u32, next % self.file_bytes);
+                let len = (FILL as u64).min(self.file_bytes - offset);
+                lane.submit(
+                    lease,
+                    parts,
+                    IoPart { direction: Direction::Write, file: FileId(file), offset, start: 0, len: len as usize },
+                )?;
+                next += len;
+                in_flight += 1;
+                continue;
+            }
+            let done = lane.wait()?;
+            slots.push((done.lease, done.parts));
+            in_flight -= 1;
+        }
+        Ok(())
+    }
+
+    /// An engine over the files of some paths. `regions` is where its leases will lie.
+    ///
+    /// # Errors
+    /// `FN-E601` when the engine that was asked for does not work here.
+    pub fn lane(
+        &self,
+        which: &[usize],
+        choice: EngineChoice,
+        block: usize,
+        depth: u32,
+        regions: &[Arc<HostRegion>],
+    ) -> Result<Lane> {
+        let files = which.iter().map(|&n| {
+            let path = &self.paths[n];
+            let file = path.file.try_clone().map_err(|e| crate::io::unusable(&path.dir, &e))?;
+            Ok(IoFile::new(file, format!("the benchmark's file in {}", path.dir.display()), true))
+        });
+        let files: Vec<IoFile> = files.collect::<Result<_>>()?;
+        let count = files.len() as u64;
+        let options = EngineOptions { choice, queue_depth: depth, block, ..EngineOptions::default() };
+        // As many as ever are in flight; a full channel would hold the engine's thread.
+        let (sender, done) = bounded(4096);
+        let OpenedEngine { engine, notes } = open_engine(&options, files, regions, move |c| drop(sender.send(c)))?;
+        Ok(Lane { engine, done, files: count, file_bytes: self.file_bytes, notes })
+    }
+
+    /// Names of the files of some paths as another process of this user can open them.
+    pub fn links(&self, which: &[usize]) -> Vec<String> {
+        let pid = std::process::id();
+        which.iter().map(|&n| format!("/proc/{pid}/fd/{}", self.paths[n].file.as_raw_fd())).collect()
+    }
+}
+
+/// An engine and its completions.
+pub struct Lane {
+    engine: Box<dyn IoEngine>,
+    done: Receiver<IoCompletion>,
+    files: u64,
+    file_bytes: u64,
+    /// What the engine has to say.
+    pub notes: Vec<String>,
+}
+
+impl Lane {
+    /// The engine's name.
+    pub fn engine(&self) -> &'static str {
+        self.engine.kind().name()
+    }
+
+    /// Hands over one transfer.
+    ///
+    /// # Errors
+    /// Those of [`IoEngine::submit`].
+    pub fn submit(&self, lease: SlotLease, mut parts: Vec<IoPart>, part: IoPart) -> Result<()> {
+        parts.clear();
+        parts.push(part);
+        self.engine.submit(IoRequest { ticket: 0, lease, parts }).map_err(|rejected| rejected.error)
+    }
+
+    /// The next transfer that ended.
+    ///
+    /// # Errors
+    /// Its own error; `FN-E102` if none ended for two minutes.
+    pub fn wait(&self) -> Result<IoCompletion> {
+        let done = self.done.recv_timeout(PATIENCE).map_err(|_| {
+            Error::new(Code::Stuck, "no read or write of the benchmark's files ended for two minutes.")
+                .action("See dmesg for what the drive says.")
+        })?;
+        match done.result {
+            Ok(()) => Ok(done),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next transfer that ended, if there is one now.
+    ///
+    /// # Errors
+    /// Its own error.
+    pub fn poll(&self) -> Result<Option<IoCompletion>> {
+        if self.done.is_empty() { Ok(None) } else { self.wait().map(Some) }
+    }
+
+    /// The place of block `number` of `len` bytes: round-robin over the files, and from the start again at their end.
+    pub fn part(&self, direction: Direction, number: u64, len: usize) -> IoPart {
+        let blocks = (self.file_bytes / len as u64).max(1);
+        let file = FileId((number % self.files) as u32);
+        IoPart { direction, file, offset: number / self.files % blocks * len as u64, start: 0, len }
+    }
+}
+
+/// What a hop does with the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mix {
+    /// Only reads.
+    Read,
+    /// Only writes.
+    Write,
+    /// As many of each, alternating; reads run half a file ahead of writes.
+    Both,
+}
+
+impl Mix {
+    /// Name of the hop.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "nvme_read",
+            Self::Write => "nvme_write",
+            Self::Both => "nvme_read_write",
+        }
+    }
+
+    /// What fio calls it.
+    pub const fn fio(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Both => "rw",
+        }
+    }
+}
+
+/// `depth` blocks in flight, always.
+pub struct DiskHop {
+    lane: Rc<Lane>,
+    pool: SlotPool,
+    mix: Mix,
+    block: usize,
+    depth: usize,
+    /// Blocks submitted so far.
+    next: u64,
+}
+
+impl DiskHop {
+    /// Blocks of `block` bytes in slots of `pool`, which lie in a region that `lane` was given.
+    pub fn new(lane: Rc<Lane>, pool: SlotPool, mix: Mix, block: usize, depth: usize) -> Self {
+        Self { lane, pool, mix, block, depth, next: 0 }
+    }
+
+    fn submit(&mut self, lease: SlotLease, parts: Vec<IoPart>) -> Result<()> {
+        let half = self.lane.files * (self.lane.file_bytes / self.block as u64 / 2);
+        let (direction, number) = match self.mix {
+            Mix::Read => (Direction::Read, self.next),
+            Mix::Write => (Direction::Write, self.next),
+            Mix::Both if self.next.is_multiple_of(2) => (Direction::Read, self.next / 2),
+            Mix::Both => (Direction::Write, half + self.next / 2),
+        };
+        self.next += 1;
+        self.lane.submit(lease, parts, self.lane.part(direction, number, self.block))
+    }
+}
+
+impl Exercise for DiskHop {
+    /// The clock starts when as many blocks have ended as are in flight, and stops with the last block in time.
+    fn round(&mut self, time: Duration) -> Result<Round> {
+        let mut in_flight = 0;
+        while in_flight < self.depth
+            && let Some(lease) = self.pool.lease()
+        {
+            self.submit(lease, Vec::with_capacity(1))?;
+            in_flight += 1;
+        }
+        let mut clock = Clock::new(in_flight, time);
+        while in_flight > 0 {
+            let done = self.lane.wait()?;
+            if clock.ended(self.block as u64, 0, done.nanos) {
+                self.submit(done.lease, done.parts)?;
+            } else {
+                in_flight -= 1;
+            }
+        }
+        Ok(clock.round)
+    }
+}
+
+/// Measures a steady flow: what ends before the clock starts, or after its time, does not count.
+pub(super) struct Clock {
+    warm_up: usize,
+    time: Duration,
+    start: Instant,
+    pub(super) round: Round,
+    over: bool,
+}
+
+impl Clock {
+    /// Starts after `warm_up` blocks.
+    pub(super) fn new(warm_up: usize, time: Duration) -> Self {
+        Self { warm_up, time, start: Instant::now(), round: Round::default(), over: false }
+    }
+
+    /// Notes that a block ended; true if another shall begin.
+    pub(super) fn ended(&mut self, bytes: u64, params: u64, nanos: u64) -> bool {
+        if self.warm_up > 0 {
+            self.warm_up -= 1;
+            self.start = Instant::now();
+            return true;
+        }
+        if self.over {
+            return false;
+        }
+        self.round.time = self.start.elapsed();
+        self.round.bytes += bytes;
+        self.round.params += params;
+        self.round.latencies.push(nanos);
+        self.over = self.round.time >= self.time;
+        !self.over
+    }
+}
+
+/// Fills memory with fp32 numbers between 0.5 and 1 that no drive can compress away, and that AdamW takes as states.
+pub(super) fn fill_with_numbers(bytes: &mut [u8]) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for word in bytes.chunks_exact_mut(4) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let bits = 0x3f00_0000 | (state >> 41) as u32;
+        word.copy_from_slice(&bits.to_ne_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_counts_the_steady_part_only() {
+        let mut clock = Clock::new(2, Duration::ZERO);
+        assert!(clock.ended(10, 1, 5) && clock.ended(10, 1, 5));
+        assert!(!clock.ended(10, 1, 7));
+        assert!(!clock.ended(10, 1, 5));
+        assert_eq!((clock.round.bytes, clock.round.params, clock.round.latencies.as_slice()), (10, 1, &[7][..]));
+    }
+
+    #[test]
+    fn numbers_are_ordinary_and_do_not_repeat() {
+        let mut bytes = vec![0; 4096];
+        fill_with_numbers(&mut bytes);
+        let words: Vec<f32> = bytes.chunks_exact(4).map(|w| f32::from_ne_bytes([w[0], w[1], w[2], w[3]])).collect();
+        assert!(words.iter().all(|x| (0.5..1.0).contains(x)));
+        assert_ne!(words[..512], words[512..]);
+    }
+}

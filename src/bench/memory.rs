@@ -1,0 +1,251 @@
+//! The hops of host memory alone: the triad, and AdamW on the processor.
+//!
+//! A triad `a = b + s * c` moves four arrays through memory: before a line of `a` is written, the processor reads it.
+//! STREAM counts three, so its figure is 3/4 of ours. AdamW updates in place: what it writes it has read anyway.
+#![expect(unsafe_code, reason = "gives AdamW the addresses of arrays that it owns")]
+
+use std::{
+    cell::RefCell,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    bench::{
+        Exercise,
+        disk::{Clock, fill_with_numbers},
+        stats::Round,
+    },
+    dtype::DType,
+    error::Result,
+    memory::{HostRegion, SlotLease, SlotPool},
+    optim::{AdamWOptions, Hyper, Pool, Span, Update, adamw_parallel},
+    units::ByteCount,
+};
+
+/// Bytes that an update of a bf16 parameter moves: parameter, remainder and both moments in and out, the gradient in.
+pub const ADAMW_TRAFFIC: u64 = 26;
+/// Bytes of an fp32 parameter's states on NVMe when the bf16 half stays in memory: both moments and the remainder.
+pub const STATE_BYTES: u64 = 10;
+/// Elements of a task of the triad.
+const PIECE: usize = 64 << 10;
+
+/// How far the arrays of the triad are shifted against each other: regions begin at multiples of 2 MiB, and what is
+/// equally far into each would share the same sets of the caches.
+const SHIFT: usize = 20_544;
+
+/// The three arrays of the triad.
+pub struct Arrays([SlotLease; 3]);
+
+impl Arrays {
+    /// Arrays of `bytes` each.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses the memory.
+    pub fn new(bytes: u64) -> Result<Rc<RefCell<Self>>> {
+        let take = || -> Result<SlotLease> {
+            let pool = SlotPool::new(1, ByteCount(bytes + 2 * SHIFT as u64), "the triad")?;
+            let mut lease = pool.lease().ok_or_else(|| crate::Error::new(crate::Code::HostAlloc, "no slot."))?;
+            fill_with_numbers(lease.bytes());
+            Ok(lease)
+        };
+        Ok(Rc::new(RefCell::new(Self([take()?, take()?, take()?]))))
+    }
+}
+
+/// `a = b + s * c` over arrays much larger than the caches.
+pub struct Triad {
+    arrays: Rc<RefCell<Arrays>>,
+    pool: Arc<Pool>,
+}
+
+impl Triad {
+    /// On the threads of `pool`.
+    pub fn new(arrays: Rc<RefCell<Arrays>>, pool: Arc<Pool>) -> Self {
+        Self { arrays, pool }
+    }
+}
+
+impl Exercise for Triad {
+    fn round(&mut self, time: Duration) -> Result<Round> {
+        let mut arrays = self.arrays.borrow_mut();
+        let [a, b, c] = &mut arrays.0;
+        let len = a.len() / 8 * 8 - 2 * SHIFT;
+        let a: &mut [f64] = bytemuck::cast_slice_mut(&mut a.bytes()[..len]);
+        let b: &[f64] = bytemuck::cast_slice(&b.bytes()[SHIFT..SHIFT + len]);
+        let c: &[f64] = bytemuck::cast_slice(&c.bytes()[2 * SHIFT..2 * SHIFT + len]);
+        let bytes = a.len() as u64 * 32;
+        let mut pieces: Vec<_> =
+            a.chunks_mut(PIECE).zip(b.chunks(PIECE)).zip(c.chunks(PIECE)).map(Mutex::new).collect();
+        let mut clock = Clock::new(1, time);
+        loop {
+            let begun = Instant::now();
+            let scale = std::hint::black_box(0.5);
+            self.pool.run(pieces.len(), &|index| {
+                let mut piece = pieces[index].lock();
+                let ((a, b), c) = &mut *piece;
+                for ((a, b), c) in a.iter_mut().zip(*b).zip(*c) {
+                    *a = *b + scale * *c;
+                }
+            })?;
+            if !clock.ended(bytes, 0, nanos(begun)) {
+                pieces.clear();
+                return Ok(clock.round);
+            }
+        }
+    }
+}
+
+/// Parameters, gradients and states in memory.
+pub struct States {
+    region: Arc<HostRegion>,
+    len: usize,
+    /// Where the next update of a lent piece takes its parameters and gradients.
+    at: usize,
+}
+
+impl States {
+    /// Of `len` bf16 parameters.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses the memory.
+    pub fn new(len: usize) -> Result<Rc<RefCell<Self>>> {
+        let len = len.next_multiple_of(64).max(64);
+        let region = HostRegion::new(ByteCount(len as u64 * 14), "AdamW's states")?;
+        // SAFETY: the region is this function's own, and this is the only reference into it.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), len * 14) };
+        fill_with_numbers(bytes);
+        // Parameters and gradients: the halves of an fp32 number are no ordinary bf16 numbers.
+        for half in bytemuck::cast_slice_mut::<u8, u16>(&mut bytes[8 * len..12 * len]) {
+            *half = 0x3f00 | (*half & 0x7f);
+        }
+        Ok(Rc::new(RefCell::new(Self { region, len, at: 0 })))
+    }
+
+    fn array(&self, offset: usize) -> *mut u8 {
+        assert!(offset <= self.region.len(), "outside the states");
+        self.region.as_ptr().wrapping_add(offset)
+    }
+
+    /// The whole: moments first, then the 2-byte arrays.
+    fn span(&self) -> Span {
+        let n = self.len;
+        Span {
+            exp_avg: self.array(0).cast(),
+            exp_avg_sq: self.array(4 * n).cast(),
+            param: self.array(8 * n),
+            grad: self.array(10 * n),
+            master: self.array(12 * n),
+            len: n,
+            dtype: DType::Bf16,
+            reset_master: false,
+        }
+    }
+
+    fn update(&mut self, pool: &Pool) -> Result<()> {
+        // SAFETY: five disjoint arrays of the region, of `len` elements each, borrowed mutably with `self`.
+        unsafe { adamw_parallel(pool, &[Update { span: self.span(), hyper: hyper() }]) }
+    }
+
+    /// Updates a piece of `len` parameters whose states lie in a slot; parameters and gradients are taken from here.
+    ///
+    /// # Errors
+    /// Those of [`adamw_parallel`].
+    ///
+    /// # Panics
+    /// If the slot has no room for the states, or there are fewer parameters here.
+    pub fn update_piece(&mut self, pool: &Pool, slot: &mut SlotLease, len: usize) -> Result<()> {
+        assert!(len as u64 * STATE_BYTES <= slot.len() as u64 && len <= self.len, "a piece of {len} parameters");
+        if self.at + len > self.len {
+            self.at = 0;
+        }
+        let whole = self.span();
+        let states = slot.bytes().as_mut_ptr();
+        let span = Span {
+            exp_avg: states.cast(),
+            exp_avg_sq: states.wrapping_add(4 * len).cast(),
+            master: states.wrapping_add(8 * len),
+            param: whole.param.wrapping_add(2 * self.at),
+            grad: whole.grad.wrapping_add(2 * self.at),
+            len,
+            ..whole
+        };
+        self.at += len;
+        // SAFETY: the states lie in the slot, which is borrowed mutably, and have room there as checked above; the
+        // parameters and gradients lie in arrays of `self`, borrowed mutably, within their length. Slots start on a
+        // page and `len` is even, so all are aligned.
+        unsafe { adamw_parallel(pool, &[Update { span, hyper: hyper() }]) }
+    }
+}
+
+fn hyper() -> Hyper {
+    Hyper::new(&AdamWOptions::default(), 10, 1.0)
+}
+
+/// AdamW over states in memory.
+pub struct AdamwCpu {
+    states: Rc<RefCell<States>>,
+    pool: Arc<Pool>,
+}
+
+impl AdamwCpu {
+    /// On the threads of `pool`.
+    pub fn new(states: Rc<RefCell<States>>, pool: Arc<Pool>) -> Self {
+        Self { states, pool }
+    }
+}
+
+impl Exercise for AdamwCpu {
+    fn round(&mut self, time: Duration) -> Result<Round> {
+        let mut states = self.states.borrow_mut();
+        let params = states.len as u64;
+        let mut clock = Clock::new(1, time);
+        loop {
+            let begun = Instant::now();
+            states.update(&self.pool)?;
+            if !clock.ended(params * ADAMW_TRAFFIC, params, nanos(begun)) {
+                return Ok(clock.round);
+            }
+        }
+    }
+}
+
+pub(super) fn nanos(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_update_of_a_lent_piece_changes_its_states_and_stays_inside() {
+        let pool = Pool::new(Some(2)).expect("threads");
+        let states = States::new(4096).expect("maps");
+        let slots = SlotPool::new(1, ByteCount(4096 * STATE_BYTES), "a test").expect("maps");
+        let mut slot = slots.lease().expect("a slot");
+        fill_with_numbers(slot.bytes());
+        let before = slot.bytes().to_vec();
+        states.borrow_mut().update_piece(&pool, &mut slot, 2048).expect("updates");
+        let after = slot.bytes();
+        assert_ne!(before[..2048 * 10], after[..2048 * 10]);
+        assert_eq!(before[2048 * 10..], after[2048 * 10..]);
+        let moments: &[f32] = bytemuck::cast_slice(&after[..2048 * 8]);
+        assert!(moments.iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn the_triad_computes_a_triad() {
+        let arrays = Arrays::new(1 << 20).expect("maps");
+        let pool = Arc::new(Pool::new(Some(1)).expect("threads"));
+        let round = Triad::new(Rc::clone(&arrays), pool).round(Duration::ZERO).expect("runs");
+        assert!((round.bytes / 4).abs_diff(1 << 20) < 4096, "{}", round.bytes);
+        let mut arrays = arrays.borrow_mut();
+        let [a, b, c] = &mut arrays.0;
+        let number = |lease: &mut SlotLease, shift| bytemuck::cast_slice::<u8, f64>(&lease.bytes()[shift..])[777];
+        assert_eq!(number(a, 0), number(b, SHIFT) + 0.5 * number(c, 2 * SHIFT));
+    }
+}

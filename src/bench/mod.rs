@@ -1,0 +1,120 @@
+//! The bandwidth benchmark: every hop that training uses, alone and together, on the runtime's own engines.
+//!
+//! B1: a figure is a median of rounds, and the rounds of all hops are interleaved, so that a slow minute slows all.
+//! B2: the limit of a pipeline was measured in the same run. B3: a figure that could be a cache's is not given.
+//! B4: files are made by [`disk`] only, have no name, and are gone with the process.
+
+pub mod disk;
+pub mod fio;
+mod html;
+pub mod link;
+pub mod memory;
+mod outputs;
+pub mod pipeline;
+mod plan;
+pub mod report;
+pub mod stats;
+mod table;
+mod verdict;
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+pub use html::page;
+pub use outputs::{Outputs, csv, json, profile};
+pub use plan::run;
+pub use table::text;
+
+use crate::{
+    bench::stats::Round,
+    device::DeviceChoice,
+    error::{Code, Error, Result},
+    io::EngineChoice,
+    units::ByteCount,
+};
+
+/// What to measure, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The paths; none leaves out everything that needs a disk.
+    pub paths: Vec<PathBuf>,
+    /// The device.
+    pub device: DeviceChoice,
+    /// The I/O engine.
+    pub engine: EngineChoice,
+    /// Bytes of the file on each path.
+    pub file: ByteCount,
+    /// Bytes of one read or write.
+    pub block: ByteCount,
+    /// Reads and writes in flight per path.
+    pub depth: u32,
+    /// Threads of the processor's hops; none: all that the process may use.
+    pub threads: Option<u32>,
+    /// Rounds per hop.
+    pub rounds: u32,
+    /// How long all rounds of all hops take together.
+    pub time: Duration,
+    /// How long one point of a sweep takes; zero leaves the sweeps out.
+    pub point: Duration,
+    /// Few points per sweep.
+    pub quick: bool,
+    /// Run fio beside the NVMe hops.
+    pub check: bool,
+}
+
+impl Options {
+    /// Under two minutes, or under twenty seconds.
+    pub fn new(paths: Vec<PathBuf>, quick: bool) -> Self {
+        let nvme = crate::policy::Policy::default().nvme;
+        let (file, rounds, time, point) = if quick { (512, 3, 7_000, 60) } else { (2048, 7, 56_000, 250) };
+        Self {
+            paths,
+            device: DeviceChoice::Auto,
+            engine: EngineChoice::Auto,
+            file: ByteCount::mib(file),
+            block: nvme.block,
+            depth: nvme.queue_depth.or(32),
+            threads: None,
+            rounds,
+            time: Duration::from_millis(time),
+            point: Duration::from_millis(point),
+            quick,
+            check: false,
+        }
+    }
+}
+
+/// Where the benchmark says how far it is.
+pub trait Progress {
+    /// `done` of all the work (0 to 1) is done; `what` comes next.
+    fn at(&mut self, done: f64, what: &str);
+}
+
+/// A request to stop, set by a signal.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt(pub Arc<AtomicBool>);
+
+impl Interrupt {
+    /// `FN-E106` once it is set.
+    ///
+    /// # Errors
+    /// That one.
+    pub fn check(&self) -> Result<()> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(Error::new(Code::Interrupted, "the benchmark was interrupted; what it made is removed."));
+        }
+        Ok(())
+    }
+}
+
+/// Something that can be done for a while.
+pub(crate) trait Exercise {
+    /// Does it for about `time`, and says what was done.
+    fn round(&mut self, time: Duration) -> Result<Round>;
+}

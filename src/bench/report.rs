@@ -1,0 +1,191 @@
+//! What the benchmark found, in the form that every output is made of.
+
+use serde::Serialize;
+
+use crate::{
+    bench::stats::{Rates, Round, as_f64, percentile},
+    doctor::machine::Machine,
+};
+
+/// What every file of the benchmark contains near its beginning, so that it may be replaced by the next run.
+pub const MARK: &str = "funicular bench";
+
+/// Which part of the machine a hop exercises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Group {
+    /// Disks.
+    Nvme,
+    /// Host to device and back.
+    Link,
+    /// Host memory and processor.
+    Host,
+    /// Several at once.
+    Pipeline,
+}
+
+/// What was measured of a hop. Rates are in bytes per second.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Figure {
+    /// Median of the rounds.
+    pub bytes_per_second: f64,
+    /// The slowest round.
+    pub low: f64,
+    /// The fastest round.
+    pub high: f64,
+    /// How far slowest and fastest lie apart, as a part of the median.
+    pub spread: f64,
+    /// Rounds.
+    pub rounds: usize,
+    /// Bytes moved in all rounds.
+    pub bytes: u64,
+    /// Median time of a block or piece from submission to completion, in microseconds.
+    pub p50_us: f64,
+    /// Its 99th percentile.
+    pub p99_us: f64,
+    /// Parameters updated per second, where a hop updates any.
+    pub params_per_second: Option<f64>,
+}
+
+impl Figure {
+    /// Of some rounds; none if nothing was moved.
+    pub fn of(rounds: &[Round]) -> Option<Self> {
+        let rates = Rates::of(rounds, |round| round.bytes)?;
+        let micros = |part| percentile(rounds, part).map_or(0.0, |nanos| as_f64(nanos) / 1e3);
+        Some(Self {
+            bytes_per_second: rates.median,
+            low: rates.low,
+            high: rates.high,
+            spread: (rates.high - rates.low) / rates.median,
+            rounds: rounds.len(),
+            bytes: rounds.iter().map(|round| round.bytes).sum(),
+            p50_us: micros(0.5),
+            p99_us: micros(0.99),
+            params_per_second: Rates::of(rounds, |round| round.params).map(|rates| rates.median),
+        })
+    }
+}
+
+/// What a hop cannot be faster than.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Limit {
+    /// What sets it: a hop of this report, `fio`, or the link's line rate.
+    pub by: String,
+    /// In the hop's own bytes per second.
+    pub bytes_per_second: f64,
+    /// The hop's rate as a part of it.
+    pub fraction: f64,
+}
+
+/// One hop or pipeline.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Hop {
+    /// Its name.
+    pub name: String,
+    /// A path, `striped`, a device, or a number of threads.
+    pub place: String,
+    /// What it exercises.
+    pub group: Group,
+    /// What was measured.
+    pub figure: Option<Figure>,
+    /// Why nothing was measured.
+    pub skipped: Option<String>,
+    /// Bytes of one block or piece.
+    pub block: Option<u64>,
+    /// Blocks or pieces in flight.
+    pub depth: Option<u64>,
+    /// The I/O engine.
+    pub engine: Option<String>,
+    /// Whether around the page cache.
+    pub direct: Option<bool>,
+    /// Its limit, if one is known.
+    pub limit: Option<Limit>,
+    /// The equivalent fio command.
+    pub fio: Option<String>,
+    /// fio's bytes per second, run beside it.
+    pub fio_bytes_per_second: Option<f64>,
+}
+
+impl Hop {
+    /// Its rate, or 0.
+    pub fn rate(&self) -> f64 {
+        self.figure.as_ref().map_or(0.0, |figure| figure.bytes_per_second)
+    }
+
+    /// Sets the limit to `rate` by `by`, unless a lower one stands already or nothing was measured.
+    pub fn limited(&mut self, by: impl Into<String>, rate: f64) {
+        let Some(figure) = &self.figure else { return };
+        if rate > 0.0 && self.limit.as_ref().is_none_or(|limit| rate < limit.bytes_per_second) {
+            let fraction = figure.bytes_per_second / rate;
+            self.limit = Some(Limit { by: by.into(), bytes_per_second: rate, fraction });
+        }
+    }
+}
+
+/// A curve of a sweep.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Series {
+    /// What it is called, such as `depth 32`.
+    pub label: String,
+    /// x (a block in bytes, or threads) and bytes per second.
+    pub points: Vec<(u64, f64)>,
+}
+
+/// Curves with one meaning of x.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Sweep {
+    /// The hop.
+    pub name: String,
+    /// `block` or `threads`.
+    pub over: &'static str,
+    /// The curves.
+    pub series: Vec<Series>,
+}
+
+/// A part of a machine that a training step loads, and how long it needs for one parameter.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Load {
+    /// The hop that was measured.
+    pub hop: String,
+    /// Bytes per parameter and step.
+    pub bytes: u64,
+    /// Parameters per second that it can serve.
+    pub params_per_second: f64,
+}
+
+/// Everything.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// [`MARK`].
+    pub made_by: &'static str,
+    /// Version of this program.
+    pub version: &'static str,
+    /// When, in UTC.
+    pub date: String,
+    /// Where.
+    pub machine: Machine,
+    /// Hops and pipelines.
+    pub hops: Vec<Hop>,
+    /// Sweeps.
+    pub sweeps: Vec<Sweep>,
+    /// What binds training, slowest first: with states on NVMe.
+    pub with_nvme: Vec<Load>,
+    /// The same with states in host memory.
+    pub in_memory: Vec<Load>,
+    /// In words.
+    pub verdict: Vec<String>,
+    /// What the user should know besides.
+    pub notes: Vec<String>,
+}
+
+impl Report {
+    /// The hop of a name over all paths, or the only one.
+    pub fn hop(&self, name: &str) -> Option<&Hop> {
+        find(&self.hops, name)
+    }
+}
+
+/// The hop of a name that was measured; with several the last, which is the one over all paths, or from pinned memory.
+pub fn find<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
+    hops.iter().rev().find(|hop| hop.name == name && hop.figure.is_some())
+}

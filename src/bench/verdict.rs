@@ -1,0 +1,264 @@
+//! What the figures mean: the limit of each hop, and what binds training on this machine.
+
+use crate::{
+    bench::{
+        Options,
+        memory::{ADAMW_TRAFFIC, STATE_BYTES},
+        pipeline::{DOWN_BYTES, UP_BYTES},
+        report::{Hop, Load, Sweep, find},
+        stats::as_f64,
+    },
+    doctor::machine::Machine,
+    policy::format_size,
+    units::ByteCount,
+};
+
+/// Bytes per parameter of `train_traffic` as it counts them.
+const TRAFFIC: u64 = 2 * STATE_BYTES + UP_BYTES + DOWN_BYTES;
+
+/// Sets the limit of every hop that has one.
+pub(super) fn set_limits(hops: &mut [Hop], machine: &Machine) {
+    let (with_nvme, _) = loads(hops);
+    let rate = |name: &str| find(hops, name).map_or(0.0, Hop::rate);
+    let known = [
+        ("nvme_to_device", vec![("nvme_read", rate("nvme_read")), ("host_to_device", rate("host_to_device"))]),
+        ("device_to_nvme", vec![("nvme_write", rate("nvme_write")), ("device_to_host", rate("device_to_host"))]),
+        ("adamw_cpu", vec![("host_memory", rate("host_memory"))]),
+    ];
+    for (name, limits) in known {
+        for (by, rate) in limits {
+            hops.iter_mut().filter(|hop| hop.name == name).for_each(|hop| hop.limited(by, rate));
+        }
+    }
+    for load in &with_nvme {
+        let per_second = load.params_per_second;
+        for hop in hops.iter_mut() {
+            match hop.name.as_str() {
+                "train_traffic" => hop.limited(load.hop.as_str(), per_second * as_f64(TRAFFIC)),
+                "adamw_nvme" if ["nvme_read_write", "adamw_cpu"].contains(&load.hop.as_str()) => {
+                    hop.limited(load.hop.as_str(), per_second * as_f64(2 * STATE_BYTES));
+                }
+                _ => {}
+            }
+        }
+    }
+    for hop in hops {
+        if let Some(fio) = hop.fio_bytes_per_second {
+            hop.limited("fio", fio);
+        }
+        if let Some(line) = machine.link_line_rate {
+            match hop.name.as_str() {
+                "host_to_device" | "device_to_host" => hop.limited("PCIe line rate", as_f64(line)),
+                "bidirectional" => hop.limited("PCIe line rate", 2.0 * as_f64(line)),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What a step loads, slowest first: with states on NVMe, and with states in host memory.
+pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
+    // On the host device a copy is made by the processor: a byte is read, its place is read, and it is written.
+    let on_host = find(hops, "host_to_device").is_some_and(|hop| hop.place.starts_with("host"));
+    let copies = (UP_BYTES + DOWN_BYTES) * if on_host { 3 } else { 1 };
+    let load = |hop: &str, bytes: u64| {
+        let rate = find(hops, hop)?.rate();
+        Some(Load { hop: hop.to_owned(), bytes, params_per_second: rate / as_f64(bytes) })
+    };
+    let of = |nvme: bool| {
+        let disk = if nvme { 2 * STATE_BYTES } else { 0 };
+        let mut loads: Vec<Load> = [
+            load("host_to_device", UP_BYTES),
+            load("device_to_host", DOWN_BYTES),
+            load("adamw_cpu", ADAMW_TRAFFIC),
+            load("host_memory", ADAMW_TRAFFIC + copies + disk),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if nvme {
+            loads.extend(load("nvme_read_write", disk));
+        }
+        loads.sort_by(|a, b| a.params_per_second.total_cmp(&b.params_per_second));
+        loads
+    };
+    let with_nvme = if find(hops, "nvme_read_write").is_some() { of(true) } else { Vec::new() };
+    (with_nvme, of(false))
+}
+
+/// The verdict in words, for a person.
+pub(super) fn sentences(
+    hops: &[Hop],
+    sweeps: &[Sweep],
+    with_nvme: &[Load],
+    in_memory: &[Load],
+    options: &Options,
+) -> Vec<String> {
+    let mut out = Vec::new();
+    if let Some(load) = with_nvme.first() {
+        let rate = find(hops, &load.hop).map_or(0.0, Hop::rate);
+        let mut text = format!(
+            "With AdamW's states on NVMe, training here is bound by {} ({:.2} GB/s): {} bytes per parameter and step \
+             allow {} parameters per second, so a step of 1e9 parameters takes at least {:.1} s.",
+            load.hop,
+            rate / 1e9,
+            load.bytes,
+            millions(load.params_per_second),
+            1e9 / load.params_per_second,
+        );
+        if let Some(limit) = find(hops, "train_traffic").and_then(|hop| hop.limit.as_ref()) {
+            text += &format!(" All hops at once reached {:.0} % of that.", limit.fraction * 100.0);
+        }
+        out.push(text);
+    }
+    if let Some(load) = in_memory.first() {
+        out.push(format!(
+            "With the states in host memory it is bound by {}: {} parameters per second, {:.2} s for 1e9, unless the \
+             device computes longer than that.",
+            load.hop,
+            millions(load.params_per_second),
+            1e9 / load.params_per_second,
+        ));
+    }
+    out.extend(better_settings(hops, sweeps, options));
+    out
+}
+
+fn millions(rate: f64) -> String {
+    if rate >= 1e9 { format!("{:.2}e9", rate / 1e9) } else { format!("{:.0}e6", rate / 1e6) }
+}
+
+/// The block and depth of the sweep that read and write fastest together, if that is more than noise.
+fn better_settings(hops: &[Hop], sweeps: &[Sweep], options: &Options) -> Option<String> {
+    let sweep = |name: &str| sweeps.iter().find(|sweep| sweep.name == name);
+    let (reads, writes) = (sweep("nvme_read")?, sweep("nvme_write")?);
+    let mut best: Option<(&str, u64, f64, f64)> = None;
+    for (read, write) in reads.series.iter().zip(&writes.series) {
+        for (&(block, r), &(_, w)) in read.points.iter().zip(&write.points) {
+            // A step reads as much as it writes: the harmonic mean is what counts.
+            let mean = |r: f64, w: f64| 2.0 / (1.0 / r + 1.0 / w);
+            if r > 0.0 && w > 0.0 && best.is_none_or(|(_, _, r0, w0)| mean(r, w) > mean(r0, w0)) {
+                best = Some((&read.label, block, r, w));
+            }
+        }
+    }
+    let (label, block, r, w) = best?;
+    let (read, write) = (find(hops, "nvme_read")?, find(hops, "nvme_write")?);
+    let noise = |hop: &Hop| hop.figure.as_ref().map_or(0.0, |figure| figure.spread).max(0.05);
+    if r < read.rate() * (1.0 + noise(read)) && w < write.rate() * (1.0 + noise(write)) {
+        return Some(format!(
+            "No other block or depth of the sweep is faster beyond the noise than {} and {}: leave [nvme] as it is.",
+            format_size(options.block),
+            options.depth
+        ));
+    }
+    let depth = label.trim_start_matches("depth ");
+    let block = format_size(ByteCount(block));
+    Some(format!(
+        "Fastest in the sweep: {block} at depth {depth}, {:.2} GB/s read and {:.2} written (not {:.2} and {:.2}). In the \
+         policy: [nvme] block = \"{block}\", queue_depth = {depth}.",
+        r / 1e9,
+        w / 1e9,
+        read.rate() / 1e9,
+        write.rate() / 1e9,
+    ))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::bench::report::{Figure, Group};
+
+    pub(in crate::bench) fn hop(name: &str, rate: f64) -> Hop {
+        let figure = Figure {
+            bytes_per_second: rate,
+            low: rate,
+            high: rate,
+            spread: 0.0,
+            rounds: 1,
+            bytes: 1,
+            p50_us: 1.0,
+            p99_us: 2.0,
+            params_per_second: None,
+        };
+        Hop {
+            name: name.to_owned(),
+            place: "cuda:0, pinned".to_owned(),
+            group: Group::Nvme,
+            figure: Some(figure),
+            skipped: None,
+            block: Some(1 << 20),
+            depth: Some(32),
+            engine: None,
+            direct: None,
+            limit: None,
+            fio: None,
+            fio_bytes_per_second: None,
+        }
+    }
+
+    fn machine() -> Machine {
+        Machine {
+            host: "test".to_owned(),
+            cpu: "CPU".to_owned(),
+            cpus: 2,
+            memory: 1,
+            available: 1,
+            cache: 1,
+            kernel: "6".to_owned(),
+            device: "GPU".to_owned(),
+            link_line_rate: Some(63_000_000_000),
+        }
+    }
+
+    fn all() -> Vec<Hop> {
+        [
+            ("nvme_read", 7e9),
+            ("nvme_read_write", 6e9),
+            ("host_to_device", 55e9),
+            ("device_to_host", 50e9),
+            ("host_memory", 104e9),
+            ("adamw_cpu", 78e9),
+            ("nvme_to_device", 6.3e9),
+            ("train_traffic", 7.02e9),
+        ]
+        .map(|(name, rate)| hop(name, rate))
+        .into()
+    }
+
+    #[test]
+    fn a_pipeline_is_limited_by_its_slowest_hop() {
+        let mut hops = all();
+        set_limits(&mut hops, &machine());
+        let limit = |name: &str| find(&hops, name).and_then(|hop| hop.limit.clone()).expect("a limit");
+        let relay = limit("nvme_to_device");
+        assert_eq!((relay.by.as_str(), relay.bytes_per_second), ("nvme_read", 7e9));
+        assert!((relay.fraction - 0.9).abs() < 1e-9);
+        let traffic = limit("train_traffic");
+        assert_eq!(traffic.by, "nvme_read_write");
+        assert!((traffic.fraction - 0.9).abs() < 1e-9, "{}", traffic.fraction);
+        assert_eq!(limit("host_to_device").by, "PCIe line rate");
+        assert_eq!(limit("adamw_cpu").fraction, 0.75);
+        assert_eq!(find(&hops, "nvme_read").and_then(|hop| hop.limit.clone()), None);
+    }
+
+    #[test]
+    fn the_verdict_names_what_binds() {
+        let hops = all();
+        let (with_nvme, in_memory) = loads(&hops);
+        assert_eq!(with_nvme[0].hop, "nvme_read_write");
+        assert_eq!(with_nvme[0].params_per_second, 3e8);
+        // 78 GB/s at 26 bytes, and 104 GB/s at 32: the processor is slower.
+        assert_eq!(in_memory[0].hop, "adamw_cpu");
+        let said = sentences(&hops, &[], &with_nvme, &in_memory, &Options::new(Vec::new(), true));
+        assert!(said[0].contains("bound by nvme_read_write (6.00 GB/s)") && said[0].contains("300e6"), "{said:?}");
+        assert!(said[1].contains("bound by adamw_cpu") && said[1].contains("3.00e9"), "{said:?}");
+    }
+
+    #[test]
+    fn nothing_is_said_about_disks_that_were_not_measured() {
+        let hops: Vec<Hop> = all().into_iter().filter(|hop| !hop.name.starts_with("nvme")).collect();
+        let (with_nvme, in_memory) = loads(&hops);
+        assert!(with_nvme.is_empty() && !in_memory.is_empty());
+    }
+}

@@ -1,0 +1,388 @@
+//! The command line, for the program and for the wheel's `funicular` alike: arguments in, an exit code out.
+//!
+//! What subcommands say is made in the layers below; printing is done here only.
+#![expect(clippy::print_stderr, reason = "the command line talks to a person")]
+
+use std::{
+    ffi::OsString,
+    io::{IsTerminal, Write, stderr, stdout},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    bench::{self, Interrupt, Outputs, Progress},
+    device::DeviceChoice,
+    doctor,
+    error::{Code, Error, Result},
+    io::EngineChoice,
+    policy::{
+        cli::{self as policy_cli, Output, Overlay},
+        import::Hints,
+        parse_size,
+        profile::Profile,
+    },
+    units::ByteCount,
+};
+
+/// Exit code of a run that was interrupted, as shells have it.
+const INTERRUPTED: i32 = 130;
+
+/// Train models larger than the GPU's memory.
+#[derive(Parser)]
+#[command(name = "funicular", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Measure what this machine can do: disks, links, memory, and all at once.
+    Bench(Box<BenchArguments>),
+    /// Look at this machine and say what is in the way. Exit code 0, 1 (warnings) or 2 (failures).
+    Doctor(DoctorArguments),
+    /// Check, show and import policy files.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Lock memory for the device until that is refused, and print how many bytes it was.
+    #[command(hide = true)]
+    PageLock {
+        #[arg(long, value_parser = device)]
+        device: DeviceChoice,
+        #[arg(long)]
+        up_to: u64,
+    },
+}
+
+#[derive(Args)]
+struct BenchArguments {
+    /// A directory on a drive to measure; may be repeated, one per drive. The working directory without one.
+    #[arg(long = "path", value_name = "DIR")]
+    paths: Vec<PathBuf>,
+    /// Leave out everything that needs a disk.
+    #[arg(long, conflicts_with = "paths")]
+    no_nvme: bool,
+    /// auto, host, cuda or cuda:N.
+    #[arg(long, default_value = "auto", value_parser = device)]
+    device: DeviceChoice,
+    /// auto, io_uring or threads.
+    #[arg(long, default_value = "auto", value_parser = engine)]
+    engine: EngineChoice,
+    /// Under 20 seconds instead of under two minutes: fewer and shorter rounds.
+    #[arg(long)]
+    quick: bool,
+    /// Run fio beside the NVMe hops, on the same files, with the same blocks and depth.
+    #[arg(long)]
+    check: bool,
+    /// Size of the file on each path; it is removed at the end, and on Ctrl-C.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    size: Option<ByteCount>,
+    /// Size of one read or write.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    block: Option<ByteCount>,
+    /// Reads and writes in flight per path.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    depth: Option<u32>,
+    /// Threads of AdamW and the triad.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    threads: Option<u32>,
+    /// Rounds per hop, of which the median is shown.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
+    /// Seconds for all rounds together.
+    #[arg(long, value_name = "S")]
+    seconds: Option<f64>,
+    /// Leave out the sweeps.
+    #[arg(long)]
+    no_sweep: bool,
+    /// Write the report as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write one row per hop and per point of a sweep.
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Write one self-contained page with curves and bars.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the rates for the planner, into FILE or funicular/profile.toml in your configuration folder.
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    save: Option<Option<PathBuf>>,
+}
+
+#[derive(Args)]
+struct DoctorArguments {
+    /// Directories that are to be paged to. The working directory without one.
+    #[arg(long = "path", value_name = "DIR")]
+    paths: Vec<PathBuf>,
+    /// auto, host, cuda or cuda:N.
+    #[arg(long, default_value = "auto", value_parser = device)]
+    device: DeviceChoice,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Write a seccomp profile for containers that allows io_uring, and do nothing else. It denies what Docker's own
+    /// profile is known for denying, and allows the rest: use it where you trust what runs in the container.
+    #[arg(long, value_name = "FILE")]
+    write_seccomp: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum PolicyCommand {
+    /// Read a policy as a run would: exit code 0 if a run would take it.
+    Check {
+        /// A TOML or JSON policy.
+        file: PathBuf,
+        #[command(flatten)]
+        sets: Sets,
+    },
+    /// Print the whole policy that results, every key written out.
+    Show {
+        /// A TOML or JSON policy; the defaults without one.
+        file: Option<PathBuf>,
+        #[command(flatten)]
+        sets: Sets,
+    },
+    /// Print the JSON Schema of policies.
+    Schema,
+    /// Turn a DeepSpeed, accelerate or Lightning configuration into a policy.
+    Import {
+        /// ds_config.json, accelerate's YAML, or Lightning's arguments (.py or JSON).
+        file: PathBuf,
+        /// The model's hidden size, for sizes that are "auto".
+        #[arg(long, value_name = "N")]
+        hidden_size: Option<u64>,
+    },
+}
+
+#[derive(Args)]
+struct Sets {
+    /// Set a key over the file and the environment; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl From<Sets> for Overlay {
+    fn from(sets: Sets) -> Self {
+        let utf8 = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        Self { env: std::env::vars_os().filter_map(utf8).collect(), sets: sets.sets }
+    }
+}
+
+fn device(text: &str) -> std::result::Result<DeviceChoice, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Ok(DeviceChoice::Auto),
+        None if text == "host" => Ok(DeviceChoice::Host),
+        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
+        Some(("cuda", ordinal)) => {
+            ordinal.parse().map(DeviceChoice::Cuda).map_err(|_| "cuda:N with a number N".to_owned())
+        }
+        _ => Err("one of auto, host, cuda, cuda:N".to_owned()),
+    }
+}
+
+fn engine(text: &str) -> std::result::Result<EngineChoice, String> {
+    match text {
+        "auto" => Ok(EngineChoice::Auto),
+        "io_uring" => Ok(EngineChoice::IoUring),
+        "threads" => Ok(EngineChoice::Threads),
+        _ => Err("one of auto, io_uring, threads".to_owned()),
+    }
+}
+
+fn size(text: &str) -> std::result::Result<ByteCount, String> {
+    parse_size(text).map_err(|e| e.to_string())
+}
+
+/// Runs the command line. `arguments` are those after the program's name; `relaunch` is the command that starts this
+/// program again, for probes in a child process: the program itself, or `[sys.executable, "-m", "funicular"]`.
+/// Returns the exit code.
+pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString]) -> i32 {
+    let named = std::iter::once(OsString::from("funicular")).chain(arguments);
+    let arguments = match Arguments::try_parse_from(named) {
+        Ok(arguments) => arguments,
+        Err(e) => {
+            // Help and version are no errors; clap knows where each belongs.
+            let code = e.exit_code();
+            return if e.print().is_ok() { code } else { 1 };
+        }
+    };
+    match arguments.command {
+        Command::Bench(arguments) => finish(bench(*arguments)),
+        Command::Doctor(arguments) => finish(examine(arguments, relaunch)),
+        Command::Policy(command) => said(&policy(command)),
+        Command::PageLock { device, up_to } => finish(
+            doctor::page_lock(device, ByteCount(up_to))
+                .and_then(|locked| print(&format!("{}\n", locked.0)).map(|()| 0)),
+        ),
+    }
+}
+
+fn policy(command: PolicyCommand) -> Output {
+    match command {
+        PolicyCommand::Check { file, sets } => policy_cli::check(&file, &sets.into()),
+        PolicyCommand::Show { file, sets } => policy_cli::show(file.as_deref(), &sets.into()),
+        PolicyCommand::Schema => policy_cli::schema(),
+        PolicyCommand::Import { file, hidden_size } => policy_cli::import(&file, Hints { hidden_size }),
+    }
+}
+
+fn said(output: &Output) -> i32 {
+    let told = stderr().write_all(output.err.as_bytes()).is_ok();
+    match print(&output.out) {
+        Ok(()) if told => output.code.into(),
+        _ => 1,
+    }
+}
+
+/// Prints; a reader that went away (`| head`) is no error.
+fn print(text: &str) -> Result<()> {
+    match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::new(Code::OutputFile, format!("the standard output: {e}.")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn finish(result: Result<i32>) -> i32 {
+    result.unwrap_or_else(|error| {
+        eprintln!("{error}");
+        if error.code() == Code::Interrupted { INTERRUPTED } else { 1 }
+    })
+}
+
+fn examine(arguments: DoctorArguments, relaunch: &[OsString]) -> Result<i32> {
+    if let Some(file) = arguments.write_seccomp {
+        let written = std::fs::OpenOptions::new().write(true).create_new(true).open(&file);
+        written.and_then(|mut open| open.write_all(doctor::SECCOMP.as_bytes())).map_err(|e| {
+            Error::new(Code::OutputFile, format!("{}: {e}.", file.display())).action("Name a file that does not exist.")
+        })?;
+        eprintln!("{0}: for docker run --security-opt seccomp={0}", file.display());
+        return Ok(0);
+    }
+    let paths = or_here(arguments.paths);
+    let options = doctor::Options { paths, device: arguments.device, relaunch: relaunch.to_vec() };
+    let checks = doctor::examine(&options);
+    print(&if arguments.json { doctor::json(&checks) } else { doctor::text(&checks) })?;
+    Ok(doctor::exit_code(&checks))
+}
+
+/// The paths, made absolute so that reports and profiles still mean something elsewhere; the working directory if none.
+fn or_here(paths: Vec<PathBuf>) -> Vec<PathBuf> {
+    let paths = if paths.is_empty() { vec![PathBuf::from(".")] } else { paths };
+    paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect()
+}
+
+fn bench(arguments: BenchArguments) -> Result<i32> {
+    let profile = match arguments.save {
+        None => None,
+        Some(Some(file)) => Some(file),
+        Some(None) => Some(Profile::default_path().ok_or_else(|| {
+            Error::new(Code::OutputFile, "--save: there is no home directory.").action("Name a file: --save FILE.")
+        })?),
+    };
+    let outputs = Outputs { json: arguments.json, csv: arguments.csv, html: arguments.html, profile };
+    outputs.check()?;
+    let paths = if arguments.no_nvme { Vec::new() } else { or_here(arguments.paths) };
+    let mut options = bench::Options::new(paths, arguments.quick);
+    options.device = arguments.device;
+    options.engine = arguments.engine;
+    options.check = arguments.check;
+    options.threads = arguments.threads;
+    options.file = arguments.size.unwrap_or(options.file);
+    options.block = arguments.block.unwrap_or(options.block);
+    options.depth = arguments.depth.unwrap_or(options.depth);
+    options.rounds = arguments.rounds.unwrap_or(options.rounds);
+    if let Some(seconds) = arguments.seconds {
+        options.time = Duration::try_from_secs_f64(seconds).map_err(|e| {
+            Error::new(Code::PolicyValue, format!("--seconds {seconds}: {e}.")).action("Give a number of seconds.")
+        })?;
+        // Sweeps become shorter with the rest.
+        options.point = options.point.min(options.time / 40);
+    }
+    if arguments.no_sweep {
+        options.point = Duration::ZERO;
+    }
+    let interrupt = interruptible()?;
+    let mut progress = OnStderr::new();
+    let report = bench::run(&options, &interrupt, &mut progress);
+    progress.clear();
+    let report = report?;
+    print(&bench::text(&report))?;
+    for file in outputs.write(&report)? {
+        eprintln!("written: {}", file.display());
+    }
+    Ok(0)
+}
+
+/// The first Ctrl-C (or SIGTERM) asks the benchmark to stop and clean up; the second ends the process at once.
+fn interruptible() -> Result<Interrupt> {
+    let interrupt = Interrupt::default();
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let flag = std::sync::Arc::clone(&interrupt.0);
+        let second =
+            signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED, std::sync::Arc::clone(&flag));
+        second.and_then(|_| signal_hook::flag::register(signal, flag)).map_err(|e| {
+            Error::new(Code::NoThread, format!("signal {signal} cannot be handled: {e}."))
+                .action("Run it from a shell.")
+        })?;
+    }
+    Ok(interrupt)
+}
+
+/// One line that is written over on a terminal; a line now and then elsewhere.
+struct OnStderr {
+    terminal: bool,
+    last: Option<Instant>,
+}
+
+impl OnStderr {
+    fn new() -> Self {
+        Self { terminal: stderr().is_terminal(), last: None }
+    }
+
+    fn clear(&self) {
+        if self.terminal {
+            let _ = write!(stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+impl Progress for OnStderr {
+    fn at(&mut self, done: f64, what: &str) {
+        let every = Duration::from_millis(if self.terminal { 50 } else { 5000 });
+        if self.last.is_some_and(|last| last.elapsed() < every) {
+            return;
+        }
+        self.last = Some(Instant::now());
+        // A terminal that went away is no reason to stop measuring.
+        let _ = if self.terminal {
+            write!(stderr(), "\r\x1b[K{:3.0} % {what}", done * 100.0)
+        } else {
+            writeln!(stderr(), "{:3.0} % {what}", done * 100.0)
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn words_are_read_strictly() {
+        assert_eq!(device("cuda:3"), Ok(DeviceChoice::Cuda(3)));
+        assert!(device("gpu").is_err() && device("cuda:x").is_err() && engine("aio").is_err());
+        assert_eq!(size("64MiB"), Ok(ByteCount::mib(64)));
+        assert!(size("64").is_err_and(|why| why.contains("64")));
+    }
+}

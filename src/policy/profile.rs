@@ -1,0 +1,130 @@
+//! What was measured on this machine, for the planner: `profile.toml`.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Code, Error, Result};
+
+/// Rates of a machine, in bytes per second; 0 where nothing was measured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profile {
+    /// Version of this file: 1.
+    pub version: u32,
+    /// When it was measured, in UTC.
+    pub measured: String,
+    /// On which machine.
+    pub host: String,
+    /// The device and its link.
+    pub device: DeviceRates,
+    /// Host memory and the processor.
+    pub memory: MemoryRates,
+    /// All paths together.
+    pub nvme: PathRates,
+    /// Each path.
+    #[serde(rename = "path")]
+    pub paths: Vec<PathRates>,
+}
+
+/// Rates of a device's link.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeviceRates {
+    /// The device's name, or `host`.
+    pub name: String,
+    /// From page-locked memory up.
+    pub host_to_device: f64,
+    /// Down to page-locked memory.
+    pub device_to_host: f64,
+    /// Both at once, together.
+    pub bidirectional: f64,
+}
+
+/// Rates of host memory.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemoryRates {
+    /// The triad, all traffic counted.
+    pub triad: f64,
+    /// Parameters per second of AdamW in bf16.
+    pub adamw_params: f64,
+    /// On so many threads.
+    pub threads: u32,
+}
+
+/// Rates of one path, or of all.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PathRates {
+    /// The directory; empty for all together.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub path: String,
+    /// Reads alone.
+    pub read: f64,
+    /// Writes alone.
+    pub write: f64,
+    /// Both at once, together.
+    pub read_write: f64,
+}
+
+impl Profile {
+    /// First line of the file.
+    pub const HEADER: &'static str = "# Measured by funicular bench --save; rates in bytes per second.";
+
+    /// Where it is kept: `funicular/profile.toml` in `$XDG_CONFIG_HOME`, or in `~/.config`. None without a home.
+    pub fn default_path() -> Option<PathBuf> {
+        let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let config = set("XDG_CONFIG_HOME").or_else(|| set("HOME").map(|home| home.join(".config")))?;
+        Some(config.join("funicular").join("profile.toml"))
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// `FN-E504` when the file cannot be read, `FN-E501` when it is no profile of this version.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            Error::new(Code::PolicyFile, format!("{}: {e}.", path.display()))
+                .errno(e.raw_os_error().unwrap_or(0))
+                .action("Measure with funicular bench --save.")
+        })?;
+        let wrong = |why: String| {
+            Error::new(Code::PolicySyntax, format!("{}: {why}.", path.display()))
+                .action("Measure again with funicular bench --save.")
+        };
+        let profile: Self = toml::from_str(&text).map_err(|e| wrong(e.message().to_owned()))?;
+        if profile.version == 1 { Ok(profile) } else { Err(wrong(format!("version {}, not 1", profile.version))) }
+    }
+
+    /// As text; [`Profile::read`] reads it back.
+    ///
+    /// # Errors
+    /// `FN-E503` for a number that TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String> {
+        let body = toml::to_string(self).map_err(|e| Error::new(Code::PolicyValue, format!("the profile: {e}.")))?;
+        Ok(format!("{}\n{body}", Self::HEADER))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_back_what_it_wrote_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("profile.toml");
+        let path = PathRates { path: "/nvme".to_owned(), read: 7.1e9, ..PathRates::default() };
+        let profile = Profile { version: 1, paths: vec![path.clone(), path], ..Profile::default() };
+        let text = profile.to_toml().expect("text");
+        assert!(text.starts_with(Profile::HEADER) && text.contains("[[path]]"), "{text}");
+        std::fs::write(&file, text).expect("writes");
+        assert_eq!(Profile::read(&file).expect("reads"), profile);
+        std::fs::write(&file, "version = 2").expect("writes");
+        assert_eq!(Profile::read(&file).expect_err("another version").code(), Code::PolicySyntax);
+        std::fs::write(&file, "version = 1\nspeed = 3").expect("writes");
+        assert_eq!(Profile::read(&file).expect_err("another key").code(), Code::PolicySyntax);
+        assert_eq!(Profile::read(&dir.path().join("none")).expect_err("missing").code(), Code::PolicyFile);
+    }
+}

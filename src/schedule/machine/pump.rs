@@ -1,0 +1,161 @@
+//! What the machine starts by itself after every event: updates, page-ins that somebody waits for, prefetches.
+
+use super::{Command, Frame, Machine, Update};
+use crate::units::UnitId;
+
+/// Updates handed to the runner at a time: one at work, one waiting, so that a demand can still overtake.
+const RUN_AHEAD: u32 = 2;
+
+impl Machine {
+    /// The units expected next, as far as one ring of frames reaches.
+    pub(super) fn foresee(&mut self) {
+        self.upcoming.clear();
+        let mut left = self.window_chunks;
+        let spans = &self.spans;
+        self.order.upcoming(
+            |u| {
+                let n = spans[u.index()].1;
+                let full = n > left;
+                left = left.saturating_sub(n);
+                full
+            },
+            &mut self.upcoming,
+        );
+    }
+
+    fn chunk_indices(&self, unit: UnitId) -> impl Iterator<Item = usize> + use<> {
+        let (first, n) = self.spans[unit.index()];
+        let ring = self.owners.len();
+        (0..n as usize).map(move |i| (first as usize + i) % ring)
+    }
+
+    /// Another unit that is held and owns one of this unit's frames.
+    pub(super) fn holder(&self, unit: UnitId) -> Option<UnitId> {
+        self.chunk_indices(unit).filter_map(|c| self.owners[c]).find(|&v| v != unit && self.units[v.index()].held)
+    }
+
+    pub(super) fn pump(&mut self, out: &mut Vec<Command>) {
+        self.pump_updates(out);
+        for i in 0..self.units.len() {
+            if self.units[i].wanted {
+                #[expect(clippy::cast_possible_truncation, reason = "units are numbered by u32")]
+                self.fill(UnitId(i as u32), out);
+            }
+        }
+        self.pump_prefetch(out);
+    }
+
+    fn pump_updates(&mut self, out: &mut Vec<Command>) {
+        while let Some(&unit) = self.queue.front() {
+            let s = &mut self.units[unit.index()];
+            let Update::Queued { next, ran } = s.update else {
+                unreachable!("a queued unit has an update");
+            };
+            if s.streamed {
+                // Chunks of the update before this one must have landed before they are read again.
+                if self.update_free == 0 || (next == 0 && s.writing > 0) {
+                    return;
+                }
+                self.update_free -= 1;
+                out.push(Command::ReadChunk(unit, next));
+            } else {
+                if self.running >= RUN_AHEAD {
+                    return;
+                }
+                self.running += 1;
+                out.push(Command::RunChunk(unit, next));
+            }
+            s.update = Update::Queued { next: next + 1, ran };
+            if next + 1 == s.chunks {
+                self.queue.pop_front();
+            }
+        }
+    }
+
+    fn pump_prefetch(&mut self, out: &mut Vec<Command>) {
+        for i in 0..self.upcoming.len() {
+            let unit = self.upcoming[i];
+            let s = &self.units[unit.index()];
+            if matches!(s.frame, Frame::Full | Frame::Claimed) {
+                continue;
+            }
+            let sooner = &self.upcoming[..i];
+            let blocked =
+                self.chunk_indices(unit).filter_map(|c| self.owners[c]).any(|v| v != unit && self.keeps(v, sooner));
+            if blocked || !self.fill(unit, out) {
+                return;
+            }
+            self.units[unit.index()].prefetched = true;
+        }
+    }
+
+    /// True if a prefetch must not take this unit's frames.
+    fn keeps(&self, unit: UnitId, sooner: &[UnitId]) -> bool {
+        let s = &self.units[unit.index()];
+        s.held || s.wanted || (matches!(s.frame, Frame::Full | Frame::Claimed) && sooner.contains(&unit))
+    }
+
+    /// Starts paging a unit in, evicting who is in the way; false if that must wait.
+    pub(super) fn fill(&mut self, unit: UnitId, out: &mut Vec<Command>) -> bool {
+        let s = &self.units[unit.index()];
+        if matches!(s.frame, Frame::Full | Frame::Claimed) {
+            return true;
+        }
+        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.holder(unit).is_some() {
+            return false;
+        }
+        if s.on_nvme && !s.reading {
+            if self.page_free == 0 {
+                return false;
+            }
+            self.page_free -= 1;
+            self.units[unit.index()].reading = true;
+            out.push(Command::ReadParams(unit));
+        }
+        self.claim(unit);
+        if !self.units[unit.index()].on_nvme {
+            self.copy_up(unit, out);
+        }
+        true
+    }
+
+    /// Makes the unit the owner of its chunks and remembers whose bytes it will overwrite.
+    fn claim(&mut self, unit: UnitId) {
+        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
+        replaced.push(unit);
+        for c in self.chunk_indices(unit) {
+            // The victim stays the owner of what is not taken, so that whoever comes next waits for it too.
+            let Some(v) = self.owners[c].filter(|&v| v != unit) else { continue };
+            let victim = &mut self.units[v.index()];
+            self.prefetches.wasted += u64::from(victim.prefetched);
+            victim.prefetched = false;
+            // Who never got to copy leaves what it had replaced to the next.
+            let inherited = std::mem::take(&mut victim.replaced);
+            replaced.extend_from_slice(&inherited);
+            victim.replaced = inherited;
+            victim.replaced.clear();
+            victim.frame = Frame::Absent;
+            if replaced.last() != Some(&v) {
+                replaced.push(v);
+            }
+        }
+        for c in self.chunk_indices(unit) {
+            self.owners[c] = Some(unit);
+        }
+        let s = &mut self.units[unit.index()];
+        s.replaced = replaced;
+        s.frame = Frame::Claimed;
+    }
+
+    pub(super) fn copy_up(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
+        replaced.sort_unstable();
+        replaced.dedup();
+        out.extend(replaced.iter().map(|&v| Command::WaitReleased(v)));
+        out.push(Command::CopyUp(unit));
+        replaced.clear();
+        let s = &mut self.units[unit.index()];
+        s.replaced = replaced;
+        s.frame = Frame::Full;
+    }
+}
