@@ -1,0 +1,142 @@
+//! The scheduler against a simulated device, disk and runner, under random models, budgets, programs and timings.
+//!
+//! Every chunk of the ring and every piece of a home holds a word that tells whose bytes they are and of which version;
+//! kernels run late and check what they read. A seed decides everything, timing included:
+//! `FUNICULAR_SIM_SEED=123 cargo test --test sim` replays one, `FUNICULAR_SIM_SEEDS=20000` runs that many.
+
+mod chance;
+mod model;
+mod streams;
+mod thread;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use chance::Chance;
+use model::Model;
+use thread::Thread;
+use world::World;
+
+/// More events than any program here needs.
+const TOO_MANY: u64 = 3_000_000;
+
+/// What one run came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Outcome {
+    trace: u64,
+    actions: u64,
+    openings: u64,
+    conflicts: u64,
+    forgotten: u64,
+    wasted: u64,
+    refused: u64,
+    nvme: bool,
+    failed: bool,
+}
+
+fn simulate(seed: u64) -> Outcome {
+    let mut chance = Chance::new(seed);
+    let model = Model::random(&mut chance);
+    let (refused, nvme) = (u64::from(model.refused), model.plan.nvme_bytes > 0);
+    let faulty = nvme && chance.percent(10);
+    let mut world = World::new(model, faulty);
+    let mut thread = Thread::new(&world, &mut chance);
+    let weights: [u64; 6] = std::array::from_fn(|_| chance.pick(&[1, 3, 10, 30]));
+    let thread_weight = chance.pick(&[1, 10, 30, 100]);
+    let mut enabled = Vec::new();
+    let mut tried_at = u64::MAX;
+    let mut actions = 0;
+    loop {
+        enabled.clear();
+        world.enabled(&weights, &mut enabled);
+        let thread_can = !thread.done() && (!thread.waiting() || tried_at != world.events || world.failed);
+        // A waiting thread looks now and then without a reason, too.
+        let thread_may = thread_can || (!thread.done() && !enabled.is_empty() && chance.percent(1));
+        let total = enabled.iter().map(|e| e.1).sum::<u64>() + if thread_may { thread_weight } else { 0 };
+        if total == 0 {
+            assert!(thread.done(), "deadlock: the thread waits in {}; {}", thread.describe(), world.machine.describe());
+            break;
+        }
+        actions += 1;
+        assert!(actions < TOO_MANY, "no progress: {}; {}", thread.describe(), world.machine.describe());
+        let mut at = chance.below(total);
+        match enabled.iter().find(|e| at < e.1 || { at -= e.1; false }) {
+            Some(&(actor, _)) => world.act(actor, &mut chance),
+            None => {
+                thread.act(&mut world, &mut chance);
+                tried_at = world.events;
+            }
+        }
+    }
+    if world.failed {
+        assert!((0..3).all(|s| world.device.idle(s)), "D3: a stream waits forever after a failure");
+    } else {
+        world.check_end();
+        let p = world.machine.prefetches();
+        assert_eq!(p.hits + p.late + p.demand, thread.openings, "every opening is counted once: {p:?}");
+    }
+    Outcome {
+        trace: world.trace,
+        actions,
+        openings: thread.openings,
+        conflicts: thread.conflicts,
+        forgotten: thread.forgotten,
+        wasted: world.machine.prefetches().wasted,
+        refused,
+        nvme,
+        failed: world.failed,
+    }
+}
+
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number: {v}")))
+}
+
+#[test]
+fn nothing_stale_torn_lost_or_stuck() {
+    let seeds = match (variable("FUNICULAR_SIM_SEED"), variable("FUNICULAR_SIM_SEEDS")) {
+        (Some(one), _) => one..one + 1,
+        (None, many) => 0..many.unwrap_or(600),
+    };
+    let all = seeds.end - seeds.start;
+    let keep_on = std::env::var_os("FUNICULAR_SIM_COUNT").is_some();
+    let mut failures = 0;
+    let mut sum = Outcome::default();
+    let (mut nvme, mut failed) = (0, 0);
+    for seed in seeds {
+        match catch_unwind(AssertUnwindSafe(|| simulate(seed))) {
+            Ok(o) => {
+                sum.actions += o.actions;
+                sum.openings += o.openings;
+                sum.conflicts += o.conflicts;
+                sum.forgotten += o.forgotten;
+                sum.refused += o.refused;
+                sum.wasted += o.wasted;
+                nvme += u64::from(o.nvme);
+                failed += u64::from(o.failed);
+            }
+            Err(_) if keep_on => failures += 1,
+            Err(cause) => {
+                report(&format!("replay with: FUNICULAR_SIM_SEED={seed} cargo test --test sim nothing_stale"));
+                std::panic::resume_unwind(cause);
+            }
+        }
+    }
+    report(&format!("{all} seeds, {nvme} with NVMe, {failed} with a fault: {sum:?}"));
+    assert_eq!(failures, 0, "{failures} of {all} seeds failed");
+    if all >= 600 {
+        assert!(nvme > all / 4 && failed > 0 && sum.conflicts > 0 && sum.forgotten > 0 && sum.refused > 0, "the dice are loaded");
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "tells how to replay a failure")]
+fn report(text: &str) {
+    eprintln!("{text}");
+}
+
+#[test]
+fn the_same_seed_takes_the_same_course() {
+    for seed in 0..20 {
+        assert_eq!(simulate(seed), simulate(seed), "seed {seed}");
+    }
+}

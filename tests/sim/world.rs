@@ -1,0 +1,490 @@
+//! Everything around the machine: disk, runner, reaper, slot pools. It carries out commands as `runtime::core` does, and
+//! checks at every command and event what the machine promises.
+
+use std::collections::VecDeque;
+
+use funicular::{
+    schedule::{Command, Machine, Opening, Phase},
+    units::UnitId,
+};
+
+use crate::{
+    chance::{Chance, mix},
+    model::Model,
+    streams::{COMPUTE, DOWN, Device, Gate, Op, TORN, UP},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Params,
+    ReadChunk(u32),
+    WriteChunk(u32),
+    /// The runtime's own reads and writes of parameters on NVMe, through its own slot.
+    Service { write: Option<u64> },
+}
+
+/// A request on the disk. Reads take a piece per step, so that a write beside them is seen.
+#[derive(Debug)]
+struct Io {
+    unit: UnitId,
+    purpose: Purpose,
+    step: usize,
+    seen: Vec<u64>,
+    slot: Slot,
+}
+
+/// An update slot's contents, where the kind lives on NVMe.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    param: Option<u64>,
+    state: Option<u64>,
+    update: u64,
+}
+
+#[derive(Debug)]
+struct Task {
+    unit: UnitId,
+    chunk: u32,
+    slot: Option<Slot>,
+    started: bool,
+}
+
+/// A submitted update: what it finds and what it leaves.
+#[derive(Clone, Debug, Default)]
+struct Job {
+    number: u64,
+    from: u64,
+    to: u64,
+    after: [Gate; 3],
+    ran: Vec<bool>,
+}
+
+/// What the runtime remembers of a unit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Gates {
+    pub(crate) release: Gate,
+    pub(crate) fill: Gate,
+    pub(crate) home: Gate,
+}
+
+/// Who may act next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Actor {
+    Stream(usize),
+    Disk,
+    Runner,
+    Reaper,
+}
+
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) model: Model,
+    pub(crate) machine: Machine,
+    pub(crate) device: Device,
+    pub(crate) gates: Vec<Gates>,
+    /// What each unit's parameters are in the order of the program.
+    pub(crate) content: Vec<u64>,
+    /// Which windows are open.
+    pub(crate) held: Vec<bool>,
+    /// Set once a command has failed: nothing more may be expected, and nothing may hang.
+    pub(crate) failed: bool,
+    /// Grows with every event.
+    pub(crate) events: u64,
+    /// A digest of all that happened.
+    pub(crate) trace: u64,
+    pub(crate) service_done: Option<Vec<u64>>,
+    commands: Vec<Command>,
+    states: Vec<Vec<u64>>,
+    jobs: Vec<Job>,
+    disk: Vec<Io>,
+    pages: Vec<Option<Vec<u64>>>,
+    page_free: u32,
+    update_free: u32,
+    parked: Vec<(UnitId, u32, Slot)>,
+    tasks: VecDeque<Task>,
+    landings: VecDeque<(Gate, UnitId)>,
+    reopening: Option<UnitId>,
+    faulty: bool,
+}
+
+/// The states after update number `n`.
+const fn state(n: u64) -> u64 {
+    mix(n, 77)
+}
+
+impl World {
+    pub(crate) fn new(model: Model, faulty: bool) -> Self {
+        let n = model.units();
+        let content: Vec<u64> = (0..n as u64).map(|u| mix(u, 3)).collect();
+        let pieces = |u: usize| model.chunks[u].max(1) as usize;
+        let params = (0..n).map(|u| vec![content[u]; pieces(u)]).collect();
+        Self {
+            machine: Machine::new(&model.plan, &model.chunks, model.window),
+            device: Device::new(&model, params),
+            gates: vec![Gates::default(); n],
+            content,
+            held: vec![false; n],
+            failed: false,
+            events: 0,
+            trace: 0,
+            service_done: None,
+            commands: Vec::new(),
+            states: (0..n).map(|u| vec![state(0); pieces(u)]).collect(),
+            jobs: vec![Job::default(); n],
+            disk: Vec::new(),
+            pages: vec![None; n],
+            page_free: model.plan.page_slots.0,
+            // One is the service's.
+            update_free: model.plan.update_slots.0.saturating_sub(1),
+            parked: Vec::new(),
+            tasks: VecDeque::new(),
+            landings: VecDeque::new(),
+            reopening: None,
+            faulty,
+            model,
+        }
+    }
+
+    fn note(&mut self, what: u64) {
+        self.trace = mix(self.trace, what);
+    }
+
+    /// Tells the machine of an event and carries out what it commands.
+    pub(crate) fn step<R>(&mut self, f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R) -> R {
+        let mut commands = std::mem::take(&mut self.commands);
+        let answer = f(&mut self.machine, &mut commands);
+        let mut next = 0;
+        while next < commands.len() {
+            self.perform(commands[next], &mut commands);
+            next += 1;
+        }
+        self.events += 1;
+        commands.clear();
+        self.commands = commands;
+        answer
+    }
+
+    fn perform(&mut self, command: Command, commands: &mut Vec<Command>) {
+        match command {
+            Command::WaitReleased(unit) => {
+                self.note(mix(1, u64::from(unit.0)));
+                assert!(!self.held[unit.index()] || self.reopening == Some(unit), "R3: {unit} is not released yet");
+                let gate = self.gates[unit.index()].release;
+                self.device.enqueue(UP, Op::Wait(gate));
+            }
+            Command::CopyUp(unit) => self.copy_up(unit),
+            Command::ReadParams(unit) => {
+                self.note(mix(3, u64::from(unit.0)));
+                assert!(self.model.params_on_nvme(unit), "{unit} has no parameters on NVMe");
+                assert!(self.page_free > 0, "R5: no page slot is free");
+                assert!(!self.model.places(unit).is_empty(), "a read of nothing");
+                self.page_free -= 1;
+                let twice = self.disk.iter().any(|io| io.unit == unit && io.purpose == Purpose::Params);
+                assert!(!twice && self.pages[unit.index()].is_none(), "R5: {unit} has a page slot already");
+                assert!(!self.writing(unit, None), "R4: {unit} is read while it is written");
+                self.submit(unit, Purpose::Params, Slot::default());
+            }
+            Command::DropSlot(unit) => {
+                self.note(mix(4, u64::from(unit.0)));
+                assert!(self.pages[unit.index()].take().is_some(), "R5: {unit} has no page slot to drop");
+                self.page_free += 1;
+            }
+            Command::ReadChunk(unit, chunk) => self.read_chunk(unit, chunk, commands),
+            Command::RunChunk(unit, chunk) => {
+                self.note(mix(6, u64::from(unit.0)));
+                let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
+                let slot = at.map(|i| self.parked.swap_remove(i).2);
+                assert_eq!(slot.is_some(), self.model.chunks[unit.index()] > 0, "R5: {unit}'s update and its slot");
+                self.tasks.push_back(Task { unit, chunk, slot, started: false });
+            }
+            Command::WriteChunk(unit, chunk) => {
+                self.note(mix(7, u64::from(unit.0)));
+                let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
+                let slot = self.parked.swap_remove(at.expect("R5: an updated chunk has its slot")).2;
+                let same = |io: &Io| io.unit == unit && io.purpose == Purpose::WriteChunk(chunk);
+                assert!(!self.disk.iter().any(same), "R4: two writes of one piece");
+                self.submit(unit, Purpose::WriteChunk(chunk), slot);
+            }
+        }
+    }
+
+    fn copy_up(&mut self, unit: UnitId) {
+        self.note(mix(2, u64::from(unit.0)));
+        let u = unit.index();
+        assert!(!self.held[u] || self.reopening == Some(unit), "R2: {unit} is held and its frames are overwritten");
+        for v in self.model.layout.ids().filter(|&v| v != unit && self.held[v.index()]) {
+            assert!(!self.model.plan.share_frames(unit, v), "R2: {v} is held and {unit} is copied over it");
+        }
+        let slot = self.pages[u].take();
+        assert!(slot.is_some() || !self.model.params_on_nvme(unit), "R5: {unit} has no bytes to page in");
+        assert!(!self.machine.update_pending(unit), "R4: {unit} is copied up before its update");
+        self.device.enqueue(UP, Op::Wait(self.gates[u].home));
+        let staged = slot.is_some();
+        self.device.enqueue(UP, Op::CopyUp(unit, slot));
+        self.gates[u].fill = self.device.record(UP);
+        if staged {
+            self.landings.push_back((self.gates[u].fill, unit));
+        }
+    }
+
+    fn read_chunk(&mut self, unit: UnitId, chunk: u32, commands: &mut Vec<Command>) {
+        self.note(mix(5, u64::from(unit.0)));
+        assert!(self.update_free > 0, "R5: no update slot is free");
+        self.update_free -= 1;
+        let number = self.jobs[unit.index()].number;
+        assert!(!self.writing(unit, Some(number)), "R4: {unit} is updated while its last update is being written");
+        let slot = Slot { update: number, ..Slot::default() };
+        // States that were never written are zero: there is nothing to read then.
+        let fresh = self.states[unit.index()][chunk as usize] == state(0) && !self.model.params_on_nvme(unit);
+        if fresh {
+            let state = self.model.states_on_nvme(unit).then_some(state(0));
+            self.parked.push((unit, chunk, Slot { state, ..slot }));
+            self.machine.chunk_read(unit, chunk, commands);
+        } else {
+            self.submit(unit, Purpose::ReadChunk(chunk), slot);
+        }
+    }
+
+    /// True while writes of the unit are on their way, other than those of update `except`.
+    fn writing(&self, unit: UnitId, except: Option<u64>) -> bool {
+        self.disk.iter().any(|io| {
+            io.unit == unit
+                && match io.purpose {
+                    Purpose::WriteChunk(_) => Some(io.slot.update) != except,
+                    Purpose::Service { write } => write.is_some(),
+                    _ => false,
+                }
+        })
+    }
+
+    fn submit(&mut self, unit: UnitId, purpose: Purpose, slot: Slot) {
+        self.disk.push(Io { unit, purpose, step: 0, seen: Vec::new(), slot });
+    }
+
+    /// Starts a read or a write of a unit's parameters by the runtime itself.
+    pub(crate) fn service(&mut self, unit: UnitId, write: Option<u64>) {
+        assert!(!self.machine.update_pending(unit), "S2: {unit} is being updated");
+        assert!(!self.writing(unit, None), "S2: {unit} is being written");
+        self.submit(unit, Purpose::Service { write }, Slot::default());
+    }
+
+    /// True while such a read or write is under way.
+    pub(crate) fn serving(&self) -> bool {
+        self.disk.iter().any(|io| matches!(io.purpose, Purpose::Service { .. }))
+    }
+
+    /// Opens a window as the runtime does.
+    pub(crate) fn open(&mut self, unit: UnitId, phase: Phase, first: bool) -> Opening {
+        self.reopening = Some(unit);
+        let answer = self.step(|m, out| m.open(unit, phase, first, out));
+        self.reopening = None;
+        let overlaps = |w: &Self, v: UnitId| v != unit && w.held[v.index()] && w.model.plan.share_frames(unit, v);
+        let holder = self.model.layout.ids().find(|&v| overlaps(self, v));
+        match answer {
+            Opening::Ready => {
+                assert!(holder.is_none(), "R1: {unit} and {holder:?} are open in the same frames");
+                self.held[unit.index()] = true;
+                self.device.enqueue(COMPUTE, Op::Wait(self.gates[unit.index()].fill));
+            }
+            Opening::Conflict => assert!(holder.is_some(), "{unit} is refused, but nothing is in its frames"),
+            Opening::Pending(_) => {}
+        }
+        answer
+    }
+
+    pub(crate) fn release(&mut self, unit: UnitId, poison: bool) {
+        let gate = self.device.record(COMPUTE);
+        self.gates[unit.index()].release = gate;
+        self.held[unit.index()] = false;
+        if poison {
+            self.device.enqueue(UP, Op::Wait(gate));
+            self.device.enqueue(UP, Op::Poison(unit));
+            self.machine.invalidate(unit);
+        }
+        self.step(|m, out| m.release(unit, out));
+    }
+
+    /// Submits an update; its kernels wait for what was enqueued before `after`.
+    pub(crate) fn update(&mut self, unit: UnitId, after: [Gate; 3]) {
+        let u = unit.index();
+        let number = self.jobs[u].number + 1;
+        let (from, to) = (self.content[u], mix(self.content[u], number));
+        assert!(self.jobs[u].ran.iter().all(|&r| r), "the update before is not over");
+        let ran = vec![false; self.model.chunks[u].max(1) as usize];
+        self.jobs[u] = Job { number, from, to, after, ran };
+        self.content[u] = to;
+        self.step(|m, out| m.submit(unit, out));
+    }
+
+    // ------------------------------------------------------------------------------------------------- who acts
+
+    /// Whoever can act now, with a weight each.
+    pub(crate) fn enabled(&self, weights: &[u64; 6], out: &mut Vec<(Actor, u64)>) {
+        for stream in [COMPUTE, UP, DOWN] {
+            if self.device.can_advance(stream) {
+                out.push((Actor::Stream(stream), weights[stream]));
+            }
+        }
+        if !self.disk.is_empty() {
+            out.push((Actor::Disk, weights[3]));
+        }
+        if !self.failed {
+            if let Some(task) = self.tasks.front()
+                && self.jobs[task.unit.index()].after.iter().all(|&g| self.device.passed(g))
+            {
+                out.push((Actor::Runner, weights[4]));
+            }
+            if self.landings.front().is_some_and(|(gate, _)| self.device.passed(*gate)) {
+                out.push((Actor::Reaper, weights[5]));
+            }
+        }
+    }
+
+    pub(crate) fn act(&mut self, actor: Actor, chance: &mut Chance) {
+        match actor {
+            Actor::Stream(stream) => {
+                self.note(mix(20, stream as u64));
+                self.device.advance(stream);
+                self.events += 1;
+            }
+            Actor::Disk => {
+                let at = chance.index(self.disk.len());
+                self.note(mix(21, at as u64));
+                if self.advance_disk(at) {
+                    let io = self.disk.swap_remove(at);
+                    self.failed |= self.faulty && chance.percent(2);
+                    self.events += 1;
+                    if !self.failed {
+                        self.completed(io);
+                    }
+                }
+            }
+            Actor::Runner => self.run(),
+            Actor::Reaper => {
+                let (_, unit) = self.landings.pop_front().expect("asked only if there is one");
+                self.page_free += 1;
+                assert!(self.page_free <= self.model.plan.page_slots.0, "R5: more page slots than there are");
+                self.step(|m, out| m.copied(unit, out));
+            }
+        }
+    }
+
+    /// One step of a request; true if it is over.
+    fn advance_disk(&mut self, at: usize) -> bool {
+        let io = &mut self.disk[at];
+        let u = io.unit.index();
+        let step = io.step;
+        io.step += 1;
+        match io.purpose {
+            Purpose::Params | Purpose::Service { write: None } => {
+                let pieces = &self.device.params[u];
+                io.seen.push(pieces[step]);
+                io.seen.len() == pieces.len()
+            }
+            Purpose::ReadChunk(chunk) => {
+                let c = chunk as usize;
+                if step == 0 {
+                    io.slot.param = self.model.params_on_nvme(io.unit).then_some(self.device.params[u][c]);
+                } else {
+                    io.slot.state = self.model.states_on_nvme(io.unit).then_some(self.states[u][c]);
+                }
+                step >= 1
+            }
+            Purpose::WriteChunk(chunk) => {
+                let c = chunk as usize;
+                if let Some(param) = io.slot.param {
+                    self.device.params[u][c] = if step == 0 { TORN } else { param };
+                }
+                if let Some(state) = io.slot.state {
+                    self.states[u][c] = if step == 0 { TORN } else { state };
+                }
+                step >= 1
+            }
+            Purpose::Service { write: Some(content) } => {
+                self.device.params[u].fill(if step == 0 { TORN } else { content });
+                step >= 1
+            }
+        }
+    }
+
+    fn completed(&mut self, io: Io) {
+        let Io { unit, purpose, seen, slot, .. } = io;
+        match purpose {
+            Purpose::Params => {
+                if self.machine.wants_params(unit) {
+                    let expected = self.content[unit.index()];
+                    let good = seen.iter().all(|&p| p == expected);
+                    assert!(good, "R4: {unit} was paged in as {seen:x?}, not {expected:x}");
+                }
+                self.pages[unit.index()] = Some(seen);
+                self.step(|m, out| m.params_read(unit, out));
+            }
+            Purpose::ReadChunk(chunk) => {
+                self.parked.push((unit, chunk, slot));
+                self.step(|m, out| m.chunk_read(unit, chunk, out));
+            }
+            Purpose::WriteChunk(chunk) => {
+                self.update_free += 1;
+                assert!(self.update_free < self.model.plan.update_slots.0, "R5: more update slots than there are");
+                self.step(|m, out| m.chunk_written(unit, chunk, out));
+            }
+            Purpose::Service { .. } => self.service_done = Some(seen),
+        }
+    }
+
+    /// The runner begins its first task, or ends it.
+    fn run(&mut self) {
+        self.events += 1;
+        let task = self.tasks.front_mut().expect("asked only if there is one");
+        let (u, c) = (task.unit.index(), task.chunk as usize);
+        let job = &mut self.jobs[u];
+        let (on_disk, states_on_disk) = (self.model.params_on_nvme(task.unit), self.model.states_on_nvme(task.unit));
+        let on_disk = on_disk && task.slot.is_some();
+        let param = if on_disk { task.slot.and_then(|s| s.param) } else { Some(self.device.params[u][c]) };
+        let moments = if states_on_disk { task.slot.and_then(|s| s.state) } else { Some(self.states[u][c]) };
+        if !task.started {
+            assert_eq!(param, Some(job.from), "R4: the update of {} finds other parameters", task.unit);
+            assert_eq!(moments, Some(state(job.number - 1)), "R4: the update of {} finds other states", task.unit);
+            assert!(!job.ran[c], "a piece of {} is updated twice", task.unit);
+            task.started = true;
+            if !on_disk {
+                self.device.params[u][c] = TORN;
+            }
+            return;
+        }
+        job.ran[c] = true;
+        let (to, after) = (job.to, state(job.number));
+        let mut task = self.tasks.pop_front().expect("there is one");
+        if on_disk {
+            task.slot.as_mut().expect("streamed").param = Some(to);
+        } else {
+            self.device.params[u][c] = to;
+        }
+        if states_on_disk {
+            task.slot.as_mut().expect("streamed").state = Some(after);
+        } else {
+            self.states[u][c] = after;
+        }
+        if let Some(slot) = task.slot {
+            self.parked.push((task.unit, task.chunk, slot));
+        }
+        self.step(|m, out| m.chunk_ran(task.unit, task.chunk, out));
+    }
+
+    /// At the end: everything is home, applied once and in order, and every slot is back.
+    pub(crate) fn check_end(&self) {
+        assert!(!self.machine.updating(), "an update was never run");
+        assert!([COMPUTE, UP, DOWN].iter().all(|&s| self.device.idle(s)), "a stream never ended");
+        assert!(self.tasks.is_empty() && self.parked.is_empty() && self.landings.is_empty(), "something was left over");
+        assert_eq!(self.page_free, self.model.plan.page_slots.0, "R5: a page slot is lost");
+        assert_eq!(self.update_free, self.model.plan.update_slots.0.saturating_sub(1), "R5: an update slot is lost");
+        for unit in self.model.layout.ids() {
+            let u = unit.index();
+            assert!(!self.machine.unsettled(unit) && !self.machine.reading(unit), "{unit} is not settled");
+            assert!(self.pages[u].is_none(), "R5: {unit} still has a page slot");
+            assert!(self.device.params[u].iter().all(|&p| p == self.content[u]), "{unit}'s parameters are not the last");
+            let last = state(self.jobs[u].number);
+            assert!(self.states[u].iter().all(|&s| s == last), "{unit}'s states are not those of its last update");
+        }
+    }
+}
