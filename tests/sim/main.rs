@@ -60,7 +60,12 @@ fn simulate(seed: u64) -> Outcome {
         actions += 1;
         assert!(actions < TOO_MANY, "no progress: {}; {}", thread.describe(), world.machine.describe());
         let mut at = chance.below(total);
-        match enabled.iter().find(|e| at < e.1 || { at -= e.1; false }) {
+        match enabled.iter().find(|e| {
+            at < e.1 || {
+                at -= e.1;
+                false
+            }
+        }) {
             Some(&(actor, _)) => world.act(actor, &mut chance),
             None => {
                 thread.act(&mut world, &mut chance);
@@ -125,7 +130,10 @@ fn nothing_stale_torn_lost_or_stuck() {
     report(&format!("{all} seeds, {nvme} with NVMe, {failed} with a fault: {sum:?}"));
     assert_eq!(failures, 0, "{failures} of {all} seeds failed");
     if all >= 600 {
-        assert!(nvme > all / 4 && failed > 0 && sum.conflicts > 0 && sum.forgotten > 0 && sum.refused > 0, "the dice are loaded");
+        assert!(
+            nvme > all / 4 && failed > 0 && sum.conflicts > 0 && sum.forgotten > 0 && sum.refused > 0,
+            "the dice are loaded"
+        );
     }
 }
 

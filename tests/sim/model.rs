@@ -104,7 +104,8 @@ impl Model {
                 if n > 0 && chance.percent(50) { n + chance.below(4) as u32 } else { n }
             })
             .collect();
-        let window = if chance.percent(70) { plan.ring_chunks } else { chance.below(u64::from(plan.ring_chunks) + 1) as u32 };
+        let window =
+            if chance.percent(70) { plan.ring_chunks } else { chance.below(u64::from(plan.ring_chunks) + 1) as u32 };
         Self { layout, plan, chunks, window, refused }
     }
 

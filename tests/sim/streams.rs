@@ -183,7 +183,8 @@ impl Device {
                 let places = &self.places[unit.index()];
                 if let Some(&first) = places.first() {
                     let cell = self.ring[first];
-                    let same = places.iter().all(|&c| self.ring[c].unit == unit.0 && self.ring[c].content == cell.content);
+                    let same =
+                        places.iter().all(|&c| self.ring[c].unit == unit.0 && self.ring[c].content == cell.content);
                     assert!(same, "R2: the frames of {unit} are not its own while they are written back");
                     self.params[unit.index()].fill(if step == 0 { TORN } else { cell.content });
                 }

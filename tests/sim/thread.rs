@@ -139,7 +139,11 @@ impl Thread {
         }
         let Some(&act) = self.todo.front() else {
             self.steps_left -= 1;
-            if self.steps_left == 0 { self.finish(world) } else { self.plan_step(world, chance) }
+            if self.steps_left == 0 {
+                self.finish(world)
+            } else {
+                self.plan_step(world, chance)
+            }
             return;
         };
         let first = !self.waited;
@@ -166,8 +170,7 @@ impl Thread {
     }
 
     fn plan_step(&mut self, world: &World, chance: &mut Chance) {
-        let order: Vec<UnitId> =
-            self.order.clone().into_iter().filter(|_| !chance.percent(self.style.skips)).collect();
+        let order: Vec<UnitId> = self.order.clone().into_iter().filter(|_| !chance.percent(self.style.skips)).collect();
         let eval = chance.percent(20);
         self.pass(order.iter().copied(), if eval { Phase::Eval } else { Phase::Forward }, chance);
         if eval {
@@ -249,7 +252,10 @@ impl Thread {
     fn expire(&mut self, world: &mut World, all: bool) {
         while let Some(at) = self.views.iter().position(|v| all || v.1 < self.acts) {
             let (unit, _) = self.views.swap_remove(at);
-            if !self.view_of(unit) && world.held[unit.index()] && !self.todo.iter().any(|a| matches!(a, Act::Use(u) | Act::Leave(u) if *u == unit)) {
+            if !self.view_of(unit)
+                && world.held[unit.index()]
+                && !self.todo.iter().any(|a| matches!(a, Act::Use(u) | Act::Leave(u) if *u == unit))
+            {
                 world.release(unit, self.style.poison);
             }
         }

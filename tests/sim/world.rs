@@ -20,7 +20,9 @@ enum Purpose {
     ReadChunk(u32),
     WriteChunk(u32),
     /// The runtime's own reads and writes of parameters on NVMe, through its own slot.
-    Service { write: Option<u64> },
+    Service {
+        write: Option<u64>,
+    },
 }
 
 /// A request on the disk. Reads take a piece per step, so that a write beside them is seen.
@@ -482,7 +484,10 @@ impl World {
             let u = unit.index();
             assert!(!self.machine.unsettled(unit) && !self.machine.reading(unit), "{unit} is not settled");
             assert!(self.pages[u].is_none(), "R5: {unit} still has a page slot");
-            assert!(self.device.params[u].iter().all(|&p| p == self.content[u]), "{unit}'s parameters are not the last");
+            assert!(
+                self.device.params[u].iter().all(|&p| p == self.content[u]),
+                "{unit}'s parameters are not the last"
+            );
             let last = state(self.jobs[u].number);
             assert!(self.states[u].iter().all(|&s| s == last), "{unit}'s states are not those of its last update");
         }
