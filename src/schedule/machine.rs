@@ -89,7 +89,6 @@ struct UnitState {
     chunks: u32,
     update: Update,
     writing: u32,
-    replaced: Vec<UnitId>,
 }
 
 /// Counts of how openings went.
@@ -113,6 +112,8 @@ pub struct Machine {
     units: Vec<UnitState>,
     spans: Vec<(u32, u32)>,
     owners: Vec<Option<UnitId>>,
+    /// Per chunk, whose bytes were copied in last.
+    copied: Vec<Option<UnitId>>,
     order: Order,
     upcoming: Vec<UnitId>,
     queue: VecDeque<UnitId>,
@@ -131,24 +132,25 @@ impl Machine {
             .homes
             .iter()
             .zip(chunks)
-            .map(|(home, &n)| UnitState {
+            .zip(&placement.spans)
+            .map(|((home, &n), span)| UnitState {
                 frame: Frame::Absent,
                 held: false,
                 wanted: false,
                 prefetched: false,
                 reading: false,
                 discard: false,
-                on_nvme: home.params == Tier::Nvme,
+                on_nvme: home.params == Tier::Nvme && span.chunks > 0,
                 streamed: n > 0,
                 chunks: n.max(1),
                 update: Update::None,
                 writing: 0,
-                replaced: Vec::with_capacity(16),
             })
             .collect::<Vec<_>>();
         Self {
             spans: placement.spans.iter().map(|s| (s.first_chunk, s.chunks)).collect(),
             owners: vec![None; placement.ring_chunks as usize],
+            copied: vec![None; placement.ring_chunks as usize],
             order: Order::default(),
             upcoming: Vec::with_capacity(units.len()),
             queue: VecDeque::with_capacity(units.len() + 1),
@@ -216,6 +218,12 @@ impl Machine {
     pub fn release(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.units[unit.index()].held = false;
         self.pump(out);
+    }
+
+    /// True while a window is open, or a view of the frames alive. Before such a unit is opened again its owner records a new
+    /// release for [`Command::WaitReleased`]: kernels may be reading older bytes through the view.
+    pub fn held(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].held
     }
 
     /// The caller of [`Machine::open`] gave up waiting.

@@ -76,7 +76,8 @@ impl Machine {
         for i in 0..self.upcoming.len() {
             let unit = self.upcoming[i];
             let s = &self.units[unit.index()];
-            if matches!(s.frame, Frame::Full | Frame::Claimed) {
+            // What is held and stale is filled when its holder asks: kernels may be reading the older bytes.
+            if s.held || matches!(s.frame, Frame::Full | Frame::Claimed) {
                 continue;
             }
             let sooner = &self.upcoming[..i];
@@ -119,43 +120,34 @@ impl Machine {
         true
     }
 
-    /// Makes the unit the owner of its chunks and remembers whose bytes it will overwrite.
+    /// Makes the unit the owner of its chunks.
     fn claim(&mut self, unit: UnitId) {
-        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
-        replaced.push(unit);
         for c in self.chunk_indices(unit) {
-            // The victim stays the owner of what is not taken, so that whoever comes next waits for it too.
-            let Some(v) = self.owners[c].filter(|&v| v != unit) else { continue };
-            let victim = &mut self.units[v.index()];
-            self.prefetches.wasted += u64::from(victim.prefetched);
-            victim.prefetched = false;
-            // Who never got to copy leaves what it had replaced to the next.
-            let inherited = std::mem::take(&mut victim.replaced);
-            replaced.extend_from_slice(&inherited);
-            victim.replaced = inherited;
-            victim.replaced.clear();
-            victim.frame = Frame::Absent;
-            if replaced.last() != Some(&v) {
-                replaced.push(v);
+            if let Some(v) = self.owners[c].replace(unit).filter(|&v| v != unit) {
+                let victim = &mut self.units[v.index()];
+                self.prefetches.wasted += u64::from(victim.prefetched);
+                victim.prefetched = false;
+                victim.frame = Frame::Absent;
             }
         }
-        for c in self.chunk_indices(unit) {
-            self.owners[c] = Some(unit);
-        }
-        let s = &mut self.units[unit.index()];
-        s.replaced = replaced;
-        s.frame = Frame::Claimed;
+        self.units[unit.index()].frame = Frame::Claimed;
     }
 
+    /// Commands the copy, after the windows of all whose bytes it overwrites.
     pub(super) fn copy_up(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
-        replaced.sort_unstable();
-        replaced.dedup();
-        out.extend(replaced.iter().map(|&v| Command::WaitReleased(v)));
-        out.push(Command::CopyUp(unit));
-        replaced.clear();
-        let s = &mut self.units[unit.index()];
-        s.replaced = replaced;
-        s.frame = Frame::Full;
+        self.units[unit.index()].frame = Frame::Full;
+        let first = out.len();
+        for c in self.chunk_indices(unit) {
+            // Whoever was copied in before that was waited for by that copy, on the same stream.
+            if let Some(v) = self.copied[c].replace(unit) {
+                let wait = Command::WaitReleased(v);
+                if !out[first..].contains(&wait) {
+                    out.push(wait);
+                }
+            }
+        }
+        if self.spans[unit.index()].1 > 0 {
+            out.push(Command::CopyUp(unit));
+        }
     }
 }
