@@ -7,6 +7,8 @@
 //! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once.
 
 mod pump;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
@@ -257,7 +259,8 @@ impl Machine {
         }
         self.units[unit.index()].update = Update::Queued { next: 0, ran: 0 };
         self.queue.push_back(unit);
-        self.pump(out);
+        // Nothing else: what is expected next may be submitted next.
+        self.pump_updates(out);
     }
 
     /// Puts a unit's update before all others; someone waits for it.

@@ -34,6 +34,15 @@ impl Machine {
         self.chunk_indices(unit).filter_map(|c| self.owners[c]).find(|&v| v != unit && self.units[v.index()].held)
     }
 
+    /// True if others hold frames of this unit, or wait for what is being paged into them: two who wait must not take each
+    /// other's frames for ever.
+    fn taken(&self, unit: UnitId) -> bool {
+        self.chunk_indices(unit).filter_map(|c| self.owners[c]).any(|v| {
+            let s = &self.units[v.index()];
+            v != unit && (s.held || (s.wanted && matches!(s.frame, Frame::Full | Frame::Claimed)))
+        })
+    }
+
     pub(super) fn pump(&mut self, out: &mut Vec<Command>) {
         self.pump_updates(out);
         for i in 0..self.units.len() {
@@ -45,7 +54,7 @@ impl Machine {
         self.pump_prefetch(out);
     }
 
-    fn pump_updates(&mut self, out: &mut Vec<Command>) {
+    pub(super) fn pump_updates(&mut self, out: &mut Vec<Command>) {
         while let Some(&unit) = self.queue.front() {
             let s = &mut self.units[unit.index()];
             let Update::Queued { next, ran } = s.update else {
@@ -102,7 +111,7 @@ impl Machine {
         if matches!(s.frame, Frame::Full | Frame::Claimed) {
             return true;
         }
-        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.holder(unit).is_some() {
+        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit) {
             return false;
         }
         if s.on_nvme && !s.reading {
