@@ -19,7 +19,6 @@ const UNSAFE_LAYERS: &[&str] = &["memory", "io", "device", "optim", "runtime", "
 const UNTESTED: &[(Code, &str)] = &[
     (Code::Cuda, "needs a failing driver"),
     (Code::Stale, "a broken invariant of the project itself"),
-    (Code::Interrupted, "Python's own exception, KeyboardInterrupt, takes its place"),
     (Code::NoThread, "needs a limit on threads, which the machine's user may not have"),
 ];
 
