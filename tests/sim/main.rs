@@ -101,7 +101,7 @@ fn variable(name: &str) -> Option<u64> {
 fn nothing_stale_torn_lost_or_stuck() {
     let seeds = match (variable("FUNICULAR_SIM_SEED"), variable("FUNICULAR_SIM_SEEDS")) {
         (Some(one), _) => one..one + 1,
-        (None, many) => 0..many.unwrap_or(600),
+        (None, many) => 0..many.unwrap_or(5000),
     };
     let all = seeds.end - seeds.start;
     let keep_on = std::env::var_os("FUNICULAR_SIM_COUNT").is_some();
@@ -132,7 +132,7 @@ fn nothing_stale_torn_lost_or_stuck() {
     }
     report(&format!("{all} seeds, {nvme} with NVMe, {failed} with a fault: {sum:?}"));
     assert_eq!(failures, 0, "{failures} of {all} seeds failed");
-    if all >= 600 {
+    if all >= 1000 {
         assert!(
             nvme > all / 4 && failed > 0 && sum.conflicts > 0 && sum.forgotten > 0 && sum.refused > 0,
             "the dice are loaded"
