@@ -95,7 +95,7 @@ impl Thread {
             poison: chance.percent(15),
             views: chance.pick(&[0, 0, 10, 30]),
             skips: chance.pick(&[0, 0, 5, 30]),
-            edits: chance.pick(&[0, 0, 5]),
+            edits: chance.pick(&[0, 5, 15]),
             interrupts: chance.pick(&[0, 0, 2]),
             nested: chance.pick(&[0, 0, 10]),
         };
@@ -212,7 +212,10 @@ impl Thread {
                 self.todo.extend([Act::Use(unit), Act::Leave(unit)]);
             }
             if chance.percent(self.style.edits) {
-                let stray = self.order[chance.index(self.order.len())];
+                // Most often of what comes next: it may be on its way just now.
+                let at = self.order.iter().position(|&v| v == unit).unwrap_or(0);
+                let next = if chance.percent(60) { at + 1 + chance.index(2) } else { chance.index(self.order.len()) };
+                let stray = self.order[next % self.order.len()];
                 self.todo.push_back(if chance.percent(50) { Act::ReadHome(stray) } else { Act::EditHome(stray) });
             }
             if chance.percent(3) {
