@@ -7,6 +7,8 @@
 //! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once.
 
 mod pump;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
@@ -89,7 +91,6 @@ struct UnitState {
     chunks: u32,
     update: Update,
     writing: u32,
-    replaced: Vec<UnitId>,
 }
 
 /// Counts of how openings went.
@@ -113,6 +114,8 @@ pub struct Machine {
     units: Vec<UnitState>,
     spans: Vec<(u32, u32)>,
     owners: Vec<Option<UnitId>>,
+    /// Per chunk, whose bytes were copied in last.
+    copied: Vec<Option<UnitId>>,
     order: Order,
     upcoming: Vec<UnitId>,
     queue: VecDeque<UnitId>,
@@ -131,24 +134,25 @@ impl Machine {
             .homes
             .iter()
             .zip(chunks)
-            .map(|(home, &n)| UnitState {
+            .zip(&placement.spans)
+            .map(|((home, &n), span)| UnitState {
                 frame: Frame::Absent,
                 held: false,
                 wanted: false,
                 prefetched: false,
                 reading: false,
                 discard: false,
-                on_nvme: home.params == Tier::Nvme,
+                on_nvme: home.params == Tier::Nvme && span.chunks > 0,
                 streamed: n > 0,
                 chunks: n.max(1),
                 update: Update::None,
                 writing: 0,
-                replaced: Vec::with_capacity(16),
             })
             .collect::<Vec<_>>();
         Self {
             spans: placement.spans.iter().map(|s| (s.first_chunk, s.chunks)).collect(),
             owners: vec![None; placement.ring_chunks as usize],
+            copied: vec![None; placement.ring_chunks as usize],
             order: Order::default(),
             upcoming: Vec::with_capacity(units.len()),
             queue: VecDeque::with_capacity(units.len() + 1),
@@ -218,6 +222,12 @@ impl Machine {
         self.pump(out);
     }
 
+    /// True while a window is open, or a view of the frames alive. Before such a unit is opened again its owner records a new
+    /// release for [`Command::WaitReleased`]: kernels may be reading older bytes through the view.
+    pub fn held(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].held
+    }
+
     /// The caller of [`Machine::open`] gave up waiting.
     pub fn forget(&mut self, unit: UnitId) {
         self.units[unit.index()].wanted = false;
@@ -249,7 +259,8 @@ impl Machine {
         }
         self.units[unit.index()].update = Update::Queued { next: 0, ran: 0 };
         self.queue.push_back(unit);
-        self.pump(out);
+        // Nothing else: what is expected next may be submitted next.
+        self.pump_updates(out);
     }
 
     /// Puts a unit's update before all others; someone waits for it.

@@ -120,7 +120,10 @@ fn nothing_stale_torn_lost_or_stuck() {
                 nvme += u64::from(o.nvme);
                 failed += u64::from(o.failed);
             }
-            Err(_) if keep_on => failures += 1,
+            Err(_) if keep_on => {
+                failures += 1;
+                report(&format!("seed {seed}"));
+            }
             Err(cause) => {
                 report(&format!("replay with: FUNICULAR_SIM_SEED={seed} cargo test --test sim nothing_stale"));
                 std::panic::resume_unwind(cause);

@@ -33,7 +33,7 @@ enum Act {
     SettleDisk(UnitId),
     SettleAll,
     /// Overwrite the parameters on NVMe: begin, wait for a read under way, write, end.
-    BeginWrite(UnitId, u64),
+    BeginWrite(UnitId, Option<u64>),
     AwaitRead(UnitId, u64),
     EndWrite(UnitId),
     AwaitService(UnitId, Option<u64>),
@@ -149,6 +149,7 @@ impl Thread {
         let first = !self.waited;
         if first {
             self.acts += 1;
+            world.tell(&act);
         }
         self.waited = false;
         self.expire(world, false);
@@ -329,8 +330,13 @@ impl Thread {
             self.openings += 1;
             self.close_neighbours(unit, world);
         } else if chance.percent(self.style.interrupts) {
-            world.machine.forget(unit);
+            world.forget(unit);
             self.forgotten += 1;
+            // An interrupted program gives up what it held of it.
+            self.views.retain(|v| v.0 != unit);
+            if world.held[unit.index()] {
+                world.release(unit, self.style.poison);
+            }
             return self.then(&[]);
         }
         match world.open(unit, phase, first) {
@@ -371,10 +377,10 @@ impl Thread {
                 if world.machine.update_pending(unit) {
                     return self.then(&[Act::Settle(unit), act]);
                 }
-                let content = self.edit(unit, world);
                 if world.model.params_on_nvme(unit) {
-                    return self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, content)]);
+                    return self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, None)]);
                 }
+                let content = self.edit(unit, world);
                 self.kernel(world, Op::Wait(world.gates[unit.index()].home));
                 self.kernel(world, Op::EditHome(unit, content));
                 world.gates[unit.index()].home = world.device.record(COMPUTE);
@@ -407,13 +413,14 @@ impl Thread {
                     return false;
                 }
                 if world.model.params_on_nvme(unit) {
-                    self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, content)])
+                    self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, Some(content))])
                 } else {
                     self.then(&[])
                 }
             }
             Act::BeginWrite(unit, content) => {
                 world.step(|m, _| m.begin_write(unit));
+                let content = content.unwrap_or_else(|| self.edit(unit, world));
                 self.then(&[Act::AwaitRead(unit, content), Act::EndWrite(unit)])
             }
             Act::AwaitRead(unit, content) => {

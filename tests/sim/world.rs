@@ -107,6 +107,7 @@ pub(crate) struct World {
     landings: VecDeque<(Gate, UnitId)>,
     reopening: Option<UnitId>,
     faulty: bool,
+    loud: bool,
 }
 
 /// The states after update number `n`.
@@ -143,6 +144,7 @@ impl World {
             landings: VecDeque::new(),
             reopening: None,
             faulty,
+            loud: std::env::var_os("FUNICULAR_SIM_SEED").is_some(),
             model,
         }
     }
@@ -151,12 +153,20 @@ impl World {
         self.trace = mix(self.trace, what);
     }
 
+    /// Tells of an event when one seed is replayed.
+    pub(crate) fn tell(&self, what: &dyn std::fmt::Debug) {
+        if self.loud {
+            crate::report(&format!("{what:?}"));
+        }
+    }
+
     /// Tells the machine of an event and carries out what it commands.
     pub(crate) fn step<R>(&mut self, f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R) -> R {
         let mut commands = std::mem::take(&mut self.commands);
         let answer = f(&mut self.machine, &mut commands);
         let mut next = 0;
         while next < commands.len() {
+            self.tell(&commands[next]);
             self.perform(commands[next], &mut commands);
             next += 1;
         }
@@ -278,8 +288,15 @@ impl World {
     /// Opens a window as the runtime does.
     pub(crate) fn open(&mut self, unit: UnitId, phase: Phase, first: bool) -> Opening {
         self.reopening = Some(unit);
+        assert_eq!(self.machine.held(unit), self.held[unit.index()], "{unit} is held, or not");
+        if first && self.held[unit.index()] {
+            self.gates[unit.index()].release = self.device.record(COMPUTE);
+        }
         let answer = self.step(|m, out| m.open(unit, phase, first, out));
-        self.reopening = None;
+        if !matches!(answer, Opening::Pending(_)) {
+            self.reopening = None;
+        }
+        self.tell(&answer);
         let overlaps = |w: &Self, v: UnitId| v != unit && w.held[v.index()] && w.model.plan.share_frames(unit, v);
         let holder = self.model.layout.ids().find(|&v| overlaps(self, v));
         match answer {
@@ -294,10 +311,17 @@ impl World {
         answer
     }
 
+    /// The thread gave up waiting for a window.
+    pub(crate) fn forget(&mut self, unit: UnitId) {
+        self.reopening = None;
+        self.machine.forget(unit);
+    }
+
     pub(crate) fn release(&mut self, unit: UnitId, poison: bool) {
         let gate = self.device.record(COMPUTE);
         self.gates[unit.index()].release = gate;
         self.held[unit.index()] = false;
+        self.tell(&("release", unit));
         if poison {
             self.device.enqueue(UP, Op::Wait(gate));
             self.device.enqueue(UP, Op::Poison(unit));
@@ -356,6 +380,7 @@ impl World {
                     let io = self.disk.swap_remove(at);
                     self.failed |= self.faulty && chance.percent(2);
                     self.events += 1;
+                    self.tell(&(io.unit, io.purpose));
                     if !self.failed {
                         self.completed(io);
                     }

@@ -34,6 +34,15 @@ impl Machine {
         self.chunk_indices(unit).filter_map(|c| self.owners[c]).find(|&v| v != unit && self.units[v.index()].held)
     }
 
+    /// True if others hold frames of this unit, or wait for what is being paged into them: two who wait must not take each
+    /// other's frames for ever.
+    fn taken(&self, unit: UnitId) -> bool {
+        self.chunk_indices(unit).filter_map(|c| self.owners[c]).any(|v| {
+            let s = &self.units[v.index()];
+            v != unit && (s.held || (s.wanted && matches!(s.frame, Frame::Full | Frame::Claimed)))
+        })
+    }
+
     pub(super) fn pump(&mut self, out: &mut Vec<Command>) {
         self.pump_updates(out);
         for i in 0..self.units.len() {
@@ -45,7 +54,7 @@ impl Machine {
         self.pump_prefetch(out);
     }
 
-    fn pump_updates(&mut self, out: &mut Vec<Command>) {
+    pub(super) fn pump_updates(&mut self, out: &mut Vec<Command>) {
         while let Some(&unit) = self.queue.front() {
             let s = &mut self.units[unit.index()];
             let Update::Queued { next, ran } = s.update else {
@@ -76,7 +85,8 @@ impl Machine {
         for i in 0..self.upcoming.len() {
             let unit = self.upcoming[i];
             let s = &self.units[unit.index()];
-            if matches!(s.frame, Frame::Full | Frame::Claimed) {
+            // What is held and stale is filled when its holder asks: kernels may be reading the older bytes.
+            if s.held || matches!(s.frame, Frame::Full | Frame::Claimed) {
                 continue;
             }
             let sooner = &self.upcoming[..i];
@@ -101,7 +111,7 @@ impl Machine {
         if matches!(s.frame, Frame::Full | Frame::Claimed) {
             return true;
         }
-        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.holder(unit).is_some() {
+        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit) {
             return false;
         }
         if s.on_nvme && !s.reading {
@@ -119,43 +129,34 @@ impl Machine {
         true
     }
 
-    /// Makes the unit the owner of its chunks and remembers whose bytes it will overwrite.
+    /// Makes the unit the owner of its chunks.
     fn claim(&mut self, unit: UnitId) {
-        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
-        replaced.push(unit);
         for c in self.chunk_indices(unit) {
-            // The victim stays the owner of what is not taken, so that whoever comes next waits for it too.
-            let Some(v) = self.owners[c].filter(|&v| v != unit) else { continue };
-            let victim = &mut self.units[v.index()];
-            self.prefetches.wasted += u64::from(victim.prefetched);
-            victim.prefetched = false;
-            // Who never got to copy leaves what it had replaced to the next.
-            let inherited = std::mem::take(&mut victim.replaced);
-            replaced.extend_from_slice(&inherited);
-            victim.replaced = inherited;
-            victim.replaced.clear();
-            victim.frame = Frame::Absent;
-            if replaced.last() != Some(&v) {
-                replaced.push(v);
+            if let Some(v) = self.owners[c].replace(unit).filter(|&v| v != unit) {
+                let victim = &mut self.units[v.index()];
+                self.prefetches.wasted += u64::from(victim.prefetched);
+                victim.prefetched = false;
+                victim.frame = Frame::Absent;
             }
         }
-        for c in self.chunk_indices(unit) {
-            self.owners[c] = Some(unit);
-        }
-        let s = &mut self.units[unit.index()];
-        s.replaced = replaced;
-        s.frame = Frame::Claimed;
+        self.units[unit.index()].frame = Frame::Claimed;
     }
 
+    /// Commands the copy, after the windows of all whose bytes it overwrites.
     pub(super) fn copy_up(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        let mut replaced = std::mem::take(&mut self.units[unit.index()].replaced);
-        replaced.sort_unstable();
-        replaced.dedup();
-        out.extend(replaced.iter().map(|&v| Command::WaitReleased(v)));
-        out.push(Command::CopyUp(unit));
-        replaced.clear();
-        let s = &mut self.units[unit.index()];
-        s.replaced = replaced;
-        s.frame = Frame::Full;
+        self.units[unit.index()].frame = Frame::Full;
+        let first = out.len();
+        for c in self.chunk_indices(unit) {
+            // Whoever was copied in before that was waited for by that copy, on the same stream.
+            if let Some(v) = self.copied[c].replace(unit) {
+                let wait = Command::WaitReleased(v);
+                if !out[first..].contains(&wait) {
+                    out.push(wait);
+                }
+            }
+        }
+        if self.spans[unit.index()].1 > 0 {
+            out.push(Command::CopyUp(unit));
+        }
     }
 }
