@@ -85,8 +85,8 @@ fn the_complete_file() {
     assert_eq!(i.policy.nvme.queue_depth, Auto::Set(8));
     assert_eq!(leaves(&i.undecided), ["max_in_cpu"]);
     notes(&i.undecided, "zero_optimization.offload_param.max_in_cpu", "1000000000 elements (1.9 GiB)");
-    notes(&i.ignored, "zero_optimization.offload_param.buffer_size", "100000000 elements, 190.7 MiB");
-    notes(&i.ignored, "zero_optimization.sub_group_size", "14.9 GiB of states");
+    notes(&i.ignored, "zero_optimization.offload_param.buffer_size", "100000000 elements, 190.8 MiB");
+    notes(&i.ignored, "zero_optimization.sub_group_size", "15.0 GiB of states");
     notes(&i.ignored, "zero_optimization.stage3_model_persistence_threshold", "no limit");
     notes(&i.ignored, "scheduler", "belongs to your training loop");
     assert_eq!(item(&i.mapped, "zero_optimization.offload_param.device").line, Some(9));

@@ -84,7 +84,10 @@ impl Disk {
             }
             let (run_dir, swept) = RunDir::create(dir, probe.file_system)?;
             notes.extend(swept);
-            let direct = if probe.direct {
+            let drive = drive::of(dir);
+            let direct = if !drive.in_memory.is_empty() {
+                Err(format!("not measured: the figure would be memory's, since {}.", drive.in_memory))
+            } else if probe.direct {
                 notes.extend(probe.notes);
                 Ok(())
             } else {
@@ -92,7 +95,7 @@ impl Disk {
                 Err(format!("not measured: through the page cache the figure would be memory's. {why}"))
             };
             let file = scratch_file(run_dir.path(), probe.direct)?;
-            paths.push(DiskPath { dir: dir.clone(), drive: drive::of(dir), direct, file, _run_dir: run_dir });
+            paths.push(DiskPath { dir: dir.clone(), drive, direct, file, _run_dir: run_dir });
         }
         for (_, dir, need) in needs {
             let free = free_bytes(dir)?;

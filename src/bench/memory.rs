@@ -31,7 +31,7 @@ pub const ADAMW_TRAFFIC: u64 = 26;
 /// Bytes of an fp32 parameter's states on NVMe when the bf16 half stays in memory: both moments and the remainder.
 pub const STATE_BYTES: u64 = 10;
 /// Elements of a task of the triad.
-const PIECE: usize = 64 << 10;
+const PIECE: usize = 16 << 10;
 
 /// How far the arrays of the triad are shifted against each other: regions begin at multiples of 2 MiB, and what is
 /// equally far into each would share the same sets of the caches.

@@ -26,6 +26,11 @@ pub(super) fn checks(dir: &Path) -> Vec<Check> {
             format!("{kind}: expect less bandwidth than from a local drive"),
             "Use a directory on a local drive (in a container: mount a volume).",
         ),
+        _ if !drive.in_memory.is_empty() => Check::warn(
+            &name,
+            drive.in_memory.clone(),
+            "Use a directory on a local drive: pages would stay in host memory, and count against its limit.",
+        ),
         _ if drive.rotational && !drive.is_virtual => Check::warn(
             &name,
             format!("{}: it spins", drive.describe()),

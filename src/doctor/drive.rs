@@ -20,6 +20,8 @@ pub struct Drive {
     pub rotational: bool,
     /// A virtual disk: what lies behind it, and whether its host caches, is not visible from here.
     pub is_virtual: bool,
+    /// Why its transfers may end in this machine's memory even with direct I/O; empty if they do not.
+    pub in_memory: String,
     /// Smallest transfer in bytes; 0 if unknown.
     pub logical_block: u64,
     /// Largest transfer the kernel makes of it, in bytes; 0 if unknown.
@@ -67,10 +69,21 @@ fn described(disk: &Path, file_system: String) -> Drive {
     let read = |file: &str| fs::read_to_string(disk.join(file)).unwrap_or_default().trim().to_owned();
     let number = |file: &str| read(file).parse::<u64>().unwrap_or(0);
     let name = disk.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let in_memory = match &*name {
+        // A loop device is a file: it is read through the page cache unless it was set up otherwise.
+        loops if loops.starts_with("loop") && read("loop/dio") != "1" => {
+            format!("{loops} is a file behind the page cache (losetup --direct-io=on avoids it)")
+        }
+        memory if ["ram", "zram", "pmem"].iter().any(|prefix| memory.starts_with(prefix)) => {
+            format!("{memory} is memory")
+        }
+        _ => String::new(),
+    };
     Drive {
         file_system,
+        in_memory,
         model: read("device/model"),
-        rotational: number("queue/rotational") == 1 && !name.starts_with("vd"),
+        rotational: number("queue/rotational") == 1 && !["vd", "loop"].iter().any(|prefix| name.starts_with(prefix)),
         is_virtual: ["vd", "xvd", "nbd"].iter().any(|prefix| name.starts_with(prefix)),
         logical_block: number("queue/logical_block_size"),
         max_transfer: number("queue/max_sectors_kb") << 10,
@@ -120,6 +133,14 @@ mod tests {
         let drive = described(&disk, "xfs".to_owned());
         assert_eq!(drive.describe(), "xfs on nvme7n1 (ACME 9000)");
         assert_eq!((drive.max_transfer, drive.rotational, drive.is_virtual), (512 << 10, false, false));
+        assert!(drive.in_memory.is_empty());
+        let looped = dir.path().join("loop3");
+        std::fs::create_dir_all(looped.join("loop")).expect("makes");
+        for (dio, cached) in [("0", true), ("1", false)] {
+            std::fs::write(looped.join("loop/dio"), dio).expect("writes");
+            assert_eq!(!described(&looped, "ext4".to_owned()).in_memory.is_empty(), cached);
+        }
+        assert_eq!(described(Path::new("/dev/zram0"), "ext4".to_owned()).in_memory, "zram0 is memory");
         assert_eq!(described(Path::new("/nowhere/vda"), "ext4".to_owned()).describe(), "ext4 on vda (virtual disk)");
     }
 }

@@ -258,6 +258,9 @@ impl Runtime {
         }
         shared.stats.stepped();
         shared.trace.counter("updates queued", updates.len() as u64);
+        for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
+            shared.trace.counter(tier.name(), self.used(tier)?.0);
+        }
         if wait { shared.settle_all(interrupted) } else { Ok(()) }
     }
 

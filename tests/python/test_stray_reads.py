@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import funicular
+from conftest import DEVICE
 
 
 def test_holding_more_than_the_budget_is_refused(disk: str):
