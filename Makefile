@@ -19,6 +19,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 GPU_TEST_ARGS ?=
 SOAK_ARGS ?=
+SIM_SEEDS ?= 100000
 
 STAMPS := target/make
 LOCK := requirements-dev.lock
@@ -140,6 +141,8 @@ gpu-test: need-python
 
 soak: package
 	@[ -e tests/python/soak.py ] || { echo "error: tests/python/soak.py does not exist." >&2; exit 1; }
+	$(call say,simulation of the scheduler: $(SIM_SEEDS) seeds)
+	@FUNICULAR_SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --quiet --test sim
 	$(call say,soak: thousands of steps in which nothing may grow)
 	@$(PY) tests/python/soak.py $(SOAK_ARGS)
 

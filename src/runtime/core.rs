@@ -20,6 +20,7 @@ use crate::{
         files::Map,
         homes::Homes,
         stats::{Busy, Cause, Stats},
+        ticket::Ticket,
         trace::Trace,
         update::Job,
     },
@@ -32,38 +33,6 @@ use crate::{
 const SLICE: Duration = Duration::from_millis(50);
 /// Without any event for this long a wait gives up.
 const STUCK_AFTER_SLICES: u32 = 120 * 20;
-
-/// What a request was for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ticket {
-    Params(UnitId),
-    ReadChunk(UnitId, u32),
-    WriteChunk(UnitId, u32),
-    Service,
-}
-
-impl Ticket {
-    fn encode(self) -> u64 {
-        let pack = |kind: u64, unit: UnitId, chunk: u32| kind << 62 | u64::from(unit.0) << 32 | u64::from(chunk);
-        match self {
-            Self::Params(u) => pack(0, u, 0),
-            Self::ReadChunk(u, c) => pack(1, u, c),
-            Self::WriteChunk(u, c) => pack(2, u, c),
-            Self::Service => 3 << 62,
-        }
-    }
-    pub(crate) const fn decode(n: u64) -> Self {
-        let unit = UnitId((n << 2 >> 34) as u32);
-        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk")]
-        let chunk = n as u32;
-        match n >> 62 {
-            0 => Self::Params(unit),
-            1 => Self::ReadChunk(unit, chunk),
-            2 => Self::WriteChunk(unit, chunk),
-            _ => Self::Service,
-        }
-    }
-}
 
 /// A piece of an update for the runner.
 #[derive(Debug)]
@@ -182,18 +151,32 @@ impl Shared {
     /// Runs one event under the lock and performs what the machine commands.
     pub(crate) fn event<R>(&self, f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R) -> Result<R> {
         let mut inner = self.lock()?;
-        self.step(&mut inner, f)
+        self.happened(&mut inner, f)
     }
 
-    /// As [`Shared::event`], with the lock held already.
+    /// As [`Shared::step`], for something that has happened: whoever waits looks again, whatever it commands.
+    pub(crate) fn happened<R>(
+        &self,
+        inner: &mut Inner,
+        f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R,
+    ) -> Result<R> {
+        inner.events += 1;
+        self.changed.notify_all();
+        self.step(inner, f)
+    }
+
+    /// As [`Shared::event`], with the lock held already. Asking the machine is no event: it may command nothing.
     pub(crate) fn step<R>(&self, inner: &mut Inner, f: impl FnOnce(&mut Machine, &mut Vec<Command>) -> R) -> Result<R> {
         let mut commands = std::mem::take(&mut inner.commands);
         let answer = f(&mut inner.machine, &mut commands);
         let result = self.perform(inner, &mut commands);
+        let moved = !commands.is_empty();
         commands.clear();
         inner.commands = commands;
-        inner.events += 1;
-        self.changed.notify_all();
+        if moved {
+            inner.events += 1;
+            self.changed.notify_all();
+        }
         if let Err(error) = result {
             self.fail_locked(inner, error.clone());
             return Err(error);
@@ -293,6 +276,10 @@ impl Shared {
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<bool> {
         let mut inner = self.lock()?;
+        if inner.machine.held(unit) {
+            // Views of it are alive: kernels enqueued since its last release may still read what a refill overwrites.
+            inner.gates[unit.index()].release = self.device.record(StreamRef::Compute(stream))?;
+        }
         let mut answer = self.step(&mut inner, |m, out| m.open(unit, phase, true, out))?;
         if let Opening::Pending(cause) = answer {
             let start = self.trace.now();
@@ -337,7 +324,7 @@ impl Shared {
             unsafe { self.device.fill(StreamRef::Up, self.frames.address(unit.index()), 0xff, bytes)? };
             inner.machine.invalidate(unit);
         }
-        self.step(&mut inner, |m, out| m.release(unit, out))
+        self.happened(&mut inner, |m, out| m.release(unit, out))
     }
 
     fn perform(&self, inner: &mut Inner, commands: &mut Vec<Command>) -> Result<()> {
@@ -466,22 +453,5 @@ impl Shared {
     /// Keeps a page slot until it is copied up.
     pub(crate) fn park_page(inner: &mut Inner, unit: UnitId, lease: SlotLease) {
         inner.pages[unit.index()] = Some(lease);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tickets_survive_the_trip() {
-        for t in [
-            Ticket::Params(UnitId(7)),
-            Ticket::ReadChunk(UnitId((1 << 30) - 1), u32::MAX),
-            Ticket::WriteChunk(UnitId(3), 0),
-            Ticket::Service,
-        ] {
-            assert_eq!(Ticket::decode(t.encode()), t);
-        }
     }
 }

@@ -12,6 +12,7 @@ mod service;
 mod start;
 pub mod stats;
 mod threads;
+mod ticket;
 pub mod trace;
 mod update;
 
@@ -157,7 +158,7 @@ impl Runtime {
         let shared = self.shared()?;
         let mut inner = shared.lock()?;
         inner.gates[unit.index()].home = shared.device.record(StreamRef::Compute(stream))?;
-        shared.step(&mut inner, |m, _| m.invalidate(unit))
+        shared.happened(&mut inner, |m, _| m.invalidate(unit))
     }
 
     /// Brings edits made inside a window home.

@@ -13,8 +13,9 @@ use crate::{
     io::Direction,
     memory::{Shadow, SlotLease},
     runtime::{
-        core::{Disk, Shared, Ticket},
+        core::{Disk, Shared},
         stats::Cause,
+        ticket::Ticket,
     },
     units::{ByteCount, UnitId},
 };

@@ -9,8 +9,9 @@ use crate::{
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     runtime::{
-        core::{Landing, RunTask, Shared, Ticket},
+        core::{Landing, RunTask, Shared},
         stats::{Busy, Link},
+        ticket::Ticket,
     },
 };
 
@@ -90,7 +91,7 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             }
             let mut inner = shared.lock()?;
             Shared::park_page(&mut inner, unit, lease);
-            shared.step(&mut inner, |m, out| m.params_read(unit, out))
+            shared.happened(&mut inner, |m, out| m.params_read(unit, out))
         }
         Ticket::ReadChunk(unit, index) => {
             shared.trace.span("nvme read", "states", u64::from(unit.0), started, read);
@@ -98,7 +99,7 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             disk.map.check(&disk.store, &shared.layout, unit, chunk, Direction::Read, lease.bytes())?;
             let mut inner = shared.lock()?;
             Shared::park_chunk(&mut inner, unit, index, lease);
-            shared.step(&mut inner, |m, out| m.chunk_read(unit, index, out))
+            shared.happened(&mut inner, |m, out| m.chunk_read(unit, index, out))
         }
         Ticket::WriteChunk(unit, index) => {
             shared.trace.span("nvme write", "states", u64::from(unit.0), started, written);
@@ -120,7 +121,7 @@ pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
     if let Some(lease) = lease {
         Shared::park_chunk(&mut inner, unit, chunk, lease);
     }
-    shared.step(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))
+    shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))
 }
 
 /// Waits for the end of one copy.

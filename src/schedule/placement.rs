@@ -79,6 +79,8 @@ pub struct Placement {
 const MAX_UPDATE_ELEMS: u64 = 1 << 20;
 /// Two bytes per element of the narrowest kind must still be a whole block of direct I/O.
 const MIN_UPDATE_ELEMS: u64 = SECTION_ALIGN / 2;
+/// Below this, transfers are too short for the drive.
+const FAIR_UPDATE_ELEMS: u64 = 1 << 16;
 const UPDATE_SLOTS: u32 = 5;
 /// Room for parameter, master and both moments, four bytes each.
 const SLOT_BYTES_PER_ELEM: u64 = 16;
@@ -91,22 +93,17 @@ const PAGE_SLOTS: u32 = 3;
 pub fn place(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits) -> Result<Placement> {
     assert_eq!(layout.units.len(), tiers.len(), "one wish per unit");
     let (chunk_bytes, ring_chunks, spans) = ring(layout, budgets, limits)?;
-    let mut homes: Vec<Homes> = tiers
-        .iter()
-        .map(|t| Homes { params: t.params.unwrap_or(Tier::Nvme), optimizer: t.optimizer.unwrap_or(Tier::Nvme) })
-        .collect();
-    // What may choose starts on NVMe where there is one, and moves up while the host budget holds.
+    let mut homes = wished(tiers);
+    if !limits.has_nvme && tiers.iter().any(|t| t.params == Some(Tier::Nvme) || t.optimizer == Some(Tier::Nvme)) {
+        return Err(Error::new(Code::NvmeBudget, "the policy places states on NVMe, but nvme.paths is empty.")
+            .action("Name a directory on a local disk in nvme.paths."));
+    }
     if !limits.has_nvme {
-        for (h, t) in homes.iter_mut().zip(tiers) {
-            h.params = t.params.unwrap_or(Tier::Host);
-            h.optimizer = t.optimizer.unwrap_or(Tier::Host);
-        }
-        if homes.iter().any(|h| h.params == Tier::Nvme || h.optimizer == Tier::Nvme) {
-            return Err(Error::new(Code::NvmeBudget, "the policy places states on NVMe, but nvme.paths is empty.")
-                .action("Name a directory on a local disk in nvme.paths."));
-        }
+        homes = raised(tiers, &homes, true, true, |_| true);
     } else {
+        homes = least(layout, tiers, &homes);
         climb(layout, tiers, budgets, &mut homes);
+        homes = best(layout, tiers, budgets, homes);
     }
     let plan = measure(layout, homes, (chunk_bytes, ring_chunks, spans), budgets);
     check(layout, budgets, limits, &plan)?;
@@ -137,7 +134,7 @@ fn ring(layout: &Layout, budgets: &Budgets, limits: &Limits) -> Result<(u64, u32
                 budgets.hbm.unwrap_or_default()
             ),
         )
-        .action("Raise budget.hbm, or name smaller modules in units.match."));
+        .action(format!("Raise budget.hbm to {}, or name smaller modules in units.match.", at_least(widest * chunk))));
     }
     let ring_chunks = u32::try_from(allowed)
         .map_err(|_| Error::new(Code::HbmBudget, "the model has too many frames to be addressed."))?;
@@ -155,42 +152,107 @@ fn ring(layout: &Layout, budgets: &Budgets, limits: &Limits) -> Result<(u64, u32
     Ok((chunk, ring_chunks, spans))
 }
 
-/// Moves what may choose its tier up into the host while the budget holds: parameters first (they are read twice a step),
-/// then the optimizer's states, in the order of the units.
-fn climb(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, homes: &mut [Homes]) {
-    // Without any segment on NVMe no staging is needed, so all of it may fit where all but one would not.
-    let all_up: Vec<Homes> = homes
-        .iter()
-        .zip(tiers)
-        .map(|(h, t)| Homes {
-            params: if t.params.is_none() { Tier::Host } else { h.params },
-            optimizer: if t.optimizer.is_none() { Tier::Host } else { h.optimizer },
+/// The homes with what may choose its tier on the host, as far as asked and `which` says of the unit.
+fn raised(
+    tiers: &[Tiers],
+    homes: &[Homes],
+    params: bool,
+    optimizer: bool,
+    which: impl Fn(usize) -> bool,
+) -> Vec<Homes> {
+    let up = |wish: Option<Tier>, asked, i, now| if wish.is_none() && asked && which(i) { Tier::Host } else { now };
+    let units = homes.iter().zip(tiers).enumerate();
+    units
+        .map(|(i, (h, t))| Homes {
+            params: up(t.params, params, i, h.params),
+            optimizer: up(t.optimizer, optimizer, i, h.optimizer),
         })
-        .collect();
-    if host_need(layout, &all_up, budgets).total() <= budgets.host.0 {
-        homes.copy_from_slice(&all_up);
-        return;
+        .collect()
+}
+
+/// The homes that need the least host memory. Not all on NVMe: a unit much wider than the others costs less at home than
+/// the staging through which it would have to pass.
+fn least(layout: &Layout, tiers: &[Tiers], down: &[Homes]) -> Vec<Homes> {
+    let width = |i: usize| layout.units[i].param_bytes();
+    let mut widths: Vec<u64> = (0..tiers.len()).filter(|&i| tiers[i].params.is_none()).map(width).collect();
+    widths.sort_unstable();
+    widths.dedup();
+    let mut choices = vec![down.to_vec(), raised(tiers, down, true, true, |_| true)];
+    let mut found = (u64::MAX, Vec::new());
+    for homes in choices.drain(..).chain(widths.iter().map(|&w| raised(tiers, down, true, false, |i| width(i) >= w))) {
+        let need = HostNeed::new(layout, &homes).smallest().total();
+        if need < found.0 {
+            found = (need, homes);
+        }
     }
+    found.1
+}
+
+/// Moves what may choose its tier up into the host while the budget holds it beside ample staging: parameters first (they
+/// are read twice a step), then the optimizer's states, in the order of the units.
+fn climb(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, homes: &mut [Homes]) {
+    let fits = |homes: &[Homes]| HostNeed::new(layout, homes).ample(budgets).total() <= budgets.host.0;
     for pass in [true, false] {
         for i in 0..homes.len() {
-            let free = if pass { tiers[i].params.is_none() } else { tiers[i].optimizer.is_none() };
-            if !free {
-                continue;
-            }
             let before = homes[i];
-            if pass {
-                homes[i].params = Tier::Host;
-            } else {
-                homes[i].optimizer = Tier::Host;
+            match (pass, tiers[i].params, tiers[i].optimizer) {
+                (true, None, _) => homes[i].params = Tier::Host,
+                (false, _, None) => homes[i].optimizer = Tier::Host,
+                _ => continue,
             }
-            if host_need(layout, homes, budgets).total() > budgets.host.0 {
+            if !fits(homes) {
                 homes[i] = before;
             }
         }
     }
 }
 
+/// Of the homes found by climbing and those with each kind in one tier, the ones that hold and move the fewest bytes from
+/// and to NVMe per step.
+fn best(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, climbed: Vec<Homes>) -> Vec<Homes> {
+    let down = wished(tiers);
+    let plain = [(true, true), (true, false), (false, true), (false, false)];
+    let mut found = climbed;
+    for (params, optimizer) in plain {
+        let homes = raised(tiers, &down, params, optimizer, |_| true);
+        let holds = |homes: &[Homes]| {
+            HostNeed::new(layout, homes).smallest().total() <= budgets.host.0
+                && nvme_bytes(layout, homes) <= budgets.nvme.0
+        };
+        if holds(&homes) && (!holds(&found) || step_bytes(layout, &homes) < step_bytes(layout, &found)) {
+            found = homes;
+        }
+    }
+    found
+}
+
+/// Every wish fulfilled, and what may choose on NVMe.
+fn wished(tiers: &[Tiers]) -> Vec<Homes> {
+    let or_nvme = |t: Option<Tier>| t.unwrap_or(Tier::Nvme);
+    tiers.iter().map(|t| Homes { params: or_nvme(t.params), optimizer: or_nvme(t.optimizer) }).collect()
+}
+
+/// Bytes on NVMe.
+fn nvme_bytes(layout: &Layout, homes: &[Homes]) -> u64 {
+    let on = |tier, bytes| if tier == Tier::Nvme { bytes } else { 0 };
+    let units = layout.units.iter().zip(homes);
+    units.map(|(u, h)| on(h.params, u.param_bytes()) + on(h.optimizer, u.optimizer_bytes())).sum()
+}
+
+/// Bytes read from and written to NVMe in a step: parameters for both passes, and both kinds for the update.
+fn step_bytes(layout: &Layout, homes: &[Homes]) -> u64 {
+    let on = |tier, bytes| if tier == Tier::Nvme { 2 * bytes } else { 0 };
+    let units = layout.units.iter().zip(homes);
+    units
+        .map(|(u, h)| {
+            let updated = if u.trainable() { u.param_bytes() } else { 0 };
+            on(h.params, u.param_bytes() + updated) + on(h.optimizer, u.optimizer_bytes())
+        })
+        .sum()
+}
+
 /// Host bytes by purpose.
+#[derive(Clone, Copy)]
 struct HostNeed {
     homes: u64,
     grads: u64,
@@ -201,6 +263,74 @@ struct HostNeed {
 }
 
 impl HostNeed {
+    /// Without staging.
+    fn new(layout: &Layout, homes: &[Homes]) -> Self {
+        let mut need = Self {
+            homes: 0,
+            grads: 0,
+            page_slots: (0, 0),
+            update_slots: (0, 0),
+            update_elems: MAX_UPDATE_ELEMS,
+            shadow: 0,
+        };
+        for (unit, home) in layout.units.iter().zip(homes) {
+            need.grads += unit.grad_bytes();
+            match home.params {
+                Tier::Host => need.homes += unit.param_bytes(),
+                _ => need.shadow = need.shadow.max(unit.param_bytes()),
+            }
+            if home.optimizer == Tier::Host {
+                need.homes += unit.optimizer_bytes();
+            }
+        }
+        if nvme_bytes(layout, homes) > 0 {
+            need.update_slots.0 = UPDATE_SLOTS;
+        }
+        need
+    }
+
+    fn staged(mut self, pages: u32, elems: u64) -> Self {
+        if self.shadow > 0 {
+            self.page_slots = (pages, self.shadow);
+        }
+        if self.update_slots.0 > 0 {
+            self.update_elems = elems;
+            self.update_slots.1 = elems * SLOT_BYTES_PER_ELEM;
+        }
+        self
+    }
+
+    /// With the least staging that works.
+    fn smallest(self) -> Self {
+        self.staged(1, MIN_UPDATE_ELEMS)
+    }
+
+    /// With staging for full speed, as far as an eighth of the budget goes.
+    fn ample(self, budgets: &Budgets) -> Self {
+        let mut elems = MAX_UPDATE_ELEMS;
+        while elems > MIN_UPDATE_ELEMS && elems * SLOT_BYTES_PER_ELEM * u64::from(UPDATE_SLOTS) > budgets.host.0 / 8 {
+            elems /= 2;
+        }
+        self.staged(PAGE_SLOTS, elems)
+    }
+
+    /// With as much staging as the budget has room for; the least, if it has room for none. More budget never needs
+    /// more than there is of it.
+    fn fitted(self, budgets: &Budgets) -> Self {
+        let mut need = self.ample(budgets);
+        while need.total() > budgets.host.0 {
+            let (pages, elems) = (need.page_slots.0, need.update_elems);
+            need = match (pages > 1, elems > MIN_UPDATE_ELEMS && need.update_slots.0 > 0) {
+                // Short transfers are slower than few slots.
+                (_, true) if elems > FAIR_UPDATE_ELEMS => need.staged(pages, elems / 2),
+                (true, _) => need.staged(pages - 1, elems),
+                (false, true) => need.staged(pages, elems / 2),
+                (false, false) => return need,
+            };
+        }
+        need
+    }
+
     fn fixed(&self) -> u64 {
         let slots = |(n, b): (u32, u64)| u64::from(n) * b;
         self.homes + self.grads + slots(self.page_slots) + slots(self.update_slots)
@@ -210,59 +340,8 @@ impl HostNeed {
     }
 }
 
-fn host_need(layout: &Layout, homes: &[Homes], budgets: &Budgets) -> HostNeed {
-    let mut need = HostNeed {
-        homes: 0,
-        grads: 0,
-        page_slots: (0, 0),
-        update_slots: (0, 0),
-        update_elems: MAX_UPDATE_ELEMS,
-        shadow: 0,
-    };
-    let mut widest_page = 0;
-    let mut any_nvme = false;
-    for (unit, home) in layout.units.iter().zip(homes) {
-        need.grads += unit.grad_bytes();
-        match home.params {
-            Tier::Host => need.homes += unit.param_bytes(),
-            _ => widest_page = widest_page.max(unit.param_bytes()),
-        }
-        if home.optimizer == Tier::Host {
-            need.homes += unit.optimizer_bytes();
-        }
-        any_nvme |= home.params == Tier::Nvme || (home.optimizer == Tier::Nvme && unit.trainable());
-    }
-    if widest_page > 0 {
-        need.page_slots = (PAGE_SLOTS, widest_page);
-        need.shadow = widest_page;
-        if need.total() > budgets.host.0 {
-            need.page_slots.0 = 1;
-        }
-    }
-    if any_nvme {
-        // Staging shrinks with the budget: an eighth of what is allowed at most.
-        let mut elems = MAX_UPDATE_ELEMS;
-        let slots = |elems: u64| elems * SLOT_BYTES_PER_ELEM * u64::from(UPDATE_SLOTS);
-        while elems > MIN_UPDATE_ELEMS && slots(elems) > budgets.host.0 / 8 {
-            elems /= 2;
-        }
-        need.update_elems = elems;
-        need.update_slots = (UPDATE_SLOTS, elems * SLOT_BYTES_PER_ELEM);
-    }
-    need
-}
-
 fn measure(layout: &Layout, homes: Vec<Homes>, ring: (u64, u32, Vec<FrameSpan>), budgets: &Budgets) -> Placement {
-    let need = host_need(layout, &homes, budgets);
-    let nvme_bytes = layout
-        .units
-        .iter()
-        .zip(&homes)
-        .map(|(u, h)| {
-            let params = if h.params == Tier::Nvme { u.param_bytes() } else { 0 };
-            params + if h.optimizer == Tier::Nvme { u.optimizer_bytes() } else { 0 }
-        })
-        .sum();
+    let need = HostNeed::new(layout, &homes).fitted(budgets);
     Placement {
         chunk_bytes: ring.0,
         ring_chunks: ring.1,
@@ -272,22 +351,21 @@ fn measure(layout: &Layout, homes: Vec<Homes>, ring: (u64, u32, Vec<FrameSpan>),
         update_elems: need.update_elems,
         host_bytes: need.fixed(),
         shadow_bytes: if need.shadow == 0 { 0 } else { budgets.host.0.saturating_sub(need.fixed()) },
-        nvme_bytes,
+        nvme_bytes: nvme_bytes(layout, &homes),
         homes,
     }
 }
 
 fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, plan: &Placement) -> Result<()> {
-    let need = host_need(layout, &plan.homes, budgets);
+    let need = HostNeed::new(layout, &plan.homes).smallest();
     if need.total() > budgets.host.0 {
         let on_host = |f: fn(&Homes) -> Tier| plan.homes.iter().any(|h| f(h) == Tier::Host);
-        let action = match (limits.has_nvme, on_host(|h| h.optimizer), on_host(|h| h.params)) {
-            (false, _, _) => "Raise budget.host, or name a directory on a local disk in nvme.paths.",
-            (true, true, _) => "Raise budget.host, or set optimizer.tier to \"nvme\" or \"auto\".",
-            (true, false, true) => "Raise budget.host, or set params.tier to \"nvme\" or \"auto\".",
-            (true, false, false) => "Raise budget.host; everything that can lie on NVMe does already.",
+        let or = match (limits.has_nvme, on_host(|h| h.optimizer), on_host(|h| h.params)) {
+            (false, _, _) => "or name a directory on a local disk in nvme.paths.",
+            (true, true, _) => "or set optimizer.tier to \"nvme\" or \"auto\".",
+            (true, false, true) => "or set params.tier to \"nvme\" or \"auto\".",
+            (true, false, false) => "or offload a smaller model; everything that can lie on NVMe does already.",
         };
-        let need = enough(layout, &plan.homes, budgets);
         return Err(Error::new(
             Code::HostBudget,
             format!(
@@ -299,29 +377,25 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, plan: &Placement) 
                 budgets.host
             ),
         )
-        .action(action));
+        .action(format!("Raise budget.host to {}, {or}", at_least(need.total()))));
     }
     if plan.nvme_bytes > budgets.nvme.0 {
         return Err(Error::new(
             Code::NvmeBudget,
             format!("the plan needs {} on NVMe; budget.nvme allows {}.", ByteCount(plan.nvme_bytes), budgets.nvme),
         )
-        .action("Raise budget.nvme, or budget.host so that less has to lie there."));
+        .action(format!(
+            "Raise budget.nvme to {}, or budget.host so that less has to lie there.",
+            at_least(plan.nvme_bytes)
+        )));
     }
     Ok(())
 }
 
-/// The need at the least budget that holds it: staging grows with what is allowed.
-fn enough(layout: &Layout, homes: &[Homes], budgets: &Budgets) -> HostNeed {
-    let mut budgets = *budgets;
-    loop {
-        let need = host_need(layout, homes, &budgets);
-        // What a message shows is rounded up by at most a tenth of its unit.
-        if need.total() <= budgets.host.0 {
-            return need;
-        }
-        budgets.host = ByteCount(need.total() + need.total() / 10);
-    }
+/// A size as a policy spells it, rounded up: enough.
+fn at_least(bytes: u64) -> String {
+    let (unit, name) = if bytes < 16 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") };
+    format!("{}{name}", bytes.div_ceil(unit))
 }
 
 impl Placement {

@@ -1,5 +1,7 @@
 //! The training thread: a random program of steps, and the waits of each operation as the runtime and the wrapper do them.
 
+mod homes;
+
 use std::collections::VecDeque;
 
 use funicular::{
@@ -9,7 +11,7 @@ use funicular::{
 
 use crate::{
     chance::{Chance, mix},
-    streams::{COMPUTE, DOWN, Gate, Op},
+    streams::{COMPUTE, Gate, Op},
     world::World,
 };
 
@@ -95,7 +97,7 @@ impl Thread {
             poison: chance.percent(15),
             views: chance.pick(&[0, 0, 10, 30]),
             skips: chance.pick(&[0, 0, 5, 30]),
-            edits: chance.pick(&[0, 0, 5]),
+            edits: chance.pick(&[0, 5, 15]),
             interrupts: chance.pick(&[0, 0, 2]),
             nested: chance.pick(&[0, 0, 10]),
         };
@@ -212,7 +214,10 @@ impl Thread {
                 self.todo.extend([Act::Use(unit), Act::Leave(unit)]);
             }
             if chance.percent(self.style.edits) {
-                let stray = self.order[chance.index(self.order.len())];
+                // Most often of what comes next: it may be on its way just now.
+                let at = self.order.iter().position(|&v| v == unit).unwrap_or(0);
+                let next = if chance.percent(60) { at + 1 + chance.index(2) } else { chance.index(self.order.len()) };
+                let stray = self.order[next % self.order.len()];
                 self.todo.push_back(if chance.percent(50) { Act::ReadHome(stray) } else { Act::EditHome(stray) });
             }
             if chance.percent(3) {
@@ -350,104 +355,5 @@ impl Thread {
                 self.then(&[])
             }
         }
-    }
-
-    fn edit(&mut self, unit: UnitId, world: &mut World) -> u64 {
-        self.edits += 1;
-        let content = mix(world.content[unit.index()], 1000 + self.edits);
-        world.content[unit.index()] = content;
-        content
-    }
-
-    /// What reads or edits homes.
-    fn perform_home(&mut self, act: Act, world: &mut World) -> bool {
-        match act {
-            Act::UseHome(unit) | Act::ReadHome(unit) => {
-                if world.model.params_on_nvme(unit) {
-                    return self.then(&[Act::Settle(unit), Act::SettleDisk(unit), Act::AwaitService(unit, None)]);
-                }
-                if world.machine.update_pending(unit) {
-                    return self.then(&[Act::Settle(unit), act]);
-                }
-                self.kernel(world, Op::Wait(world.gates[unit.index()].home));
-                self.kernel(world, Op::ReadHome(unit, world.content[unit.index()]));
-                self.settled_kernel()
-            }
-            Act::EditHome(unit) => {
-                if world.machine.update_pending(unit) {
-                    return self.then(&[Act::Settle(unit), act]);
-                }
-                if world.model.params_on_nvme(unit) {
-                    return self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, None)]);
-                }
-                let content = self.edit(unit, world);
-                self.kernel(world, Op::Wait(world.gates[unit.index()].home));
-                self.kernel(world, Op::EditHome(unit, content));
-                world.gates[unit.index()].home = world.device.record(COMPUTE);
-                world.step(|m, _| m.invalidate(unit));
-                self.settled_kernel()
-            }
-            Act::EditFrames(unit) => {
-                let settled = !world.machine.update_pending(unit);
-                if !world.held[unit.index()] || !settled || world.model.places(unit).is_empty() {
-                    return self.then(&[]);
-                }
-                let content = self.edit(unit, world);
-                self.window[unit.index()] = content;
-                self.kernel(world, Op::EditFrames(unit, content));
-                world.device.enqueue(DOWN, Op::Wait(world.device.record(COMPUTE)));
-                if !world.model.params_on_nvme(unit) {
-                    world.device.enqueue(DOWN, Op::CopyDown(unit));
-                }
-                let down = world.device.record(DOWN);
-                world.gates[unit.index()].home = down;
-                self.kernel(world, Op::Wait(down));
-                if world.model.params_on_nvme(unit) || self.style.host {
-                    self.then(&[Act::Store(unit, down, content)])
-                } else {
-                    self.then(&[])
-                }
-            }
-            Act::Store(unit, down, content) => {
-                if !world.device.passed(down) {
-                    return false;
-                }
-                if world.model.params_on_nvme(unit) {
-                    self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, Some(content))])
-                } else {
-                    self.then(&[])
-                }
-            }
-            Act::BeginWrite(unit, content) => {
-                world.step(|m, _| m.begin_write(unit));
-                let content = content.unwrap_or_else(|| self.edit(unit, world));
-                self.then(&[Act::AwaitRead(unit, content), Act::EndWrite(unit)])
-            }
-            Act::AwaitRead(unit, content) => {
-                if world.machine.reading(unit) {
-                    return false;
-                }
-                world.service(unit, Some(content));
-                self.then(&[Act::AwaitService(unit, Some(content))])
-            }
-            Act::EndWrite(unit) => {
-                world.step(|m, out| m.end_write(unit, out));
-                world.step(|m, _| m.invalidate(unit));
-                self.then(&[])
-            }
-            Act::AwaitService(unit, written) => self.await_service(unit, written, world),
-            _ => unreachable!("done above"),
-        }
-    }
-
-    fn await_service(&mut self, unit: UnitId, written: Option<u64>, world: &mut World) -> bool {
-        if written.is_none() && !self.waited && !world.serving() && world.service_done.is_none() {
-            world.service(unit, None);
-            return false;
-        }
-        let Some(seen) = world.service_done.take() else { return false };
-        let expected = world.content[unit.index()];
-        assert!(seen.iter().all(|&p| p == expected), "S2: a read of {unit}'s home saw {seen:x?}, not {expected:x}");
-        self.then(&[])
     }
 }

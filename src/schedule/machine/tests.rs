@@ -183,10 +183,33 @@ fn submitting_does_not_page_in_what_may_be_submitted_next() {
     let mut rig = Rig::on_host(2, 2, 4);
     rig.step(4);
     rig.step(4);
-    rig.machine.invalidate(u(1));
+    rig.machine.invalidate(u(0));
     rig.take();
+    rig.submit(3);
+    assert_eq!(rig.take(), [Command::RunChunk(u(3), 0)], "0 is next, and stale, but may be next in the queue, too");
+    rig.machine.chunk_ran(u(3), 0, &mut rig.out);
+    assert_eq!(rig.copies(), [0]);
+}
+
+#[test]
+fn a_read_under_way_when_its_unit_is_updated_is_dropped() {
+    let mut rig = Rig::new(1, 0, &[(1, NVME)]);
+    assert!(matches!(rig.open(0, Phase::Eval), Opening::Pending(Wait::Nvme)));
     rig.submit(0);
-    assert_eq!(rig.take(), [Command::RunChunk(u(0), 0)]);
+    assert!(!rig.machine.wants_params(u(0)));
+    rig.take();
+    rig.read(0);
+    assert_eq!(rig.take(), [Command::DropSlot(u(0))]);
+    for c in [0, 1] {
+        rig.machine.chunk_read(u(0), c, &mut rig.out);
+        rig.machine.chunk_ran(u(0), c, &mut rig.out);
+    }
+    assert_eq!(rig.again(0), Opening::Pending(Wait::Nvme), "the writes are not down yet");
+    rig.take();
+    rig.machine.chunk_written(u(0), 0, &mut rig.out);
+    assert_eq!(rig.take(), []);
+    rig.machine.chunk_written(u(0), 1, &mut rig.out);
+    assert_eq!(rig.take(), [Command::ReadParams(u(0))], "without being asked again");
 }
 
 #[test]

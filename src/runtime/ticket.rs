@@ -1,0 +1,52 @@
+//! The names of disk requests: what each was for, in one number.
+
+use crate::units::UnitId;
+
+/// What a request was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ticket {
+    Params(UnitId),
+    ReadChunk(UnitId, u32),
+    WriteChunk(UnitId, u32),
+    Service,
+}
+
+impl Ticket {
+    pub(crate) fn encode(self) -> u64 {
+        let pack = |kind: u64, unit: UnitId, chunk: u32| kind << 62 | u64::from(unit.0) << 32 | u64::from(chunk);
+        match self {
+            Self::Params(u) => pack(0, u, 0),
+            Self::ReadChunk(u, c) => pack(1, u, c),
+            Self::WriteChunk(u, c) => pack(2, u, c),
+            Self::Service => 3 << 62,
+        }
+    }
+    pub(crate) const fn decode(n: u64) -> Self {
+        let unit = UnitId((n << 2 >> 34) as u32);
+        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk")]
+        let chunk = n as u32;
+        match n >> 62 {
+            0 => Self::Params(unit),
+            1 => Self::ReadChunk(unit, chunk),
+            2 => Self::WriteChunk(unit, chunk),
+            _ => Self::Service,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tickets_survive_the_trip() {
+        for t in [
+            Ticket::Params(UnitId(7)),
+            Ticket::ReadChunk(UnitId((1 << 30) - 1), u32::MAX),
+            Ticket::WriteChunk(UnitId(3), 0),
+            Ticket::Service,
+        ] {
+            assert_eq!(Ticket::decode(t.encode()), t);
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Who acts beside the training thread: streams, disk, runner and reaper, one step at a time.
+
+use super::{Actor, Io, Purpose, World, state};
+use crate::{
+    chance::{Chance, mix},
+    streams::{COMPUTE, DOWN, TORN, UP},
+};
+
+impl World {
+    /// Whoever can act now, with a weight each.
+    pub(crate) fn enabled(&self, weights: &[u64; 6], out: &mut Vec<(Actor, u64)>) {
+        for stream in [COMPUTE, UP, DOWN] {
+            if self.device.can_advance(stream) {
+                out.push((Actor::Stream(stream), weights[stream]));
+            }
+        }
+        if !self.disk.is_empty() {
+            out.push((Actor::Disk, weights[3]));
+        }
+        if !self.failed {
+            if let Some(task) = self.tasks.front()
+                && self.jobs[task.unit.index()].after.iter().all(|&g| self.device.passed(g))
+            {
+                out.push((Actor::Runner, weights[4]));
+            }
+            if self.landings.front().is_some_and(|(gate, _)| self.device.passed(*gate)) {
+                out.push((Actor::Reaper, weights[5]));
+            }
+        }
+    }
+
+    pub(crate) fn act(&mut self, actor: Actor, chance: &mut Chance) {
+        match actor {
+            Actor::Stream(stream) => {
+                self.note(mix(20, stream as u64));
+                self.device.advance(stream);
+                self.events += 1;
+            }
+            Actor::Disk => {
+                let at = chance.index(self.disk.len());
+                self.note(mix(21, at as u64));
+                if self.advance_disk(at) {
+                    let io = self.disk.swap_remove(at);
+                    self.failed |= self.faulty && chance.percent(2);
+                    self.events += 1;
+                    self.tell(&(io.unit, io.purpose));
+                    if !self.failed {
+                        self.completed(io);
+                    }
+                }
+            }
+            Actor::Runner => self.run(),
+            Actor::Reaper => {
+                let (_, unit) = self.landings.pop_front().expect("asked only if there is one");
+                self.page_free += 1;
+                assert!(self.page_free <= self.model.plan.page_slots.0, "R5: more page slots than there are");
+                self.step(|m, out| m.copied(unit, out));
+            }
+        }
+    }
+
+    /// One step of a request; true if it is over.
+    fn advance_disk(&mut self, at: usize) -> bool {
+        let io = &mut self.disk[at];
+        let u = io.unit.index();
+        let step = io.step;
+        io.step += 1;
+        match io.purpose {
+            Purpose::Params | Purpose::Service { write: None } => {
+                let pieces = &self.device.params[u];
+                io.seen.push(pieces[step]);
+                io.seen.len() == pieces.len()
+            }
+            Purpose::ReadChunk(chunk) => {
+                let c = chunk as usize;
+                if step == 0 {
+                    io.slot.param = self.model.params_on_nvme(io.unit).then_some(self.device.params[u][c]);
+                } else {
+                    io.slot.state = self.model.states_on_nvme(io.unit).then_some(self.states[u][c]);
+                }
+                step >= 1
+            }
+            Purpose::WriteChunk(chunk) => {
+                let c = chunk as usize;
+                if let Some(param) = io.slot.param {
+                    self.device.params[u][c] = if step == 0 { TORN } else { param };
+                }
+                if let Some(state) = io.slot.state {
+                    self.states[u][c] = if step == 0 { TORN } else { state };
+                }
+                step >= 1
+            }
+            Purpose::Service { write: Some(content) } => {
+                self.device.params[u].fill(if step == 0 { TORN } else { content });
+                step >= 1
+            }
+        }
+    }
+
+    fn completed(&mut self, io: Io) {
+        let Io { unit, purpose, seen, slot, .. } = io;
+        match purpose {
+            Purpose::Params => {
+                if self.machine.wants_params(unit) {
+                    let expected = self.content[unit.index()];
+                    let good = seen.iter().all(|&p| p == expected);
+                    assert!(good, "R4: {unit} was paged in as {seen:x?}, not {expected:x}");
+                }
+                self.pages[unit.index()] = Some(seen);
+                self.step(|m, out| m.params_read(unit, out));
+            }
+            Purpose::ReadChunk(chunk) => {
+                self.parked.push((unit, chunk, slot));
+                self.step(|m, out| m.chunk_read(unit, chunk, out));
+            }
+            Purpose::WriteChunk(chunk) => {
+                self.update_free += 1;
+                assert!(self.update_free < self.model.plan.update_slots.0, "R5: more update slots than there are");
+                self.step(|m, out| m.chunk_written(unit, chunk, out));
+            }
+            Purpose::Service { .. } => self.service_done = Some(seen),
+        }
+    }
+
+    /// The runner begins its first task, or ends it.
+    fn run(&mut self) {
+        self.events += 1;
+        let task = self.tasks.front_mut().expect("asked only if there is one");
+        let (u, c) = (task.unit.index(), task.chunk as usize);
+        let job = &mut self.jobs[u];
+        let (on_disk, states_on_disk) = (self.model.params_on_nvme(task.unit), self.model.states_on_nvme(task.unit));
+        let on_disk = on_disk && task.slot.is_some();
+        let param = if on_disk { task.slot.and_then(|s| s.param) } else { Some(self.device.params[u][c]) };
+        let moments = if states_on_disk { task.slot.and_then(|s| s.state) } else { Some(self.states[u][c]) };
+        if !task.started {
+            assert_eq!(param, Some(job.from), "R4: the update of {} finds other parameters", task.unit);
+            assert_eq!(moments, Some(state(job.number - 1)), "R4: the update of {} finds other states", task.unit);
+            assert!(!job.ran[c], "a piece of {} is updated twice", task.unit);
+            task.started = true;
+            if !on_disk {
+                self.device.params[u][c] = TORN;
+            }
+            return;
+        }
+        job.ran[c] = true;
+        let (to, after) = (job.to, state(job.number));
+        let mut task = self.tasks.pop_front().expect("there is one");
+        if on_disk {
+            task.slot.as_mut().expect("streamed").param = Some(to);
+        } else {
+            self.device.params[u][c] = to;
+        }
+        if states_on_disk {
+            task.slot.as_mut().expect("streamed").state = Some(after);
+        } else {
+            self.states[u][c] = after;
+        }
+        if let Some(slot) = task.slot {
+            self.parked.push((task.unit, task.chunk, slot));
+        }
+        self.step(|m, out| m.chunk_ran(task.unit, task.chunk, out));
+    }
+}
