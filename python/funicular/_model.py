@@ -30,7 +30,8 @@ def stream_of(device: torch.device) -> int:
     """Raw handle of the stream that the calling thread computes on; 0 on the host."""
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.current_stream(device).cuda_stream)
+    # Not `torch.cuda.current_stream`: dynamo puts its own stream objects there.
+    return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index))
 
 
 def _nothing() -> None:

@@ -168,7 +168,7 @@ def _move_in(session: Session, unit: Unit) -> None:
     unit.frame_idle = storage_uses(unit.frame)
     unit.home_idle = storage_uses(unit.home)
     if unit.on_nvme:
-        engine.store_shadow(unit.engine_id)
+        engine.store_shadow(unit.engine_id, session.stream())
         engine.discard_shadow(unit.engine_id)
 
 

@@ -248,7 +248,7 @@ class Session:
         ref.edited = True
         _outdate(ref.unit)
         if ref.unit.on_nvme:
-            self.engine.store_shadow(ref.unit.engine_id)
+            self.engine.store_shadow(ref.unit.engine_id, self.stream())
         self.engine.invalidate(ref.unit.engine_id, self.stream())
 
     def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
@@ -298,7 +298,7 @@ class Session:
         if unit.escaped:
             self._compare_aliased(unit)
             if unit.on_nvme:
-                self.engine.store_shadow(unit.engine_id)
+                self.engine.store_shadow(unit.engine_id, self.stream())
             self.engine.invalidate(unit.engine_id, self.stream())
 
     def _compare_aliased(self, unit: Unit) -> None:
@@ -413,7 +413,7 @@ class Session:
             self.engine.settle(unit.engine_id, self.stream())
             if unit.on_nvme and unit.shadow_filled:
                 # Somebody looks at the old bytes: bring the new ones under the same addresses.
-                self.engine.refresh_shadow(unit.engine_id)
+                self.engine.refresh_shadow(unit.engine_id, self.stream())
             readable = unit.shadow_filled or not unit.on_nvme
             for ref in unit.params:
                 if ref.snapshot is not None:

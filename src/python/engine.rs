@@ -301,13 +301,13 @@ impl Engine {
     }
 
     /// Stores the shadow.
-    fn store_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
-        waiting(py, |i| self.with(|rt| rt.store_shadow(UnitId(unit), i)))
+    fn store_shadow(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.store_shadow(UnitId(unit), stream, i)))
     }
 
     /// Reads a filled shadow anew: its unit was updated while somebody looked at it.
-    fn refresh_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
-        waiting(py, |i| self.with(|rt| rt.refresh_shadow(UnitId(unit), i)))
+    fn refresh_shadow(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.refresh_shadow(UnitId(unit), stream, i)))
     }
 
     /// Gives the shadow's memory back.

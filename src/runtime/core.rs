@@ -243,6 +243,12 @@ impl Shared {
         self.block_gate(gate, cause, interrupted)
     }
 
+    /// Blocks the caller until the work enqueued on a stream of the user is done: the processor is about to touch what it touches.
+    pub(crate) fn block_stream(&self, stream: u64, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
+        let gate = self.device.record(StreamRef::Compute(stream))?;
+        self.block_gate(gate, Cause::Copy, interrupted)
+    }
+
     /// Blocks the caller until a gate has passed.
     pub(crate) fn block_gate(&self, gate: Gate, cause: Cause, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
         let start = self.trace.now();

@@ -308,20 +308,24 @@ impl Runtime {
         self.shared()?.blank_shadow(unit)
     }
 
-    /// Stores a shadow's contents.
+    /// Stores a shadow's contents, as they are after the work on `stream`.
     ///
     /// # Errors
     /// From the disk.
-    pub fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.store_shadow(unit, interrupted)
+    pub fn store_shadow(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        let shared = self.shared()?;
+        shared.block_stream(stream, interrupted)?;
+        shared.store_shadow(unit, interrupted)
     }
 
-    /// Reads a filled shadow anew, in place.
+    /// Reads a filled shadow anew, in place, once the work on `stream` no longer looks at it.
     ///
     /// # Errors
     /// From the disk.
-    pub fn refresh_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.refresh_shadow(unit, interrupted)
+    pub fn refresh_shadow(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        let shared = self.shared()?;
+        shared.block_stream(stream, interrupted)?;
+        shared.refresh_shadow(unit, interrupted)
     }
 
     /// Gives a shadow's memory back.
