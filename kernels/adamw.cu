@@ -20,6 +20,7 @@ struct Hyper {
     float eps;
     float grad_factor;
     u32 lerp_from_grad;
+    float clip;
 };
 
 static __device__ __forceinline__ float canonical(float x) { return x != x ? __uint_as_float(0x7fc00000u) : x; }
@@ -35,6 +36,12 @@ static __device__ __forceinline__ u16 f32_to_f16(float x) {
     u16 y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return x != x ? (u16)0x7e00 : y;
+}
+
+// Ties to even, as torch rounds; NaNs canonical.
+static __device__ __forceinline__ u16 f32_to_bf16(float x) {
+    const u32 bits = __float_as_uint(canonical(x));
+    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // One element; returns the new weight.
@@ -54,6 +61,7 @@ struct F32 {
     typedef float Master;
     static const bool has_master = false;
     static __device__ __forceinline__ float value(float x) { return x; }
+    static __device__ __forceinline__ float round(float x) { return x; }
     static __device__ __forceinline__ float weight(float param, float) { return param; }
     static __device__ __forceinline__ void store(float w, float& param, float&) { param = w; }
 };
@@ -63,6 +71,7 @@ struct Bf16 {
     typedef short Master;
     static const bool has_master = true;
     static __device__ __forceinline__ float value(u16 x) { return __uint_as_float((u32)x << 16); }
+    static __device__ __forceinline__ u16 round(float x) { return f32_to_bf16(x); }
     static __device__ __forceinline__ float weight(u16 param, short low) {
         return __uint_as_float(((u32)param << 16) + (u32)(int)low);
     }
@@ -79,6 +88,7 @@ struct F16 {
     typedef float Master;
     static const bool has_master = true;
     static __device__ __forceinline__ float value(u16 x) { return f16_to_f32(x); }
+    static __device__ __forceinline__ u16 round(float x) { return f32_to_f16(x); }
     static __device__ __forceinline__ float weight(u16, float master) { return master; }
     static __device__ __forceinline__ float fresh(u16 param) { return f16_to_f32(param); }
     static __device__ __forceinline__ void store(float w, u16& param, float& master) {
@@ -124,7 +134,9 @@ static __device__ __forceinline__ void step(typename T::Param& param, typename T
                                             typename T::Master& master, float& m, float& v, const Hyper& h,
                                             bool reset_master) {
     if (reset_master) master = Fresh<T, T::has_master>::of(param);
-    const float w = step_one(T::weight(param, master), T::value(grad), m, v, h);
+    float g = T::value(grad);
+    if (h.clip != 1.0f) g = T::value(T::round(__fmul_rn(g, h.clip)));
+    const float w = step_one(T::weight(param, master), g, m, v, h);
     T::store(w, param, master);
 }
 

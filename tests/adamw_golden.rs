@@ -3,7 +3,7 @@
 
 use funicular::{
     dtype::{DType, StateKind},
-    optim::{AdamWOptions, Hyper, Isa, Span, adamw_with, norm_sq_with},
+    optim::{AdamWOptions, Hyper, Isa, Span, Target, adamw_into_with, adamw_with, norm_sq_with},
 };
 
 const DTYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
@@ -48,13 +48,14 @@ fn read_case(file: &mut Reader<'_>) -> Case {
     let len = file.u32() as usize;
     let step = file.u32();
     let flags = file.u32();
-    let [lr, beta1, beta2, eps, weight_decay, grad_scale, norm_sq] = std::array::from_fn(|_| file.f64());
+    let [lr, beta1, beta2, eps, weight_decay, grad_scale, clip, norm_sq] = std::array::from_fn(|_| file.f64());
     let options = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize: flags & 1 == 1 };
     Case {
         dtype,
         len,
         reset_master: flags & 2 == 2,
-        hyper: Hyper::new(&options, u64::from(step), grad_scale),
+        #[expect(clippy::cast_possible_truncation, reason = "the one rounding to fp32")]
+        hyper: Hyper { clip: clip as f32, ..Hyper::new(&options, u64::from(step), grad_scale) },
         norm_sq,
         grad: file.array(len * dtype.size()),
         before: STATE.map(|kind| file.array(len * kind.element_size(dtype))),
@@ -86,6 +87,18 @@ fn every_isa_gives_the_bits_of_the_python_reference() {
             // SAFETY: the buffers are this test's own and hold `len` elements each.
             let norm = unsafe { norm_sq_with(isa, span.grad, case.len, case.dtype) }.expect("trainable");
             assert!(norm.to_bits() == case.norm_sq.to_bits() || (norm.is_nan() && case.norm_sq.is_nan()));
+            let mut into = state.clone();
+            let [param, master, exp_avg, exp_avg_sq] = into.each_mut().map(|words| words.as_mut_ptr());
+            let target = Target {
+                param: param.cast(),
+                master: master.cast(),
+                exp_avg: exp_avg.cast(),
+                exp_avg_sq: exp_avg_sq.cast(),
+            };
+            // SAFETY: as above.
+            unsafe { adamw_into_with(isa, &span, &target, &case.hyper) }.expect("trainable");
+            assert!(state == case.before, "case {index}: the source was touched");
+            assert!(into == case.after, "case {index} {:?} {}: out of place", case.dtype, isa.name());
             // SAFETY: as above.
             unsafe { adamw_with(isa, &span, &case.hyper) }.expect("trainable");
             for (kind, (ours, theirs)) in STATE.iter().zip(state.iter().zip(&case.after)) {

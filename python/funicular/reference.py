@@ -40,6 +40,7 @@ class Hyper(NamedTuple):
     step_size: float
     eps: float
     grad_factor: float
+    clip: float
 
 
 def _f32(value: float) -> float:
@@ -55,8 +56,9 @@ def hyper(
     step: int,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    clip: float = 1.0,
 ) -> Hyper:
-    """Scalars of step number `step`, which counts from 1. `grad_scale` multiplies the gradient."""
+    """Scalars of step number `step`, which counts from 1. `grad_scale` multiplies the gradient, after `clip` did."""
     beta1, beta2 = betas
     from_grad = 1 - beta1 >= 0.5
     return Hyper(
@@ -69,6 +71,7 @@ def hyper(
         step_size=_f32(lr / (1 - beta1 ** float(step))),
         eps=_f32(eps),
         grad_factor=_f32(-grad_scale if maximize else grad_scale),
+        clip=_f32(clip),
     )
 
 
@@ -96,6 +99,8 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
 
 
 def _moments_and_weight(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, h: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+    if h.clip != 1:
+        grad = (grad.to(torch.float32) * h.clip).to(grad.dtype)
     g = grad.to(torch.float32) * h.grad_factor
     w = w * h.decay
     delta = (g - m) * h.lerp_coeff
@@ -126,6 +131,7 @@ def adamw_step(
     step: int,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    clip: float = 1.0,
     reset_master: bool = False,
 ) -> None:
     """One step, in place.
@@ -146,6 +152,8 @@ def adamw_step(
         Number of this step, from 1.
     grad_scale
         Multiplies the gradient.
+    clip
+        Multiplies the gradient first, rounded to its type, as ``grad.mul_(clip)`` would.
     reset_master
         The weight was edited: start from `param` alone.
     """
@@ -157,6 +165,7 @@ def adamw_step(
         step=step,
         maximize=maximize,
         grad_scale=grad_scale,
+        clip=clip,
     )
     if grad.dtype != param.dtype:
         raise TypeError(f"the gradient is {grad.dtype}, its parameter {param.dtype}")

@@ -2,7 +2,7 @@
 //!
 //! A span is updated in place, one element at a time in the order that docs/arithmetic.md writes down:
 //! ```text
-//! g = f32(grad) * grad_factor
+//! g = f32(clip == 1 ? grad : round(f32(grad) * clip)) * grad_factor
 //! w = w * decay
 //! m = (lerp_from_grad ? g : m) + (g - m) * lerp_coeff
 //! v = v * beta2 + (g * one_minus_beta2) * g
@@ -21,7 +21,7 @@ use crate::{
     error::{Code, Error, Result},
     optim::{
         Hyper, Pool,
-        half::{bf16_to_f32, canonical, f16_to_f32, f32_to_f16, join_master, split_master},
+        half::{bf16_to_f32, canonical, f16_to_f32, f32_to_bf16, f32_to_f16, join_master, split_master},
         isa::{FloatMode, Isa, per_isa, prefetch},
     },
 };
@@ -226,7 +226,11 @@ trait Weight {
     /// What there is beyond the parameter.
     type Master: Copy;
     fn value(x: Self::Param) -> f32;
+    /// The element of this type that is nearest to a value.
+    fn round(x: f32) -> Self::Param;
     fn join(param: Self::Param, master: Self::Master) -> f32;
+    /// The master of a parameter that was edited.
+    fn fresh(param: Self::Param) -> Self::Master;
     /// Of a weight whose NaNs are canonical.
     fn split(w: f32) -> (Self::Param, Self::Master);
 }
@@ -243,9 +247,15 @@ impl Weight for F32 {
         x
     }
     #[inline(always)]
+    fn round(x: f32) -> f32 {
+        x
+    }
+    #[inline(always)]
     fn join(param: f32, (): ()) -> f32 {
         param
     }
+    #[inline(always)]
+    fn fresh(_: f32) {}
     #[inline(always)]
     fn split(w: f32) -> (f32, ()) {
         (w, ())
@@ -260,8 +270,16 @@ impl Weight for Bf16 {
         bf16_to_f32(x)
     }
     #[inline(always)]
+    fn round(x: f32) -> u16 {
+        f32_to_bf16(x)
+    }
+    #[inline(always)]
     fn join(param: u16, low: i16) -> f32 {
         join_master(param, low)
+    }
+    #[inline(always)]
+    fn fresh(_: u16) -> i16 {
+        0
     }
     #[inline(always)]
     fn split(w: f32) -> (u16, i16) {
@@ -277,8 +295,16 @@ impl Weight for F16 {
         f16_to_f32(x)
     }
     #[inline(always)]
+    fn round(x: f32) -> u16 {
+        f32_to_f16(x)
+    }
+    #[inline(always)]
     fn join(_: u16, master: f32) -> f32 {
         master
+    }
+    #[inline(always)]
+    fn fresh(param: u16) -> f32 {
+        f16_to_f32(param)
     }
     #[inline(always)]
     fn split(w: f32) -> (u16, f32) {
@@ -307,8 +333,26 @@ fn step_few<W: Weight>(
     v: &mut [f32],
     h: &Hyper,
 ) {
+    // Told apart out here, so that each loop vectorises and the usual one does not pay for the other.
+    if h.clip.to_bits() == 1.0_f32.to_bits() {
+        each::<W>(param, grad, master, m, v, h, W::value);
+    } else {
+        each::<W>(param, grad, master, m, v, h, |g| W::value(W::round(W::value(g) * h.clip)));
+    }
+}
+
+#[inline(always)]
+fn each<W: Weight>(
+    param: &mut [W::Param],
+    grad: &[W::Param],
+    master: &mut [W::Master],
+    m: &mut [f32],
+    v: &mut [f32],
+    h: &Hyper,
+    gradient: impl Fn(W::Param) -> f32,
+) {
     for ((((param, grad), master), m), v) in param.iter_mut().zip(grad).zip(master).zip(m).zip(v) {
-        let w = step_one(W::join(*param, *master), W::value(*grad), m, v, h);
+        let w = step_one(W::join(*param, *master), gradient(*grad), m, v, h);
         (*param, *master) = W::split(w);
     }
 }
@@ -346,9 +390,9 @@ fn step_all<W: Weight>(
 
 /// Prefetches what lies [`AHEAD`] elements after `chunk`, be it inside the array or not.
 #[inline(always)]
-fn prefetch_after<T>(chunk: &[T; CHUNK]) {
+fn prefetch_after<T>(chunk: &[T]) {
     let start = chunk.as_ptr().wrapping_add(AHEAD).cast::<u8>();
-    for line in 0..size_of_val(chunk) / 64 {
+    for line in 0..CHUNK * size_of::<T>() / 64 {
         prefetch(start.wrapping_add(line * 64));
     }
 }
@@ -360,6 +404,10 @@ fn widen_f16_body(master: &mut [f32], param: &[u16]) {
     }
 }
 
+#[path = "into.rs"]
+mod into;
 #[cfg(test)]
 #[path = "adamw_tests.rs"]
 mod tests;
+
+pub use into::{Target, adamw_into_parallel, adamw_into_with};

@@ -15,6 +15,13 @@ pub(super) fn bf16_to_f32(x: u16) -> f32 {
     f32::from_bits(u32::from(x) << 16)
 }
 
+/// Rounds to a bfloat16, ties to even, as torch does.
+#[inline(always)]
+pub(super) fn f32_to_bf16(x: f32) -> u16 {
+    let bits = canonical(x).to_bits();
+    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
 /// Cuts an fp32 value into its high half, rounded half up, and the signed rest; NaNs are made canonical.
 #[inline(always)]
 pub fn split_master(x: f32) -> (u16, i16) {

@@ -47,6 +47,8 @@ pub struct Hyper {
     pub grad_factor: f32,
     /// 1 where the first moment is interpolated from the gradient's end (`beta1 <= 0.5`), as `torch.lerp` does.
     pub lerp_from_grad: u32,
+    /// What the gradient is multiplied by first, rounded to the gradient's type, as clipping it in place would; mostly 1.
+    pub clip: f32,
 }
 
 impl Hyper {
@@ -71,6 +73,7 @@ impl Hyper {
             eps: round(eps),
             grad_factor: round(if maximize { -grad_scale } else { grad_scale }),
             lerp_from_grad: u32::from(from_grad),
+            clip: 1.0,
         }
     }
 }

@@ -3,8 +3,8 @@
 Run from the repository's root: python tests/data/make_adamw_golden.py
 
 Little endian. Header: `FNADAMW1`, u32 number of cases. Each case: u32 type (0 fp32, 1 bf16, 2 fp16), u32 length n,
-u32 step, u32 flags (1 maximize, 2 reset_master), f64 lr, beta1, beta2, eps, weight_decay, grad_scale and norm_sq of the
-gradient; n elements of grad; param, master, exp_avg, exp_avg_sq before the step; the same four after it.
+u32 step, u32 flags (1 maximize, 2 reset_master), f64 lr, beta1, beta2, eps, weight_decay, grad_scale, clip and norm_sq of
+the gradient; n elements of grad; param, master, exp_avg, exp_avg_sq before the step; the same four after it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SPECIALS = [
     0xFFA12345,
 ]
 # fmt: on
-# lr, beta1, beta2, eps, weight_decay, grad_scale, step, maximize, reset_master
+# lr, beta1, beta2, eps, weight_decay, grad_scale, clip, step, maximize, reset_master
 CASES = [
-    (1e-3, 0.9, 0.999, 1e-8, 1e-2, 1.0, 1, False, False),
-    (3e-4, 0.9, 0.95, 1e-8, 0.1, 0.3125, 1234, False, False),
-    (1e-2, 0.0, 0.5, 0.0, 0.0, 1 / 3, 2, True, False),
-    (1e-3, 0.4, 0.999, 1e-6, 0.5, 1.0, 7, False, True),
+    (1e-3, 0.9, 0.999, 1e-8, 1e-2, 1.0, 1.0, 1, False, False),
+    (3e-4, 0.9, 0.95, 1e-8, 0.1, 0.3125, 1.0, 1234, False, False),
+    (1e-2, 0.0, 0.5, 0.0, 0.0, 1 / 3, 0.734375, 2, True, False),
+    (1e-3, 0.4, 0.999, 1e-6, 0.5, 1.0, 0.051, 7, False, True),
 ]
 
 
@@ -74,7 +74,7 @@ def raw(tensor: torch.Tensor | None) -> bytes:
 
 def one_case(dtype: torch.dtype, case: tuple[float, ...], seed: int) -> bytes:
     """A case as bytes."""
-    lr, beta1, beta2, eps, weight_decay, grad_scale, step, maximize, reset_master = case
+    lr, beta1, beta2, eps, weight_decay, grad_scale, clip, step, maximize, reset_master = case
     arrays = random_arrays(dtype, LENGTH, seed)
     grad = arrays.pop("grad")
     assert grad is not None
@@ -83,7 +83,7 @@ def one_case(dtype: torch.dtype, case: tuple[float, ...], seed: int) -> bytes:
     norm = reference.norm_sq(grad)
     flags = int(maximize) | int(reset_master) << 1
     out = struct.pack("<4I", DTYPES.index(dtype), LENGTH, int(step), flags)
-    out += struct.pack("<7d", lr, beta1, beta2, eps, weight_decay, grad_scale, norm)
+    out += struct.pack("<8d", lr, beta1, beta2, eps, weight_decay, grad_scale, clip, norm)
     out += raw(grad) + b"".join(map(raw, arrays.values()))
     reference.adamw_step(
         arrays["param"],
@@ -98,6 +98,7 @@ def one_case(dtype: torch.dtype, case: tuple[float, ...], seed: int) -> bytes:
         step=int(step),
         maximize=bool(maximize),
         grad_scale=grad_scale,
+        clip=clip,
         reset_master=bool(reset_master),
     )
     return out + b"".join(map(raw, arrays.values()))

@@ -35,6 +35,7 @@ class Hyper(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("decay", "lerp_coeff", "beta2", "one_minus_beta2")),
         *((name, ctypes.c_float) for name in ("bias_correction2_sqrt", "step_size", "eps", "grad_factor")),
         ("lerp_from_grad", ctypes.c_uint32),
+        ("clip", ctypes.c_float),
     ]
 
 
@@ -142,9 +143,9 @@ def compare(kernels: Kernels) -> int:
     count = 0
     cases = itertools.product(NAMES, LENGTHS, (0, 1), enumerate(make_adamw_golden.CASES))
     for dtype, length, shift, (index, case) in cases:
-        lr, beta1, beta2, eps, weight_decay, grad_scale, step, maximize, reset_master = case
+        lr, beta1, beta2, eps, weight_decay, grad_scale, clip, step, maximize, reset_master = case
         options = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay, "step": int(step)}
-        options |= {"maximize": bool(maximize), "grad_scale": grad_scale}
+        options |= {"maximize": bool(maximize), "grad_scale": grad_scale, "clip": clip}
         expected = make_adamw_golden.random_arrays(dtype, length, 7 * length + index)
         ours = {name: on_cuda(x, shift) for name, x in expected.items()}
         torch_on_cuda = {name: on_cuda(x, 0) for name, x in expected.items()}

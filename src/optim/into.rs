@@ -1,0 +1,233 @@
+//! The AdamW update of a span out of place: the old values stay, so that an update may run before it is known to be wanted.
+//!
+//! What is written is not read again soon: it goes past the caches, which spares reading the lines first.
+#![expect(unsafe_code, reason = "makes slices of the raw pointers of a span; stores past the caches")]
+
+use std::slice::{from_raw_parts, from_raw_parts_mut};
+
+use super::{Bf16, CHUNK, F16, F32, PIECE, Span, Update, Weight, prefetch_after, step_few, unsupported};
+use crate::{
+    dtype::{DType, StateKind},
+    error::Result,
+    optim::{
+        Hyper, Pool,
+        isa::{FloatMode, Isa, per_isa},
+    },
+};
+
+/// Where the new values of a span go; the types are those of [`Span`], the arrays disjoint from it and from each other.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// The parameter.
+    pub param: *mut u8,
+    /// What there is beyond it; null for fp32.
+    pub master: *mut u8,
+    /// First moment.
+    pub exp_avg: *mut f32,
+    /// Second moment.
+    pub exp_avg_sq: *mut f32,
+}
+
+// SAFETY: addresses; whoever calls `adamw_into` vouches for exclusive access to the bytes.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+impl Target {
+    fn from(&self, start: usize, dtype: DType) -> Self {
+        Self {
+            param: self.param.wrapping_add(start * dtype.size()),
+            master: self.master.wrapping_add(start * StateKind::Master.element_size(dtype)),
+            exp_avg: self.exp_avg.wrapping_add(start),
+            exp_avg_sq: self.exp_avg_sq.wrapping_add(start),
+        }
+    }
+}
+
+/// The old values of one thread's piece.
+struct Old<'a, W: Weight> {
+    param: &'a [W::Param],
+    grad: &'a [W::Param],
+    master: &'a [W::Master],
+    m: &'a [f32],
+    v: &'a [f32],
+    reset_master: bool,
+}
+
+/// The places of its new ones.
+struct New<'a, W: Weight> {
+    param: &'a mut [W::Param],
+    master: &'a mut [W::Master],
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+}
+
+/// Updates a span into `to` with an instruction set of the caller's choice; the span itself is only read.
+///
+/// # Errors
+/// As for [`super::adamw`].
+///
+/// # Safety
+/// The span's pointers are valid for reading `len` elements, those of `to` for writing them; all arrays are aligned to their
+/// elements and disjoint, and nobody writes the former or touches the latter during the call.
+pub unsafe fn adamw_into_with(isa: Isa, span: &Span, to: &Target, hyper: &Hyper) -> Result<()> {
+    if span.len == 0 {
+        return Ok(());
+    }
+    let _mode = FloatMode::ieee();
+    // SAFETY: the caller's contract, for each type.
+    unsafe {
+        match span.dtype {
+            DType::F32 => into_f32(isa, old(span), new(span.len, to), *hyper),
+            DType::Bf16 => into_bf16(isa, old(span), new(span.len, to), *hyper),
+            DType::F16 => into_f16(isa, old(span), new(span.len, to), *hyper),
+            DType::Opaque { .. } => return Err(unsupported(span.dtype)),
+        }
+    }
+    Ok(())
+}
+
+/// Updates spans into their targets on the threads of `pool`, as [`super::adamw_parallel`] does in place.
+///
+/// # Errors
+/// As for [`super::adamw_parallel`].
+///
+/// # Safety
+/// As for [`adamw_into_with`], for all spans together.
+pub unsafe fn adamw_into_parallel(pool: &Pool, updates: &[(Update, Target)]) -> Result<()> {
+    if let Some((update, _)) = updates.iter().find(|(update, _)| !update.span.dtype.trainable()) {
+        return Err(unsupported(update.span.dtype));
+    }
+    let pieces = updates.iter().map(|(update, _)| update.span.pieces()).sum();
+    pool.run(pieces, &|mut index| {
+        for (Update { span, hyper }, to) in updates {
+            if let Some(rest) = index.checked_sub(span.pieces()) {
+                index = rest;
+                continue;
+            }
+            let start = index * PIECE;
+            // SAFETY: the caller's contract; every index is one piece, and pieces are disjoint. The only error, a type without a
+            // kernel, was ruled out above.
+            let _ =
+                unsafe { adamw_into_with(Isa::best(), &span.piece(start, PIECE), &to.from(start, span.dtype), hyper) };
+            return;
+        }
+    })
+}
+
+/// # Safety
+/// As for [`adamw_into_with`], where `W` is the span's type; for the lifetime `'a`.
+unsafe fn old<'a, W: Weight>(span: &Span) -> Old<'a, W> {
+    let n = span.len;
+    // Arrays of no bytes have no address.
+    let master = if size_of::<W::Master>() == 0 { std::ptr::dangling_mut() } else { span.master.cast() };
+    // SAFETY: the caller's contract.
+    unsafe {
+        Old {
+            param: from_raw_parts(span.param.cast(), n),
+            grad: from_raw_parts(span.grad.cast(), n),
+            master: from_raw_parts(master, n),
+            m: from_raw_parts(span.exp_avg, n),
+            v: from_raw_parts(span.exp_avg_sq, n),
+            reset_master: span.reset_master,
+        }
+    }
+}
+
+/// # Safety
+/// As for [`adamw_into_with`], for the lifetime `'a`.
+unsafe fn new<'a, W: Weight>(n: usize, to: &Target) -> New<'a, W> {
+    let master = if size_of::<W::Master>() == 0 { std::ptr::dangling_mut() } else { to.master.cast() };
+    // SAFETY: the caller's contract.
+    unsafe {
+        New {
+            param: from_raw_parts_mut(to.param.cast(), n),
+            master: from_raw_parts_mut(master, n),
+            m: from_raw_parts_mut(to.exp_avg, n),
+            v: from_raw_parts_mut(to.exp_avg_sq, n),
+        }
+    }
+}
+
+per_isa! {
+    fn into_f32(old: Old<'_, F32>, new: New<'_, F32>, h: Hyper) = into_all::<F32>;
+}
+per_isa! {
+    fn into_bf16(old: Old<'_, Bf16>, new: New<'_, Bf16>, h: Hyper) = into_all::<Bf16>;
+}
+per_isa! {
+    fn into_f16(old: Old<'_, F16>, new: New<'_, F16>, h: Hyper) = into_all::<F16>;
+}
+
+#[inline(always)]
+fn into_all<W: Weight>(old: Old<'_, W>, new: New<'_, W>, h: Hyper) {
+    let whole = old.param.len() / CHUNK;
+    for i in 0..whole {
+        let at = i * CHUNK;
+        let mut param = chunk(old.param, at);
+        let mut master = chunk(old.master, at);
+        let (mut m, mut v) = (chunk(old.m, at), chunk(old.v, at));
+        prefetch_after(&old.param[at..at + CHUNK]);
+        prefetch_after(&old.grad[at..at + CHUNK]);
+        prefetch_after(&old.master[at..at + CHUNK]);
+        prefetch_after(&old.m[at..at + CHUNK]);
+        prefetch_after(&old.v[at..at + CHUNK]);
+        if old.reset_master {
+            master = param.map(W::fresh);
+        }
+        step_few::<W>(&mut param, &old.grad[at..at + CHUNK], &mut master, &mut m, &mut v, &h);
+        stream(&mut new.param[at..at + CHUNK], &param);
+        stream(&mut new.master[at..at + CHUNK], &master);
+        stream(&mut new.m[at..at + CHUNK], &m);
+        stream(&mut new.v[at..at + CHUNK], &v);
+    }
+    for i in whole * CHUNK..old.param.len() {
+        new.param[i] = old.param[i];
+        new.master[i] = if old.reset_master { W::fresh(old.param[i]) } else { old.master[i] };
+        (new.m[i], new.v[i]) = (old.m[i], old.v[i]);
+        let one = i..=i;
+        step_few::<W>(
+            &mut new.param[one.clone()],
+            &old.grad[one.clone()],
+            &mut new.master[one.clone()],
+            &mut new.m[one.clone()],
+            &mut new.v[one],
+            &h,
+        );
+    }
+    fence();
+}
+
+#[inline(always)]
+fn chunk<T: Copy>(from: &[T], at: usize) -> [T; CHUNK] {
+    std::array::from_fn(|i| from[at + i])
+}
+
+/// Copies a chunk past the caches where its place is aligned for that.
+#[inline(always)]
+fn stream<T: Copy>(to: &mut [T], from: &[T; CHUNK]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        let at = to.as_mut_ptr().cast::<__m128i>();
+        if at.is_aligned() && to.len() == CHUNK {
+            let source = from.as_ptr().cast::<__m128i>();
+            for i in 0..size_of_val(from) / size_of::<__m128i>() {
+                // SAFETY: SSE2 is part of x86-64; both hold CHUNK elements, a whole number of vectors, and the target is aligned.
+                unsafe { _mm_stream_si128(at.add(i), _mm_loadu_si128(source.add(i))) };
+            }
+            return;
+        }
+    }
+    to.copy_from_slice(from);
+}
+
+/// Makes what was streamed visible before whatever says that it is there.
+#[inline(always)]
+fn fence() {
+    // SAFETY: SSE is part of x86-64.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
