@@ -39,6 +39,7 @@ macro_rules! codes {
 codes! {
     NoCuda = "FN-E001", Runtime, "no CUDA driver, or no device of that number";
     Cuda = "FN-E002", Runtime, "a CUDA call failed";
+    NoCompiler = "FN-E003", Runtime, "CUDA's run-time compiler is missing or refuses a kernel";
     Stale = "FN-E101", Runtime, "bytes of another generation than expected: a bug of funicular";
     Stuck = "FN-E102", Runtime, "nothing moved for too long; the message says what was waited for";
     Forked = "FN-E103", Runtime, "used in a forked child; the runtime belongs to its parent";

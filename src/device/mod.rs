@@ -18,6 +18,7 @@ pub use host::HostDevice;
 use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
+    optim::{Hyper, Span},
     units::ByteCount,
 };
 
@@ -202,6 +203,22 @@ pub trait Device: Send + Sync {
     /// As for [`Device::copy`].
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
     unsafe fn fill(&self, stream: StreamRef, dst: u64, byte: u8, len: usize) -> Result<()>;
+
+    /// Gets ready for [`Device::adamw`]: what has to be compiled or loaded is, once.
+    ///
+    /// # Errors
+    /// `FN-E003` when that is not possible.
+    fn prepare_updates(&self) -> Result<()>;
+
+    /// Enqueues the AdamW update of a span of this device's memory, or of memory it can reach; the bits are the same on every device.
+    ///
+    /// # Errors
+    /// `FN-E112` for a type that is not trainable, those of [`Device::prepare_updates`].
+    ///
+    /// # Safety
+    /// As for [`crate::optim::adamw`], until a gate recorded after this has passed.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()>;
 
     /// Records a gate on a stream. Gates of `Compute` may be recorded on different streams of the user.
     fn record(&self, stream: StreamRef) -> Result<Gate>;

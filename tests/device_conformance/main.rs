@@ -10,6 +10,7 @@ mod frames;
 mod gates;
 mod lifetime;
 mod programs;
+mod updates;
 
 use std::{io::Write, sync::Arc};
 

@@ -12,8 +12,9 @@ use std::{
 };
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUmemAccessDesc, CUmemAllocationGranularity_flags,
-    CUmemAllocationProp, CUmemGenericAllocationHandle, CUstream, CUstreamCaptureMode,
+    CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUmemAccessDesc,
+    CUmemAllocationGranularity_flags, CUmemAllocationProp, CUmemGenericAllocationHandle, CUmodule, CUstream,
+    CUstreamCaptureMode,
 };
 
 use crate::error::{Code, Error, Result};
@@ -53,7 +54,7 @@ macro_rules! entry_points {
         #[expect(non_snake_case, reason = "the driver's own names")]
         pub(super) struct Driver { $($name: unsafe extern "C" fn($($type),*) -> c_int,)* }
 
-        #[expect(non_snake_case, reason = "the driver's own names")]
+        #[expect(non_snake_case, clippy::too_many_arguments, reason = "the driver's own names and signatures")]
         impl Driver {
             /// Looks every entry point up; names the one that is missing.
             ///
@@ -132,6 +133,10 @@ entry_points! {
     cuEventRecord(event: CUevent, stream: CUstream);
     cuEventQuery(event: CUevent);
     cuEventDestroy_v2(event: CUevent);
+    cuModuleLoadData(module: *mut CUmodule, image: *const c_void);
+    cuModuleUnload(module: CUmodule);
+    cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char);
+    cuLaunchKernel(function: CUfunction, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint, block_z: c_uint, shared: c_uint, stream: CUstream, arguments: *mut *mut c_void, extra: *mut *mut c_void);
 }
 
 impl Driver {

@@ -6,11 +6,13 @@
 
 mod driver;
 mod frames;
+mod kernels;
+mod nvrtc;
 mod streams;
 
 use std::{
     ffi::{CStr, c_char, c_int},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -21,14 +23,18 @@ use rayon::prelude::*;
 use self::{
     driver::{Context, Driver},
     frames::CudaFrames,
+    kernels::Kernels,
     streams::Streams,
 };
 use crate::{
     device::{Device, DeviceKind, FrameSpan, Frames, Gate, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
+    optim::{Hyper, Span},
     units::ByteCount,
 };
+
+pub use nvrtc::search as search_compiler;
 
 /// How many devices there are; 0 without a driver.
 ///
@@ -126,6 +132,7 @@ fn pcie_link(bus: &str) -> Option<PcieLink> {
 pub struct CudaDevice {
     streams: Arc<Streams>,
     granularity: u64,
+    kernels: OnceLock<Result<Kernels>>,
     regions: Mutex<Vec<Arc<HostRegion>>>,
 }
 
@@ -145,11 +152,15 @@ impl CudaDevice {
             ));
         }
         let granularity = frames::granularity(&context)?;
-        Ok(Self { streams: Streams::new(context)?, granularity, regions: Mutex::default() })
+        Ok(Self { streams: Streams::new(context)?, granularity, kernels: OnceLock::new(), regions: Mutex::default() })
     }
 
     fn context(&self) -> &Context {
         &self.streams.context
+    }
+
+    fn kernels(&self) -> Result<&Kernels> {
+        self.kernels.get_or_init(|| Kernels::load(&self.streams.context)).as_ref().map_err(Error::clone)
     }
 }
 
@@ -235,6 +246,15 @@ impl Device for CudaDevice {
         }
         // SAFETY: the caller vouches for the range; the stream is alive.
         context.check(unsafe { context.driver.cuMemsetD8Async(dst, byte, len, self.streams.handle(stream)) })
+    }
+
+    fn prepare_updates(&self) -> Result<()> {
+        self.kernels().map(|_| ())
+    }
+
+    unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()> {
+        // SAFETY: passed on to the caller; the stream is alive.
+        unsafe { self.kernels()?.adamw(self.streams.handle(stream), span, hyper) }
     }
 
     fn record(&self, stream: StreamRef) -> Result<Gate> {

@@ -18,8 +18,9 @@ use parking_lot::Mutex;
 use self::streams::{Op, Streams};
 use crate::{
     device::{Device, DeviceKind, FrameSpan, Frames, Gate, Role, StreamRef, check_ring},
-    error::Result,
+    error::{Code, Error, Result},
     memory::HostRegion,
+    optim::{self, Hyper, Span},
     units::ByteCount,
 };
 
@@ -109,6 +110,24 @@ impl Device for HostDevice {
         }
     }
 
+    fn prepare_updates(&self) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()> {
+        match stream.role() {
+            Role::Compute => {
+                self.streams.check()?;
+                // SAFETY: the caller's contract.
+                unsafe { optim::adamw(span, hyper) }
+            }
+            _ if !span.dtype.trainable() => {
+                Err(Error::new(Code::UnsupportedParam, "a parameter of unknown type has no AdamW."))
+            }
+            role => self.streams.push(role, Op::AdamW(*span, *hyper)),
+        }
+    }
+
     fn record(&self, stream: StreamRef) -> Result<Gate> {
         self.streams.record(stream.role())
     }
@@ -150,7 +169,6 @@ impl Drop for HostDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Code;
 
     /// Waits for a failure without a clock in the assertion: the stream that fails has nothing else to do.
     fn failure(device: &HostDevice, gate: Gate) -> Code {

@@ -21,6 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::{
     device::{Gate, Role, unrecorded},
     error::{Code, Error, Result},
+    optim::{Hyper, Span, adamw},
 };
 
 /// Operations one stream holds before the caller has to wait for room.
@@ -37,6 +38,8 @@ pub(super) enum Op {
     Copy { dst: u64, src: u64, len: usize },
     /// Sets `len` bytes.
     Fill { dst: u64, byte: u8, len: usize },
+    /// Updates a span.
+    AdamW(Span, Hyper),
     /// Opens the gate of this number.
     Record(u64),
     /// Holds the stream until the gate is open.
@@ -82,6 +85,9 @@ impl Lane {
         }
     }
 }
+
+// SAFETY: whoever enqueues an operation vouches for its addresses, whichever thread uses them.
+unsafe impl Send for Op {}
 
 /// Both copy streams and the threads' meeting point.
 pub(super) struct Streams {
@@ -247,6 +253,8 @@ impl Streams {
                 Op::Copy { dst, src, len } => unsafe { copy(dst, src, len, &mut pace) },
                 // SAFETY: as above.
                 Op::Fill { dst, byte, len } => unsafe { fill(dst, byte, len) },
+                // SAFETY: as above. A type without a kernel was refused before it was enqueued.
+                Op::AdamW(span, hyper) => drop(unsafe { adamw(&span, &hyper) }),
                 Op::Record(seq) => {
                     lane.done.store(seq, Ordering::Release);
                     drop(self.progress.lock());
