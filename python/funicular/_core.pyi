@@ -35,9 +35,16 @@ class Engine:
     def update(
         self,
         updates: list[tuple[int, list[tuple[int, int, int, int, bool]]]],
-        hypers: list[tuple[float, float, float, float, float, int, bool, float]],
+        hypers: list[tuple[float, float, float, float, float, int, bool, int | None]],
         stream: int,
         wait: bool,
+    ) -> None: ...
+    def factor(self, src: int, stream: int) -> int: ...
+    def update_resident(
+        self,
+        updates: list[tuple[int, int, int, int, int, int, str, int, bool]],
+        hypers: list[tuple[float, float, float, float, float, int, bool, int | None]],
+        stream: int,
     ) -> None: ...
     def settle(self, unit: int, stream: int) -> None: ...
     def settle_all(self) -> None: ...

@@ -31,7 +31,7 @@ def stream_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     # Not `torch.cuda.current_stream`: dynamo puts its own stream objects there.
-    return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index))
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def _nothing() -> None:
@@ -74,11 +74,13 @@ class ParamRef:
     __slots__ = (
         "__weakref__",
         "edited",
+        "factor",
         "frame",
         "frame_address",
         "grad",
         "home",
         "name",
+        "norm",
         "numel",
         "offset",
         "param",
@@ -102,6 +104,10 @@ class ParamRef:
         self.frame_address = 0
         self.home: torch.Tensor
         self.grad: torch.Tensor | None = None
+        #: norm of the gradient when it came, and the version of its place then
+        self.norm: tuple[torch.Tensor, int] | None = None
+        #: what the gradient is yet to be multiplied by
+        self.factor: torch.Tensor | None = None
         self.trainable = False
         self.version = -1
         self.edited = False

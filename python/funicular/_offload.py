@@ -157,8 +157,7 @@ def _move_in(session: Session, unit: Unit) -> None:
             ref.grad = session.make_grad(ref)
             hooked: Any = p
             session.handles.append(hooked.register_post_accumulate_grad_hook(_Arrived(session)))
-            if session.device.type != "cpu":
-                session.handles.append(hooked.register_hook(_BeforeAccumulate(ref)))
+            session.handles.append(hooked.register_hook(_BeforeAccumulate(ref)))
         if grad is not None:
             p.grad = grad.to(session.device)
         ref.version = p._version
@@ -195,7 +194,7 @@ class _Arrived:
 
 
 class _BeforeAccumulate:
-    """Gradient hook of a parameter on a device with streams: autograd adds to the segment only after earlier copies."""
+    """Gradient hook of a parameter: autograd adds to the segment only what is there already and as it is to be."""
 
     def __init__(self, ref: ParamRef) -> None:
         self.ref = weakref.ref(ref)

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from funicular import _testing
+from funicular._clip import MAX_FACTORS, apply_pending, note_norm
 from funicular._errors import Error, RuntimeFailure, UsageError
 from funicular._guard import GuardedGrad, GuardedParameter
 from funicular._leases import LeaseHooks
@@ -85,6 +86,10 @@ class Session:
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
+        #: clipping was seen: norms are taken as gradients come
+        self.wants_norms = False
+        #: factors pending for the next step
+        self._factors: dict[int, torch.Tensor] = {}
         #: gradients on their way down, kept until their copies are over
         self._landing: deque[tuple[int, torch.Tensor]] = deque()
         self._arrived: ParamRef | None = None
@@ -240,6 +245,14 @@ class Session:
         self._alive()
         self.engine.settle(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
+        apply_pending(ref)
+
+    def take_factor(self, factor: torch.Tensor) -> bool:
+        """Whether one more factor may stay pending until the next step."""
+        if id(factor) not in self._factors and len(self._factors) >= MAX_FACTORS:
+            return False
+        self._factors[id(factor)] = factor
+        return True
 
     def edited(self, ref: ParamRef) -> None:
         """Note that a parameter was edited in its home."""
@@ -339,6 +352,7 @@ class Session:
             if grad.stride() != ref.home.stride():
                 grad = torch.empty_like(ref.frame).copy_(grad)
             home = self._home_grad(ref)
+            note_norm(ref, grad, home)
             size = grad.element_size()
             seq = self.engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream())
             self._landing.append((seq, grad))
@@ -407,6 +421,7 @@ class Session:
                 ref.edited = False
             for unit in dict.fromkeys(ref.unit for ref in refs):
                 _outdate(unit)
+        self._factors.clear()
         self.last_step = time.monotonic()
         self.log.stepped()
         for unit in watched:
@@ -433,9 +448,9 @@ class Session:
                 ref.grad.copy_(grad)
 
     def before_accumulate(self, ref: ParamRef) -> None:
-        """On a device with streams: autograd is about to add to a gradient whose copy may still be under way."""
+        """Autograd is about to add to a gradient that may still be on its way, or is yet to be multiplied."""
         if ref.param.grad is ref.grad:
-            self.engine.wait_gradients(self.stream())
+            self.access_grad(ref)
 
     def keep_states(self, ref: ParamRef) -> None:
         """Take the optimizer's states out of the runtime."""

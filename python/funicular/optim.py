@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from funicular._clip import effective_factor
 from funicular._errors import UsageError
 from funicular._model import ref_of
 from funicular._states import MOMENTS, ParamStates
@@ -22,7 +23,7 @@ __all__ = ["AdamW"]
 #: parameters start at multiples of this many elements in their section
 _ALIGN = 128
 
-_Hyper = tuple[float, float, float, float, float, int, bool, float]
+_Hyper = tuple[float, float, float, float, float, int, bool, "int | None"]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -192,6 +193,8 @@ class _SessionStep:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.hypers: dict[_Hyper, int] = {}
+        #: slots of factors that clipping left pending, by factor and element type
+        self.slots: dict[tuple[int, torch.dtype], int] = {}
         self.units: dict[Unit, list[tuple[ParamRef, ParamStates, int]]] = {}
 
     def add(self, ref: ParamRef, group: dict[str, Any], states: ParamStates) -> None:
@@ -204,10 +207,19 @@ class _SessionStep:
             float(group["weight_decay"]),
             states.count + 1,
             bool(group["maximize"]),
-            1.0,
+            self._slot(ref),
         )
         index = self.hypers.setdefault(key, len(self.hypers))
         self.units.setdefault(ref.unit, []).append((ref, states, index))
+
+    def _slot(self, ref: ParamRef) -> int | None:
+        if ref.factor is None or ref.param.grad is not ref.grad:
+            return None
+        key = (id(ref.factor), ref.home.dtype)
+        if key not in self.slots:
+            value = effective_factor(ref.factor, ref.home.dtype)
+            self.slots[key] = self.session.engine.factor(value.data_ptr(), self.session.stream())
+        return self.slots[key]
 
     def go(self) -> None:
         with self.session.lock:

@@ -16,10 +16,10 @@ use crate::{
     error::{Code, Error, Result},
     io::Direction,
     model::{Layout, ParamSpec, UnitSpec},
-    optim::{AdamWOptions, Hyper},
+    optim::{AdamWOptions, Hyper, Span, Update},
     policy::Policy,
     runtime::{
-        JobSpan, Runtime, UnitUpdate, shares_processor,
+        JobSpan, Runtime, StepHyper, UnitUpdate, shares_processor,
         stats::{Cause, Link},
     },
     schedule::Phase,
@@ -30,8 +30,10 @@ use crate::{
 type ParamTuple = (String, u64, String, u8, bool);
 /// (section, first element, elements, which hyperparameters, master starts anew)
 type SpanTuple = (usize, u64, u64, usize, bool);
-/// (lr, beta1, beta2, eps, weight decay, step, maximize, gradient scale)
-type HyperTuple = (f64, f64, f64, f64, f64, u64, bool, f64);
+/// (lr, beta1, beta2, eps, weight decay, step, maximize, slot of the factor that clipping found)
+type HyperTuple = (f64, f64, f64, f64, f64, u64, bool, Option<u32>);
+/// (addresses of parameter, gradient, master, exp_avg, exp_avg_sq; elements, dtype, which hyperparameters, master starts anew)
+type ResidentTuple = (u64, u64, u64, u64, u64, usize, String, usize, bool);
 /// (section, first element, elements, byte offset in the parameter segment)
 type PlaceTuple = (usize, u64, u64, u64);
 
@@ -89,6 +91,11 @@ fn dtype(name: &str, size: u8) -> DType {
         "float16" => DType::F16,
         _ => DType::Opaque { size },
     }
+}
+
+fn step_hyper((lr, beta1, beta2, eps, weight_decay, step, maximize, clip): HyperTuple) -> StepHyper {
+    let options = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
+    StepHyper { hyper: Hyper::new(&options, step, 1.0), clip }
 }
 
 fn kind(name: &str) -> Result<StateKind> {
@@ -249,13 +256,7 @@ impl Engine {
         stream: u64,
         wait: bool,
     ) -> PyResult<()> {
-        let hypers: Vec<Hyper> = hypers
-            .into_iter()
-            .map(|(lr, beta1, beta2, eps, weight_decay, step, maximize, scale)| {
-                let o = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
-                Hyper::new(&o, step, scale)
-            })
-            .collect();
+        let hypers: Vec<StepHyper> = hypers.into_iter().map(step_hyper).collect();
         let updates: Vec<UnitUpdate> = updates
             .into_iter()
             .map(|(unit, spans)| UnitUpdate {
@@ -273,6 +274,42 @@ impl Engine {
             })
             .collect();
         waiting(py, |i| self.with(|rt| rt.update(&updates, &hypers, stream, wait, i)))
+    }
+
+    /// Brings a factor of gradients (an fp32 value on the device) down; returns its slot.
+    fn factor(&self, py: Python<'_>, src: u64, stream: u64) -> PyResult<u32> {
+        // SAFETY: the wrapper passes a live tensor's address; torch reuses its memory only in the order of this stream.
+        check(py, self.with(|rt| unsafe { rt.factor(src, stream) }))
+    }
+
+    /// Updates parameters that are not paged.
+    fn update_resident(
+        &self,
+        py: Python<'_>,
+        updates: Vec<ResidentTuple>,
+        hypers: Vec<HyperTuple>,
+        stream: u64,
+    ) -> PyResult<()> {
+        let hypers: Vec<Hyper> = hypers.into_iter().map(|h| step_hyper(h).hyper).collect();
+        let updates: Vec<Update> = updates
+            .into_iter()
+            .map(|(param, grad, master, exp_avg, exp_avg_sq, len, kind, hyper, reset_master)| Update {
+                span: Span {
+                    param: param as *mut u8,
+                    grad: grad as *const u8,
+                    master: master as *mut u8,
+                    exp_avg: exp_avg as *mut f32,
+                    exp_avg_sq: exp_avg_sq as *mut f32,
+                    len,
+                    dtype: dtype(&kind, 0),
+                    reset_master,
+                },
+                hyper: hypers[hyper],
+            })
+            .collect();
+        // SAFETY: the wrapper passes addresses of live, dense tensors of `len` elements on the device.
+        let done = py.detach(|| self.with(|rt| unsafe { rt.update_resident(&updates, stream) }));
+        check(py, done)
     }
 
     /// Waits until the unit's home is current.

@@ -17,6 +17,7 @@ use crate::{
     model::Layout,
     optim::Pool,
     runtime::{
+        factors::Factors,
         files::Map,
         homes::Homes,
         stats::{Busy, Cause, Stats},
@@ -97,6 +98,7 @@ pub(crate) struct Shared {
     pub(crate) frames: Arc<dyn Frames>,
     pub(crate) disk: Option<Disk>,
     pub(crate) pool: Pool,
+    pub(crate) factors: Factors,
     pub(crate) jobs: Vec<Mutex<Job>>,
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,

@@ -6,6 +6,7 @@
 
 mod config;
 mod core;
+mod factors;
 pub mod files;
 pub mod homes;
 mod service;
@@ -19,7 +20,7 @@ mod update;
 use std::{sync::Arc, thread::JoinHandle};
 
 pub use config::Config;
-pub use update::{Job, JobSpan};
+pub use update::{Job, JobSpan, StepHyper};
 
 use crate::{
     device::{self, Device, DeviceKind, Frames, Gate, StreamRef},
@@ -27,7 +28,7 @@ use crate::{
     error::{Code, Error, Result},
     io::Direction,
     model::Layout,
-    optim::Hyper,
+    optim::{Update, adamw_parallel},
     policy::Policy,
     runtime::{
         core::{Disk, Landing, Shared},
@@ -231,7 +232,7 @@ impl Runtime {
     pub fn update(
         &self,
         updates: &[UnitUpdate],
-        hypers: &[Hyper],
+        hypers: &[StepHyper],
         stream: u64,
         wait: bool,
         interrupted: Interrupted<'_>,
@@ -263,6 +264,44 @@ impl Runtime {
             shared.trace.counter(tier.name(), self.used(tier)?.0);
         }
         if wait { shared.settle_all(interrupted) } else { Ok(()) }
+    }
+
+    /// Brings a factor of gradients down, an fp32 value on the device, after the work on `stream`; returns the slot that
+    /// [`StepHyper::clip`] names.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    ///
+    /// # Safety
+    /// `src` must be the address of that value, and it must stay as it is until the stream is past this.
+    #[expect(unsafe_code, reason = "the caller vouches for a raw address")]
+    pub unsafe fn factor(&self, src: u64, stream: u64) -> Result<u32> {
+        let shared = self.shared()?;
+        // SAFETY: passed on.
+        unsafe { shared.factors.bring(&*shared.device, src, stream) }
+    }
+
+    /// Updates parameters that are not paged, whose arrays all lie on the compute device: at once where that is the processor,
+    /// else in the order of `stream`.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or what the device lacks.
+    ///
+    /// # Safety
+    /// As for [`crate::optim::adamw_parallel`], until the stream is past this.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    pub unsafe fn update_resident(&self, updates: &[Update], stream: u64) -> Result<()> {
+        let shared = self.shared()?;
+        drop(shared.lock()?);
+        if shares_processor(shared.device.kind()) {
+            // SAFETY: passed on.
+            return unsafe { adamw_parallel(&shared.pool, updates) };
+        }
+        for update in updates {
+            // SAFETY: passed on.
+            unsafe { shared.device.adamw(StreamRef::Compute(stream), &update.span, &update.hyper)? };
+        }
+        Ok(())
     }
 
     /// True if the unit's home is not yet that of its last update.
@@ -382,7 +421,8 @@ impl Runtime {
             Tier::Host => {
                 let staging = shared.disk.as_ref().map_or(0, Disk::staging_bytes);
                 let (now, peak) = shared.stats.shadows();
-                (shared.homes.bytes() + staging + now, shared.homes.bytes() + staging + peak)
+                let fixed = shared.homes.bytes() + staging;
+                (fixed + now, fixed + peak)
             }
             Tier::Nvme => {
                 let bytes = shared.disk.as_ref().map_or(0, |d| d.store.reserved().0);

@@ -16,6 +16,7 @@ use crate::{
     runtime::{
         config::Config,
         core::{Disk, Inner, Landing, RunTask, Shared},
+        factors::Factors,
         files::Map,
         homes::Homes,
         stats::{Busy, Link, Stats},
@@ -77,6 +78,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
         inner: Mutex::new(Inner::new(machine, units)),
         placement: plan,
         layout,
+        factors: Factors::new(&*device)?,
         homes,
         device,
         frames,

@@ -26,13 +26,22 @@ pub struct JobSpan {
     pub reset_master: bool,
 }
 
+/// The scalars of a step, and where the device put what clipping multiplies the gradient by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepHyper {
+    /// The scalars; their `clip` is 1 where a slot tells it.
+    pub hyper: Hyper,
+    /// The slot, from [`crate::runtime::Runtime::factor`].
+    pub clip: Option<u32>,
+}
+
 /// What the runner needs to know about a unit's update.
 #[derive(Debug)]
 pub struct Job {
     /// The spans, in order.
     pub spans: Vec<JobSpan>,
     /// Hyperparameters the spans refer to.
-    pub hypers: Vec<Hyper>,
+    pub hypers: Vec<StepHyper>,
     /// Scratch of the runner.
     pub(crate) updates: Vec<Update>,
     /// What must have passed first: the user's stream, gradients down, parameters up.
@@ -66,7 +75,7 @@ impl Shared {
             let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| (&**lease, c));
             let (span_of, moved) = self.span_of(unit, span, start, len, slot);
             bytes += moved;
-            job.updates.push(Update { span: span_of, hyper: job.hypers[span.hyper] });
+            job.updates.push(Update { span: span_of, hyper: self.hyper_of(job.hypers[span.hyper]) });
         }
         // SAFETY: all ranges lie in homes or in the leased slot, are disjoint, and belong to this update until the
         // machine hears of its end: the gates of the job have passed, so no stream touches them.
@@ -75,6 +84,11 @@ impl Shared {
             disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
         }
         Ok(bytes)
+    }
+
+    /// The scalars, with what the device has to say of them; the gates of the job have passed.
+    fn hyper_of(&self, step: StepHyper) -> Hyper {
+        step.clip.map_or(step.hyper, |slot| Hyper { clip: self.factors.value(slot), ..step.hyper })
     }
 
     /// The addresses of a piece of a span, and the bytes of memory traffic that its update costs.
