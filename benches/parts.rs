@@ -24,8 +24,9 @@ fn model() -> (Layout, Vec<Tiers>, Budgets, Limits) {
     let layout = Layout::new(&units).unwrap();
     let tiers = vec![Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) }; UNITS as usize];
     let hbm = layout.units.iter().map(|unit| unit.param_bytes()).sum::<u64>() / 16;
-    let budgets = Budgets { hbm: Some(ByteCount(hbm)), host: ByteCount::gib(1024), nvme: ByteCount::gib(1024) };
-    (layout, tiers, budgets, Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: false })
+    let budgets =
+        Budgets { hbm: Some(ByteCount(hbm)), host: ByteCount::gib(1024), nvme: ByteCount::gib(1024), spare: None };
+    (layout, tiers, budgets, Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: false, residents: false })
 }
 
 fn scheduler(criterion: &mut Criterion) {

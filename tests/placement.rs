@@ -4,9 +4,12 @@
 use funicular::{
     Code, Error,
     dtype::{DType, StateKind},
-    model::{Layout, ParamSpec, UnitSpec},
-    schedule::{Budgets, Limits, Placement, Tiers, placement::place},
-    units::{ByteCount, Tier},
+    model::{Layout, ParamSpec, Section, Unit, UnitSpec},
+    schedule::{
+        Budgets, Limits, Placement, Tiers,
+        placement::{place, spare_bytes},
+    },
+    units::{ByteCount, Tier, UnitId},
 };
 use proptest::prelude::*;
 
@@ -55,16 +58,20 @@ fn bytes(layout: &Layout) -> (u64, u64, u64) {
 
 fn cases() -> impl Strategy<Value = Case> {
     let tier = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Host)), 1 => Just(Some(Tier::Nvme))];
-    let wish = (tier.clone(), tier).prop_map(|(params, optimizer)| Tiers { params, optimizer });
+    let wish = (tier.clone(), tier, prop::bool::weighted(0.1)).prop_map(|(params, optimizer, here)| {
+        if here { Tiers { params: None, optimizer: Some(Tier::Hbm) } } else { Tiers { params, optimizer } }
+    });
+    // In percent of the parameters; residents take seven times as much and more.
+    let hbm = prop_oneof![0u64..120, 100u64..2000];
     (
         layouts(),
         prop::collection::vec(wish, 24),
         prop_oneof![2 => Just(None), 1 => (0u64..24).prop_map(Some)],
-        (0u64..200, prop::option::of(0u64..120), prop::option::of(0u64..150)),
-        prop::bool::weighted(0.8),
+        (0u64..200, prop::option::of(hbm), prop::option::of(0u64..150), prop::option::of(0u64..50)),
+        (prop::bool::weighted(0.8), prop::bool::weighted(0.8)),
         prop_oneof![Just(4096u64), Just(2 << 20)],
     )
-        .prop_map(|(layout, wishes, same, (host, hbm, nvme), has_nvme, granularity)| {
+        .prop_map(|(layout, wishes, same, (host, hbm, nvme, spare), (has_nvme, residents), granularity)| {
             let (params, states, grads) = bytes(&layout);
             let all = params + states + grads;
             let n = layout.units.len();
@@ -77,32 +84,55 @@ fn cases() -> impl Strategy<Value = Case> {
                 hbm: hbm.map(|p| ByteCount(params / 100 * p)),
                 host: ByteCount(all / 100 * host),
                 nvme: ByteCount(nvme.map_or(u64::MAX, |p| all / 100 * p)),
+                spare: spare.map(|p| ByteCount(all / 100 * p)),
             };
-            Case { layout, tiers, budgets, limits: Limits { granularity, block: 1 << 20, has_nvme } }
+            Case { layout, tiers, budgets, limits: Limits { granularity, block: 1 << 20, has_nvme, residents } }
         })
 }
 
-/// Host and NVMe bytes of a placement, and NVMe traffic per step, from the sections alone.
-fn recount(layout: &Layout, plan: &Placement) -> (u64, u64, u64) {
-    let (mut host, mut nvme, mut step) = (0, 0, 0);
-    for (unit, home) in layout.units.iter().zip(&plan.homes) {
+/// Bytes of a placement, from the sections alone.
+#[derive(Debug, Default)]
+struct Recount {
+    hbm: u64,
+    host: u64,
+    nvme: u64,
+    /// From and to NVMe in a step.
+    step: u64,
+    spare: u64,
+}
+
+fn recount(case: &Case, plan: &Placement) -> Recount {
+    let mut sum = Recount::default();
+    for ((unit, home), &spare) in case.layout.units.iter().zip(&plan.homes).zip(&plan.spare) {
         let trains = unit.sections.iter().any(|s| s.trainable);
-        for s in &unit.sections {
-            let padded = |kind| s.bytes(kind).next_multiple_of(4096);
-            let (param, states) = (padded(StateKind::Param), StateKind::OPTIMIZER.map(padded).iter().sum::<u64>());
-            host += if trains { param } else { 0 };
-            match home.params {
-                Tier::Host => host += param,
-                _ => (nvme, step) = (nvme + param, step + param * if trains { 4 } else { 2 }),
-            }
-            match home.optimizer {
-                Tier::Host => host += states,
-                _ => (nvme, step) = (nvme + states, step + 2 * states),
-            }
+        let of = |kinds: &[StateKind]| -> u64 {
+            let bytes = |s: &Section, k: &StateKind| s.bytes(*k).next_multiple_of(4096);
+            unit.sections.iter().map(|s| kinds.iter().map(|k| bytes(s, k)).sum::<u64>()).sum()
+        };
+        let (param, states) = (of(&[StateKind::Param]), of(&StateKind::OPTIMIZER));
+        let grad = if trains { param } else { 0 };
+        if home.params == Tier::Hbm {
+            sum.hbm += [param, grad, states].map(|b| b.next_multiple_of(2 << 20)).iter().sum::<u64>();
+            continue;
         }
+        sum.host += grad;
+        match home.params {
+            Tier::Host => sum.host += param,
+            _ => (sum.nvme, sum.step) = (sum.nvme + param, sum.step + param * if trains { 4 } else { 2 }),
+        }
+        match home.optimizer {
+            Tier::Host => sum.host += states,
+            _ => (sum.nvme, sum.step) = (sum.nvme + states, sum.step + 2 * states),
+        }
+        sum.spare += if spare { param + states } else { 0 };
     }
+    sum.hbm += plan.chunk_bytes * u64::from(plan.ring_chunks);
     let slots = |(n, b): (u32, u64)| u64::from(n) * b;
-    (host + slots(plan.page_slots) + slots(plan.update_slots), nvme, step)
+    sum.host += slots(plan.page_slots) + slots(plan.update_slots) + sum.spare;
+    if case.budgets.hbm.is_none() {
+        sum.host += sum.hbm;
+    }
+    sum
 }
 
 /// The size after the word "to" in an error's advice.
@@ -115,27 +145,28 @@ fn advised(error: &Error) -> u64 {
 }
 
 fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
-    let (host, nvme, _) = recount(&case.layout, plan);
-    prop_assert_eq!((host, nvme), (plan.host_bytes, plan.nvme_bytes));
-    prop_assert!(host + plan.shadow_bytes <= case.budgets.host.0, "P1 host");
-    prop_assert!(nvme <= case.budgets.nvme.0, "P1 nvme");
-    prop_assert!(case.budgets.hbm.is_none_or(|b| plan.ring_bytes() <= b.0), "P1 hbm");
+    let sum = recount(case, plan);
+    prop_assert_eq!((sum.hbm, sum.host, sum.nvme), (plan.hbm_bytes, plan.host_bytes, plan.nvme_bytes));
+    prop_assert!(sum.host + plan.shadow_bytes <= case.budgets.host.0, "P1 host");
+    prop_assert!(sum.nvme <= case.budgets.nvme.0, "P1 nvme");
+    prop_assert!(case.budgets.hbm.is_none_or(|b| sum.hbm <= b.0), "P1 hbm");
+    prop_assert!(case.budgets.spare.is_none_or(|b| sum.spare <= b.0), "P1 spare");
     let units = || case.layout.units.iter().zip(&plan.homes);
     let widest = units().filter(|(_, h)| h.params == Tier::Nvme).map(|(u, _)| u.param_bytes()).max().unwrap_or(0);
     prop_assert!(plan.shadow_bytes >= widest, "any unit can be read outside its window");
     prop_assert!(widest == 0 || (plan.page_slots.0 >= 1 && plan.page_slots.1 >= widest), "it fits a page slot");
     // The machine leaves one update slot to the runtime.
-    prop_assert!(nvme == 0 || plan.update_slots.0 >= 2);
-    for (home, wish) in plan.homes.iter().zip(&case.tiers) {
-        prop_assert!(
-            wish.params.is_none_or(|t| t == home.params) && wish.optimizer.is_none_or(|t| t == home.optimizer)
-        );
+    prop_assert!(sum.nvme == 0 || plan.update_slots.0 >= 2);
+    for (unit, (home, wish)) in case.layout.units.iter().zip(plan.homes.iter().zip(&case.tiers)) {
+        prop_assert_eq!(home.params == Tier::Hbm, home.optimizer == Tier::Hbm, "residents are whole");
+        let asked = if unit.trainable() { wish.optimizer } else { wish.optimizer.filter(|&t| t != Tier::Hbm) };
+        prop_assert!(wish.params.is_none_or(|t| t == home.params) && asked.is_none_or(|t| t == home.optimizer));
     }
-    for (unit, span) in case.layout.units.iter().zip(&plan.spans) {
-        prop_assert!(
-            u64::from(span.chunks) * plan.chunk_bytes >= unit.param_bytes() && span.chunks <= plan.ring_chunks
-        );
-        prop_assert!(span.chunks == 0 || span.first_chunk < plan.ring_chunks);
+    for (unit, id) in case.layout.units.iter().zip(case.layout.ids()) {
+        let span = plan.spans[id.index()];
+        let streams = if plan.resident(id) { 0 } else { unit.param_bytes() };
+        prop_assert!(u64::from(span.chunks) * plan.chunk_bytes >= streams && span.chunks <= plan.ring_chunks);
+        prop_assert!(span.chunks == 0 || (streams > 0 && span.first_chunk < plan.ring_chunks));
     }
     for (a, b) in case.layout.ids().zip(case.layout.ids().skip(1)) {
         let both = plan.spans[a.index()].chunks + plan.spans[b.index()].chunks;
@@ -144,15 +175,78 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// The compute tier's residents are the first in forward order, as many as leave a ring that streams at full speed.
+fn fills_the_compute_tier(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
+    let units = || case.layout.ids().map(|u| (u, case.layout.unit(u)));
+    let free: Vec<_> = units()
+        .filter(|(u, unit)| {
+            let wish = case.tiers[u.index()];
+            let optimizer = wish.optimizer.filter(|&t| t != Tier::Hbm || unit.trainable());
+            unit.param_bytes() > 0 && wish.params.is_none() && optimizer.is_none()
+        })
+        .collect();
+    let count = free.iter().filter(|(u, _)| plan.resident(*u)).count();
+    prop_assert!(free[..count].iter().all(|(u, _)| plan.resident(*u)), "the first ones");
+    prop_assert!(count == 0 || case.limits.residents);
+    let (Some(hbm), true) = (case.budgets.hbm, case.limits.residents) else { return Ok(()) };
+    let cost = |unit: &Unit| [unit.param_bytes(), unit.grad_bytes(), unit.optimizer_bytes()];
+    let cost = |unit: &Unit| cost(unit).map(|b| b.next_multiple_of(2 << 20)).iter().sum::<u64>();
+    let resident: u64 = units().filter(|(u, _)| plan.resident(*u)).map(|(_, unit)| cost(unit)).sum();
+    // An upper bound of what a ring of that many frames may take, whatever the size of its chunks.
+    let ring = |but: usize, frames: u64| {
+        let streamed = units().filter(|(u, _)| !plan.resident(*u) && free[count..but].iter().all(|(v, _)| v != u));
+        let bytes: Vec<u64> = streamed.map(|(_, unit)| unit.param_bytes().next_multiple_of(plan.chunk_bytes)).collect();
+        bytes.iter().sum::<u64>().min(frames * bytes.iter().copied().max().unwrap_or(0))
+    };
+    prop_assert!(count == 0 || plan.ring_bytes() >= ring(count, 3), "a ring for streaming");
+    for but in count + 1..=free.len() {
+        let more: u64 = free[count..but].iter().map(|(_, unit)| cost(unit)).sum();
+        let chunk = plan.chunk_bytes.max(case.limits.granularity) * 4;
+        prop_assert!(resident + more + ring(but, 4) + chunk > hbm.0, "{} more would have fitted", but - count);
+    }
+    Ok(())
+}
+
+/// Spare frames are for units on the host, the first in forward order, from at most half of what is left.
+fn spares_are_left_over(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
+    let may = |u: UnitId| {
+        let home = plan.homes[u.index()];
+        case.layout.unit(u).trainable() && (home.params, home.optimizer) == (Tier::Host, Tier::Host)
+    };
+    for u in case.layout.ids() {
+        prop_assert!(may(u) || !plan.spare[u.index()]);
+    }
+    let taken = recount(case, plan).spare;
+    let left = case.budgets.host.0 - plan.host_bytes;
+    if case.budgets.spare.is_none() {
+        prop_assert!(taken <= left, "half is left");
+    }
+    let first = case.layout.ids().find(|&u| may(u) && !plan.spare[u.index()]);
+    if let Some(first) = first {
+        let before: u64 =
+            case.layout.ids().filter(|&u| u < first && may(u)).map(|u| spare_bytes(case.layout.unit(u))).sum();
+        let widest = case.layout.ids().filter(|&u| plan.homes[u.index()].params == Tier::Nvme);
+        let shadow = widest.map(|u| case.layout.unit(u).param_bytes()).max().unwrap_or(0);
+        let room = case.budgets.host.0 - (plan.host_bytes - taken) - shadow;
+        let room = case.budgets.spare.map_or(room / 2, |b| b.0.min(room));
+        prop_assert!(before + spare_bytes(case.layout.unit(first)) > room, "there was room for {first}");
+    }
+    Ok(())
+}
+
 /// No placement with each kind in one tier moves fewer bytes from and to NVMe.
 fn moves_least(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     for params in [Tier::Host, Tier::Nvme] {
         for optimizer in [Tier::Host, Tier::Nvme] {
-            let fixed =
-                |t: &Tiers| Tiers { params: t.params.or(Some(params)), optimizer: t.optimizer.or(Some(optimizer)) };
-            let other = Case { tiers: case.tiers.iter().map(fixed).collect(), ..case.clone() };
+            let fixed = |(t, unit): (&Tiers, &Unit)| match t.optimizer {
+                Some(Tier::Hbm) if unit.trainable() => *t,
+                Some(Tier::Hbm) => Tiers { params: Some(params), optimizer: None },
+                _ => Tiers { params: t.params.or(Some(params)), optimizer: t.optimizer.or(Some(optimizer)) },
+            };
+            let tiers = case.tiers.iter().zip(&case.layout.units).map(fixed).collect();
+            let other = Case { tiers, ..case.clone() };
             if let Ok(other) = other.place() {
-                let (mine, theirs) = (recount(&case.layout, plan).2, recount(&case.layout, &other).2);
+                let (mine, theirs) = (recount(case, plan).step, recount(case, &other).step);
                 prop_assert!(mine <= theirs, "{mine} bytes per step, but {params:?}/{optimizer:?} has {theirs}");
             }
         }
@@ -186,6 +280,8 @@ proptest! {
             }
         };
         holds(&case, &plan)?;
+        fills_the_compute_tier(&case, &plan)?;
+        spares_are_left_over(&case, &plan)?;
         moves_least(&case, &plan)?;
         prop_assert_eq!(case.place().unwrap(), plan, "P2");
     }
@@ -210,9 +306,60 @@ fn a_wide_unit_stays_home_where_paging_it_would_cost_more() {
     let mut specs = vec![unit("embedding", 64 << 20)];
     specs.extend((0..8).map(|i| unit(&format!("layer{i}"), 1 << 20)));
     let layout = Layout::new(&specs).unwrap();
-    let budgets = Budgets { hbm: None, host: ByteCount::mib(140), nvme: ByteCount(u64::MAX) };
-    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true };
+    let budgets =
+        Budgets { hbm: Some(ByteCount::mib(256)), host: ByteCount::mib(140), nvme: ByteCount(u64::MAX), spare: None };
+    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: false };
     let plan = place(&layout, &[Tiers::default(); 9], &budgets, &limits).unwrap();
     assert_eq!(plan.homes[0].params, Tier::Host, "128 MiB at home; a slot and a shadow of it would be 256");
     assert!(plan.homes[1..].iter().any(|h| h.params == Tier::Nvme));
+}
+
+/// Twelve layers of 2 MiB of parameters each.
+fn layers() -> Layout {
+    let unit = |i: usize| UnitSpec {
+        name: format!("layer{i}"),
+        params: vec![ParamSpec { name: format!("layer{i}.w"), numel: 1 << 20, dtype: DType::Bf16, trainable: true }],
+    };
+    Layout::new(&(0..12).map(unit).collect::<Vec<_>>()).unwrap()
+}
+
+fn placed(tiers: Tiers, hbm: Option<u64>, host: u64) -> Result<Placement, Error> {
+    let budgets =
+        Budgets { hbm: hbm.map(ByteCount::mib), host: ByteCount::mib(host), nvme: ByteCount(u64::MAX), spare: None };
+    let limits = Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: true, residents: true };
+    place(&layers(), &[tiers; 12], &budgets, &limits)
+}
+
+#[test]
+fn a_model_that_fits_is_left_alone() {
+    // 2 + 2 + 10 MiB each, and no ring.
+    let plan = placed(Tiers::default(), Some(168), 0).unwrap();
+    assert!(plan.homes.iter().all(|h| h.params == Tier::Hbm));
+    assert_eq!((plan.ring_chunks, plan.hbm_bytes, plan.host_bytes, plan.nvme_bytes), (0, 168 << 20, 0, 0));
+    // One byte less: a ring, and eleven at home.
+    let plan = placed(Tiers::default(), Some(167), 300).unwrap();
+    let resident = plan.homes.iter().filter(|h| h.params == Tier::Hbm).count();
+    assert_eq!((resident, plan.ring_chunks), (11, 1));
+    // Without a budget of its own the compute tier is the host's memory.
+    let plan = placed(Tiers::default(), None, 168).unwrap();
+    assert_eq!((plan.ring_chunks, plan.hbm_bytes, plan.host_bytes), (0, 168 << 20, 168 << 20));
+    let plan = placed(Tiers::default(), None, 167).unwrap();
+    assert!(plan.homes.iter().all(|h| h.params != Tier::Hbm) && plan.host_bytes <= 167 << 20);
+}
+
+#[test]
+fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
+    let here = |params| Tiers { params, optimizer: Some(Tier::Hbm) };
+    assert_eq!(placed(here(None), Some(168), 0).unwrap().ring_chunks, 0);
+    let error = placed(here(None), Some(167), 1000).unwrap_err();
+    assert_eq!(error.code(), Code::HbmBudget);
+    assert!(error.to_string().contains("Raise budget.hbm to 168MiB"), "{error}");
+    let error = placed(here(Some(Tier::Host)), Some(1000), 1000).unwrap_err();
+    assert_eq!(error.code(), Code::PolicyValue);
+    for wish in [(Some(Tier::Host), None), (None, Some(Tier::Host)), (None, Some(Tier::Nvme)), (Some(Tier::Nvme), None)]
+    {
+        let plan = placed(Tiers { params: wish.0, optimizer: wish.1 }, Some(1000), 1000).unwrap();
+        assert!(plan.homes.iter().all(|h| h.params != Tier::Hbm), "{wish:?}");
+        assert_eq!(plan.ring_chunks, 12, "all of budget.hbm is ring");
+    }
 }

@@ -83,7 +83,11 @@ fn reads_every_kind_of_value() {
 #[test]
 fn unknown_key_in_a_section() {
     let error = refused("[optimizer]\nteir = \"host\"\n");
-    assert_error(&error, Code::PolicyKey, &["p.toml:2:1:", "'optimizer.teir'", "did you mean 'tier'?", "tier, where"]);
+    assert_error(
+        &error,
+        Code::PolicyKey,
+        &["p.toml:2:1:", "'optimizer.teir'", "did you mean 'tier'?", "tier, spare, where"],
+    );
     assert!(error.to_string().contains("    2 | teir = \"host\"\n      | ^^^^"), "{error}");
 }
 
@@ -403,6 +407,7 @@ fn what_is_not_built_is_refused_by_name() {
         ("[grads]\naccumulate = \"fp32\"", "grads.accumulate"),
         ("[grads]\ntier = \"nvme\"", "grads.tier"),
         ("[optimizer]\ntier = \"hbm\"", "optimizer.tier"),
+        ("[optimizer]\nspare = \"1GiB\"", "optimizer.spare"),
         ("[optimizer]\nwhere = \"gpu\"", "optimizer.where"),
         ("[[override]]\nmatch = \"*\"\noptimizer = \"hbm\"", "override.optimizer"),
         ("[activations]\nmicro_batch = 2", "activations.micro_batch"),
@@ -565,7 +570,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
     let rest = (
         proptest::collection::vec(pattern(), 0..3),
         proptest::collection::vec(one, 0..3),
-        auto(size()),
+        (auto(size()), auto(size())),
         prop_oneof![Just(MicroBatch::Off), (1..=4096u32).prop_map(MicroBatch::Rows)],
         any::<[bool; 5]>(),
         (any_text(), any_text()),
@@ -575,8 +580,18 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         select(vec![UpdateOn::Auto, UpdateOn::Cpu, UpdateOn::Gpu]),
     );
     (device, budget, nvme, params, states, rest).prop_map(|(device, budget, nvme, params, states, rest)| {
-        let (units, overrides, window, micro_batch, flags, (faults, trace), level, every, trace_steps, update_on) =
-            rest;
+        let (
+            units,
+            overrides,
+            (window, spare),
+            micro_batch,
+            flags,
+            (faults, trace),
+            level,
+            every,
+            trace_steps,
+            update_on,
+        ) = rest;
         let grads = if flags[2] { GradsTier::Nvme } else { GradsTier::Host };
         let accumulate = if flags[3] { Accumulate::Fp32 } else { Accumulate::Param };
         let tier = if flags[4] { ActivationsTier::Host } else { ActivationsTier::Hbm };
@@ -588,7 +603,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             nvme,
             params: Params { tier: params },
             grads: Grads { tier: grads, accumulate },
-            optimizer: Optimizer { tier: states, update_on },
+            optimizer: Optimizer { tier: states, spare, update_on },
             units: Units { patterns: units },
             overrides,
             prefetch: Prefetch { window },

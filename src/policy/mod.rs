@@ -181,6 +181,8 @@ pub struct Grads {
 pub struct Optimizer {
     /// Home of the states.
     pub tier: OptimizerTier,
+    /// Host memory for updates ahead of the step.
+    pub spare: Auto<ByteCount>,
     /// Where the update runs.
     #[serde(rename = "where")]
     pub update_on: UpdateOn,

@@ -110,7 +110,12 @@ pub const KEYS: &[Key] = &[
     key(
         "optimizer.tier",
         Kind::Word(words::OptimizerTier::WORDS),
-        "Home of the optimizer's states. `auto`: the fastest tier with room.",
+        "Home of the optimizer's states. `auto`: the fastest tier with room. `hbm` keeps the whole unit on the compute device.",
+    ),
+    key(
+        "optimizer.spare",
+        Kind::AutoSize,
+        "Host memory for second copies of states, so that updates run during backward. `auto`: half of what everything else leaves of `budget.host`; `0B`: none.",
     ),
     key("optimizer.where", Kind::Word(words::UpdateOn::WORDS), "Where the update runs."),
     key(

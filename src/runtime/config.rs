@@ -70,7 +70,12 @@ impl Config {
             device_free.map(|free| ByteCount((free.0 / 100 * AUTO_HBM_SHARE).max(2 * largest + (64 << 20))))
         });
         Ok(Self {
-            budgets: Budgets { hbm, host, nvme: policy.budget.nvme.or(ByteCount(u64::MAX)) },
+            budgets: Budgets {
+                hbm,
+                host,
+                nvme: policy.budget.nvme.or(ByteCount(u64::MAX)),
+                spare: policy.optimizer.spare.given(),
+            },
             tiers: layout.units.iter().map(|u| tiers(policy, u)).collect(),
             paths: policy.nvme.paths.clone(),
             engine: match policy.nvme.engine {

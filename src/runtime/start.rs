@@ -48,8 +48,15 @@ struct Channels {
 pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
     let device = device::open(Config::device_of(policy))?;
     let config = &Config::resolve(policy, &layout, device.free_memory()?)?;
-    let limits = Limits { granularity: device.granularity(), block: config.block, has_nvme: !config.paths.is_empty() };
-    let plan = placement::place(&layout, &config.tiers, &config.budgets, &limits)?;
+    let limits = Limits {
+        granularity: device.granularity(),
+        block: config.block,
+        has_nvme: !config.paths.is_empty(),
+        residents: false,
+    };
+    // There are neither residents nor spare frames yet.
+    let budgets = Budgets { spare: Some(ByteCount(0)), ..config.budgets };
+    let plan = placement::place(&layout, &config.tiers, &budgets, &limits)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let homes = Homes::new(&layout, &plan)?;
     let channels = Channels { done: bounded(4096), run: bounded(4096), up: bounded(1 << 14), down: bounded(1 << 16) };

@@ -71,13 +71,16 @@ impl Model {
         let bytes = |f: fn(&Unit) -> u64| layout.units.iter().map(f).sum::<u64>();
         let (params, states) = (bytes(|u| u.param_bytes()), bytes(|u| u.grad_bytes() + u.optimizer_bytes()));
         let has_nvme = chance.percent(80);
-        let limits = Limits { granularity: chance.pick(&[4096, 16384, 65536]), block: 1 << 20, has_nvme };
+        // Residents take no part in what is simulated.
+        let granularity = chance.pick(&[4096, 16384, 65536]);
+        let limits = Limits { granularity, block: 1 << 20, has_nvme, residents: false };
         let tiers = wishes(chance, layout.units.len(), has_nvme);
         let share = chance.pick(&[5, 20, 50, 100, 250]);
         let mut budgets = Budgets {
             hbm: chance.percent(90).then(|| ByteCount(params / 100 * chance.pick(&[10, 25, 40, 60, 120]))),
             host: ByteCount((params + states) / 100 * share),
             nvme: ByteCount(if chance.percent(10) { params + states } else { u64::MAX }),
+            spare: None,
         };
         let mut refused = 0;
         let plan = loop {

@@ -31,6 +31,8 @@ impl Rig {
             page_slots: (3, 1),
             update_slots: (5, 1),
             update_elems: 1,
+            spare: vec![false; units.len()],
+            hbm_bytes: 0,
             host_bytes: 0,
             shadow_bytes: 0,
             nvme_bytes: 0,
