@@ -70,7 +70,7 @@ pub struct Placement {
     pub update_elems: u64,
     /// Host bytes in all, without shadows.
     pub host_bytes: u64,
-    /// Host bytes left for reading parameters that live on NVMe outside their windows.
+    /// Host bytes left for what is read outside of steps: parameters that live on NVMe, and optimizer states.
     pub shadow_bytes: u64,
     /// NVMe bytes in all.
     pub nvme_bytes: u64,
@@ -350,7 +350,7 @@ fn measure(layout: &Layout, homes: Vec<Homes>, ring: (u64, u32, Vec<FrameSpan>),
         update_slots: need.update_slots,
         update_elems: need.update_elems,
         host_bytes: need.fixed(),
-        shadow_bytes: if need.shadow == 0 { 0 } else { budgets.host.0.saturating_sub(need.fixed()) },
+        shadow_bytes: budgets.host.0.saturating_sub(need.fixed()),
         nvme_bytes: nvme_bytes(layout, &homes),
         homes,
     }
