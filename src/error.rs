@@ -59,7 +59,7 @@ codes! {
     HostBudget = "FN-E202", Budget, "the host budget is too small";
     NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";
     HostAlloc = "FN-E204", Budget, "the system refused memory";
-    ReadBudget = "FN-E205", Budget, "reading parameters that live on NVMe needs more host memory than is allowed";
+    ReadBudget = "FN-E205", Budget, "reading parameters or optimizer states outside of a step needs more host memory than is allowed";
     IoFailed = "FN-E301", Storage, "a read or write failed";
     Corrupted = "FN-E302", Storage, "bytes read are not the bytes written";
     PolicySyntax = "FN-E501", Usage, "the policy file cannot be parsed";
@@ -111,6 +111,11 @@ impl Error {
     /// What the user can do about it.
     pub fn next_action(&self) -> Option<&str> {
         self.action.as_deref()
+    }
+
+    /// True if it says the same: an error that is reported again.
+    pub fn same(&self, other: &Self) -> bool {
+        self.code == other.code && self.message == other.message
     }
 
     /// Its code.

@@ -118,7 +118,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
 
 
 def effective_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What torch multiplies elements of ``dtype`` by, as fp32: GPUs cast a factor to their type first."""
+    """Return what torch multiplies elements of ``dtype`` by, as fp32: GPUs cast a factor to their type first."""
     return factor.to(torch.float32) if factor.device.type == "cpu" else factor.to(dtype).to(torch.float32)
 
 

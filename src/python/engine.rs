@@ -46,7 +46,7 @@ pub struct Engine {
 impl Engine {
     fn with<R>(&self, f: impl FnOnce(&Runtime) -> Result<R>) -> Result<R> {
         match &*self.runtime.read() {
-            Some(runtime) => f(runtime),
+            Some(runtime) => f(runtime).inspect_err(|error| runtime.told(error)),
             None => Err(Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again.")),
         }
     }
@@ -312,6 +312,16 @@ impl Engine {
         check(py, done)
     }
 
+    /// Optimizer steps submitted so far.
+    fn steps(&self, py: Python<'_>) -> PyResult<u64> {
+        check(py, self.with(|rt| Ok(rt.stats()?.steps())))
+    }
+
+    /// True once the runtime has failed and the caller has been told.
+    fn failed(&self, py: Python<'_>) -> PyResult<bool> {
+        check(py, self.with(|rt| rt.failed()))
+    }
+
     /// Waits until the unit's home is current.
     fn settle(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
         waiting(py, |i| self.with(|rt| rt.settle(UnitId(unit), stream, i)))
@@ -345,6 +355,16 @@ impl Engine {
     /// Reads a filled shadow anew: its unit was updated while somebody looked at it.
     fn refresh_shadow(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
         waiting(py, |i| self.with(|rt| rt.refresh_shadow(UnitId(unit), stream, i)))
+    }
+
+    /// Counts bytes of the caller's memory that hold what was read.
+    fn lend(&self, py: Python<'_>, bytes: u64) -> PyResult<()> {
+        check(py, self.with(|rt| rt.lend(bytes)))
+    }
+
+    /// The caller dropped them.
+    fn returned(&self, py: Python<'_>, bytes: u64) -> PyResult<()> {
+        check(py, self.with(|rt| rt.returned(bytes)))
     }
 
     /// Gives the shadow's memory back.

@@ -31,9 +31,9 @@ use crate::{
 };
 
 /// A thread that waits looks this often whether it was interrupted.
-const SLICE: Duration = Duration::from_millis(50);
+pub(crate) const SLICE: Duration = Duration::from_millis(50);
 /// Without any event for this long a wait gives up.
-const STUCK_AFTER_SLICES: u32 = 120 * 20;
+const STUCK_AFTER_SLICES: u32 = if cfg!(test) { 20 } else { 120 * 20 };
 
 /// A piece of an update for the runner.
 #[derive(Debug)]
@@ -62,6 +62,19 @@ pub(crate) struct Gates {
     pub(crate) fill: Gate,
     /// The last write to its home by a stream.
     pub(crate) home: Gate,
+    /// What its update waits for: the user's stream, gradients down, parameters up.
+    pub(crate) update: [Gate; 3],
+}
+
+/// The one request at a time of what is not part of a step.
+#[derive(Debug, Default)]
+pub(crate) struct Service {
+    /// Number of the last request.
+    pub(crate) last: u32,
+    /// It has not come back.
+    pub(crate) out: bool,
+    /// It came back, for whoever waits for it.
+    pub(crate) done: Option<IoCompletion>,
 }
 
 /// What the lock guards.
@@ -73,8 +86,12 @@ pub(crate) struct Inner {
     pages: Vec<Option<SlotLease>>,
     chunks: Vec<(UnitId, u32, SlotLease)>,
     spare_parts: Vec<Vec<IoPart>>,
-    pub(crate) service_done: Option<IoCompletion>,
+    pub(crate) service: Service,
+    /// The unit whose home the runner writes now.
+    pub(crate) at_work: Option<UnitId>,
     pub(crate) failed: Option<Error>,
+    /// The caller has seen the failure.
+    pub(crate) told: bool,
     pub(crate) closing: bool,
     pub(crate) events: u64,
     pub(crate) busy_read: Busy,
@@ -113,7 +130,7 @@ pub(crate) struct Shared {
 
 impl Inner {
     pub(crate) fn new(machine: Machine, units: usize) -> Self {
-        let open = Gates { release: Gate::OPEN, fill: Gate::OPEN, home: Gate::OPEN };
+        let open = Gates { release: Gate::OPEN, fill: Gate::OPEN, home: Gate::OPEN, update: [Gate::OPEN; 3] };
         Self {
             machine,
             commands: Vec::with_capacity(64),
@@ -122,8 +139,10 @@ impl Inner {
             pages: (0..units).map(|_| None).collect(),
             chunks: Vec::with_capacity(16),
             spare_parts: (0..16).map(|_| Vec::with_capacity(64)).collect(),
-            service_done: None,
+            service: Service::default(),
+            at_work: None,
             failed: None,
+            told: false,
             closing: false,
             events: 0,
             busy_read: Busy::default(),
@@ -220,7 +239,12 @@ impl Shared {
                 if quiet >= STUCK_AFTER_SLICES {
                     return Err(Error::new(
                         Code::Stuck,
-                        format!("nothing moved for 120 s while waiting for {}: {}.", what(), inner.machine.describe()),
+                        format!(
+                            "nothing moved for {:?} while waiting for {}: {}.",
+                            SLICE * STUCK_AFTER_SLICES,
+                            what(),
+                            inner.machine.describe()
+                        ),
                     )
                     .action("The kernel log may show a failing drive; start again from the last checkpoint."));
                 }
@@ -261,7 +285,8 @@ impl Shared {
             }
             slices += 1;
             if slices >= STUCK_AFTER_SLICES {
-                return Err(Error::new(Code::Stuck, format!("a copy did not end for 120 s ({}).", cause.name()))
+                let after = SLICE * STUCK_AFTER_SLICES;
+                return Err(Error::new(Code::Stuck, format!("a copy did not end for {after:?} ({}).", cause.name()))
                     .action("Check the device with its own tools; start again from the last checkpoint."));
             }
         }
@@ -320,9 +345,14 @@ impl Shared {
         Ok(true)
     }
 
-    /// Ends a unit's window: everything enqueued on `stream` so far may still read the frames, nothing later does.
+    /// Ends a unit's window: everything enqueued on `stream` so far may still read the frames, nothing later does. Nothing to do
+    /// for a unit that is not held, so that it can be said twice, or after a failure.
     pub(crate) fn release(&self, unit: UnitId, stream: u64) -> Result<()> {
-        let mut inner = self.lock()?;
+        let mut inner = self.inner.lock();
+        if inner.failed.is_some() || !inner.machine.held(unit) {
+            return Ok(());
+        }
+        inner.usable()?;
         let gate = self.device.record(StreamRef::Compute(stream))?;
         inner.gates[unit.index()].release = gate;
         if self.poison {

@@ -33,11 +33,6 @@ impl Factors {
         Ok(Self { region, next: AtomicU32::new(0) })
     }
 
-    /// Bytes of all slots.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.region.len() as u64
-    }
-
     /// Brings an fp32 value down, after the work on `stream`; returns its slot.
     ///
     /// # Safety

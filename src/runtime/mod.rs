@@ -12,6 +12,8 @@ pub mod homes;
 mod service;
 mod start;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod ticket;
 pub mod trace;
@@ -78,6 +80,23 @@ impl Runtime {
                 .action("Use the model in the process that offloaded it; in a child, load a copy."));
         }
         self.shared.as_deref().ok_or_else(|| Error::new(Code::Closed, "the runtime is closed."))
+    }
+
+    /// Notes that the caller sees this error: once it was the runtime's failure, what is intact may be read.
+    pub fn told(&self, error: &Error) {
+        if let Ok(shared) = self.shared() {
+            let mut inner = shared.inner.lock();
+            inner.told |= inner.failed.as_ref().is_some_and(|failed| failed.same(error));
+        }
+    }
+
+    /// True once it has failed and the caller has been told.
+    ///
+    /// # Errors
+    /// In a forked child, or when closed.
+    pub fn failed(&self) -> Result<bool> {
+        let inner = self.shared()?.inner.lock();
+        Ok(inner.failed.is_some() && inner.told)
     }
 
     /// Things worth knowing about how it was set up.
@@ -220,7 +239,7 @@ impl Runtime {
     /// A failure of the device, or an interruption.
     pub fn wait_gradients(&self, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let shared = self.shared()?;
-        let gate = shared.lock()?.last_down;
+        let gate = shared.inner.lock().last_down;
         shared.wait_gate(stream, gate, Cause::Grads, interrupted)
     }
 
@@ -228,7 +247,7 @@ impl Runtime {
     /// all updates have run.
     ///
     /// # Errors
-    /// The runtime's first failure, or an interruption; units not yet submitted keep their old state.
+    /// The runtime's first failure, or an interruption. Either all units are submitted or none: [`Stats::steps`] says which.
     pub fn update(
         &self,
         updates: &[UnitUpdate],
@@ -237,33 +256,11 @@ impl Runtime {
         wait: bool,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
-        let shared = self.shared()?;
-        let after = {
-            let _inner = shared.lock()?;
-            [
-                shared.device.record(StreamRef::Compute(stream))?,
-                shared.device.record(StreamRef::Down)?,
-                shared.device.record(StreamRef::Up)?,
-            ]
-        };
-        for update in updates {
-            shared.settle(update.unit, interrupted)?;
-            {
-                let mut job = shared.jobs[update.unit.index()].lock();
-                job.spans.clear();
-                job.spans.extend_from_slice(&update.spans);
-                job.hypers.clear();
-                job.hypers.extend_from_slice(hypers);
-                job.after = after;
-            }
-            shared.event(|m, out| m.submit(update.unit, out))?;
-        }
-        shared.stats.stepped();
-        shared.trace.counter("updates queued", updates.len() as u64);
+        self.shared()?.update(updates, hypers, stream, interrupted)?;
         for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
-            shared.trace.counter(tier.name(), self.used(tier)?.0);
+            self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
         }
-        if wait { shared.settle_all(interrupted) } else { Ok(()) }
+        if wait { self.shared()?.settle_all(interrupted) } else { Ok(()) }
     }
 
     /// Brings a factor of gradients down, an fp32 value on the device, after the work on `stream`; returns the slot that
@@ -312,13 +309,14 @@ impl Runtime {
         Ok(self.shared()?.inner.lock().machine.update_pending(unit))
     }
 
-    /// Waits until the unit's home is current, also for `stream`.
+    /// Waits until the unit's home is current, also for `stream`. Once the caller has seen the runtime's failure, until nothing
+    /// writes to it any more: homes in host memory stay readable, each element as before or as after the last step.
     ///
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let shared = self.shared()?;
-        shared.settle(unit, interrupted)?;
+        shared.settle_home(unit, interrupted)?;
         let gate = shared.inner.lock().gates[unit.index()].home;
         shared.wait_gate(stream, gate, Cause::Copy, interrupted)
     }
@@ -365,6 +363,23 @@ impl Runtime {
         let shared = self.shared()?;
         shared.block_stream(stream, interrupted)?;
         shared.refresh_shadow(unit, interrupted)
+    }
+
+    /// Counts memory of the caller that holds what was read, with that of the shadows.
+    ///
+    /// # Errors
+    /// `FN-E205` when the host budget has no room.
+    pub fn lend(&self, bytes: u64) -> Result<()> {
+        self.shared()?.lend(bytes, "optimizer states")
+    }
+
+    /// The caller has dropped that memory.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn returned(&self, bytes: u64) -> Result<()> {
+        self.shared()?.stats.returned(bytes);
+        Ok(())
     }
 
     /// Gives a shadow's memory back.

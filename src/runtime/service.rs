@@ -6,6 +6,8 @@
 
 use std::{ops::Range, sync::Arc};
 
+use parking_lot::MutexGuard;
+
 use crate::{
     device::StreamRef,
     dtype::StateKind,
@@ -13,11 +15,11 @@ use crate::{
     io::Direction,
     memory::{Shadow, SlotLease},
     runtime::{
-        core::{Disk, Shared},
+        core::{Disk, Inner, SLICE, Service, Shared},
         stats::Cause,
         ticket::Ticket,
     },
-    units::{ByteCount, UnitId},
+    units::{ByteCount, Tier, UnitId},
 };
 
 type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
@@ -35,6 +37,41 @@ impl Shared {
         let done = self.wait(inner, &what, interrupted, |i| Ok((!i.machine.update_pending(unit)).then_some(())));
         self.stalled(Cause::Update, start);
         done
+    }
+
+    /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in
+    /// host memory stays readable.
+    pub(crate) fn settle_home(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        let on_host = self.placement.homes[unit.index()].params == Tier::Host;
+        let usable = |inner: &Inner| inner.failed.is_some() && inner.told && on_host;
+        if !usable(&self.inner.lock()) {
+            return self.settle(unit, interrupted);
+        }
+        let mut inner = self.inner.lock();
+        while inner.at_work == Some(unit) {
+            self.changed.wait_for(&mut inner, SLICE);
+            if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
+                return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts memory for what is read outside of steps against what `budget.host` leaves.
+    pub(crate) fn lend(&self, bytes: u64, what: &str) -> Result<()> {
+        if self.stats.lent(bytes, self.placement.shadow_bytes) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Code::ReadBudget,
+            format!(
+                "reading {what} outside of a step needs {} of host memory; the budget leaves {}, of which {} are taken by other such reads.",
+                ByteCount(bytes),
+                ByteCount(self.placement.shadow_bytes),
+                ByteCount(self.stats.shadows().0)
+            ),
+        )
+        .action("Raise budget.host, drop tensors read earlier, or keep what is read in host memory (params.tier)."))
     }
 
     /// Waits until no update is queued or running; writes to NVMe may trail.
@@ -56,22 +93,7 @@ impl Shared {
     /// Fills the shadow of a unit whose parameters live on NVMe. Nothing to do for others, or if it is filled.
     pub(crate) fn fault_in(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) else { return Ok(()) };
-        let (now, _) = self.stats.shadows();
-        let len = shadow.len() as u64;
-        if now + len > self.placement.shadow_bytes {
-            return Err(Error::new(
-                Code::ReadBudget,
-                format!(
-                    "reading '{}' outside its window needs {} of host memory; {} are left and {} are taken by other such reads.",
-                    self.layout.unit(unit).name,
-                    ByteCount(len),
-                    ByteCount(self.placement.shadow_bytes),
-                    ByteCount(now)
-                ),
-            )
-            .action("Raise budget.host, drop tensors read earlier, or set params.tier to \"host\"."));
-        }
-        self.fill_shadow(shadow)?;
+        self.fill_shadow(shadow, unit)?;
         let read = self.refresh_shadow(unit, interrupted);
         if read.is_err() {
             self.discard_shadow(unit)?;
@@ -98,16 +120,19 @@ impl Shared {
     pub(crate) fn discard_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) {
             shadow.discard()?;
-            self.stats.shadowed(shadow.len() as u64, false);
+            self.stats.returned(shadow.len() as u64);
         }
         Ok(())
     }
 
-    fn fill_shadow(&self, shadow: &Shadow) -> Result<()> {
-        shadow.fill()?;
+    fn fill_shadow(&self, shadow: &Shadow, unit: UnitId) -> Result<()> {
+        let bytes = shadow.len() as u64;
+        self.lend(bytes, &format!("'{}'", self.layout.unit(unit).name))?;
         let address = shadow.as_ptr() as u64;
         // SAFETY: the range is hidden, by what is registered below, before it is discarded or unmapped.
-        if let Err(error) = unsafe { self.device.expose(address, shadow.len()) } {
+        let exposed = shadow.fill().and_then(|()| unsafe { self.device.expose(address, shadow.len()) });
+        if let Err(error) = exposed {
+            self.stats.returned(bytes);
             shadow.discard()?;
             return Err(error);
         }
@@ -116,7 +141,6 @@ impl Shared {
             // A device that fails now has failed the runtime already.
             let _ = device.hide(address);
         }));
-        self.stats.shadowed(shadow.len() as u64, true);
         Ok(())
     }
 
@@ -142,7 +166,7 @@ impl Shared {
     /// Makes a shadow writable without reading it, for its first contents.
     pub(crate) fn blank_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) {
-            self.fill_shadow(shadow)?;
+            self.fill_shadow(shadow, unit)?;
         }
         Ok(())
     }
@@ -209,6 +233,11 @@ impl Shared {
         each: &mut dyn FnMut(&mut [u8], usize),
     ) -> Result<()> {
         let _one = self.service.lock();
+        if self.lock()?.service.out {
+            // The slot is still the disk's; taking another would take one of the machine's.
+            return Err(Error::new(Code::Stuck, "the disk has not answered an earlier request that was given up.")
+                .action("The kernel log may show a failing drive; start again from the last checkpoint."));
+        }
         let taken = || Error::new(Code::Stale, "the service slot is taken.");
         let mut lease = disk.update_pool.lease().ok_or_else(taken)?;
         let size = disk.store.chunk_bytes() as usize;
@@ -261,7 +290,12 @@ impl Shared {
         if parts.is_empty() {
             return Ok(lease);
         }
-        self.submit_io(Ticket::Service, lease, parts)?;
+        let number = {
+            let mut inner = self.inner.lock();
+            inner.service = Service { last: inner.service.last.wrapping_add(1), out: true, done: None };
+            inner.service.last
+        };
+        self.submit_io(Ticket::Service(number), lease, parts)?;
         // The slot is the disk's until it comes back, so this wait ends only with it or with the runtime.
         let inner = self.inner.lock();
         let mut stop = false;
@@ -272,8 +306,13 @@ impl Shared {
                 stop |= interrupted();
                 false
             },
-            |i| Ok(i.service_done.take()),
-        )?;
+            |i| Ok(i.service.done.take()),
+        );
+        if done.is_err() {
+            // Should it still come, nobody takes it for the next one.
+            self.inner.lock().service.last = number.wrapping_add(1);
+        }
+        let done = done?;
         done.result?;
         if stop {
             return Err(Error::new(Code::Interrupted, "interrupted while waiting for the disk."));

@@ -110,17 +110,25 @@ impl Stats {
         self.home_uses.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Notes bytes of shadows filled (positive) or discarded (negative).
-    pub fn shadowed(&self, bytes: u64, filled: bool) {
-        if filled {
-            let now = self.shadow_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            self.shadow_peak.fetch_max(now, Ordering::Relaxed);
-        } else {
-            self.shadow_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    /// Notes memory for what is read outside of steps: shadows, and states in the caller's memory. False, and nothing is noted,
+    /// if more than `limit` would be in use.
+    pub fn lent(&self, bytes: u64, limit: u64) -> bool {
+        let fits = |now: u64| now.checked_add(bytes).filter(|&sum| sum <= limit);
+        match self.shadow_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+            Ok(before) => {
+                self.shadow_peak.fetch_max(before + bytes, Ordering::Relaxed);
+                true
+            }
+            Err(_) => false,
         }
     }
 
-    /// Shadows filled now, and at most so far.
+    /// Notes that such memory was given back.
+    pub fn returned(&self, bytes: u64) {
+        self.shadow_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Such memory in use now, and at most so far.
     pub fn shadows(&self) -> (u64, u64) {
         (self.shadow_bytes.load(Ordering::Relaxed), self.shadow_peak.load(Ordering::Relaxed))
     }

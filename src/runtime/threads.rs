@@ -64,8 +64,12 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             let busy = inner.busy_write.add(started, now);
             shared.stats.moved(Link::NvmeWrite, written, busy);
         }
-        if ticket == Ticket::Service {
-            inner.service_done = Some(IoCompletion { ticket: 0, lease, parts, result, nanos });
+        if let Ticket::Service(number) = ticket {
+            inner.service.out = false;
+            // Whoever waited for an earlier one has given up: its slot goes back to the pool.
+            if number == inner.service.last {
+                inner.service.done = Some(IoCompletion { ticket: 0, lease, parts, result, nanos });
+            }
             shared.changed.notify_all();
             return Ok(());
         }
@@ -106,7 +110,7 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             drop(lease);
             shared.event(|m, out| m.chunk_written(unit, index, out))
         }
-        Ticket::Service => Ok(()),
+        Ticket::Service(_) => Ok(()),
     }
 }
 
@@ -114,7 +118,15 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
 pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
     let RunTask { unit, chunk, mut lease } = task;
     let start = shared.trace.now();
-    let bytes = shared.run_chunk(unit, chunk, lease.as_mut())?;
+    let after = {
+        let mut inner = shared.lock()?;
+        inner.at_work = Some(unit);
+        inner.gates[unit.index()].update
+    };
+    let bytes = {
+        let _at_work = AtWork(shared);
+        shared.run_chunk(unit, chunk, after, lease.as_mut())?
+    };
     shared.stats.moved(Link::Update, bytes, shared.trace.now().saturating_sub(start));
     shared.trace.span("cpu update", "adamw", u64::from(unit.0), start, bytes);
     let mut inner = shared.lock()?;
@@ -122,6 +134,16 @@ pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
         Shared::park_chunk(&mut inner, unit, chunk, lease);
     }
     shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))
+}
+
+/// The runner writes a home, until this is dropped: also when the kernel fails or panics.
+struct AtWork<'a>(&'a Shared);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().at_work = None;
+        self.0.changed.notify_all();
+    }
 }
 
 /// Waits for the end of one copy.

@@ -8,7 +8,8 @@ pub(crate) enum Ticket {
     Params(UnitId),
     ReadChunk(UnitId, u32),
     WriteChunk(UnitId, u32),
-    Service,
+    /// Of what is not part of a step; numbered, so that one that was given up is not taken for a later one.
+    Service(u32),
 }
 
 impl Ticket {
@@ -18,18 +19,18 @@ impl Ticket {
             Self::Params(u) => pack(0, u, 0),
             Self::ReadChunk(u, c) => pack(1, u, c),
             Self::WriteChunk(u, c) => pack(2, u, c),
-            Self::Service => 3 << 62,
+            Self::Service(n) => 3 << 62 | u64::from(n),
         }
     }
     pub(crate) const fn decode(n: u64) -> Self {
         let unit = UnitId((n << 2 >> 34) as u32);
-        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk")]
+        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk, or the number of the service")]
         let chunk = n as u32;
         match n >> 62 {
             0 => Self::Params(unit),
             1 => Self::ReadChunk(unit, chunk),
             2 => Self::WriteChunk(unit, chunk),
-            _ => Self::Service,
+            _ => Self::Service(chunk),
         }
     }
 }
@@ -44,7 +45,8 @@ mod tests {
             Ticket::Params(UnitId(7)),
             Ticket::ReadChunk(UnitId((1 << 30) - 1), u32::MAX),
             Ticket::WriteChunk(UnitId(3), 0),
-            Ticket::Service,
+            Ticket::Service(0),
+            Ticket::Service(u32::MAX),
         ] {
             assert_eq!(Ticket::decode(t.encode()), t);
         }

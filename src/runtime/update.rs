@@ -2,12 +2,12 @@
 #![expect(unsafe_code, reason = "hands raw spans of homes and leased slots to the kernel")]
 
 use crate::{
-    device::Gate,
+    device::{Gate, StreamRef},
     dtype::StateKind,
     error::Result,
     memory::SlotLease,
     optim::{Hyper, Span, Update, adamw_parallel},
-    runtime::{core::Shared, files::Chunk},
+    runtime::{UnitUpdate, core::Shared, files::Chunk},
     units::UnitId,
 };
 
@@ -36,7 +36,7 @@ pub struct StepHyper {
 }
 
 /// What the runner needs to know about a unit's update.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Job {
     /// The spans, in order.
     pub spans: Vec<JobSpan>,
@@ -44,22 +44,59 @@ pub struct Job {
     pub hypers: Vec<StepHyper>,
     /// Scratch of the runner.
     pub(crate) updates: Vec<Update>,
-    /// What must have passed first: the user's stream, gradients down, parameters up.
-    pub after: [Gate; 3],
-}
-
-impl Default for Job {
-    fn default() -> Self {
-        Self { spans: Vec::new(), hypers: Vec::new(), updates: Vec::new(), after: [Gate::OPEN; 3] }
-    }
 }
 
 impl Shared {
-    /// Runs the kernel over one piece of a unit's update; returns the bytes of memory traffic.
-    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<u64> {
+    /// Submits the updates of a step, all or none of them.
+    pub(crate) fn update(
+        &self,
+        updates: &[UnitUpdate],
+        hypers: &[StepHyper],
+        stream: u64,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let mut inner = loop {
+            for update in updates {
+                self.settle(update.unit, interrupted)?;
+            }
+            let inner = self.lock()?;
+            // Another thread may have submitted in between.
+            if updates.iter().all(|u| !inner.machine.update_pending(u.unit)) {
+                break inner;
+            }
+        };
+        // Under one lock: a copy up that is enqueued from here on finds the unit's update pending, and waits.
+        let after = [
+            self.device.record(StreamRef::Compute(stream))?,
+            self.device.record(StreamRef::Down)?,
+            self.device.record(StreamRef::Up)?,
+        ];
+        for update in updates {
+            inner.gates[update.unit.index()].update = after;
+            // Free: the runner holds it only while the unit's update is pending.
+            let mut job = self.jobs[update.unit.index()].lock();
+            job.spans.clear();
+            job.spans.extend_from_slice(&update.spans);
+            job.hypers.clear();
+            job.hypers.extend_from_slice(hypers);
+        }
+        self.happened(&mut inner, |m, out| updates.iter().for_each(|u| m.submit(u.unit, out)))?;
+        self.stats.stepped();
+        self.trace.counter("updates queued", updates.len() as u64);
+        Ok(())
+    }
+
+    /// Runs the kernel over one piece of a unit's update, after the gates; returns the bytes of memory traffic.
+    pub(crate) fn run_chunk(
+        &self,
+        unit: UnitId,
+        index: u32,
+        after: [Gate; 3],
+        lease: Option<&mut SlotLease>,
+    ) -> Result<u64> {
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
-        for gate in job.after {
+        for gate in after {
             while !self.device.block(gate, std::time::Duration::from_millis(100))? {
                 drop(self.lock()?);
             }

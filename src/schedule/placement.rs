@@ -85,7 +85,7 @@ pub struct Placement {
     pub hbm_bytes: u64,
     /// Host bytes in all, without shadows. The compute tier's are among them where `budget.hbm` sets no bound.
     pub host_bytes: u64,
-    /// Host bytes left for reading parameters that live on NVMe outside their windows.
+    /// Host bytes left for what is read outside of steps: parameters that live on NVMe, and optimizer states.
     pub shadow_bytes: u64,
     /// NVMe bytes in all.
     pub nvme_bytes: u64,
@@ -255,7 +255,7 @@ fn measure(layout: &Layout, budgets: &Budgets, device: &Device, homes: Vec<Homes
         spare,
         hbm_bytes: ring_bytes + device.resident_bytes,
         host_bytes,
-        shadow_bytes: if need.shadow == 0 { 0 } else { budgets.host.0.saturating_sub(host_bytes) },
+        shadow_bytes: budgets.host.0.saturating_sub(host_bytes),
         nvme_bytes: nvme_bytes(layout, &homes),
         homes,
     })

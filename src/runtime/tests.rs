@@ -1,0 +1,155 @@
+//! What a runtime does when the disk is late or fails, on the host device with a store of its own.
+#![expect(unsafe_code, reason = "hands buffers of its own to the runtime")]
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::{thread::sleep, time::Duration};
+
+use super::*;
+use crate::{
+    dtype::DType,
+    model::{ParamSpec, UnitSpec},
+    optim::{AdamWOptions, Hyper},
+    runtime::stats::Link,
+};
+
+const ELEMS: u64 = 1024;
+
+fn never() -> bool {
+    false
+}
+
+fn runtime(dir: &tempfile::TempDir, params: &str, faults: &str) -> Runtime {
+    let param = |unit: u32| ParamSpec { name: format!("{unit}.w"), numel: ELEMS, dtype: DType::F32, trainable: true };
+    let units: Vec<UnitSpec> =
+        (0..3).map(|unit| UnitSpec { name: format!("unit {unit}"), params: vec![param(unit)] }).collect();
+    let policy = format!(
+        r#"{{"device": "host", "budget": {{"host": "64MiB", "hbm": "16KiB"}}, "params": {{"tier": "{params}"}},
+            "optimizer": {{"tier": "nvme"}}, "nvme": {{"paths": [{:?}], "engine": "threads"}}, "debug": {{"faults": "{faults}"}}}}"#,
+        dir.path()
+    );
+    Runtime::open(Layout::new(&units).unwrap(), &Policy::from_json_str(&policy, "test").unwrap()).unwrap()
+}
+
+fn disk() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap()
+}
+
+fn state(rt: &Runtime, unit: u32, values: &mut [f32], direction: Direction) -> Result<()> {
+    let place = (UnitId(unit), 0, StateKind::ExpAvg);
+    // SAFETY: the slice has `ELEMS` elements of four bytes.
+    unsafe { rt.state_io(place, 0..ELEMS, values.as_mut_ptr().cast(), direction, &mut never) }
+}
+
+fn whole(unit: u32) -> UnitUpdate {
+    let span = JobSpan { section: 0, start: 0, len: ELEMS, hyper: 0, reset_master: true };
+    UnitUpdate { unit: UnitId(unit), spans: vec![span] }
+}
+
+fn hyper() -> StepHyper {
+    let hyper = Hyper::new(
+        &AdamWOptions { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0, maximize: false },
+        1,
+        1.0,
+    );
+    StepHyper { hyper, clip: None }
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_nobody_s() {
+    let dir = disk();
+    let rt = runtime(&dir, "host", "read:delay=2500ms@1");
+    let mut ones = vec![1.0; ELEMS as usize];
+    let mut twos = vec![2.0; ELEMS as usize];
+    state(&rt, 0, &mut ones, Direction::Write).unwrap();
+    state(&rt, 1, &mut twos, Direction::Write).unwrap();
+    let mut got = vec![0.0; ELEMS as usize];
+    assert_eq!(state(&rt, 0, &mut got, Direction::Read).unwrap_err().code(), Code::Stuck);
+    // Its slot is still the disk's.
+    assert_eq!(state(&rt, 1, &mut got, Direction::Read).unwrap_err().code(), Code::Stuck);
+    sleep(Duration::from_millis(2500));
+    for (unit, value) in [(1, 2.0), (0, 1.0)] {
+        state(&rt, unit, &mut got, Direction::Read).unwrap();
+        assert!(got.iter().all(|&v| v.to_bits() == f32::to_bits(value)), "unit {unit}: {}", got[0]);
+    }
+}
+
+#[test]
+fn an_interrupted_step_is_submitted_whole_or_not_at_all() {
+    let dir = disk();
+    let rt = runtime(&dir, "host", "read:delay=400ms@1x4");
+    let mut ones = vec![1.0; ELEMS as usize];
+    state(&rt, 2, &mut ones, Direction::Write).unwrap();
+    let written = || {
+        // Writes trail the update.
+        rt.settle_all(&mut never).unwrap();
+        sleep(Duration::from_millis(200));
+        rt.stats().unwrap().flow(Link::NvmeWrite).bytes
+    };
+    let before = written();
+    rt.update(&[whole(2)], &[hyper()], 0, false, &mut never).unwrap();
+    // The third is still being updated: the wait for it is interrupted.
+    let all = [whole(0), whole(1), whole(2)];
+    let error = rt.update(&all, &[hyper()], 0, false, &mut || true).unwrap_err();
+    assert_eq!(error.code(), Code::Interrupted);
+    assert_eq!(rt.stats().unwrap().steps(), 1);
+    let one_unit = written() - before;
+    assert!(one_unit > 0);
+    rt.update(&all, &[hyper()], 0, true, &mut never).unwrap();
+    assert_eq!(rt.stats().unwrap().steps(), 2);
+    assert_eq!(written() - before, 4 * one_unit, "units of the interrupted step were updated");
+}
+
+#[test]
+fn homes_in_host_memory_can_be_read_after_a_failure_that_was_seen() {
+    let dir = disk();
+    let rt = runtime(&dir, "host", "write:eio@1x1000000");
+    rt.update(&[whole(0)], &[hyper()], 0, false, &mut never).unwrap();
+    sleep(Duration::from_millis(300));
+    rt.update(&[whole(1)], &[hyper()], 0, false, &mut never).map_err(|e| rt.told(&e)).unwrap_err();
+    assert!(rt.failed().unwrap());
+    for unit in 0..3 {
+        rt.settle(UnitId(unit), 0, &mut never).unwrap();
+        rt.release(UnitId(unit), 0).unwrap();
+    }
+    assert!(rt.open_window(UnitId(0), Phase::Forward, 0, &mut never).is_err());
+}
+
+#[test]
+fn nothing_old_is_shown_before_the_failure_is() {
+    let dir = disk();
+    let rt = runtime(&dir, "host", "read:eio@1x1000000");
+    let mut ones = vec![1.0; ELEMS as usize];
+    state(&rt, 0, &mut ones, Direction::Write).unwrap();
+    rt.update(&[whole(0)], &[hyper()], 0, false, &mut never).unwrap();
+    let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
+    assert_eq!(error.code(), Code::IoFailed);
+    rt.told(&error);
+    rt.settle(UnitId(0), 0, &mut never).unwrap();
+}
+
+#[test]
+fn on_disk_stays_on_disk_after_a_failure() {
+    let dir = disk();
+    let rt = runtime(&dir, "nvme", "read:eio@1x1000000");
+    rt.blank_shadow(UnitId(0)).unwrap();
+    rt.store_shadow(UnitId(0), 0, &mut never).unwrap();
+    rt.discard_shadow(UnitId(0)).unwrap();
+    rt.update(&[whole(0)], &[hyper()], 0, false, &mut never).unwrap();
+    let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
+    rt.told(&error);
+    assert!(rt.settle(UnitId(0), 0, &mut never).is_err());
+    assert!(rt.fault_in(UnitId(0), &mut never).is_err());
+}
+
+#[test]
+fn memory_for_stray_reads_is_what_the_budget_leaves() {
+    let dir = disk();
+    let rt = runtime(&dir, "host", "");
+    let left = rt.limit(Tier::Host).unwrap().unwrap() - rt.used(Tier::Host).unwrap().0;
+    rt.lend(left).unwrap();
+    let refused = rt.lend(1).unwrap_err();
+    assert_eq!(refused.code(), Code::ReadBudget);
+    rt.returned(left).unwrap();
+    rt.lend(1).unwrap();
+    assert_eq!(rt.used(Tier::Host).unwrap().1, rt.limit(Tier::Host).unwrap().unwrap());
+}
