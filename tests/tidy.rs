@@ -18,7 +18,6 @@ const UNSAFE_LAYERS: &[&str] = &["memory", "io", "device", "optim", "runtime", "
 /// Codes that no test provokes yet, with the reason. A code that a test names must not be here.
 const UNTESTED: &[(Code, &str)] = &[
     (Code::Cuda, "needs a failing driver"),
-    (Code::Stale, "a broken invariant of the project itself"),
     (Code::NoThread, "needs a limit on threads, which the machine's user may not have"),
 ];
 

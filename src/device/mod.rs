@@ -124,7 +124,7 @@ impl Gate {
     pub const OPEN: Self = Self { role: Role::Compute, seq: 0 };
 }
 
-/// A unit's place in the ring of frames, in chunks; it may wrap around the end.
+/// A unit's place in the ring of frames, in chunks; it may wrap around the end. No chunks: it has no frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameSpan {
     /// First chunk of the ring.
@@ -135,7 +135,8 @@ pub struct FrameSpan {
 
 /// Address ranges mapped once onto a ring of physical chunks.
 pub trait Frames: Send + Sync {
-    /// The permanent device address of unit number `unit` (the index into the spans given at creation).
+    /// The permanent device address of unit number `unit` (the index into the spans given at creation); of no use where the
+    /// span is empty.
     fn address(&self, unit: usize) -> u64;
 }
 
@@ -163,7 +164,7 @@ pub trait Device: Send + Sync {
     /// fails, `FN-E204` from the host.
     ///
     /// # Panics
-    /// If `chunk_bytes` is no multiple of the granularity, or a span is empty or starts outside the ring.
+    /// If `chunk_bytes` is no multiple of the granularity, or a span that is not empty starts outside the ring.
     fn create_frames(&self, ring_chunks: u32, chunk_bytes: u64, spans: &[FrameSpan]) -> Result<Arc<dyn Frames>>;
 
     /// Makes a host region usable by the copy streams and readable by kernels at its own address. The device keeps the
@@ -247,7 +248,8 @@ fn check_ring(granularity: u64, ring_chunks: u32, chunk_bytes: u64, spans: &[Fra
             let message = format!("unit {unit} needs {} chunks, the ring of frames has {ring_chunks}.", span.chunks);
             return Err(Error::new(Code::HbmBudget, message).action("Raise budget.hbm."));
         }
-        assert!(span.chunks > 0 && span.first_chunk < ring_chunks, "unit {unit} is placed at {span:?}");
+        let placed = span.chunks == 0 || span.first_chunk < ring_chunks;
+        assert!(placed, "unit {unit} is placed at {span:?}");
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What the schema has and the runtime has not yet, and what contradicts itself: refused, so that no key does nothing.
 
 use super::{
-    Auto, MicroBatch, Policy,
+    MicroBatch, Policy,
     words::{Accumulate, ActivationsTier, GradsTier, OptimizerTier, ParamsTier, Pressure, UpdateOn},
 };
 use crate::error::{Code, Error, Result};
@@ -13,9 +13,6 @@ type Pending = (&'static str, &'static str, fn(&Policy) -> bool);
 const PENDING: &[Pending] = &[
     ("grads.accumulate", "fp32", |p| p.grads.accumulate == Accumulate::Fp32),
     ("grads.tier", "nvme", |p| p.grads.tier != GradsTier::Host),
-    ("optimizer.tier", "hbm", |p| p.optimizer.tier == OptimizerTier::Hbm),
-    ("override.optimizer", "hbm", |p| p.overrides.iter().any(|o| o.optimizer == Some(OptimizerTier::Hbm))),
-    ("optimizer.spare", "a size", |p| p.optimizer.spare != Auto::Auto),
     ("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu),
     ("activations.micro_batch", "a number", |p| p.activations.micro_batch != MicroBatch::Off),
     ("activations.tier", "host", |p| p.activations.tier != ActivationsTier::Hbm),

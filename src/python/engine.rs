@@ -7,35 +7,25 @@ use parking_lot::RwLock;
 use pyo3::{prelude::*, types::PyDict};
 
 use super::{
+    arguments::{
+        HyperTuple, ParamTuple, PlaceTuple, ResidentTuple, UpdateTuple, dtype, kind, phase, step_hyper, unit_update,
+    },
     dlpack,
     failures::{check, raise, waiting},
 };
 use crate::{
     device::DeviceKind,
-    dtype::{DType, StateKind},
     error::{Code, Error, Result},
     io::Direction,
     model::{Layout, ParamSpec, UnitSpec},
-    optim::{AdamWOptions, Hyper, Span, Update},
+    optim::{Hyper, Span, Update},
     policy::Policy,
     runtime::{
-        JobSpan, Runtime, StepHyper, UnitUpdate, shares_processor,
+        Runtime, StepHyper, UnitUpdate, shares_processor,
         stats::{Cause, Link},
     },
-    schedule::Phase,
     units::{Tier, UnitId},
 };
-
-/// (name, elements, dtype, bytes per element, trainable)
-type ParamTuple = (String, u64, String, u8, bool);
-/// (section, first element, elements, which hyperparameters, master starts anew)
-type SpanTuple = (usize, u64, u64, usize, bool);
-/// (lr, beta1, beta2, eps, weight decay, step, maximize, slot of the factor that clipping found)
-type HyperTuple = (f64, f64, f64, f64, f64, u64, bool, Option<u32>);
-/// (addresses of parameter, gradient, master, exp_avg, exp_avg_sq; elements, dtype, which hyperparameters, master starts anew)
-type ResidentTuple = (u64, u64, u64, u64, u64, usize, String, usize, bool);
-/// (section, first element, elements, byte offset in the parameter segment)
-type PlaceTuple = (usize, u64, u64, u64);
 
 /// One offloaded model.
 #[pyclass(frozen, module = "funicular._core")]
@@ -82,35 +72,6 @@ fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {
         return Ok(id);
     }
     Err(Error::new(Code::Stale, format!("there is no unit {unit}.")))
-}
-
-fn dtype(name: &str, size: u8) -> DType {
-    match name {
-        "float32" => DType::F32,
-        "bfloat16" => DType::Bf16,
-        "float16" => DType::F16,
-        _ => DType::Opaque { size },
-    }
-}
-
-fn step_hyper((lr, beta1, beta2, eps, weight_decay, step, maximize, clip): HyperTuple) -> StepHyper {
-    let options = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
-    StepHyper { hyper: Hyper::new(&options, step, 1.0), clip }
-}
-
-fn kind(name: &str) -> Result<StateKind> {
-    StateKind::OPTIMIZER
-        .into_iter()
-        .find(|k| k.name() == name)
-        .ok_or_else(|| Error::new(Code::OptimizerOption, format!("there is no state '{name}'.")))
-}
-
-fn phase(n: u8) -> Phase {
-    match n {
-        0 => Phase::Forward,
-        1 => Phase::Backward,
-        _ => Phase::Eval,
-    }
 }
 
 #[pymethods]
@@ -251,29 +212,31 @@ impl Engine {
     fn update(
         &self,
         py: Python<'_>,
-        updates: Vec<(u32, Vec<SpanTuple>)>,
+        updates: Vec<UpdateTuple>,
         hypers: Vec<HyperTuple>,
         stream: u64,
         wait: bool,
     ) -> PyResult<()> {
         let hypers: Vec<StepHyper> = hypers.into_iter().map(step_hyper).collect();
-        let updates: Vec<UnitUpdate> = updates
-            .into_iter()
-            .map(|(unit, spans)| UnitUpdate {
-                unit: UnitId(unit),
-                spans: spans
-                    .into_iter()
-                    .map(|(section, start, len, hyper, reset_master)| JobSpan {
-                        section,
-                        start,
-                        len,
-                        hyper,
-                        reset_master,
-                    })
-                    .collect(),
-            })
-            .collect();
+        let updates: Vec<UnitUpdate> = updates.into_iter().map(unit_update).collect();
         waiting(py, |i| self.with(|rt| rt.update(&updates, &hypers, stream, wait, i)))
+    }
+
+    /// Begins a unit's update before its step; true if it was begun.
+    fn update_ahead(
+        &self,
+        py: Python<'_>,
+        update: UpdateTuple,
+        hypers: Vec<HyperTuple>,
+        stream: u64,
+    ) -> PyResult<bool> {
+        let hypers: Vec<StepHyper> = hypers.into_iter().map(step_hyper).collect();
+        check(py, self.with(|rt| rt.update_ahead(&unit_update(update), &hypers, stream)))
+    }
+
+    /// Drops what was begun.
+    fn drop_ahead(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+        check(py, self.with(|rt| rt.drop_ahead(UnitId(unit))))
     }
 
     /// Brings a factor of gradients (an fp32 value on the device) down; returns its slot.
@@ -495,6 +458,7 @@ fn fill_stats(py: Python<'_>, rt: &Runtime, out: &Bound<'_, PyDict>) -> PyResult
     out.set_item("budgets", budgets)?;
     out.set_item("steps", stats.steps())?;
     out.set_item("home_uses", stats.home_uses())?;
+    out.set_item("ahead", stats.guesses())?;
     out.set_item("prefetch", (p.hits, p.late, p.demand, p.wasted, p.conflicts))?;
     out.set_item("engine", check(py, rt.engine_name())?)?;
     out.set_item("threads", check(py, rt.pool_threads())?)?;

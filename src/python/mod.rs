@@ -1,5 +1,6 @@
 //! The Python extension module `funicular._core`: thin, no logic. Everything that can wait releases the GIL.
 
+mod arguments;
 mod dlpack;
 mod engine;
 mod failures;
@@ -15,6 +16,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(cli, m)?)?;
+    m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     Ok(())
 }
@@ -26,4 +28,13 @@ fn cli(py: Python<'_>, argv: Vec<std::ffi::OsString>) -> i32 {
         py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
     let relaunch = [python.unwrap_or_else(|_| "python3".into()), "-m".into(), "funicular".into()];
     py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch))
+}
+
+/// Adds files or folders in which CUDA's run-time compiler may lie.
+#[pyfunction]
+fn search_compiler(paths: Vec<std::path::PathBuf>) {
+    #[cfg(feature = "cuda")]
+    crate::device::cuda::search_compiler(paths);
+    #[cfg(not(feature = "cuda"))]
+    drop(paths);
 }

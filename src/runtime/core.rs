@@ -17,6 +17,7 @@ use crate::{
     model::Layout,
     optim::Pool,
     runtime::{
+        ahead,
         factors::Factors,
         files::Map,
         homes::Homes,
@@ -117,6 +118,7 @@ pub(crate) struct Shared {
     pub(crate) pool: Pool,
     pub(crate) factors: Factors,
     pub(crate) jobs: Vec<Mutex<Job>>,
+    pub(crate) guesses: Vec<ahead::Place>,
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,
     pub(crate) poison: bool,
@@ -124,6 +126,7 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     pub(crate) service: Mutex<()>,
     pub(crate) to_runner: Sender<RunTask>,
+    pub(crate) to_ahead: Sender<UnitId>,
     pub(crate) to_up: Sender<Landing>,
     pub(crate) to_down: Sender<Landing>,
 }

@@ -1,6 +1,9 @@
 //! Where the segments that live in host memory lie: three regions of exact size, one per life cycle.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use crate::{
     dtype::StateKind,
@@ -21,10 +24,38 @@ pub struct UnitHome {
     pub params: u64,
     /// The gradient segment; 0 where nothing is trained.
     pub grads: u64,
-    /// Per section, master, exp_avg and exp_avg_sq; 0 where there is none or it lives on NVMe.
-    pub states: Vec<[u64; 3]>,
+    /// Per section, master, exp_avg and exp_avg_sq; 0 where there is none or it lives elsewhere. The second set is there for
+    /// units with spare frames.
+    sets: [Vec<[u64; 3]>; 2],
+    /// The second set is the current one.
+    turned: AtomicBool,
+    /// Where an update ahead of the step puts the new parameters; 0 without spare frames.
+    pub spare_params: u64,
     /// Set where the parameters live on NVMe.
     pub shadow: Option<Arc<Shadow>>,
+}
+
+/// One of a unit's two sets of states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Set {
+    /// What the unit's states are.
+    Current,
+    /// Where an update ahead of the step puts the next ones.
+    Spare,
+}
+
+impl UnitHome {
+    /// Addresses of master, exp_avg and exp_avg_sq of a section; 0 where there is none or it lives elsewhere. They change with
+    /// [`Self::turn`], so they are asked for when the unit's update is known not to be under way, or by the runner itself.
+    pub fn states(&self, section: usize, set: Set) -> [u64; 3] {
+        let index = usize::from(self.turned.load(Ordering::Acquire) != (set == Set::Spare));
+        self.sets[index][section]
+    }
+
+    /// Makes the spare set the current one.
+    pub fn turn(&self) {
+        self.turned.fetch_xor(true, Ordering::AcqRel);
+    }
 }
 
 /// Host memory of a model.
@@ -36,6 +67,8 @@ pub struct Homes {
     pub grads: Arc<HostRegion>,
     /// Optimizer states that live on the host.
     pub states: Arc<HostRegion>,
+    /// Spare frames.
+    pub spare: Arc<HostRegion>,
     bytes: u64,
     units: Vec<UnitHome>,
 }
@@ -47,37 +80,39 @@ impl Homes {
     /// `FN-E204` when the system refuses.
     pub fn new(layout: &Layout, placement: &Placement) -> Result<Self> {
         let mut units = Vec::with_capacity(layout.units.len());
-        let (mut params, mut grads, mut states) = (0, 0, 0);
+        let (mut params, mut grads, mut states, mut spare) = (0, 0, 0, 0);
         let take = |total: &mut u64, bytes: u64| {
             let at = *total;
             *total += round_up(bytes, ALIGN);
             at
         };
         // Offsets first, addresses once the regions exist; offset + 1 so that 0 can mean none.
-        for (unit, home) in layout.units.iter().zip(&placement.homes) {
-            let on_host = home.params == Tier::Host;
-            let optimizer_on_host = home.optimizer == Tier::Host;
+        for ((unit, home), &has_spare) in layout.units.iter().zip(&placement.homes).zip(&placement.spare) {
+            let (on_host, resident) = (home.params == Tier::Host, home.params == Tier::Hbm);
+            let set = |total: &mut u64, there: bool| -> Vec<[u64; 3]> {
+                let section = |s: &crate::model::Section| {
+                    StateKind::OPTIMIZER.map(|k| match s.bytes(k) {
+                        0 => 0,
+                        _ if !there => 0,
+                        bytes => take(total, bytes) + 1,
+                    })
+                };
+                unit.sections.iter().map(section).collect()
+            };
             units.push(UnitHome {
                 params: if on_host { take(&mut params, unit.param_bytes()) + 1 } else { 0 },
-                grads: if unit.trainable() { take(&mut grads, unit.grad_bytes()) + 1 } else { 0 },
-                states: unit
-                    .sections
-                    .iter()
-                    .map(|s| {
-                        StateKind::OPTIMIZER.map(|k| match s.bytes(k) {
-                            0 => 0,
-                            _ if !optimizer_on_host => 0,
-                            bytes => take(&mut states, bytes) + 1,
-                        })
-                    })
-                    .collect(),
-                shadow: if on_host { None } else { Some(Shadow::new(unit.param_bytes())?) },
+                grads: if unit.trainable() && !resident { take(&mut grads, unit.grad_bytes()) + 1 } else { 0 },
+                sets: [set(&mut states, home.optimizer == Tier::Host), set(&mut spare, has_spare)],
+                turned: AtomicBool::new(false),
+                spare_params: if has_spare { take(&mut spare, unit.param_bytes()) + 1 } else { 0 },
+                shadow: if on_host || resident { None } else { Some(Shadow::new(unit.param_bytes())?) },
             });
         }
-        let bytes = params + grads + states;
+        let bytes = params + grads + states + spare;
         let params = HostRegion::new(ByteCount(params), "parameters")?;
         let grads = HostRegion::new(ByteCount(grads), "gradients")?;
         let states = HostRegion::new(ByteCount(states), "optimizer states")?;
+        let spare = HostRegion::new(ByteCount(spare), "spare frames")?;
         let absolute = |at: &mut u64, region: &HostRegion| {
             if *at > 0 {
                 *at = region.as_ptr() as u64 + (*at - 1);
@@ -86,12 +121,14 @@ impl Homes {
         for u in &mut units {
             absolute(&mut u.params, &params);
             absolute(&mut u.grads, &grads);
-            u.states.iter_mut().flatten().for_each(|s| absolute(s, &states));
+            u.sets[0].iter_mut().flatten().for_each(|s| absolute(s, &states));
+            u.sets[1].iter_mut().flatten().for_each(|s| absolute(s, &spare));
+            absolute(&mut u.spare_params, &spare);
             if let Some(shadow) = &u.shadow {
                 u.params = shadow.as_ptr() as u64;
             }
         }
-        Ok(Self { params, grads, states, bytes, units })
+        Ok(Self { params, grads, states, spare, bytes, units })
     }
 
     /// One unit's addresses.

@@ -4,6 +4,7 @@
 //! - `threads`: driver, runner, reapers; `update`: AdamW over one piece; `service`: what is not part of a step;
 //! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
 
+mod ahead;
 mod config;
 mod core;
 mod factors;
@@ -12,6 +13,7 @@ pub mod homes;
 mod service;
 mod start;
 pub mod stats;
+mod steps;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -30,7 +32,6 @@ use crate::{
     error::{Code, Error, Result},
     io::Direction,
     model::Layout,
-    optim::{Update, adamw_parallel},
     policy::Policy,
     runtime::{
         core::{Disk, Landing, Shared},
@@ -53,6 +54,8 @@ pub struct UnitUpdate {
     pub unit: UnitId,
     /// Its spans.
     pub spans: Vec<JobSpan>,
+    /// Nothing has touched the gradients and parameters from which [`Runtime::update_ahead`] began.
+    pub guessed: bool,
 }
 
 /// One model's runtime.
@@ -176,6 +179,7 @@ impl Runtime {
     /// The runtime's first failure.
     pub fn invalidate(&self, unit: UnitId, stream: u64) -> Result<()> {
         let shared = self.shared()?;
+        shared.drop_ahead(unit);
         let mut inner = shared.lock()?;
         inner.gates[unit.index()].home = shared.device.record(StreamRef::Compute(stream))?;
         shared.happened(&mut inner, |m, _| m.invalidate(unit))
@@ -209,6 +213,7 @@ impl Runtime {
     ) -> Result<u64> {
         let shared = self.shared()?;
         shared.settle(unit, interrupted)?;
+        shared.drop_ahead(unit);
         let home = shared.homes.unit(unit).grads;
         if home == 0 || offset + len > shared.layout.unit(unit).grad_bytes() {
             return Err(Error::new(Code::Stale, format!("'{}' has no such gradient.", shared.layout.unit(unit).name)));
@@ -241,64 +246,6 @@ impl Runtime {
         let shared = self.shared()?;
         let gate = shared.inner.lock().last_down;
         shared.wait_gate(stream, gate, Cause::Grads, interrupted)
-    }
-
-    /// Starts an optimizer step on the given units, after the work on `stream`. Returns at once; with `wait` only when
-    /// all updates have run.
-    ///
-    /// # Errors
-    /// The runtime's first failure, or an interruption. Either all units are submitted or none: [`Stats::steps`] says which.
-    pub fn update(
-        &self,
-        updates: &[UnitUpdate],
-        hypers: &[StepHyper],
-        stream: u64,
-        wait: bool,
-        interrupted: Interrupted<'_>,
-    ) -> Result<()> {
-        self.shared()?.update(updates, hypers, stream, interrupted)?;
-        for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
-            self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
-        }
-        if wait { self.shared()?.settle_all(interrupted) } else { Ok(()) }
-    }
-
-    /// Brings a factor of gradients down, an fp32 value on the device, after the work on `stream`; returns the slot that
-    /// [`StepHyper::clip`] names.
-    ///
-    /// # Errors
-    /// A failure of the device.
-    ///
-    /// # Safety
-    /// `src` must be the address of that value, and it must stay as it is until the stream is past this.
-    #[expect(unsafe_code, reason = "the caller vouches for a raw address")]
-    pub unsafe fn factor(&self, src: u64, stream: u64) -> Result<u32> {
-        let shared = self.shared()?;
-        // SAFETY: passed on.
-        unsafe { shared.factors.bring(&*shared.device, src, stream) }
-    }
-
-    /// Updates parameters that are not paged, whose arrays all lie on the compute device: at once where that is the processor,
-    /// else in the order of `stream`.
-    ///
-    /// # Errors
-    /// The runtime's first failure, or what the device lacks.
-    ///
-    /// # Safety
-    /// As for [`crate::optim::adamw_parallel`], until the stream is past this.
-    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
-    pub unsafe fn update_resident(&self, updates: &[Update], stream: u64) -> Result<()> {
-        let shared = self.shared()?;
-        drop(shared.lock()?);
-        if shares_processor(shared.device.kind()) {
-            // SAFETY: passed on.
-            return unsafe { adamw_parallel(&shared.pool, updates) };
-        }
-        for update in updates {
-            // SAFETY: passed on.
-            unsafe { shared.device.adamw(StreamRef::Compute(stream), &update.span, &update.hyper)? };
-        }
-        Ok(())
     }
 
     /// True if the unit's home is not yet that of its last update.
@@ -432,7 +379,7 @@ impl Runtime {
         let shared = self.shared()?;
         let plan = &shared.placement;
         Ok(match tier {
-            Tier::Hbm => (plan.ring_bytes(), plan.ring_bytes()),
+            Tier::Hbm => (plan.hbm_bytes, plan.hbm_bytes),
             Tier::Host => {
                 let staging = shared.disk.as_ref().map_or(0, Disk::staging_bytes);
                 let (now, peak) = shared.stats.shadows();

@@ -16,6 +16,7 @@ use crate::{
     memory::{Shadow, SlotLease},
     runtime::{
         core::{Disk, Inner, SLICE, Service, Shared},
+        homes::Set,
         stats::Cause,
         ticket::Ticket,
     },
@@ -174,6 +175,7 @@ impl Shared {
     /// The parameters were edited inside their window: brings the frames' bytes home.
     pub(crate) fn write_back(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         self.settle(unit, interrupted)?;
+        self.drop_ahead(unit);
         let bytes = self.layout.unit(unit).param_bytes() as usize;
         let frame = self.frames.address(unit.index());
         let home = self.homes.unit(unit);
@@ -335,10 +337,13 @@ impl Shared {
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
         self.settle(unit, interrupted)?;
+        if direction == Direction::Write {
+            self.drop_ahead(unit);
+        }
         let size = kind.element_size(self.layout.unit(unit).sections[section].dtype) as u64;
         let range = (elems.start * size) as usize..(elems.end * size) as usize;
         let slot = StateKind::OPTIMIZER.iter().position(|&k| k == kind);
-        let home = slot.map_or(0, |i| self.homes.unit(unit).states[section][i]);
+        let home = slot.map_or(0, |i| self.homes.unit(unit).states(section, Set::Current)[i]);
         if home > 0 {
             let there = (home as usize + range.start) as *mut u8;
             let (src, dst) = if direction == Direction::Read { (there, buffer) } else { (buffer, there) };

@@ -19,6 +19,7 @@ use crate::{
         factors::Factors,
         files::Map,
         homes::Homes,
+        shares_processor,
         stats::{Busy, Link, Stats},
         threads,
         trace::Trace,
@@ -26,7 +27,7 @@ use crate::{
     },
     schedule::{Budgets, Limits, Machine, Placement, placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
-    units::ByteCount,
+    units::{ByteCount, UnitId},
 };
 
 /// A runtime that has just been set up.
@@ -40,6 +41,7 @@ pub(crate) struct Started {
 struct Channels {
     done: (Sender<IoCompletion>, Receiver<IoCompletion>),
     run: (Sender<RunTask>, Receiver<RunTask>),
+    ahead: (Sender<UnitId>, Receiver<UnitId>),
     up: (Sender<Landing>, Receiver<Landing>),
     down: (Sender<Landing>, Receiver<Landing>),
 }
@@ -52,14 +54,21 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
         granularity: device.granularity(),
         block: config.block,
         has_nvme: !config.paths.is_empty(),
-        residents: false,
+        residents: true,
     };
-    // There are neither residents nor spare frames yet.
-    let budgets = Budgets { spare: Some(ByteCount(0)), ..config.budgets };
+    // Where updates and compute share a processor, an update ahead of the step only takes its time.
+    let spare = config.budgets.spare.or(if shares_processor(device.kind()) { Some(ByteCount(0)) } else { None });
+    let budgets = Budgets { spare, ..config.budgets };
     let plan = placement::place(&layout, &config.tiers, &budgets, &limits)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let homes = Homes::new(&layout, &plan)?;
-    let channels = Channels { done: bounded(4096), run: bounded(4096), up: bounded(1 << 14), down: bounded(1 << 16) };
+    let channels = Channels {
+        done: bounded(4096),
+        run: bounded(4096),
+        ahead: bounded(1 << 14),
+        up: bounded(1 << 14),
+        down: bounded(1 << 16),
+    };
     let map = Map::new(&layout, &plan);
     let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
     let mut notes = Vec::new();
@@ -68,7 +77,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
     } else {
         Some(open_disk(config, &plan, map, channels.done.0.clone(), &mut notes)?)
     };
-    for region in [&homes.params, &homes.grads, &homes.states] {
+    for region in [&homes.params, &homes.grads, &homes.states, &homes.spare] {
         device.register(region)?;
     }
     if let Some(disk) = &disk {
@@ -82,6 +91,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
     let units = layout.units.len();
     let shared = Arc::new(Shared {
         jobs: (0..units).map(|_| Mutex::new(Job::default())).collect(),
+        guesses: (0..units).map(|_| Mutex::new(None)).collect(),
         inner: Mutex::new(Inner::new(machine, units)),
         placement: plan,
         layout,
@@ -97,6 +107,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
         changed: Condvar::new(),
         service: Mutex::new(()),
         to_runner: channels.run.0.clone(),
+        to_ahead: channels.ahead.0.clone(),
         to_up: channels.up.0.clone(),
         to_down: channels.down.0.clone(),
     });
@@ -155,7 +166,7 @@ fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>
     let mut down = Busy::default();
     Ok(vec![
         threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
-        threads::spawn("funicular-run", shared, channels.run.1, threads::run)?,
+        threads::spawn_runner(shared, channels.run.1, channels.ahead.1)?,
         threads::spawn("funicular-up-end", shared, channels.up.1, move |s, m| threads::land(s, Link::Up, &mut up, m))?,
         threads::spawn("funicular-dn-end", shared, channels.down.1, move |s, m| {
             threads::land(s, Link::Down, &mut down, m)

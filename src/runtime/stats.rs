@@ -76,6 +76,7 @@ pub struct Stats {
     shadow_bytes: AtomicU64,
     shadow_peak: AtomicU64,
     home_uses: AtomicU64,
+    guesses: [AtomicU64; 2],
 }
 
 /// One link's totals.
@@ -103,6 +104,16 @@ impl Stats {
     /// Notes an optimizer step.
     pub fn stepped(&self) {
         self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes that an update ahead of a step was used, or made in vain.
+    pub fn guessed(&self, used: bool) {
+        self.guesses[usize::from(used)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Updates ahead of steps: used, and made in vain.
+    pub fn guesses(&self) -> (u64, u64) {
+        (self.guesses[1].load(Ordering::Relaxed), self.guesses[0].load(Ordering::Relaxed))
     }
 
     /// Notes that a unit was used from its home because its frames were held.

@@ -42,7 +42,7 @@ fn state(rt: &Runtime, unit: u32, values: &mut [f32], direction: Direction) -> R
 
 fn whole(unit: u32) -> UnitUpdate {
     let span = JobSpan { section: 0, start: 0, len: ELEMS, hyper: 0, reset_master: true };
-    UnitUpdate { unit: UnitId(unit), spans: vec![span] }
+    UnitUpdate { unit: UnitId(unit), spans: vec![span], guessed: false }
 }
 
 fn hyper() -> StepHyper {

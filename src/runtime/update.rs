@@ -7,7 +7,7 @@ use crate::{
     error::Result,
     memory::SlotLease,
     optim::{Hyper, Span, Update, adamw_parallel},
-    runtime::{UnitUpdate, core::Shared, files::Chunk},
+    runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set},
     units::UnitId,
 };
 
@@ -42,8 +42,19 @@ pub struct Job {
     pub spans: Vec<JobSpan>,
     /// Hyperparameters the spans refer to.
     pub hypers: Vec<StepHyper>,
+    /// Gradients and parameters are those from which an update ahead of the step was begun.
+    pub guessed: bool,
     /// Scratch of the runner.
     pub(crate) updates: Vec<Update>,
+}
+
+/// Where the arrays of a span are.
+#[derive(Debug)]
+pub(crate) enum Source<'a> {
+    /// In homes, with one of the two sets of states; the spare set goes with the spare place of the parameters.
+    Homes(Set),
+    /// What lives on NVMe is in a slot, for one piece of the update.
+    Slot(&'a SlotLease, Chunk),
 }
 
 impl Shared {
@@ -79,6 +90,7 @@ impl Shared {
             job.spans.extend_from_slice(&update.spans);
             job.hypers.clear();
             job.hypers.extend_from_slice(hypers);
+            job.guessed = update.guessed;
         }
         self.happened(&mut inner, |m, out| updates.iter().for_each(|u| m.submit(u.unit, out)))?;
         self.stats.stepped();
@@ -101,6 +113,9 @@ impl Shared {
                 drop(self.lock()?);
             }
         }
+        if self.commit_ahead(unit, job)? {
+            return Ok(2 * self.layout.unit(unit).param_bytes());
+        }
         let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
         let chunk = streamed.as_ref().map(|(disk, _)| disk.map.chunk(unit, index));
         let mut bytes = 0;
@@ -109,8 +124,9 @@ impl Shared {
             let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else {
                 continue;
             };
-            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| (&**lease, c));
-            let (span_of, moved) = self.span_of(unit, span, start, len, slot);
+            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| Source::Slot(lease, c));
+            let source = slot.unwrap_or(Source::Homes(Set::Current));
+            let (span_of, moved) = self.span_of(unit, span, start, len, &source);
             bytes += moved;
             job.updates.push(Update { span: span_of, hyper: self.hyper_of(job.hypers[span.hyper]) });
         }
@@ -124,18 +140,18 @@ impl Shared {
     }
 
     /// The scalars, with what the device has to say of them; the gates of the job have passed.
-    fn hyper_of(&self, step: StepHyper) -> Hyper {
+    pub(crate) fn hyper_of(&self, step: StepHyper) -> Hyper {
         step.clip.map_or(step.hyper, |slot| Hyper { clip: self.factors.value(slot), ..step.hyper })
     }
 
     /// The addresses of a piece of a span, and the bytes of memory traffic that its update costs.
-    fn span_of(
+    pub(crate) fn span_of(
         &self,
         unit: UnitId,
         span: &JobSpan,
         start: u64,
         len: u64,
-        slot: Option<(&SlotLease, Chunk)>,
+        source: &Source<'_>,
     ) -> (Span, u64) {
         let section = &self.layout.unit(unit).sections[span.section];
         let home = self.homes.unit(unit);
@@ -144,18 +160,21 @@ impl Shared {
             if size(kind) == 0 {
                 return 0;
             }
-            if let Some((lease, chunk)) = slot
+            if let Source::Slot(lease, chunk) = source
                 && let Some(disk) = &self.disk
                 && disk.map.segment(unit, span.section, kind).is_some()
             {
                 return lease.as_ptr() as u64 + disk.map.slot_offset(kind) as u64 + (start - chunk.start) * size(kind);
             }
+            let set = if let Source::Homes(set) = source { *set } else { Set::Current };
+            let [master, exp_avg, exp_avg_sq] = home.states(span.section, set);
             let base = match kind {
+                StateKind::Param if set == Set::Spare => home.spare_params + section.offset,
                 StateKind::Param => home.params + section.offset,
                 StateKind::Grad => home.grads + section.offset,
-                StateKind::Master => home.states[span.section][0],
-                StateKind::ExpAvg => home.states[span.section][1],
-                StateKind::ExpAvgSq => home.states[span.section][2],
+                StateKind::Master => master,
+                StateKind::ExpAvg => exp_avg,
+                StateKind::ExpAvgSq => exp_avg_sq,
             };
             base + start * size(kind)
         };

@@ -148,11 +148,13 @@ impl CudaFrames {
             location: location(context),
             flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
-        let bytes = span.chunks as usize * self.chunk_bytes;
-        // SAFETY: the range was mapped whole just above; `access` is read during the call.
-        context.check(unsafe { context.driver.cuMemSetAccess(start, bytes, &raw const access, 1) })?;
         self.addresses.push(start);
-        Ok(())
+        let bytes = span.chunks as usize * self.chunk_bytes;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range was mapped whole just above; `access` is read during the call.
+        context.check(unsafe { context.driver.cuMemSetAccess(start, bytes, &raw const access, 1) })
     }
 }
 

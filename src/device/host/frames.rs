@@ -58,7 +58,7 @@ pub(super) fn create(
     let mut at = 0;
     for span in spans {
         addresses.push(frames.base.as_ptr().expose_provenance() as u64 + at);
-        let before_end = span.chunks.min(ring_chunks - span.first_chunk);
+        let before_end = span.chunks.min(ring_chunks.saturating_sub(span.first_chunk));
         let (first, rest) = (u64::from(before_end) * chunk_bytes, u64::from(span.chunks - before_end) * chunk_bytes);
         frames.map(&ring, at, u64::from(span.first_chunk) * chunk_bytes, first)?;
         frames.map(&ring, at + first, 0, rest)?;

@@ -1,0 +1,57 @@
+//! What the wrapper passes, and what it becomes.
+
+use crate::{
+    dtype::{DType, StateKind},
+    error::{Code, Error, Result},
+    optim::{AdamWOptions, Hyper},
+    runtime::{JobSpan, StepHyper, UnitUpdate},
+    schedule::Phase,
+    units::UnitId,
+};
+
+/// (name, elements, dtype, bytes per element, trainable)
+pub(super) type ParamTuple = (String, u64, String, u8, bool);
+/// (section, first element, elements, which hyperparameters, master starts anew)
+pub(super) type SpanTuple = (usize, u64, u64, usize, bool);
+/// (lr, beta1, beta2, eps, weight decay, step, maximize, slot of the factor that clipping found)
+pub(super) type HyperTuple = (f64, f64, f64, f64, f64, u64, bool, Option<u32>);
+/// (addresses of parameter, gradient, master, exp_avg, exp_avg_sq; elements, dtype, which hyperparameters, master starts anew)
+/// (unit, spans, whether what an update ahead began from is untouched)
+pub(super) type UpdateTuple = (u32, Vec<SpanTuple>, bool);
+pub(super) type ResidentTuple = (u64, u64, u64, u64, u64, usize, String, usize, bool);
+/// (section, first element, elements, byte offset in the parameter segment)
+pub(super) type PlaceTuple = (usize, u64, u64, u64);
+
+pub(super) fn dtype(name: &str, size: u8) -> DType {
+    match name {
+        "float32" => DType::F32,
+        "bfloat16" => DType::Bf16,
+        "float16" => DType::F16,
+        _ => DType::Opaque { size },
+    }
+}
+
+pub(super) fn unit_update((unit, spans, guessed): UpdateTuple) -> UnitUpdate {
+    let span = |(section, start, len, hyper, reset_master)| JobSpan { section, start, len, hyper, reset_master };
+    UnitUpdate { unit: UnitId(unit), spans: spans.into_iter().map(span).collect(), guessed }
+}
+
+pub(super) fn step_hyper((lr, beta1, beta2, eps, weight_decay, step, maximize, clip): HyperTuple) -> StepHyper {
+    let options = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
+    StepHyper { hyper: Hyper::new(&options, step, 1.0), clip }
+}
+
+pub(super) fn kind(name: &str) -> Result<StateKind> {
+    StateKind::OPTIMIZER
+        .into_iter()
+        .find(|k| k.name() == name)
+        .ok_or_else(|| Error::new(Code::OptimizerOption, format!("there is no state '{name}'.")))
+}
+
+pub(super) fn phase(n: u8) -> Phase {
+    match n {
+        0 => Phase::Forward,
+        1 => Phase::Backward,
+        _ => Phase::Eval,
+    }
+}

@@ -1,0 +1,176 @@
+//! Updates ahead of the step: during backward, into spare frames, so that a step whose inputs turn out to be the same finds them done.
+//!
+//! A1: nothing that anybody can see changes before the step: an update ahead reads homes and writes spare frames only. A2: it
+//! is used only if the step asks for the same thing with the same inputs; every write to an input drops it. A3: it covers all that
+//! is trained of a unit, so that after the turn no element is older in the new set than in the old one. A4: only the runner works
+//! on it, piece by piece, and goes to whatever a step needs first.
+#![expect(unsafe_code, reason = "hands raw spans of homes and spare frames to the kernel")]
+
+use parking_lot::Mutex;
+
+use crate::{
+    device::{Gate, StreamRef},
+    dtype::StateKind,
+    error::Result,
+    optim::{Target, Update, adamw_into_parallel},
+    runtime::{
+        JobSpan, StepHyper, UnitUpdate,
+        core::Shared,
+        homes::Set,
+        stats::Link,
+        update::{Job, Source},
+    },
+    units::UnitId,
+};
+
+/// Elements of one piece: a few milliseconds, for which a step may have to wait.
+const PIECE: u64 = 4 << 20;
+/// Bytes of one piece of a copy home.
+const COPY: usize = 1 << 20;
+
+/// An update that was begun before its step.
+#[derive(Debug)]
+pub(crate) struct Guess {
+    spans: Vec<JobSpan>,
+    hypers: Vec<StepHyper>,
+    /// What must have passed first: the user's stream and gradients down.
+    after: [Gate; 2],
+    /// The span at work, and how many of its elements are done.
+    at: (usize, u64),
+}
+
+/// One unit's guess.
+pub(crate) type Place = Mutex<Option<Guess>>;
+
+impl Guess {
+    fn begun(&self) -> bool {
+        self.at != (0, 0)
+    }
+
+    fn done(&self) -> bool {
+        self.at.0 == self.spans.len()
+    }
+
+    fn same_as(&self, job: &Job) -> bool {
+        let same = |a: &StepHyper, b: &StepHyper| a.hyper == b.hyper;
+        self.spans == job.spans
+            && self.hypers.len() == job.hypers.len()
+            && self.hypers.iter().zip(&job.hypers).all(|(a, b)| same(a, b))
+    }
+}
+
+impl Shared {
+    /// Begins a unit's update; false where it has no spare frames, or is being updated.
+    pub(crate) fn begin_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
+        let unit = update.unit;
+        if !self.placement.spare[unit.index()] {
+            return Ok(false);
+        }
+        let after = {
+            let inner = self.lock()?;
+            if inner.machine.update_pending(unit) {
+                return Ok(false);
+            }
+            [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?]
+        };
+        let guess = Guess { spans: update.spans.clone(), hypers: hypers.to_vec(), after, at: (0, 0) };
+        *self.guesses[unit.index()].lock() = Some(guess);
+        self.send(&self.to_ahead, unit)?;
+        Ok(true)
+    }
+
+    /// An input of the unit's update is about to change: what was begun is worth nothing.
+    pub(crate) fn drop_ahead(&self, unit: UnitId) {
+        if self.guesses[unit.index()].lock().take().is_some_and(|guess| guess.begun()) {
+            self.stats.guessed(false);
+        }
+    }
+
+    /// Works on a unit's guess for one piece; `None` when nothing is left to do, `Some(false)` if it has to wait.
+    pub(crate) fn work_ahead(&self, unit: UnitId) -> Result<Option<bool>> {
+        let mut place = self.guesses[unit.index()].lock();
+        let Some(guess) = place.as_mut().filter(|guess| !guess.done()) else { return Ok(None) };
+        for gate in guess.after {
+            if !self.device.passed(gate)? {
+                return Ok(Some(false));
+            }
+        }
+        let start = self.trace.now();
+        let bytes = self.piece_ahead(unit, guess)?;
+        self.stats.moved(Link::Update, bytes, self.trace.now().saturating_sub(start));
+        self.trace.span("cpu update", "adamw ahead", u64::from(unit.0), start, bytes);
+        Ok(if guess.done() { None } else { Some(true) })
+    }
+
+    /// Updates the next piece into the spare frames; returns the bytes of memory traffic.
+    fn piece_ahead(&self, unit: UnitId, guess: &mut Guess) -> Result<u64> {
+        let (index, done) = guess.at;
+        let span = guess.spans[index];
+        let len = PIECE.min(span.len - done);
+        let start = span.start + done;
+        let (from, bytes) = self.span_of(unit, &span, start, len, &Source::Homes(Set::Current));
+        let (to, _) = self.span_of(unit, &span, start, len, &Source::Homes(Set::Spare));
+        let target = Target { param: to.param, master: to.master, exp_avg: to.exp_avg, exp_avg_sq: to.exp_avg_sq };
+        let update = Update { span: from, hyper: guess.hypers[span.hyper].hyper };
+        // SAFETY: the homes are only read, and their writers drop the guess first, under the lock that is held; the gradients have
+        // landed; the spare frames are the runner's alone.
+        unsafe { adamw_into_parallel(&self.pool, &[(update, target)]) }?;
+        guess.at = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
+        Ok(bytes)
+    }
+
+    /// At the step: completes and takes over what was begun, if it is what the step asks for; false if the update is yet to be
+    /// made. The gates of the job have passed.
+    pub(crate) fn commit_ahead(&self, unit: UnitId, job: &Job) -> Result<bool> {
+        let Some(mut guess) = self.guesses[unit.index()].lock().take() else { return Ok(false) };
+        // Multiplying by 1 changes nothing; anything else was not foreseen.
+        let clipped = job.hypers.iter().any(|h| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits());
+        let good = job.guessed && guess.begun() && !clipped && guess.same_as(job);
+        if guess.begun() {
+            self.stats.guessed(good);
+        }
+        if !good {
+            return Ok(false);
+        }
+        while !guess.done() {
+            self.piece_ahead(unit, &mut guess)?;
+        }
+        self.copy_home(unit, &job.spans)?;
+        self.homes.unit(unit).turn();
+        Ok(true)
+    }
+
+    /// Copies the new parameters to their home, which never moves.
+    fn copy_home(&self, unit: UnitId, spans: &[JobSpan]) -> Result<()> {
+        let packed = self.layout.unit(unit);
+        let home = self.homes.unit(unit);
+        for span in spans {
+            let section = &packed.sections[span.section];
+            let size = section.dtype.size() as u64;
+            let offset = section.offset + span.start * size;
+            let (from, to, len) = (home.spare_params + offset, home.params + offset, (span.len * size) as usize);
+            self.pool.run(len.div_ceil(COPY), &|piece| {
+                let at = piece * COPY;
+                let bytes = COPY.min(len - at);
+                // SAFETY: both ranges are the unit's own, and its update is the runner's until the machine hears of its end.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(
+                        (from as usize + at) as *const u8,
+                        (to as usize + at) as *mut u8,
+                        bytes,
+                    );
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// True if the spans are all that is trained of a unit (A3).
+pub(crate) fn covers(unit: &crate::model::Unit, spans: &[JobSpan]) -> bool {
+    let trained = unit.params.iter().filter(|p| unit.sections[p.section].trainable && p.numel > 0);
+    trained.into_iter().all(|p| {
+        let inside = |s: &JobSpan| s.section == p.section && s.start <= p.start && p.start + p.numel <= s.start + s.len;
+        spans.iter().any(inside)
+    }) && unit.sections.iter().any(|s| s.bytes(StateKind::ExpAvg) > 0)
+}

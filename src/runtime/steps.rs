@@ -1,0 +1,90 @@
+//! What an optimizer's step asks of a runtime: updates of paged units, now or ahead, and of parameters that are not paged.
+
+use crate::{
+    device::StreamRef,
+    error::Result,
+    optim::{Update, adamw_parallel},
+    runtime::{Interrupted, Runtime, StepHyper, UnitUpdate, ahead, shares_processor},
+    units::{Tier, UnitId},
+};
+
+impl Runtime {
+    /// Starts an optimizer step on the given units, after the work on `stream`. Returns at once; with `wait` only when
+    /// all updates have run.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption. Either all units are submitted or none: [`Stats::steps`] says which.
+    pub fn update(
+        &self,
+        updates: &[UnitUpdate],
+        hypers: &[StepHyper],
+        stream: u64,
+        wait: bool,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        self.shared()?.update(updates, hypers, stream, interrupted)?;
+        for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
+            self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
+        }
+        if wait { self.shared()?.settle_all(interrupted) } else { Ok(()) }
+    }
+
+    /// Begins a unit's update before its step, from gradients that are enqueued on `stream` or on their way down, where the
+    /// unit has spare frames and all that is trained of it is in the spans; true if it was begun. The step that asks for the same
+    /// (see [`UnitUpdate::guessed`]) finds it done; any other takes no notice of it.
+    ///
+    /// # Errors
+    /// The runtime's first failure.
+    pub fn update_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
+        let shared = self.shared()?;
+        let whole = ahead::covers(shared.layout.unit(update.unit), &update.spans);
+        if whole { shared.begin_ahead(update, hypers, stream) } else { Ok(false) }
+    }
+
+    /// Drops what [`Runtime::update_ahead`] began: an input changes.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn drop_ahead(&self, unit: UnitId) -> Result<()> {
+        self.shared()?.drop_ahead(unit);
+        Ok(())
+    }
+
+    /// Brings a factor of gradients down, an fp32 value on the device, after the work on `stream`; returns the slot that
+    /// [`StepHyper::clip`] names.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    ///
+    /// # Safety
+    /// `src` must be the address of that value, and it must stay as it is until the stream is past this.
+    #[expect(unsafe_code, reason = "the caller vouches for a raw address")]
+    pub unsafe fn factor(&self, src: u64, stream: u64) -> Result<u32> {
+        let shared = self.shared()?;
+        // SAFETY: passed on.
+        unsafe { shared.factors.bring(&*shared.device, src, stream) }
+    }
+
+    /// Updates parameters that are not paged, whose arrays all lie on the compute device: at once where that is the processor,
+    /// else in the order of `stream`.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or what the device lacks.
+    ///
+    /// # Safety
+    /// As for [`crate::optim::adamw_parallel`], until the stream is past this.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    pub unsafe fn update_resident(&self, updates: &[Update], stream: u64) -> Result<()> {
+        let shared = self.shared()?;
+        drop(shared.lock()?);
+        if shares_processor(shared.device.kind()) {
+            // SAFETY: passed on.
+            return unsafe { adamw_parallel(&shared.pool, updates) };
+        }
+        for update in updates {
+            // SAFETY: passed on.
+            unsafe { shared.device.adamw(StreamRef::Compute(stream), &update.span, &update.hyper)? };
+        }
+        Ok(())
+    }
+}
