@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from funicular._session import Session
     from funicular._states import ParamStates
 
-__all__ = ["ParamRef", "Unit", "in_backward", "link", "ref_of", "storage_uses", "stream_of"]
+__all__ = ["READING", "ParamRef", "Unit", "bits_of", "in_backward", "link", "outdate", "ref_of", "storage_uses", "stream_of"]
 
 
 def in_backward() -> bool:
@@ -32,6 +32,19 @@ def stream_of(device: torch.device) -> int:
         return 0
     # Not `torch.cuda.current_stream`: dynamo puts its own stream objects there.
     return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index))
+
+
+def bits_of(t: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bits, so that NaNs compare equal to themselves."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t.view(kinds[t.element_size()]) if t.element_size() in kinds else t
+
+
+#: units whose homes are being read outside any window, by all threads. Appending and removing is one call each, so that an
+#: interruption leaves nothing behind.
+READING: list[set[Unit]] = []
 
 
 def _nothing() -> None:
@@ -110,13 +123,19 @@ class ParamRef:
         #: the runtime's states are not blank any more
         self.stepped = False
 
+    def at_frame(self) -> bool:
+        """Whether the parameter is at its frame; the caller has switched guards off."""
+        return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
+
 
 class Unit:
     """The parameters that are paged together, and the state of their window."""
 
     __slots__ = (
         "_session",
+        "behind",
         "depth",
+        "dirty",
         "engine_id",
         "escaped",
         "frame",
@@ -128,11 +147,11 @@ class Unit:
         "home_flats",
         "home_idle",
         "is_open",
+        "moving",
         "name",
         "neighbours",
         "on_nvme",
         "params",
-        "readers",
         "shadow_filled",
     )
 
@@ -147,12 +166,16 @@ class Unit:
         self.shadow_filled = False
         #: forward calls of the unit's modules under way
         self.depth = 0
-        #: reads of the home under way, outside any window
-        self.readers = 0
         #: the parameters are at their frames
         self.is_open = False
-        #: the engine keeps the frames for this unit
+        #: they were on their way there or back when something struck: some may be here and some there
+        self.moving = False
+        #: the frames have edits that the home lacks
+        self.dirty = False
+        #: the engine keeps the frames for this unit, or did until just now
         self.held = False
+        #: the home was updated since those who look at it were last taken into account
+        self.behind = False
         #: a raw alias of the home was handed out
         self.escaped = False
         self.frame: torch.UntypedStorage
@@ -173,13 +196,18 @@ class Unit:
 
     def frame_in_use(self) -> bool:
         """Whether anything but the runtime's own views looks at the frames."""
-        at_frames = len(self.params) if self.is_open else 0
-        return storage_uses(self.frame) > self.frame_idle + at_frames
+        return storage_uses(self.frame) > self.frame_idle + self._away()
 
     def home_aliased(self) -> bool:
         """Whether anything but the parameters themselves looks at the home."""
-        away = len(self.params) if self.is_open else 0
-        return storage_uses(self.home) > self.home_idle - away
+        return storage_uses(self.home) > self.home_idle - self._away()
+
+    def _away(self) -> int:
+        """How many parameters are at their frames."""
+        if self.moving:
+            with torch._C.DisableTorchFunctionSubclass():
+                return sum(ref.at_frame() for ref in self.params)
+        return len(self.params) if self.is_open else 0
 
     def flat(self, dtype: torch.dtype, *, at_frames: bool) -> torch.Tensor:
         """Return the whole frames, or the whole home, as one dimension of a dtype."""
@@ -199,3 +227,9 @@ class Unit:
             if ref.offset <= offset < ref.offset + ref.frame.numel() * ref.frame.element_size():
                 return ref
         return None
+
+
+def outdate(unit: Unit) -> None:
+    """Have torch refuse a backward through views that a backward with ``create_graph`` saved before the change."""
+    torch.autograd.graph.increment_version(unit.frame_flats[torch.uint8])
+    torch.autograd.graph.increment_version(unit.home_flats[torch.uint8])

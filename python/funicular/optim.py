@@ -133,7 +133,6 @@ class AdamW(torch.optim.Optimizer):
 
     def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
         assert p.grad is not None
-        states.count += 1
         half = p.dtype in (torch.bfloat16, torch.float16)
         master = states.tensor("master") if half else None
         edited = states.plain_version not in (-1, p._version)
@@ -147,19 +146,18 @@ class AdamW(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=states.count,
+            step=states.count + 1,
             maximize=group["maximize"],
             reset_master=edited,
         )
+        states.advance(states.count + 1)
         states.plain_version = p._version
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, in the format of ``torch.optim.AdamW``; states are copies on the host."""
         packed = super().state_dict()
         packed["state"] = {
-            key: {k: v.detach().clone() for k, v in states.items()}
-            for key, states in packed["state"].items()
-            if len(states) > 0
+            key: states.copies() for key, states in packed["state"].items() if len(states) > 0
         }
         return packed
 
@@ -225,12 +223,38 @@ class _SessionStep:
                 refs.append(ref)
             updates.append((unit.engine_id, _spans(members)))
         session.bring_home(refs)
-        session.engine.update(updates, list(self.hypers), session.stream(), session.waits)
-        for members in self.units.values():
-            for ref, states, _ in members:
-                states.count += 1
-                ref.stepped = True
-        session.after_step(refs, watched)
+        counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
+        self._submit(session, updates, refs, counts, watched)
+        session.after_step(watched)
+
+    def _submit(
+        self,
+        session: Session,
+        updates: list[tuple[int, list[tuple[int, int, int, int, bool]]]],
+        refs: list[ParamRef],
+        counts: list[tuple[ParamStates, int]],
+        watched: list[Unit],
+    ) -> None:
+        """Take the step as a whole, bookkeeping and all, or not at all, wherever an interruption strikes."""
+        engine, hypers, stream = session.engine, list(self.hypers), session.stream()
+        before = engine.steps()
+        struck = None
+        done = False
+        while not done:
+            try:
+                if engine.steps() == before:
+                    engine.update(updates, hypers, stream, session.waits)
+                for states, count in counts:
+                    states.advance(count)
+                session.stepped(refs, watched)
+                done = True
+            except BaseException as error:
+                # Twice the same is no interruption.
+                if engine.steps() == before or struck is not None:
+                    raise
+                struck = error
+        if struck is not None:
+            raise struck
 
 
 def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[tuple[int, int, int, int, bool]]:
