@@ -55,6 +55,7 @@ codes! {
     Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type or shape";
     SparseGrad = "FN-E116", Usage, "sparse gradients are not supported";
     OptimizerOption = "FN-E117", Usage, "an optimizer option is not supported";
+    Scripted = "FN-E118", Usage, "a TorchScript module cannot be paged";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
     HostBudget = "FN-E202", Budget, "the host budget is too small";
     NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from funicular import _core
+from funicular._compiler import tell_core
 
 
 def main() -> int:
@@ -15,6 +16,7 @@ def main() -> int:
     int
         The exit status: 0 on success.
     """
+    tell_core()
     return _core.cli(sys.argv)
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from funicular._clip import NOTHING, recognised
 from funicular._errors import RuntimeFailure
-from funicular._model import ref_of
+from funicular._leases import pop, push
+from funicular._model import READING, ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -81,12 +82,14 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
     """Call, with what autograd saves of the parameters packed as leases."""
     if not refs or not torch.is_grad_enabled():
         return func(*args, **kwargs)
-    hooks = refs[0].unit.session.leases.push()
+    pair = refs[0].unit.session.leases.pair()
+    if pair is None:
+        return func(*args, **kwargs)
     try:
+        push(*pair)
         return func(*args, **kwargs)
     finally:
-        if hooks is not None:
-            hooks.__exit__(None, None, None)
+        pop()
 
 
 def _settle_params(refs: list[ParamRef], *, alias: bool = False) -> None:
@@ -126,17 +129,16 @@ class GuardedParameter(nn.Parameter):
         if func == _DATA_SET and refs and args and args[0] is params[0]:
             refs[0].unit.session.replace_data(refs[0], args[1])
             return None
-        for ref in refs:
-            ref.unit.readers += 1
+        reading = {ref.unit for ref in refs}
         try:
+            READING.append(reading)
             with torch._C.DisableTorchFunctionSubclass():
                 result = _leased(refs, func, args, kwargs)
                 for ref, p in zip(refs, params, strict=True):
                     if p._version != ref.version:
                         ref.unit.session.edited(ref)
         finally:
-            for ref in refs:
-                ref.unit.readers -= 1
+            READING.remove(reading)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from funicular._leases import push, remove
 from funicular._model import in_backward
 from funicular._session import BACKWARD, EVAL, FORWARD
 
 if TYPE_CHECKING:
+    from funicular._leases import Pair
     from funicular._model import Unit
     from funicular._session import Session
 
@@ -39,10 +42,50 @@ def _get_inert() -> Any:
     return _inert
 
 
-def _stack() -> list[Any]:
+def _stack() -> list[_Call]:
+    """Return the calls of hooked modules under way in this thread."""
     if not hasattr(_local, "stack"):
         _local.stack = []
     return _local.stack  # type: ignore[no-any-return]
+
+
+class _Call:
+    """One call of a hooked module: what has been done for it, noted in such an order that whatever strikes, it can be undone."""
+
+    __slots__ = ("enter", "pair", "units")
+
+    def __init__(self, enter: _Enter) -> None:
+        self.enter = enter
+        self.units: list[Unit] = []
+        self.pair: Pair | None = None
+
+    def push_hooks(self) -> None:
+        self.pair = self.enter.session.leases.pair()
+        if self.pair is not None:
+            push(*self.pair)
+
+    def pop_hooks(self) -> None:
+        if self.pair is not None:
+            remove(self.pair)
+
+    def leave(self) -> None:
+        """End the windows; may be said again when it was interrupted."""
+        self.pop_hooks()
+        session = self.enter.session
+        with session.lock:
+            while self.units:
+                unit = self.units[-1]
+                unit.depth -= 1
+                self.units.pop()
+                if unit.depth == 0 and not in_backward():
+                    session.close(unit)
+
+
+def _unwind(stack: list[_Call], depth: int) -> None:
+    """End the calls that were begun since the stack had this depth."""
+    while len(stack) > depth:
+        stack[-1].leave()
+        stack.pop()
 
 
 class _Enter(_Hook):
@@ -51,20 +94,16 @@ class _Enter(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
-        entered = []
+        call = _Call(self)
+        _stack().append(call)
         with self.session.lock:
-            try:
-                for unit in self.units:
-                    if unit.depth == 0:
-                        self.session.open(unit, phase)
-                    unit.depth += 1
-                    entered.append(unit)
-            except BaseException:
-                for unit in entered:
-                    unit.depth -= 1
-                raise
-        hooks = self.session.leases.push() if torch.is_grad_enabled() else None
-        _stack().append((self, hooks))
+            for unit in self.units:
+                if unit.depth == 0:
+                    self.session.open(unit, phase)
+                unit.depth += 1
+                call.units.append(unit)
+        if torch.is_grad_enabled():
+            call.push_hooks()
 
 
 class _Leave(_Hook):
@@ -73,19 +112,13 @@ class _Leave(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         stack = _stack()
-        if not stack or stack[-1][0] is not self.enter:
-            return None  # its window was never opened, or was given up by `recover`
-        hooks = stack.pop()[1]
-        if hooks is not None:
-            hooks.__exit__(None, None, None)
+        if not stack or stack[-1].enter is not self.enter:
+            return None  # its window was never opened, or has been given up
+        stack[-1].pop_hooks()
         try:
             return self._replace(args, kwargs, output)
         finally:
-            with self.session.lock:
-                for unit in self.units:
-                    unit.depth -= 1
-                    if unit.depth == 0 and not in_backward():
-                        self.session.close(unit)
+            _unwind(stack, len(stack) - 1)
 
     def _replace(self, args: Any, kwargs: Any, output: Any) -> Any:
         replaced = None
@@ -127,6 +160,36 @@ class _Hint(_Hook):
                 self.session.open_for_backward(unit)
 
 
+class _Around:
+    """Around a module's call: what ended it, all that was begun in it is ended. Hooks do not hear of Ctrl-C, ``always_call`` or not.
+
+    It sits where ``Module.compile`` puts its result, which no copy and no pickle takes along.
+    """
+
+    def __init__(self, session: Session, module: nn.Module) -> None:
+        self.session = session
+        self.module = weakref.ref(module)
+        self.compiled = module._compiled_call_impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = _stack()
+        depth = len(stack)
+        module: Any = self.module()
+        call = module._call_impl if self.compiled is None else self.compiled
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            _unwind(stack, depth)
+            if depth == 0 and not in_backward():
+                self.session.recover()
+            raise
+
+    def remove(self) -> None:
+        module = self.module()
+        if module is not None and module._compiled_call_impl is self:
+            module._compiled_call_impl = self.compiled
+
+
 class ModuleHooks:
     """The pair of hooks of one module."""
 
@@ -137,6 +200,14 @@ class ModuleHooks:
         leave = _Leave(session, units, enter)
         session.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
         session.handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+        _surround(session, module)
+
+
+def _surround(session: Session, module: nn.Module) -> None:
+    if not isinstance(module._compiled_call_impl, _Around):
+        around = _Around(session, module)
+        session.handles.append(around)
+        module._compiled_call_impl = around
 
 
 class _EnterRoot(_Hook):
@@ -147,21 +218,11 @@ class _EnterRoot(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if in_backward():
             return
-        stack = _stack()
-        if getattr(self.running, "depth", 0) > 0 or stack:
-            # A forward of this model ended without its hooks, as after Ctrl-C. Giving windows up is always safe.
-            mine = [entry for entry in stack if entry[0].session is self.session]
-            if getattr(self.running, "depth", 0) > 0 or len(mine) == len(stack):
-                _unwind(stack)
-                self.session.recover()
+        if getattr(self.running, "depth", 0) > 0:
+            # A forward ended and nobody around the module saw it, as when it was compiled in the meantime.
+            _unwind(_stack(), 0)
+            self.session.recover()
         self.running.depth = 1
-
-
-def _unwind(stack: list[Any]) -> None:
-    while stack:
-        hooks = stack.pop()[1]
-        if hooks is not None:
-            hooks.__exit__(None, None, None)
 
 
 class _LeaveRoot(_Hook):
@@ -181,3 +242,4 @@ class RootHooks:
         enter = _EnterRoot(session)
         session.handles.append(model.register_forward_pre_hook(enter, prepend=True))
         session.handles.append(model.register_forward_hook(_LeaveRoot(enter), always_call=True))
+        _surround(session, model)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from funicular._model import ParamRef, Unit
     from funicular._session import Session
 
-__all__ = ["Lease", "LeaseHooks"]
+    Pair = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+__all__ = ["Lease", "LeaseHooks", "Pair", "pop", "push", "remove"]
 
 
 class Lease(NamedTuple):
@@ -47,6 +49,18 @@ class _Delegated(NamedTuple):
     packed: Any
 
 
+#: Built in, so that an interruption strikes before they are called or after they have done everything.
+_autograd: Any = torch._C._autograd
+push, pop = _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks
+
+
+def remove(pair: Pair) -> None:
+    """Pop a pair, if it was pushed and is there still."""
+    top = _autograd._top_saved_tensors_default_hooks(True)
+    if top and top[0] is pair[0]:
+        pop()
+
+
 class LeaseHooks:
     """The pair of saved-tensor hooks, chained over hooks that are there already, never replacing them."""
 
@@ -67,25 +81,19 @@ class LeaseHooks:
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 
-    def push(self) -> torch.autograd.graph.saved_tensors_hooks | None:
-        """Activate, chained over the top of the stack; None where hooks are forbidden, as inside ``torch.func``.
+    def pair(self) -> Pair | None:
+        """Return new hooks for :func:`push`, chained over the top of the stack; None where they are forbidden (``torch.func``).
 
         What is saved there keeps its frames occupied instead.
         """
-        autograd: Any = torch._C._autograd
-        if not autograd._saved_tensors_hooks_is_enabled():
+        if not _autograd._saved_tensors_hooks_is_enabled():
             return None
-        top = autograd._top_saved_tensors_default_hooks(True)
+        top = _autograd._top_saved_tensors_default_hooks(True)
         if not top or getattr(top[0], "__self__", None) is self:
-            hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-        else:
-            hooks = torch.autograd.graph.saved_tensors_hooks(*self._chained(*top))
-        hooks.__enter__()
-        return hooks
+            return self.pack, self.unpack
+        return self._chained(*top)
 
-    def _chained(
-        self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]
-    ) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]:
+    def _chained(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> Pair:
         def chained_pack(tensor: torch.Tensor) -> Any:
             packed = self.pack(tensor)
             return packed if isinstance(packed, Lease) else _Delegated(pack(tensor))

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from funicular._session import Session
     from funicular._states import ParamStates
 
-__all__ = ["ParamRef", "Unit", "in_backward", "link", "ref_of", "storage_uses", "stream_of"]
+__all__ = [
+    "READING",
+    "Link",
+    "ParamRef",
+    "Unit",
+    "bits_of",
+    "in_backward",
+    "link",
+    "outdate",
+    "ref_of",
+    "storage_uses",
+    "stream_of",
+]
 
 
 def in_backward() -> bool:
@@ -34,19 +46,32 @@ def stream_of(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
+def bits_of(t: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bits, so that NaNs compare equal to themselves."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t.view(kinds[t.element_size()]) if t.element_size() in kinds else t
+
+
+#: units whose homes are being read outside any window, by all threads. Appending and removing is one call each, so that an
+#: interruption leaves nothing behind.
+READING: list[set[Unit]] = []
+
+
 def _nothing() -> None:
     return None
 
 
-class _Link:
+class Link:
     """Weak, since the garbage collector does not see all that tensors hold: a model must die with its last user."""
 
     __slots__ = ("_ref",)
 
-    def __init__(self, ref: ParamRef) -> None:
-        self._ref = weakref.ref(ref)
+    def __init__(self, to: Any) -> None:
+        self._ref = weakref.ref(to)
 
-    def __call__(self) -> ParamRef | None:
+    def __call__(self) -> Any:
         return self._ref()
 
     # A copied or pickled parameter is an ordinary one: it takes nothing of the runtime along.
@@ -59,13 +84,14 @@ class _Link:
 
 def link(tensor: torch.Tensor, ref: ParamRef) -> None:
     """Let a parameter or gradient lead to its place."""
-    tensor._funicular_ref = _Link(ref)  # type: ignore[attr-defined]
+    tensor._funicular_ref = Link(ref)  # type: ignore[attr-defined]
 
 
 def ref_of(tensor: torch.Tensor) -> ParamRef | None:
     """Return the place of an offloaded parameter or of its gradient; None for ordinary tensors."""
     found = tensor.__dict__.get("_funicular_ref")
-    return None if found is None else found()
+    ref: ParamRef | None = None if found is None else found()
+    return ref
 
 
 class ParamRef:
@@ -116,30 +142,41 @@ class ParamRef:
         #: the runtime's states are not blank any more
         self.stepped = False
 
+    def at_frame(self) -> bool:
+        """Whether the parameter is at its frame; the caller has switched guards off."""
+        return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
+
 
 class Unit:
     """The parameters that are paged together, and the state of their window."""
 
     __slots__ = (
         "_session",
+        "arrived",
+        "behind",
         "depth",
+        "dirty",
         "engine_id",
         "escaped",
         "frame",
         "frame_flats",
         "frame_idle",
         "grad_flat",
+        "grad_idle",
+        "guess",
         "held",
         "home",
         "home_flats",
         "home_idle",
         "is_open",
+        "moving",
         "name",
         "neighbours",
         "on_nvme",
         "params",
-        "readers",
         "shadow_filled",
+        "spare",
+        "trained",
     )
 
     def __init__(self, session: Session, engine_id: int, name: str) -> None:
@@ -150,15 +187,25 @@ class Unit:
         self.params: list[ParamRef] = []
         self.neighbours: list[Unit] = []
         self.on_nvme = False
+        #: its update may begin before the step
+        self.spare = False
+        #: how many parameters are trained, those with a gradient from this backward, and what an update that was begun started from
+        self.trained = 0
+        self.arrived: set[ParamRef] = set()
+        self.guess: list[tuple[bool, int, int]] | None = None
         self.shadow_filled = False
         #: forward calls of the unit's modules under way
         self.depth = 0
-        #: reads of the home under way, outside any window
-        self.readers = 0
         #: the parameters are at their frames
         self.is_open = False
-        #: the engine keeps the frames for this unit
+        #: they were on their way there or back when something struck: some may be here and some there
+        self.moving = False
+        #: the frames have edits that the home lacks
+        self.dirty = False
+        #: the engine keeps the frames for this unit, or did until just now
         self.held = False
+        #: the home was updated since those who look at it were last taken into account
+        self.behind = False
         #: a raw alias of the home was handed out
         self.escaped = False
         self.frame: torch.UntypedStorage
@@ -166,6 +213,7 @@ class Unit:
         self.frame_flats: dict[torch.dtype, torch.Tensor] = {}
         self.home_flats: dict[torch.dtype, torch.Tensor] = {}
         self.grad_flat: torch.Tensor | None = None
+        self.grad_idle = 0
         self.frame_idle = 0
         self.home_idle = 0
 
@@ -179,13 +227,18 @@ class Unit:
 
     def frame_in_use(self) -> bool:
         """Whether anything but the runtime's own views looks at the frames."""
-        at_frames = len(self.params) if self.is_open else 0
-        return storage_uses(self.frame) > self.frame_idle + at_frames
+        return storage_uses(self.frame) > self.frame_idle + self._away()
 
     def home_aliased(self) -> bool:
         """Whether anything but the parameters themselves looks at the home."""
-        away = len(self.params) if self.is_open else 0
-        return storage_uses(self.home) > self.home_idle - away
+        return storage_uses(self.home) > self.home_idle - self._away()
+
+    def _away(self) -> int:
+        """How many parameters are at their frames."""
+        if self.moving:
+            with torch._C.DisableTorchFunctionSubclass():
+                return sum(ref.at_frame() for ref in self.params)
+        return len(self.params) if self.is_open else 0
 
     def flat(self, dtype: torch.dtype, *, at_frames: bool) -> torch.Tensor:
         """Return the whole frames, or the whole home, as one dimension of a dtype."""
@@ -205,3 +258,9 @@ class Unit:
             if ref.offset <= offset < ref.offset + ref.frame.numel() * ref.frame.element_size():
                 return ref
         return None
+
+
+def outdate(unit: Unit) -> None:
+    """Have torch refuse a backward through views that a backward with ``create_graph`` saved before the change."""
+    torch.autograd.graph.increment_version(unit.frame_flats[torch.uint8])
+    torch.autograd.graph.increment_version(unit.home_flats[torch.uint8])

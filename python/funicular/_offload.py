@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from funicular import _core
-from funicular._errors import UsageError
+from funicular._compiler import tell_core
+from funicular._errors import Error, UsageError
 from funicular._guard import GuardedParameter
 from funicular._hooks import ModuleHooks, RootHooks
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
+from funicular._resident import keep, resident_session, unkeep
 from funicular._session import Session
 from funicular._units import Found, find_units
 from funicular.policy import Policy
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["offload", "session_of", "unwrap"]
 
@@ -59,21 +61,34 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
         if name and session_of(module) is not None:
             raise UsageError("FN-E110", f"its part '{name}' is offloaded already. Offload the whole model only.")
     for name, p in model.named_parameters():
-        if isinstance(p, GuardedParameter) or ref_of(p) is not None:
+        if isinstance(p, GuardedParameter) or ref_of(p) is not None or resident_session(p) is not None:
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
     resolved = Policy.load(policy)
     found = find_units(model, resolved.unit_patterns())
+    if torch.version.cuda is not None:
+        tell_core()
     engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
+    where = engine.device()
+    session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
+    devices = {id(p): p.device for p in model.parameters()}
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        session = _build(engine, found, resolved)
+        _build(session, found)
+        _move_buffers(model, session)
+        _hook(model, session, found)
+        model.__dict__[_ATTRIBUTE] = session
     except BaseException:
+        # As it was: nothing of a model is lost because it could not be offloaded.
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        taken = [t._replace(value=t.value.to(devices[id(t.ref.param)])) for t in _taken(session)]
+        for p in session.residents:
+            p.data = p.data.to(devices[id(p)])
+        completed(lambda: _leave(model, session, taken))
         engine.close()
         raise
     for note in engine.notes():
         _log.warning("%s", note)
-    _move_buffers(model, session)
-    _hook(model, session, found)
-    model.__dict__[_ATTRIBUTE] = session
     return model
 
 
@@ -86,27 +101,32 @@ def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
-def _build(engine: _core.Engine, found: list[Found], policy: Policy) -> Session:
-    where = engine.device()
-    device = torch.device("cpu" if where == "host" else where)
-    session = Session(engine, device, policy)
+def _build(session: Session, found: list[Found]) -> None:
+    engine = session.engine
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
     session.waits = engine.shares_processor() and not streamed
     with torch.inference_mode(mode=False), torch.no_grad():
-        for index, f in enumerate(found):
-            session.units.append(_build_unit(session, index, f))
-        for index, unit in enumerate(session.units):
-            unit.neighbours = [session.units[v] for v in engine.neighbours(index)]
+        residents = [engine.homes(index)[0] == "hbm" for index in range(len(found))]
+        paged = {i: _build_unit(session, i, f) for i, f in enumerate(found) if not residents[i]}
+        session.units.extend(paged.values())
+        for index, unit in paged.items():
+            unit.neighbours = [paged[v] for v in engine.neighbours(index)]
+        for unit in session.units:
+            if unit.on_nvme:
+                _write_out(session, unit)
         # Everything that can fail has been done; from here parameters move.
         for unit in session.units:
             _move_in(session, unit)
-    return session
+        for f, resident in zip(found, residents, strict=True):
+            if resident:
+                keep(session, [p for _, p in f.params])
 
 
 def _build_unit(session: Session, index: int, found: Found) -> Unit:
     engine = session.engine
     unit = Unit(session, index, found.name)
     unit.on_nvme = engine.homes(index)[0] == "nvme"
+    unit.spare = engine.spare(index)
     frame = from_dlpack(_Capsule(engine.frame_buffer(index)))
     home = from_dlpack(_Capsule(engine.home_buffer(index, True)))
     unit.frame, unit.home = frame.untyped_storage(), home.untyped_storage()
@@ -120,6 +140,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
         ref.frame_address = ref.frame.data_ptr()
         ref.home = _view(unit.flat(p.dtype, at_frames=False), ref, p)
         ref.trainable = p.requires_grad
+        unit.trained += ref.trainable
         unit.params.append(ref)
     return unit
 
@@ -141,34 +162,40 @@ def _view(flat: torch.Tensor, ref: ParamRef, p: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(flat, p.size(), p.stride(), ref.offset // p.element_size())
 
 
+def _write_out(session: Session, unit: Unit) -> None:
+    """Write a unit's weights to NVMe; the model keeps its own."""
+    engine = session.engine
+    engine.blank_shadow(unit.engine_id)
+    _copy_home(session, unit)
+    engine.store_shadow(unit.engine_id, session.stream())
+    engine.discard_shadow(unit.engine_id)
+
+
 def _move_in(session: Session, unit: Unit) -> None:
     """Copy the weights home and make the parameters views of it."""
-    engine = session.engine
-    if unit.on_nvme:
-        engine.blank_shadow(unit.engine_id)
-    _copy_home(session, unit)
+    if not unit.on_nvme:
+        _copy_home(session, unit)
     for ref in unit.params:
         p = ref.param
-        grad = p.grad
-        p.grad = None
-        p.data = ref.home
-        link(p, ref)
         if ref.trainable:
             ref.grad = session.make_grad(ref)
             hooked: Any = p
             session.handles.append(hooked.register_post_accumulate_grad_hook(_Arrived(session)))
             session.handles.append(hooked.register_hook(_BeforeAccumulate(ref)))
-        if grad is not None:
-            p.grad = grad.to(session.device)
-        ref.version = p._version
+        grad = None if p.grad is None else p.grad.to(session.device)
+        link(p, ref)
+        # Nothing is called in between: an interruption finds all of it or nothing.
+        p.grad = None
+        p.data = ref.home
+        p.grad = grad
         p.__class__ = GuardedParameter
+        ref.version = p._version
     session.leases.add(unit)
     # What counts as idle: the runtime's own views and the parameters themselves, nothing else alive here.
     unit.frame_idle = storage_uses(unit.frame)
     unit.home_idle = storage_uses(unit.home)
-    if unit.on_nvme:
-        engine.store_shadow(unit.engine_id, session.stream())
-        engine.discard_shadow(unit.engine_id)
+    if unit.grad_flat is not None:
+        unit.grad_idle = storage_uses(unit.grad_flat.untyped_storage())
 
 
 def _copy_home(session: Session, unit: Unit) -> None:
@@ -253,26 +280,88 @@ def unwrap(model: nn.Module) -> nn.Module:
     ------
     UsageError
         ``FN-E114`` if the model is not offloaded.
+    StorageError
+        ``FN-E301``, ``FN-E302`` if weights on NVMe cannot be read; the model stays as it is. Weights in host memory can be taken
+        back after a failure too.
     """
     session = session_of(model)
     if session is None:
         raise UsageError("FN-E114", "the model is not offloaded.")
-    session.engine.settle_all()
-    session.close_all()
-    with torch.no_grad():
-        for unit in session.units:
-            for ref in unit.params:
-                p = ref.param
-                value = p.detach().clone(memory_format=torch.preserve_format)
-                grad = None if p.grad is None else p.grad.detach().clone()
-                session.keep_states(ref)
-                p.__class__ = nn.Parameter
-                p.data = value
-                p.grad = grad
-                del p._funicular_ref  # type: ignore[attr-defined]
-    for handle in session.handles:
-        handle.remove()
-    session.closed = True
-    del model.__dict__[_ATTRIBUTE]
+    if session.engine.failed():
+        _log.warning(
+            "FN-W301 unwrapping after a failure: weights in host memory are, element by element, as before or as after the step "
+            "that failed. Optimizer states that cannot be read any more are lost: load a checkpoint's, or make a new optimizer."
+        )
+    else:
+        session.engine.settle_all()
+        session.close_all()
+    taken = _taken(session)
+    # Nothing has changed so far.
+    completed(lambda: _leave(model, session, taken))
     session.engine.close()
     return model
+
+
+class _Taken(NamedTuple):
+    """What a parameter becomes that leaves the runtime."""
+
+    ref: ParamRef
+    value: torch.Tensor
+    grad: torch.Tensor | None
+    states: dict[str, torch.Tensor]
+    lost: Error | None
+
+
+def _taken(session: Session) -> list[_Taken]:
+    """Return copies of everything that has moved in."""
+    return [_take(ref) for unit in session.units for ref in unit.params if ref_of(ref.param) is ref]
+
+
+def _take(ref: ParamRef) -> _Taken:
+    p = ref.param
+    with torch.no_grad():
+        value = p.detach().clone(memory_format=torch.preserve_format)
+        grad = None if p.grad is None else p.grad.detach().clone()
+    states, lost = {}, None
+    try:
+        if ref.states is not None:
+            states = ref.states.taken()
+    except Error as error:
+        if not ref.unit.session.engine.failed():
+            raise
+        lost = error
+    return _Taken(ref, value, grad, states, lost)
+
+
+def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
+    """Make the parameters ordinary ones. Interrupted, it can be run again."""
+    for ref, value, grad, states, lost in taken:
+        p = ref.param
+        if ref.states is not None:
+            ref.states.take(states, lost)
+        p.__class__ = nn.Parameter
+        with torch.no_grad():
+            p.data = value
+        p.grad = grad
+        p.__dict__.pop("_funicular_ref", None)
+    for handle in session.handles:
+        handle.remove()
+    unkeep(session)
+    session.closed = True
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def completed(action: Callable[[], None]) -> None:
+    """Run an action that can be run again, until it has run whole: what a signal raises in its midst comes after it."""
+    struck = None
+    done = False
+    while not done:
+        try:
+            action()
+            done = True
+        except BaseException as error:
+            if struck is not None:  # twice is no interruption
+                raise
+            struck = error
+    if struck is not None:
+        raise struck

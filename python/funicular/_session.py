@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import logging
@@ -18,7 +17,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,12 +24,25 @@ import torch
 from torch import nn
 
 from funicular import _testing
+from funicular._ahead import Ahead
 from funicular._clip import MAX_FACTORS, apply_pending, note_norm
+from funicular._ends import leave, living
 from funicular._errors import Error, RuntimeFailure, UsageError
 from funicular._guard import GuardedGrad, GuardedParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
-from funicular._model import ParamRef, Unit, in_backward, link, ref_of, storage_uses, stream_of
+from funicular._model import (
+    READING,
+    ParamRef,
+    Unit,
+    bits_of,
+    in_backward,
+    link,
+    outdate,
+    ref_of,
+    storage_uses,
+    stream_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,17 +56,6 @@ FORWARD, BACKWARD, EVAL = 0, 1, 2
 
 _R = TypeVar("_R")
 _log = logging.getLogger("funicular")
-
-
-#: closed at exit, before torch goes, so that no directory stays behind
-_living: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for session in list(_living):
-        if os.getpid() == session.pid:
-            session.engine.close()
 
 
 def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
@@ -75,8 +75,12 @@ class Session:
         self.log = StepLog(engine, policy.to_dict())
         self.device = device
         self.units: list[Unit] = []
+        #: parameters that are not paged: they live on the compute device
+        self.residents: list[torch.nn.Parameter] = []
+        self.ahead = Ahead()
         self.leases = LeaseHooks()
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        #: everything hung on the model: each has ``remove()``
+        self.handles: list[Any] = []
         self.pid = os.getpid()
         #: several threads may run the model at once; windows are opened and closed by one at a time
         self.lock = threading.RLock()
@@ -90,35 +94,23 @@ class Session:
         self.wants_norms = False
         #: factors pending for the next step
         self._factors: dict[int, torch.Tensor] = {}
-        #: gradients on their way down, kept until their copies are over
-        self._landing: deque[tuple[int, torch.Tensor]] = deque()
+        #: gradients on their way down, kept until their copies are over; the number of the copy comes second
+        self._landing: deque[list[Any]] = deque()
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
-        _living.add(self)
+        living.add(self)
 
     def __del__(self) -> None:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
-        with contextlib.suppress(Error):
-            if not self.closed and os.getpid() == self.pid:
-                self.engine.settle_all()
-                for unit in self.units:
-                    self._leave(unit)
+        if not self.closed and os.getpid() == self.pid:
+            for unit in self.units:
+                with contextlib.suppress(Error):
+                    leave(self, unit)
         for unit in self.units:
             unit.params.clear()
             unit.neighbours.clear()
         self.engine.close()
-
-    def _leave(self, unit: Unit) -> None:
-        if unit.on_nvme:
-            # Somebody besides the reference, this loop and the call keeps a parameter.
-            if not any(sys.getrefcount(ref.param) > 3 for ref in unit.params):
-                return
-            self.engine.fault_in(unit.engine_id)
-        for ref in unit.params:
-            self.keep_states(ref)
-            ref.param.__class__ = nn.Parameter
-            ref.param.data = ref.home
 
     # A copied or pickled model is an ordinary one.
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -136,22 +128,26 @@ class Session:
     @_locked
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
-        if unit.is_open:
+        if unit.is_open and not unit.moving:
             return True
         self._alive()
+        if unit.moving:
+            self._go_home(unit)
         self.first_window = self.first_window or time.monotonic()
         self._before_use(unit)
         for other in unit.neighbours:
             if other.held and other.depth == 0:
                 self.close(other)
+        # First, so that whatever strikes in between leaves something to be put right.
+        unit.held = unit.moving = True
         if not self.engine.open(unit.engine_id, phase, self.stream()):
+            unit.held = unit.moving = False
             self._use_home(unit)
             return False
-        unit.held = True
-        unit.is_open = True
         for ref in unit.params:
             ref.param.__class__ = nn.Parameter
             ref.param.data = ref.frame
+        unit.is_open, unit.moving = True, False
         return True
 
     def _use_home(self, unit: Unit) -> None:
@@ -162,36 +158,47 @@ class Session:
     @_locked
     def close(self, unit: Unit) -> None:
         """Bring the parameters home and give the frames up, as far as nobody looks at them."""
-        if unit.is_open:
+        if unit.is_open or unit.moving:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if unit.frame_in_use() and in_backward():
                 return
             self._go_home(unit)
         if unit.held and not unit.frame_in_use():
-            unit.held = False
             self.engine.release(unit.engine_id, self.stream())
+            unit.held = False
 
     def _go_home(self, unit: Unit) -> None:
-        unit.is_open = False
-        edited = False
+        """Bring edits home, then the parameters. Interrupted, it can be run again."""
+        unit.moving = True
+        away = []
+        with torch._C.DisableTorchFunctionSubclass():
+            for ref in unit.params:
+                p = ref.param
+                if ref.numel > 0 and p.data_ptr() == ref.home.data_ptr():
+                    continue
+                away.append(ref)
+                if p._version != ref.version:
+                    ref.edited = unit.dirty = True
+                if ref.numel > 0 and p.data_ptr() != ref.frame_address:
+                    unit.dirty = True
+                    self._take_replacement(ref, p.data)
+            if unit.dirty:
+                self._make_room([unit])
+                self.engine.write_back(unit.engine_id, self.stream())
+                unit.dirty = False
+            for ref in away:
+                ref.version = ref.param._version
+                ref.param.data = ref.home
         for ref in unit.params:
-            p = ref.param
-            if p._version != ref.version:
-                ref.version = p._version
-                ref.edited = edited = True
-            if p.data_ptr() != ref.frame_address and ref.numel > 0:
-                self._take_replacement(ref, p.data)
-                edited = True
-            p.data = ref.home
-            p.__class__ = GuardedParameter
-        if edited:
-            self.engine.write_back(unit.engine_id, self.stream())
+            ref.param.__class__ = GuardedParameter
+        unit.is_open = unit.moving = False
 
     def _take_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` inside a window, where no guard saw it."""
         self.check_replacement(ref, data)
         with torch.no_grad():
             ref.frame.copy_(data)
+            ref.param.data = ref.frame
         ref.edited = True
 
     @_locked
@@ -215,9 +222,10 @@ class Session:
 
     @_locked
     def recover(self) -> None:
-        """Forget windows that an interrupted forward left open."""
+        """Close what an interrupted forward left open."""
         for unit in self.units:
-            unit.depth = 0
+            if unit.moving and unit.depth == 0:
+                self.close(unit)
         self.close_all()
 
     # ------------------------------------------------------------------ homes
@@ -227,6 +235,9 @@ class Session:
         """Make the homes of parameters valid and current for the caller, outside their windows."""
         self._alive()
         units = dict.fromkeys(ref.unit for ref in refs)
+        for unit in units:
+            if unit.moving:
+                self._go_home(unit)
         if in_backward() and not alias:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
@@ -245,6 +256,7 @@ class Session:
         self._alive()
         self.engine.settle(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
+        self.ahead.drop(self, ref.unit)
         apply_pending(ref)
 
     def take_factor(self, factor: torch.Tensor) -> bool:
@@ -256,18 +268,20 @@ class Session:
 
     def edited(self, ref: ParamRef) -> None:
         """Note that a parameter was edited in its home."""
-        with torch._C.DisableTorchFunctionSubclass():
-            ref.version = ref.param._version
         ref.edited = True
-        _outdate(ref.unit)
+        outdate(ref.unit)
         if ref.unit.on_nvme:
             self.engine.store_shadow(ref.unit.engine_id, self.stream())
         self.engine.invalidate(ref.unit.engine_id, self.stream())
+        # Last: until then the edit counts as not yet seen.
+        with torch._C.DisableTorchFunctionSubclass():
+            ref.version = ref.param._version
 
     def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
         """Carry out ``p.data = t`` by copying into the home."""
         self.check_replacement(ref, data)
         if data.data_ptr() != ref.home.data_ptr():
+            ref.version = -1  # not yet seen
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 ref.home.copy_(data)
             self.edited(ref)
@@ -282,21 +296,45 @@ class Session:
 
     def _fault_in(self, units: Iterable[Unit]) -> None:
         """Read what lives on NVMe; what was read for earlier accesses makes room."""
+        for unit in units:
+            if unit.behind:
+                self._catch_up(unit)
         missing = [unit for unit in units if unit.on_nvme and not unit.shadow_filled]
         if not missing:
             return
+        self._make_room(units)
+        for unit in missing:
+            try:
+                self.engine.fault_in(unit.engine_id)
+                unit.shadow_filled = True
+            except BaseException:
+                self.engine.discard_shadow(unit.engine_id)
+                raise
+
+    def _make_room(self, units: Iterable[Unit]) -> None:
+        """Give back the memory of earlier reads that nobody looks at any more, but not that of these units."""
         for unit in self.units:
             if unit.shadow_filled and unit.depth == 0 and unit not in units:
                 self._take_edits(unit)
                 self._retire_shadow(unit)
-        for unit in missing:
-            self.engine.fault_in(unit.engine_id)
-            unit.shadow_filled = True
 
     def _retire_shadow(self, unit: Unit) -> None:
-        if unit.shadow_filled and not unit.escaped and unit.readers == 0 and not unit.home_aliased():
-            self.engine.discard_shadow(unit.engine_id)
+        read = any(unit in reading for reading in READING)
+        if unit.shadow_filled and not unit.escaped and not read and not unit.home_aliased():
             unit.shadow_filled = False
+            self.engine.discard_shadow(unit.engine_id)
+
+    def _catch_up(self, unit: Unit) -> None:
+        """Show an update of the home to those who look at it."""
+        self.engine.settle(unit.engine_id, self.stream())
+        if unit.on_nvme and unit.shadow_filled:
+            # Somebody looks at the old bytes: bring the new ones under the same addresses.
+            self.engine.refresh_shadow(unit.engine_id, self.stream())
+        readable = unit.shadow_filled or not unit.on_nvme
+        for ref in unit.params:
+            if ref.snapshot is not None:
+                ref.snapshot = ref.home.detach().clone() if readable else None
+        unit.behind = False
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
@@ -304,25 +342,27 @@ class Session:
         self._retire_shadow(unit)
 
     def _take_edits(self, unit: Unit) -> None:
+        if unit.behind:
+            self._catch_up(unit)
         with torch._C.DisableTorchFunctionSubclass():
             for ref in unit.params:
                 if ref.param._version != ref.version:
                     self.edited(ref)
         if unit.escaped:
-            self._compare_aliased(unit)
+            aliased = unit.home_aliased()
+            self._compare_aliased(unit, aliased)
             if unit.on_nvme:
                 self.engine.store_shadow(unit.engine_id, self.stream())
             self.engine.invalidate(unit.engine_id, self.stream())
+            unit.escaped = aliased
 
-    def _compare_aliased(self, unit: Unit) -> None:
-        aliased = unit.home_aliased()
+    def _compare_aliased(self, unit: Unit, aliased: bool) -> None:
         for ref in unit.params:
             if ref.snapshot is None:
                 continue
-            if not torch.equal(_bits(ref.snapshot), _bits(ref.home)):
+            if not torch.equal(bits_of(ref.snapshot), bits_of(ref.home)):
                 ref.edited = True
             ref.snapshot = ref.home.detach().clone() if aliased else None
-        unit.escaped = aliased
 
     # ------------------------------------------------------------------ gradients
 
@@ -342,7 +382,10 @@ class Session:
         p = ref.param
         with torch._C.DisableTorchFunctionSubclass():
             grad = p.grad
-            if grad is None or grad is ref.grad or grad.requires_grad or grad.layout != torch.strided:
+            if grad is ref.grad:
+                self.ahead.arrived(ref)  # added to in its segment
+                return
+            if grad is None or grad.requires_grad or grad.layout != torch.strided:
                 return
             if grad.dtype != ref.home.dtype or grad.device != ref.home.device or type(grad) is not torch.Tensor:
                 return
@@ -354,9 +397,13 @@ class Session:
             home = self._home_grad(ref)
             note_norm(ref, grad, home)
             size = grad.element_size()
-            seq = self.engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream())
-            self._landing.append((seq, grad))
+            landing: list[Any] = [grad, None]
+            self._landing.append(landing)  # before: nothing may free what is being copied
+            landing[1] = self.engine.gradient(
+                ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream()
+            )
             p.grad = home
+        self.ahead.arrived(ref)
         self._reap()
 
     def _home_grad(self, ref: ParamRef) -> torch.Tensor:
@@ -383,7 +430,12 @@ class Session:
         return grad
 
     def _reap(self) -> None:
-        while self._landing and self.engine.landed(self._landing[0][0]):
+        while self._landing:
+            seq = self._landing[0][1]
+            if seq is None:  # interrupted; it may be under way
+                self.engine.wait_gradients(self.stream())
+            elif not self.engine.landed(seq):
+                return
             self._landing.popleft()
 
     @_locked
@@ -394,6 +446,7 @@ class Session:
             self.engine.wait_gradients(self.stream())
         self._reap()
         self._task = -1
+        self.ahead.backward_ended(self.units)
         self.close_all()
 
     # ------------------------------------------------------------------ steps
@@ -412,27 +465,26 @@ class Session:
                 watched.append(unit)
         return watched
 
-    def after_step(self, refs: list[ParamRef], watched: list[Unit]) -> None:
-        """Bump versions, and let aliases of homes see the new values."""
+    def stepped(self, refs: list[ParamRef], watched: list[Unit]) -> None:
+        """Bump versions. Interrupted, it can be run again."""
         with torch._C.DisableTorchFunctionSubclass():
             for ref in refs:
                 torch.autograd.graph.increment_version(ref.param)
                 ref.version = ref.param._version
-                ref.edited = False
+                ref.edited, ref.stepped = False, True
             for unit in dict.fromkeys(ref.unit for ref in refs):
-                _outdate(unit)
+                outdate(unit)
         self._factors.clear()
+        for unit in watched:
+            unit.behind = True
+
+    def after_step(self, watched: list[Unit]) -> None:
+        """Let aliases of homes see the new values."""
         self.last_step = time.monotonic()
         self.log.stepped()
         for unit in watched:
-            self.engine.settle(unit.engine_id, self.stream())
-            if unit.on_nvme and unit.shadow_filled:
-                # Somebody looks at the old bytes: bring the new ones under the same addresses.
-                self.engine.refresh_shadow(unit.engine_id, self.stream())
-            readable = unit.shadow_filled or not unit.on_nvme
-            for ref in unit.params:
-                if ref.snapshot is not None:
-                    ref.snapshot = ref.home.detach().clone() if readable else None
+            if unit.behind:
+                self._catch_up(unit)
 
     def bring_home(self, refs: list[ParamRef]) -> None:
         """Make sure that the gradients to be used are the ones in their segments."""
@@ -452,6 +504,13 @@ class Session:
         if ref.param.grad is ref.grad:
             self.access_grad(ref)
 
+    def drop_unused_states(self) -> None:
+        """Give back the memory of optimizer states that were read and are not held any more."""
+        for unit in self.units:
+            for ref in unit.params:
+                if ref.states is not None:
+                    ref.states.drop_unused()
+
     def keep_states(self, ref: ParamRef) -> None:
         """Take the optimizer's states out of the runtime."""
         if ref.states is not None:
@@ -467,17 +526,3 @@ class Session:
                 "FN-E103",
                 "the model was offloaded by the parent of this process. Use it there; in a child, load a copy.",
             )
-
-
-def _outdate(unit: Unit) -> None:
-    """Have torch refuse a backward through views that a backward with ``create_graph`` saved before the change."""
-    torch.autograd.graph.increment_version(unit.frame_flats[torch.uint8])
-    torch.autograd.graph.increment_version(unit.home_flats[torch.uint8])
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bits, so that NaNs compare equal to themselves."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if t.is_complex():
-        t = torch.view_as_real(t)
-    return t.view(kinds[t.element_size()]) if t.element_size() in kinds else t

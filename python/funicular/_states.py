@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from funicular._errors import BudgetError
+from funicular._model import storage_uses
+
 if TYPE_CHECKING:
+    from funicular._errors import Error
     from funicular._model import ParamRef
 
 __all__ = ["ParamStates"]
@@ -18,6 +23,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def _master_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(dtype)
+
+
+def _element_size(name: str, dtype: torch.dtype) -> int:
+    return 2 if name == "master" and dtype == torch.bfloat16 else 4
 
 
 def _nowhere() -> None:
@@ -39,6 +48,10 @@ class ParamStates(MutableMapping[str, Any]):
         self.plain_version = -1
         #: ordinary: the states themselves; offloaded: what was fetched since the last step, with its version then
         self._tensors: dict[str, tuple[torch.Tensor, int]] = {}
+        #: bytes of fetched tensors, counted in the host budget
+        self._lent = 0
+        #: why there are none any more
+        self._lost: Error | None = None
 
     @property
     def ref(self) -> ParamRef | None:
@@ -53,57 +66,116 @@ class ParamStates(MutableMapping[str, Any]):
             return
         if ref.states is not None:
             ref.states.detach()
-        tensors, self._tensors = self._tensors, {}
-        self._ref = weakref.ref(ref)
-        ref.states = self
         for name in (*MOMENTS, "master"):
-            if name in tensors:
-                self._store(name, tensors[name][0])
+            if name in self._tensors:
+                self._store(ref, name, self._tensors[name][0])
             elif ref.stepped and name in MOMENTS:
-                self._store(name, self._blank(name))
+                self._store(ref, name, self._blank(name, "cpu"))
+        # All at once, when everything is in its place.
+        there = weakref.ref(ref)
+        self._ref, self._tensors, ref.states = there, {}, self
 
     def detach(self) -> None:
         """Take the states back as ordinary tensors."""
-        if self.ref is None:
+        if self.ref is not None:
+            self.take(self.taken())
+
+    def taken(self) -> dict[str, torch.Tensor]:
+        """Return what :meth:`detach` leaves, all but the count, as ordinary tensors on the parameter's device."""
+        device = self.param.device
+        return {name: self._copy(name).to(device) for name in self._keys() if name != "step"}
+
+    def take(self, tensors: dict[str, torch.Tensor], lost: Error | None = None) -> None:
+        """Leave the runtime with these; without any if they are lost. Interrupted, it can be run again."""
+        ref = self.ref
+        if ref is None:
             return
-        if self.count > 0:
-            tensors = {name: self.tensor(name) for name in self._keys() if name != "step"}
-            self._tensors = {name: (t.to(self.param.device), t._version) for name, t in tensors.items()}
-        self.ref.states = None
-        self._ref = _nowhere
+        kept = {name: (t, t._version) for name, t in tensors.items()}
+        engine, lent = ref.unit.session.engine, self._lent
+        self._lent = 0
+        engine.returned(lent)
+        self._lost, self._tensors, self._ref, ref.states = lost, kept, _nowhere, None
 
     def flush(self) -> None:
-        """Write edited tensors back, and forget what was fetched."""
-        if self.ref is None:
-            return
-        for name, (tensor, version) in self._tensors.items():
-            if tensor._version != version:
-                self._store(name, tensor)
+        """Write edited tensors back."""
+        ref = self.ref
+        if ref is not None:
+            for name, (tensor, version) in self._tensors.items():
+                if tensor._version != version:
+                    self._store(ref, name, tensor)
+
+    def advance(self, count: int) -> None:
+        """Note a step, and forget what was fetched before it. Interrupted, it can be run again."""
+        self.count = count
+        if self.ref is not None:
+            self._forget()
+
+    def drop_unused(self) -> None:
+        """Give back the memory of what was fetched and nobody but this mapping holds."""
+        held = any(storage_uses(t.untyped_storage()) > 2 or sys.getrefcount(t) > 3 for t, _ in self._tensors.values())
+        if self._tensors and not held:
+            self.flush()
+            self._forget()
+
+    def _forget(self) -> None:
+        ref, lent = self.ref, self._lent
+        engine = None if ref is None else ref.unit.session.engine
+        self._lent = 0
+        if engine is not None:
+            engine.returned(lent)
         self._tensors.clear()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a state."""
+        if self._lost is not None:
+            raise self._lost
         if name not in self._tensors:
-            tensor = self._blank(name)
-            if self.ref is not None:
-                ref = self.ref
-                ref.unit.session.engine.read_state(
-                    ref.unit.engine_id, ref.section, name, ref.start, ref.numel, tensor.data_ptr()
-                )
-            elif name == "master" and self.param.dtype == torch.float16:
-                tensor.copy_(self.param.detach())
+            ref = self.ref
+            if ref is not None:
+                self._lend(ref, self.param.numel() * _element_size(name, self.param.dtype))
+                tensor = self._fetched(ref, name)
+            else:
+                tensor = self._blank(name, self.param.device)
+                if name == "master" and self.param.dtype == torch.float16:
+                    tensor.copy_(self.param.detach())
             self._tensors[name] = (tensor, tensor._version)
         return self._tensors[name][0]
 
-    def _blank(self, name: str) -> torch.Tensor:
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Return everything as tensors of the caller's own, which no budget counts."""
+        return {name: self["step"] if name == "step" else self._copy(name) for name in self._keys()}
+
+    def _copy(self, name: str) -> torch.Tensor:
+        ref = self.ref
+        if ref is None or name in self._tensors:
+            return self.tensor(name).detach().clone()
+        return self._fetched(ref, name)
+
+    def _lend(self, ref: ParamRef, size: int) -> None:
+        """Have memory for a fetched tensor counted; what was fetched and is not held any more makes room."""
+        session = ref.unit.session
+        engine = session.engine
+        try:
+            engine.lend(size)
+            self._lent += size
+        except BudgetError:
+            session.drop_unused_states()
+            engine.lend(size)
+            self._lent += size
+
+    def _fetched(self, ref: ParamRef, name: str) -> torch.Tensor:
+        tensor = self._blank(name, "cpu")
+        ref.unit.session.engine.read_state(
+            ref.unit.engine_id, ref.section, name, ref.start, ref.numel, tensor.data_ptr()
+        )
+        return tensor
+
+    def _blank(self, name: str, device: torch.device | str) -> torch.Tensor:
         dtype = torch.float32 if name in MOMENTS else _master_dtype(self.param.dtype)
-        device = "cpu" if self.ref is not None else self.param.device
         return torch.empty_strided(self.param.size(), self.param.stride(), dtype=dtype, device=device).zero_()
 
-    def _store(self, name: str, tensor: torch.Tensor) -> None:
-        assert self.ref is not None
-        ref = self.ref
-        packed = self._blank(name).copy_(tensor)
+    def _store(self, ref: ParamRef, name: str, tensor: torch.Tensor) -> None:
+        packed = self._blank(name, "cpu").copy_(tensor)
         ref.unit.session.engine.write_state(
             ref.unit.engine_id, ref.section, name, ref.start, ref.numel, packed.data_ptr()
         )
@@ -125,11 +197,12 @@ class ParamStates(MutableMapping[str, Any]):
             return
         if key not in (*MOMENTS, "master"):
             raise KeyError(key)
-        if self.ref is not None:
+        ref = self.ref
+        if ref is not None:
+            self._store(ref, key, value)
             self._tensors.pop(key, None)
-            self._store(key, value)
         else:
-            self._tensors[key] = (self._blank(key).copy_(value), 0)
+            self._tensors[key] = (self._blank(key, self.param.device).copy_(value), 0)
 
     def __delitem__(self, key: str) -> None:
         raise KeyError(key)
@@ -152,7 +225,7 @@ class ParamStates(MutableMapping[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """Return an ordinary dictionary of copies."""
-        return {key: value.clone() for key, value in self.items()}
+        return self.copies()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (dict, ({key: value.clone() for key, value in self.items()},))
+        return (dict, (self.copies(),))

@@ -43,9 +43,10 @@ def find_units(model: nn.Module, patterns: list[str]) -> list[Found]:
     Raises
     ------
     UsageError
-        ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that cannot be paged, ``FN-E113``
+        ``FN-E118`` for TorchScript modules, ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that cannot be paged, ``FN-E113``
         for parameters that share storage.
     """
+    _check_modules(model)
     names = _parameter_names(model)
     _check_storages(names)
     blocks = _named_blocks(model, patterns) if patterns else _largest_list(model)
@@ -69,6 +70,16 @@ def find_units(model: nn.Module, patterns: list[str]) -> list[Found]:
             found.append(Found(block_name, params, [block]))
     found.extend(_group(rest, taken))
     return found
+
+
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise UsageError(
+                "FN-E118",
+                f"'{name or type(module).__name__}' is a TorchScript module, which uses its weights where no hook sees it. Offload "
+                "the module that it was made from, or keep it out of the model that is offloaded.",
+            )
 
 
 def _parameter_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

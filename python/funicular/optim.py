@@ -9,6 +9,7 @@ import torch
 from funicular._clip import effective_factor
 from funicular._errors import UsageError
 from funicular._model import ref_of
+from funicular._resident import resident_session, resident_update
 from funicular._states import MOMENTS, ParamStates
 from funicular.reference import adamw_step
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from funicular._model import ParamRef, Unit
+    from funicular._resident import ResidentUpdate
     from funicular._session import Session
 
 __all__ = ["AdamW"]
@@ -23,6 +25,8 @@ __all__ = ["AdamW"]
 #: parameters start at multiples of this many elements in their section
 _ALIGN = 128
 
+#: section, first element, elements, which hyperparameters, master starts anew
+_Span = tuple[int, int, int, int, bool]
 _Hyper = tuple[float, float, float, float, float, int, bool, "int | None"]
 
 
@@ -116,11 +120,12 @@ class AdamW(torch.optim.Optimizer):
                 states = self._states(p)
                 ref = ref_of(p)
                 if ref is None or not ref.trainable:
-                    self._step_plain(p, group, states)
+                    session = resident_session(p)
+                    if session is None or not _run_of(runs, session).add_resident(p, group, states):
+                        self._step_plain(p, group, states)
                     continue
                 states.attach(ref)
-                run = runs.setdefault(id(ref.unit.session), _SessionStep(ref.unit.session))
-                run.add(ref, group, states)
+                _run_of(runs, ref.unit.session).add(ref, group, states)
             for run in runs.values():
                 run.go()
         return loss
@@ -134,7 +139,6 @@ class AdamW(torch.optim.Optimizer):
 
     def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
         assert p.grad is not None
-        states.count += 1
         half = p.dtype in (torch.bfloat16, torch.float16)
         master = states.tensor("master") if half else None
         edited = states.plain_version not in (-1, p._version)
@@ -148,20 +152,17 @@ class AdamW(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=states.count,
+            step=states.count + 1,
             maximize=group["maximize"],
             reset_master=edited,
         )
+        states.advance(states.count + 1)
         states.plain_version = p._version
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, in the format of ``torch.optim.AdamW``; states are copies on the host."""
         packed = super().state_dict()
-        packed["state"] = {
-            key: {k: v.detach().clone() for k, v in states.items()}
-            for key, states in packed["state"].items()
-            if len(states) > 0
-        }
+        packed["state"] = {key: states.copies() for key, states in packed["state"].items() if len(states) > 0}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,6 +188,26 @@ class AdamW(torch.optim.Optimizer):
                 ref.edited = "master" not in given
 
 
+def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
+    return runs.setdefault(id(session), _SessionStep(session))
+
+
+def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> _Hyper:
+    beta1, beta2 = group["betas"]
+    scalars = (float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
+    return (*scalars, states.count + 1, bool(group["maximize"]), slot)
+
+
+def _described(members: list[tuple[ParamRef, ParamStates, dict[str, Any]]]) -> tuple[list[_Span], list[_Hyper]]:
+    """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone."""
+    hypers: dict[_Hyper, int] = {}
+    found = []
+    for ref, states, group in members:
+        index = hypers.setdefault(_hyper(group, states, None), len(hypers))
+        found.append((ref, states, index))
+    return _spans(found), list(hypers)
+
+
 class _SessionStep:
     """One session's part of a step."""
 
@@ -196,21 +217,23 @@ class _SessionStep:
         #: slots of factors that clipping left pending, by factor and element type
         self.slots: dict[tuple[int, torch.dtype], int] = {}
         self.units: dict[Unit, list[tuple[ParamRef, ParamStates, int]]] = {}
+        self.groups: dict[ParamRef, dict[str, Any]] = {}
+        self.residents: list[tuple[torch.nn.Parameter, ParamStates]] = []
+        self.resident_updates: list[ResidentUpdate] = []
 
     def add(self, ref: ParamRef, group: dict[str, Any], states: ParamStates) -> None:
-        beta1, beta2 = group["betas"]
-        key = (
-            float(group["lr"]),
-            float(beta1),
-            float(beta2),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            states.count + 1,
-            bool(group["maximize"]),
-            self._slot(ref),
-        )
-        index = self.hypers.setdefault(key, len(self.hypers))
+        index = self.hypers.setdefault(_hyper(group, states, self._slot(ref)), len(self.hypers))
         self.units.setdefault(ref.unit, []).append((ref, states, index))
+        self.groups[ref] = group
+
+    def add_resident(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> bool:
+        """Add a parameter that is not paged; False if it has to be stepped in plain torch."""
+        index = self.hypers.setdefault(_hyper(group, states, None), len(self.hypers))
+        update = resident_update(self.session, p, states, index)
+        if update is not None:
+            self.residents.append((p, states))
+            self.resident_updates.append(update)
+        return update is not None
 
     def _slot(self, ref: ParamRef) -> int | None:
         if ref.factor is None or ref.param.grad is not ref.grad:
@@ -220,6 +243,9 @@ class _SessionStep:
             value = effective_factor(ref.factor, ref.home.dtype)
             self.slots[key] = self.session.engine.factor(value.data_ptr(), self.session.stream())
         return self.slots[key]
+
+    def _members(self) -> dict[Unit, list[tuple[ParamRef, ParamStates, dict[str, Any]]]]:
+        return {u: [(ref, states, self.groups[ref]) for ref, states, _ in ms] for u, ms in self.units.items()}
 
     def go(self) -> None:
         with self.session.lock:
@@ -235,19 +261,51 @@ class _SessionStep:
             for ref, states, _ in members:
                 states.flush()
                 refs.append(ref)
-            updates.append((unit.engine_id, _spans(members)))
+            self.units[unit] = members
+            updates.append((unit.engine_id, _spans(members), session.ahead.confirmed(unit)))
         session.bring_home(refs)
-        session.engine.update(updates, list(self.hypers), session.stream(), session.waits)
-        for members in self.units.values():
-            for ref, states, _ in members:
-                states.count += 1
-                ref.stepped = True
-        session.after_step(refs, watched)
+        counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
+        counts += [(states, states.count + 1) for _, states in self.residents]
+        self._submit(session, updates, refs, counts, watched)
+        session.after_step(watched)
+
+    def _submit(
+        self,
+        session: Session,
+        updates: list[tuple[int, list[_Span], bool]],
+        refs: list[ParamRef],
+        counts: list[tuple[ParamStates, int]],
+        watched: list[Unit],
+    ) -> None:
+        """Take the step as a whole, bookkeeping and all, or not at all, wherever an interruption strikes."""
+        engine, hypers, stream = session.engine, list(self.hypers), session.stream()
+        before = engine.steps()
+        struck = None
+        done = False
+        while not done:
+            try:
+                if engine.steps() == before:
+                    engine.update(updates, hypers, self.resident_updates, stream, session.waits)
+                for states, count in counts:
+                    states.advance(count)
+                for p, states in self.residents:
+                    torch.autograd.graph.increment_version(p)
+                    states.plain_version = p._version
+                session.stepped(refs, watched)
+                session.ahead.learn(self._members(), _described)
+                done = True
+            except BaseException as error:
+                # Twice the same is no interruption.
+                if engine.steps() == before or struck is not None:
+                    raise
+                struck = error
+        if struck is not None:
+            raise struck
 
 
-def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[tuple[int, int, int, int, bool]]:
+def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[_Span]:
     """Merge neighbours with the same hyperparameters: padding between them is zero and stays zero."""
-    spans: list[tuple[int, int, int, int, bool]] = []
+    spans: list[_Span] = []
     for ref, states, hyper in members:
         # The fp16 master is the weight itself, and starts from it.
         reset = ref.edited or states.count == 0

@@ -12,7 +12,7 @@ from funicular._offload import session_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Budget", "Link", "Prefetch", "Stats", "stats"]
+__all__ = ["Ahead", "Budget", "Link", "Prefetch", "Stats", "stats"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ class Prefetch:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Units whose update began during backward: used by the step, or made in vain."""
+
+    used: int
+    in_vain: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """A snapshot; numbers count from the moment the model was offloaded."""
 
@@ -61,6 +69,7 @@ class Stats:
     #: seconds the training thread waited, by cause
     stalls: dict[str, float]
     prefetch: Prefetch
+    ahead: Ahead
     #: units used from their home because their frames were held
     home_uses: int
     #: reads of parameters outside their windows
@@ -99,6 +108,8 @@ class Stats:
         lines.append(f"  stalls           {waited or 'none'}; bound by {self.binding}")
         p = self.prefetch
         lines.append(f"  windows          {p.hits} hits, {p.late} late, {p.demand} demand, {p.conflicts} from home")
+        if self.ahead.used or self.ahead.in_vain:
+            lines.append(f"  ahead            {self.ahead.used} updates begun in backward and used, {self.ahead.in_vain} in vain")
         for tier, b in self.budgets.items():
             limit = "unlimited" if b.limit is None else f"{b.limit / 2**20:.1f} MiB"
             lines.append(f"  {tier:16} {b.used / 2**20:.1f} MiB used, {b.peak / 2**20:.1f} MiB peak of {limit}")
@@ -126,6 +137,7 @@ def stats(model: nn.Module) -> Stats:
         links={name: Link(moved, busy / 1e9) for name, (moved, busy) in raw["links"].items()},
         stalls={name: nanos / 1e9 for name, nanos in raw["stalls"].items()},
         prefetch=Prefetch(hits, late, demand, wasted, conflicts),
+        ahead=Ahead(*raw["ahead"]),
         home_uses=raw["home_uses"],
         stray_reads=session.strays,
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},

@@ -3,7 +3,7 @@
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
-    optim::{AdamWOptions, Hyper},
+    optim::{AdamWOptions, Hyper, Span, Update},
     runtime::{JobSpan, StepHyper, UnitUpdate},
     schedule::Phase,
     units::UnitId,
@@ -54,4 +54,21 @@ pub(super) fn phase(n: u8) -> Phase {
         1 => Phase::Backward,
         _ => Phase::Eval,
     }
+}
+
+pub(super) fn resident_update(
+    (param, grad, master, exp_avg, exp_avg_sq, len, kind, hyper, reset_master): ResidentTuple,
+    hypers: &[StepHyper],
+) -> Update {
+    let span = Span {
+        param: param as *mut u8,
+        grad: grad as *const u8,
+        master: master as *mut u8,
+        exp_avg: exp_avg as *mut f32,
+        exp_avg_sq: exp_avg_sq as *mut f32,
+        len,
+        dtype: dtype(&kind, 0),
+        reset_master,
+    };
+    Update { span, hyper: hypers[hyper].hyper }
 }

@@ -8,7 +8,8 @@ use pyo3::{prelude::*, types::PyDict};
 
 use super::{
     arguments::{
-        HyperTuple, ParamTuple, PlaceTuple, ResidentTuple, UpdateTuple, dtype, kind, phase, step_hyper, unit_update,
+        HyperTuple, ParamTuple, PlaceTuple, ResidentTuple, UpdateTuple, dtype, kind, phase, resident_update,
+        step_hyper, unit_update,
     },
     dlpack,
     failures::{check, raise, waiting},
@@ -18,7 +19,7 @@ use crate::{
     error::{Code, Error, Result},
     io::Direction,
     model::{Layout, ParamSpec, UnitSpec},
-    optim::{Hyper, Span, Update},
+    optim::Update,
     policy::Policy,
     runtime::{
         Runtime, StepHyper, UnitUpdate, shares_processor,
@@ -144,6 +145,11 @@ impl Engine {
         )
     }
 
+    /// True if the unit's update may begin before the step.
+    fn spare(&self, py: Python<'_>, unit: u32) -> PyResult<bool> {
+        check(py, self.with(|rt| Ok(rt.placement()?.spare[known(rt, unit)?.index()])))
+    }
+
     /// Other units whose frames overlap this unit's.
     fn neighbours(&self, py: Python<'_>, unit: u32) -> PyResult<Vec<u32>> {
         check(
@@ -214,12 +220,16 @@ impl Engine {
         py: Python<'_>,
         updates: Vec<UpdateTuple>,
         hypers: Vec<HyperTuple>,
+        residents: Vec<ResidentTuple>,
         stream: u64,
         wait: bool,
     ) -> PyResult<()> {
         let hypers: Vec<StepHyper> = hypers.into_iter().map(step_hyper).collect();
         let updates: Vec<UnitUpdate> = updates.into_iter().map(unit_update).collect();
-        waiting(py, |i| self.with(|rt| rt.update(&updates, &hypers, stream, wait, i)))
+        let residents: Vec<Update> = residents.into_iter().map(|r| resident_update(r, &hypers)).collect();
+        // SAFETY: the wrapper passes addresses of live, dense tensors on the device; torch reuses their memory only in the order of
+        // this stream.
+        waiting(py, |i| self.with(|rt| unsafe { rt.update(&updates, &hypers, &residents, stream, wait, i) }))
     }
 
     /// Begins a unit's update before its step; true if it was begun.
@@ -243,36 +253,6 @@ impl Engine {
     fn factor(&self, py: Python<'_>, src: u64, stream: u64) -> PyResult<u32> {
         // SAFETY: the wrapper passes a live tensor's address; torch reuses its memory only in the order of this stream.
         check(py, self.with(|rt| unsafe { rt.factor(src, stream) }))
-    }
-
-    /// Updates parameters that are not paged.
-    fn update_resident(
-        &self,
-        py: Python<'_>,
-        updates: Vec<ResidentTuple>,
-        hypers: Vec<HyperTuple>,
-        stream: u64,
-    ) -> PyResult<()> {
-        let hypers: Vec<Hyper> = hypers.into_iter().map(|h| step_hyper(h).hyper).collect();
-        let updates: Vec<Update> = updates
-            .into_iter()
-            .map(|(param, grad, master, exp_avg, exp_avg_sq, len, kind, hyper, reset_master)| Update {
-                span: Span {
-                    param: param as *mut u8,
-                    grad: grad as *const u8,
-                    master: master as *mut u8,
-                    exp_avg: exp_avg as *mut f32,
-                    exp_avg_sq: exp_avg_sq as *mut f32,
-                    len,
-                    dtype: dtype(&kind, 0),
-                    reset_master,
-                },
-                hyper: hypers[hyper],
-            })
-            .collect();
-        // SAFETY: the wrapper passes addresses of live, dense tensors of `len` elements on the device.
-        let done = py.detach(|| self.with(|rt| unsafe { rt.update_resident(&updates, stream) }));
-        check(py, done)
     }
 
     /// Optimizer steps submitted so far.

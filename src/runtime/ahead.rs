@@ -52,10 +52,11 @@ impl Guess {
     }
 
     fn same_as(&self, job: &Job) -> bool {
-        let same = |a: &StepHyper, b: &StepHyper| a.hyper == b.hyper;
-        self.spans == job.spans
-            && self.hypers.len() == job.hypers.len()
-            && self.hypers.iter().zip(&job.hypers).all(|(a, b)| same(a, b))
+        let place = |s: &JobSpan| (s.section, s.start, s.len, s.reset_master);
+        let same = |(a, b): (&JobSpan, &JobSpan)| {
+            place(a) == place(b) && self.hypers[a.hyper].hyper == job.hypers[b.hyper].hyper
+        };
+        self.spans.len() == job.spans.len() && self.spans.iter().zip(&job.spans).all(same)
     }
 }
 

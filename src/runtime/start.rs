@@ -27,7 +27,7 @@ use crate::{
     },
     schedule::{Budgets, Limits, Machine, Placement, placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
-    units::{ByteCount, UnitId},
+    units::{ByteCount, Tier, UnitId},
 };
 
 /// A runtime that has just been set up.
@@ -77,6 +77,9 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
     } else {
         Some(open_disk(config, &plan, map, channels.done.0.clone(), &mut notes)?)
     };
+    if plan.homes.iter().any(|h| h.params == Tier::Hbm) {
+        device.prepare_updates()?;
+    }
     for region in [&homes.params, &homes.grads, &homes.states, &homes.spare] {
         device.register(region)?;
     }

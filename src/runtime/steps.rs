@@ -9,20 +9,28 @@ use crate::{
 };
 
 impl Runtime {
-    /// Starts an optimizer step on the given units, after the work on `stream`. Returns at once; with `wait` only when
-    /// all updates have run.
+    /// Starts an optimizer step on the given units, after the work on `stream`, and takes it on parameters that are not paged
+    /// (`residents`), whose arrays all lie on the compute device. Returns at once; with `wait` only when all updates have run.
     ///
     /// # Errors
-    /// The runtime's first failure, or an interruption. Either all units are submitted or none: [`Stats::steps`] says which.
-    pub fn update(
+    /// The runtime's first failure, or an interruption. Either all units are submitted or none:
+    /// [`crate::runtime::stats::Stats::steps`] says which.
+    ///
+    /// # Safety
+    /// For the arrays of `residents`: as for [`crate::optim::adamw_parallel`], until the stream is past this.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    pub unsafe fn update(
         &self,
         updates: &[UnitUpdate],
         hypers: &[StepHyper],
+        residents: &[Update],
         stream: u64,
         wait: bool,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
         self.shared()?.update(updates, hypers, stream, interrupted)?;
+        // SAFETY: passed on.
+        unsafe { self.update_residents(residents, stream)? };
         for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
             self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
         }
@@ -65,18 +73,13 @@ impl Runtime {
         unsafe { shared.factors.bring(&*shared.device, src, stream) }
     }
 
-    /// Updates parameters that are not paged, whose arrays all lie on the compute device: at once where that is the processor,
-    /// else in the order of `stream`.
-    ///
-    /// # Errors
-    /// The runtime's first failure, or what the device lacks.
+    /// Updates parameters that are not paged: at once where the compute device is the processor, else in the order of `stream`.
     ///
     /// # Safety
-    /// As for [`crate::optim::adamw_parallel`], until the stream is past this.
+    /// As for [`Runtime::update`].
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
-    pub unsafe fn update_resident(&self, updates: &[Update], stream: u64) -> Result<()> {
+    unsafe fn update_residents(&self, updates: &[Update], stream: u64) -> Result<()> {
         let shared = self.shared()?;
-        drop(shared.lock()?);
         if shares_processor(shared.device.kind()) {
             // SAFETY: passed on.
             return unsafe { adamw_parallel(&shared.pool, updates) };

@@ -45,6 +45,11 @@ fn whole(unit: u32) -> UnitUpdate {
     UnitUpdate { unit: UnitId(unit), spans: vec![span], guessed: false }
 }
 
+fn step(rt: &Runtime, updates: &[UnitUpdate], wait: bool, interrupted: Interrupted<'_>) -> Result<()> {
+    // SAFETY: there are no residents.
+    unsafe { rt.update(updates, &[hyper()], &[], 0, wait, interrupted) }
+}
+
 fn hyper() -> StepHyper {
     let hyper = Hyper::new(
         &AdamWOptions { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0, maximize: false },
@@ -86,15 +91,15 @@ fn an_interrupted_step_is_submitted_whole_or_not_at_all() {
         rt.stats().unwrap().flow(Link::NvmeWrite).bytes
     };
     let before = written();
-    rt.update(&[whole(2)], &[hyper()], 0, false, &mut never).unwrap();
+    step(&rt, &[whole(2)], false, &mut never).unwrap();
     // The third is still being updated: the wait for it is interrupted.
     let all = [whole(0), whole(1), whole(2)];
-    let error = rt.update(&all, &[hyper()], 0, false, &mut || true).unwrap_err();
+    let error = step(&rt, &all, false, &mut || true).unwrap_err();
     assert_eq!(error.code(), Code::Interrupted);
     assert_eq!(rt.stats().unwrap().steps(), 1);
     let one_unit = written() - before;
     assert!(one_unit > 0);
-    rt.update(&all, &[hyper()], 0, true, &mut never).unwrap();
+    step(&rt, &all, true, &mut never).unwrap();
     assert_eq!(rt.stats().unwrap().steps(), 2);
     assert_eq!(written() - before, 4 * one_unit, "units of the interrupted step were updated");
 }
@@ -103,9 +108,9 @@ fn an_interrupted_step_is_submitted_whole_or_not_at_all() {
 fn homes_in_host_memory_can_be_read_after_a_failure_that_was_seen() {
     let dir = disk();
     let rt = runtime(&dir, "host", "write:eio@1x1000000");
-    rt.update(&[whole(0)], &[hyper()], 0, false, &mut never).unwrap();
+    step(&rt, &[whole(0)], false, &mut never).unwrap();
     sleep(Duration::from_millis(300));
-    rt.update(&[whole(1)], &[hyper()], 0, false, &mut never).map_err(|e| rt.told(&e)).unwrap_err();
+    step(&rt, &[whole(1)], false, &mut never).map_err(|e| rt.told(&e)).unwrap_err();
     assert!(rt.failed().unwrap());
     for unit in 0..3 {
         rt.settle(UnitId(unit), 0, &mut never).unwrap();
@@ -120,7 +125,7 @@ fn nothing_old_is_shown_before_the_failure_is() {
     let rt = runtime(&dir, "host", "read:eio@1x1000000");
     let mut ones = vec![1.0; ELEMS as usize];
     state(&rt, 0, &mut ones, Direction::Write).unwrap();
-    rt.update(&[whole(0)], &[hyper()], 0, false, &mut never).unwrap();
+    step(&rt, &[whole(0)], false, &mut never).unwrap();
     let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
     assert_eq!(error.code(), Code::IoFailed);
     rt.told(&error);
@@ -134,7 +139,7 @@ fn on_disk_stays_on_disk_after_a_failure() {
     rt.blank_shadow(UnitId(0)).unwrap();
     rt.store_shadow(UnitId(0), 0, &mut never).unwrap();
     rt.discard_shadow(UnitId(0)).unwrap();
-    rt.update(&[whole(0)], &[hyper()], 0, false, &mut never).unwrap();
+    step(&rt, &[whole(0)], false, &mut never).unwrap();
     let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
     rt.told(&error);
     assert!(rt.settle(UnitId(0), 0, &mut never).is_err());

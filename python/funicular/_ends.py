@@ -1,0 +1,47 @@
+"""How sessions end when nobody calls ``unwrap``: with their model, or with the process."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from funicular._errors import Error
+
+if TYPE_CHECKING:
+    from funicular._model import Unit
+    from funicular._session import Session
+
+__all__ = ["leave", "living"]
+
+#: closed at exit, before torch goes, so that no directory stays behind
+living: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for session in list(living):
+        if os.getpid() == session.pid:
+            session.closed = True
+            session.engine.close()
+
+
+def leave(session: Session, unit: Unit) -> None:
+    """Make a unit's parameters that somebody still holds ordinary tensors over their home; the session is going."""
+    if unit.on_nvme:
+        # Somebody besides the reference, this loop and the call keeps a parameter.
+        if not any(sys.getrefcount(ref.param) > 3 for ref in unit.params):
+            return
+        session.engine.fault_in(unit.engine_id)
+    else:
+        session.engine.settle(unit.engine_id, session.stream())
+    for ref in unit.params:
+        with contextlib.suppress(Error):
+            session.keep_states(ref)
+        ref.param.__class__ = nn.Parameter
+        ref.param.data = ref.home
