@@ -256,8 +256,10 @@ class Session:
         self._alive()
         self.engine.settle(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
+        # Not every operation that changes a tensor says so: whoever looks may have changed it.
         self.ahead.drop(self, ref.unit)
         apply_pending(ref)
+        ref.norm = None
 
     def take_factor(self, factor: torch.Tensor) -> bool:
         """Whether one more factor may stay pending until the next step."""
