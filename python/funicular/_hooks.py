@@ -167,7 +167,8 @@ class _Around:
     """
 
     def __init__(self, session: Session, module: nn.Module) -> None:
-        self.session = session
+        # Weak, as the session holds this.
+        self.session = weakref.ref(session)
         self.module = weakref.ref(module)
         self.compiled = module._compiled_call_impl
 
@@ -180,8 +181,9 @@ class _Around:
             return call(*args, **kwargs)
         except BaseException:
             _unwind(stack, depth)
-            if depth == 0 and not in_backward():
-                self.session.recover()
+            session = self.session()
+            if session is not None and depth == 0 and not in_backward():
+                session.recover()
             raise
 
     def remove(self) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import linecache
 import re
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +12,8 @@ import children
 import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS
-from funicular.reference import adamw_step
 from models import WIDTH, Stack, stack
-from twin import Mismatch, Run, World, compare, match
+from twin import Mismatch, Run, World, compare
 
 FOREVER = 10**9
 #: Offloading writes every unit once; far behind that, training is under way.
@@ -100,10 +94,6 @@ def test_fatal(fault: str, disk_world: World, disk: str):
     assert not facts.files(disk)
 
 
-@pytest.mark.xfail(
-    reason="open: after a failed update reads of homes on the host raise the failure instead of the old bytes",
-    strict=True,
-)
 @pytest.mark.parametrize("fault", ["reads fail", "writes fail", "disk full", "one bit flips"])
 def test_weights_in_host_memory_survive(fault: str, disk: str):
     """Each parameter can be read, and holds its value before or after the step that failed; unwrap works."""
@@ -140,19 +130,7 @@ def assert_each_is_one_of(found: dict[str, torch.Tensor], allowed: list[dict[str
         assert any(torch.equal(value, other[name]) for other in allowed), name
 
 
-_OPEN = pytest.mark.xfail(
-    reason="open: a write that fails while offloading leaves the weights moved so far in the runtime", strict=True
-)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "read:eio@1x1000",
-        pytest.param("write:eio@1x1000", marks=_OPEN),
-        pytest.param("write:enospc@3x1000", marks=_OPEN),
-    ],
-)
+@pytest.mark.parametrize("fault", ["read:eio@1x1000", "write:eio@1x1000", "write:enospc@3x1000"])
 def test_while_offloading(fault: str, disk: str):
     """The very first bytes fail: either the call does, with the model as it was, or a later one by name."""
     world = World(DEVICE, (disk,), "nvme", "nvme")
@@ -308,128 +286,6 @@ def test_interrupted_while_waiting_for_the_disk(disk: str):
     """
     lines = children.succeed(body, disk, PLACEMENTS["nvme-threads"], DEVICE)
     assert lines == ["in time", "exact"]
-
-
-def is_with(file: str, line: int) -> bool:
-    return linecache.getline(file, line).lstrip().startswith("with ")
-
-
-class Interrupt:
-    """Raises at the n-th line that the package executes: Ctrl-C at every moment, without chance."""
-
-    HERE = str(Path(funicular.__file__).parent)
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-        self.fired = False
-
-    def __enter__(self) -> Interrupt:
-        self.before = sys.gettrace()
-        sys.settrace(self.call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.before)
-
-    def call(self, frame: Any, event: str, arg: Any) -> Any:
-        return self.line if frame.f_code.co_filename.startswith(self.HERE) else None
-
-    def line(self, frame: Any, event: str, arg: Any) -> Any:
-        # Python looks at signals after calls and at jumps: never between the end of a ``with`` and its exit.
-        if event == "line" and not self.fired and not is_with(frame.f_code.co_filename, frame.f_lineno):
-            self.left -= 1
-            if self.left <= 0:
-                self.fired = True
-                raise KeyboardInterrupt
-        return self.line
-
-
-def count_lines(run: Run, x: torch.Tensor) -> int:
-    with Interrupt(FOREVER) as counter:
-        run.model(x).square().mean().backward()
-    run.opt.zero_grad()
-    return FOREVER - counter.left
-
-
-@pytest.mark.xfail(
-    reason="open: Ctrl-C at some lines of the wrapper leaves saved-tensor hooks or windows behind",
-    strict=False,
-    run=False,
-)
-@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(400)])])
-def test_interrupted_at_every_line(stride: int, two_worlds: World):
-    """Wherever in the package's own code of forward and backward Ctrl-C strikes, the next step is exact."""
-    runs = []
-    for offloaded in (False, True):
-        run = Run(two_worlds, offloaded)
-        runs.append(run)
-        run.model = run.wrap(Stack(depth=4))
-        run.opt = run.adamw()
-        run.train(2)
-    plain, paged = runs
-    x = paged.data(4, WIDTH)
-    plain.data(4, WIDTH)
-    total = count_lines(paged, x)
-    assert total > 100
-    for at in range(1, total + 1, stride):
-        # SystemError: through a C++ frame of torch.
-        with contextlib.suppress(KeyboardInterrupt, SystemError), Interrupt(at):
-            paged.model(x).square().mean().backward()
-        paged.opt.zero_grad()
-        for run in runs:
-            run.train(1)
-            run.record_weights()
-        try:
-            match(plain.notes, paged.notes)
-        except AssertionError as error:
-            raise AssertionError(f"interrupted at line {at} of {total}: {error}") from None
-        assert facts.saved_tensor_hooks() == 0, f"interrupted at line {at} of {total}"
-        plain.notes.clear()
-        paged.notes.clear()
-
-
-@pytest.mark.xfail(reason="open: Ctrl-C at some lines of a step leaves states behind", strict=False, run=False)
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(400)])])
-def test_step_interrupted_at_every_line(stride: int, two_worlds: World):
-    """Every parameter was updated once or not at all, together with its moments and its count."""
-    run = Run(two_worlds, True)
-    run.model = run.wrap(Stack(depth=3))
-    run.opt = run.adamw()
-    run.train(1)
-    run.model(run.data(4, WIDTH)).square().mean().backward()
-    with Interrupt(FOREVER) as counter:
-        run.opt.step()
-    run.opt.zero_grad()
-    total = FOREVER - counter.left
-    for at in range(1, total + 1, stride):
-        run.model(run.data(4, WIDTH)).square().mean().backward()
-        before = {name: state_of(run, p) for name, p in run.model.named_parameters()}
-        after = {name: stepped(run, p, *before[name]) for name, p in run.model.named_parameters()}
-        with contextlib.suppress(KeyboardInterrupt), Interrupt(at):
-            run.opt.step()
-        for name, p in run.model.named_parameters():
-            found = state_of(run, p)
-            assert same_state(found, before[name]) or same_state(found, after[name]), f"{name}, line {at} of {total}"
-        run.opt.zero_grad()
-
-
-def state_of(run: Run, p: torch.nn.Parameter) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    states = run.opt.state[p]
-    return p.detach().clone(), states["exp_avg"].clone(), states["exp_avg_sq"].clone(), int(states["step"])
-
-
-def stepped(
-    run: Run, p: torch.nn.Parameter, w: torch.Tensor, m: torch.Tensor, v: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    w, m, v = w.clone(), m.to(w.device, copy=True), v.to(w.device, copy=True)
-    names = ("lr", "betas", "eps", "weight_decay")
-    options = {name: run.opt.param_groups[0][name] for name in names}
-    adamw_step(w, p.grad.detach().clone(), m, v, None, step=count + 1, **options)
-    return w, m.cpu(), v.cpu(), count + 1
-
-
-def same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return a[3] == b[3] and all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def test_process_ends_after_a_failure(disk: str):
