@@ -122,6 +122,16 @@ impl Link {
         self.device.kind()
     }
 
+    /// The device.
+    pub(super) fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    /// The device's buffers, numbered by [`Way`], and the bytes of each.
+    pub(super) fn frames(&self) -> (&dyn Frames, usize) {
+        (&*self.frames, self.side)
+    }
+
     /// Whether page-locking makes a difference on this device.
     pub fn has_pageable(&self) -> bool {
         self.pageable.is_some()

@@ -29,6 +29,8 @@ use crate::{
 
 /// Bytes that an update of a bf16 parameter moves: parameter, remainder and both moments in and out, the gradient in.
 pub const ADAMW_TRAFFIC: u64 = 26;
+/// Bytes of a bf16 parameter and everything that belongs to it.
+pub const PARAM_BYTES: u64 = 14;
 /// Bytes of an fp32 parameter's states on NVMe when the bf16 half stays in memory: both moments and the remainder.
 pub const STATE_BYTES: u64 = 10;
 /// Elements of a task of the triad.
@@ -169,24 +171,18 @@ impl States {
         Ok(Rc::new(RefCell::new(Self { region, len, at: 0 })))
     }
 
-    fn array(&self, offset: usize) -> *mut u8 {
-        assert!(offset <= self.region.len(), "outside the states");
-        self.region.as_ptr().wrapping_add(offset)
+    /// Parameters.
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
-    /// The whole: moments first, then the 2-byte arrays.
+    /// Where everything lies, as [`span_at`] has it.
+    pub(super) fn region(&self) -> &Arc<HostRegion> {
+        &self.region
+    }
+
     fn span(&self) -> Span {
-        let n = self.len;
-        Span {
-            exp_avg: self.array(0).cast(),
-            exp_avg_sq: self.array(4 * n).cast(),
-            param: self.array(8 * n),
-            grad: self.array(10 * n),
-            master: self.array(12 * n),
-            len: n,
-            dtype: DType::Bf16,
-            reset_master: false,
-        }
+        span_at(self.region.as_ptr(), self.len)
     }
 
     fn update(&mut self, pool: &Pool) -> Result<()> {
@@ -221,7 +217,7 @@ impl States {
         let start = if self.at < self.len { self.at } else { 0 };
         let len = len.min(self.len - start);
         self.at = start + len;
-        let span = self.span().part(start, len);
+        let span = self.span().piece(start, len);
         // SAFETY: `start + len` <= `self.len`, and the five arrays are disjoint and borrowed mutably with `self`.
         unsafe { adamw_parallel(pool, &[Update { span, hyper: hyper() }])? };
         Ok(len)
@@ -258,7 +254,21 @@ impl States {
     }
 }
 
-fn hyper() -> Hyper {
+/// The arrays of `n` bf16 parameters, one after the other: moments first, then the 2-byte arrays.
+pub(super) fn span_at(start: *mut u8, n: usize) -> Span {
+    Span {
+        exp_avg: start.cast(),
+        exp_avg_sq: start.wrapping_add(4 * n).cast(),
+        param: start.wrapping_add(8 * n),
+        grad: start.wrapping_add(10 * n),
+        master: start.wrapping_add(12 * n),
+        len: n,
+        dtype: DType::Bf16,
+        reset_master: false,
+    }
+}
+
+pub(super) fn hyper() -> Hyper {
     Hyper::new(&AdamWOptions::default(), 10, 1.0)
 }
 

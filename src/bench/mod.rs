@@ -6,6 +6,7 @@
 
 pub mod disk;
 pub mod fio;
+pub mod gpu;
 mod html;
 mod kernels;
 pub mod link;

@@ -7,6 +7,7 @@ use crate::{
         Interrupt, Options, Progress,
         disk::{Disk, DiskHop, Lane, Mix},
         fio::{self, Fio},
+        gpu::{AdamwGpu, DeviceMemory},
         link::{DEPTH, HostMemory, LinkHop, Way},
         measure::Planned,
         memory::{AdamwAndCopies, AdamwCpu, Bandwidth, STATE_BYTES},
@@ -63,6 +64,7 @@ impl Bench<'_> {
         }
         self.disk = disk;
         self.link_hops(&mut planned);
+        self.device_hops(&mut planned);
         self.memory_hops(&mut planned);
         Ok(planned)
     }
@@ -176,6 +178,19 @@ impl Bench<'_> {
         add("host_to_device", &pinned, UP, HostMemory::Pinned);
         add("device_to_host", &pinned, DOWN, HostMemory::Pinned);
         add("bidirectional", &pinned, BOTH, HostMemory::Pinned);
+    }
+
+    /// The hops of a GPU's own memory; where its kernels cannot be compiled, why.
+    fn device_hops(&self, planned: &mut Vec<Planned>) {
+        if self.link.kind() == DeviceKind::Host {
+            return;
+        }
+        let place = format!("{}, in its memory", self.device_name());
+        planned.push(Planned::new("device_memory", &place, Group::Link, DeviceMemory::new(Rc::clone(&self.link))));
+        planned.push(match AdamwGpu::new(Rc::clone(&self.link), &self.states.borrow()) {
+            Ok(hop) => Planned::new("adamw_gpu", &place, Group::Link, hop),
+            Err(e) => Planned::skipped("adamw_gpu", &place, Group::Link, Some(format!("not measured: {e}"))),
+        });
     }
 
     fn memory_hops(&self, planned: &mut Vec<Planned>) {

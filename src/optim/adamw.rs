@@ -75,7 +75,7 @@ enum Arrays<'a> {
 
 impl Span {
     /// The elements from `start` on, `len` of them at most.
-    pub(crate) fn part(&self, start: usize, len: usize) -> Self {
+    pub(crate) fn piece(&self, start: usize, len: usize) -> Self {
         debug_assert!(start <= self.len);
         let master_size = crate::dtype::StateKind::Master.element_size(self.dtype);
         Self {
@@ -198,7 +198,7 @@ pub unsafe fn adamw_parallel(pool: &Pool, updates: &[Update]) -> Result<()> {
             }
             // SAFETY: the caller's contract; every index is one piece, and pieces are disjoint.
             // The only error, a type without a kernel, was ruled out above.
-            let _ = unsafe { adamw(&span.part(index * PIECE, PIECE), hyper) };
+            let _ = unsafe { adamw(&span.piece(index * PIECE, PIECE), hyper) };
             return;
         }
     })
