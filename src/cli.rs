@@ -293,6 +293,7 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
     options.check = arguments.check;
     options.threads = arguments.threads;
     options.file = arguments.size.unwrap_or(options.file);
+    options.file_limited = arguments.size.is_none();
     options.block = arguments.block.unwrap_or(options.block);
     options.depth = arguments.depth.unwrap_or(options.depth);
     options.rounds = arguments.rounds.unwrap_or(options.rounds);
@@ -300,7 +301,8 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
         options.time = Duration::try_from_secs_f64(seconds).map_err(|e| {
             Error::new(Code::PolicyValue, format!("--seconds {seconds}: {e}.")).action("Give a number of seconds.")
         })?;
-        // Sweeps become shorter with the rest.
+        // Whoever asks for more time gets it, and sweeps become shorter with the rest.
+        options.limit = options.limit.max(options.time * 2);
         options.point = options.point.min(options.time / 40);
     }
     if arguments.no_sweep {

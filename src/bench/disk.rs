@@ -23,8 +23,9 @@ use crate::{
     doctor::drive::{self, Drive},
     error::{Code, Error, Result},
     io::{
-        DirectIo, Direction, EngineChoice, EngineOptions, FileId, IoCompletion, IoEngine, IoFile, IoPart, IoRequest,
-        OpenedEngine, allocate, device_number, disk_full, free_bytes, open_engine, probe_directory, scratch_file,
+        DirectIo, Direction, EngineChoice, EngineKind, EngineOptions, FileId, IoCompletion, IoEngine, IoFile, IoPart,
+        IoRequest, OpenedEngine, allocate, device_number, disk_full, free_bytes, open_engine, probe_directory,
+        scratch_file,
     },
     memory::{HostRegion, SlotLease, SlotPool},
     store::RunDir,
@@ -35,6 +36,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Free space that is left to others.
 const SPARE: u64 = 256 << 20;
+/// A warm-up is never cut short before this.
+const SHORT: Duration = Duration::from_millis(50);
 /// Bytes of one write while the files are filled.
 const FILL: usize = 4 << 20;
 
@@ -109,45 +112,66 @@ impl Disk {
         Ok((Self { paths, file_bytes }, notes))
     }
 
-    /// Writes every byte of every file that is measured.
+    /// Writes every byte of every file that is measured, block by block over the files. When `limit` is over, and each
+    /// file has `least` bytes, the files are what was written by then. The notes are lines for the user.
     ///
     /// # Errors
     /// Those of the engine; `FN-E106` when interrupted.
-    pub fn fill(&self, interrupt: &Interrupt, mut progress: impl FnMut(f64)) -> Result<()> {
+    pub fn fill(
+        &mut self,
+        limit: Option<Duration>,
+        least: u64,
+        interrupt: &Interrupt,
+        mut progress: impl FnMut(f64),
+    ) -> Result<Vec<String>> {
         let pool = SlotPool::new(8, ByteCount(FILL as u64), "filling the benchmark's files")?;
         let which: Vec<usize> = (0..self.paths.len()).filter(|&n| self.paths[n].direct.is_ok()).collect();
         if which.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let lane = self.lane(&which, EngineChoice::Auto, 1 << 20, 32, &[Arc::clone(pool.region())])?;
-        let total = self.file_bytes * which.len() as u64;
+        let (files, begun) = (which.len() as u64, Instant::now());
         let mut slots: Vec<_> =
             std::iter::from_fn(|| pool.lease()).map(|lease| (lease, Vec::with_capacity(1))).collect();
         slots.iter_mut().for_each(|(lease, _)| fill_with_numbers(lease.bytes()));
         let (mut next, mut in_flight) = (0, 0);
-        while next < total || in_flight > 0 {
+        loop {
             interrupt.check()?;
-            progress(as_f64(next) / as_f64(total));
-            if next < total
+            let (file, offset) = (next % files, next / files * FILL as u64);
+            progress(as_f64(offset) / as_f64(self.file_bytes));
+            let in_time = limit.is_none_or(|limit| begun.elapsed() < limit);
+            if file == 0 && offset < self.file_bytes && offset >= least && !in_time {
+                let note = format!(
+                    "The files have {} in place of {}: more could not be written in {:.0} s.",
+                    ByteCount(offset),
+                    ByteCount(self.file_bytes),
+                    begun.elapsed().as_secs_f64()
+                );
+                self.file_bytes = offset;
+                while in_flight > 0 {
+                    lane.wait()?;
+                    in_flight -= 1;
+                }
+                return Ok(vec![note]);
+            }
+            if offset < self.file_bytes
                 && let Some((lease, parts)) = slots.pop()
             {
-                // File after file; the last block of each is short.
-                let (file, offset) = ((next / self.file_bytes) as u32, next % self.file_bytes);
-                let len = (FILL as u64).min(self.file_bytes - offset);
-                lane.submit(
-                    lease,
-                    parts,
-                    IoPart { direction: Direction::Write, file: FileId(file), offset, start: 0, len: len as usize },
-                )?;
-                next += len;
+                // The last block of each file is short.
+                let len = (FILL as u64).min(self.file_bytes - offset) as usize;
+                let file = FileId(u32::try_from(file).unwrap_or(0));
+                lane.submit(lease, parts, IoPart { direction: Direction::Write, file, offset, start: 0, len })?;
+                next += 1;
                 in_flight += 1;
                 continue;
+            }
+            if in_flight == 0 {
+                return Ok(Vec::new());
             }
             let done = lane.wait()?;
             slots.push((done.lease, done.parts));
             in_flight -= 1;
         }
-        Ok(())
     }
 
     /// An engine over the files of some paths. `regions` is where its leases will lie.
@@ -197,6 +221,11 @@ impl Lane {
     /// The engine's name.
     pub fn engine(&self) -> &'static str {
         self.engine.kind().name()
+    }
+
+    /// Whether the engine registered the memory of its leases.
+    pub fn has_registered_buffers(&self) -> bool {
+        self.engine.kind() == EngineKind::IoUring && !self.notes.iter().any(|note| note.contains("FN-I602"))
     }
 
     /// Hands over one transfer.
@@ -329,20 +358,26 @@ pub(super) struct Clock {
     warm_up: usize,
     time: Duration,
     start: Instant,
+    began: Instant,
     pub(super) round: Round,
     over: bool,
 }
 
 impl Clock {
-    /// Starts after `warm_up` blocks.
+    /// Starts after `warm_up` blocks, or with the first that ends after `time`.
     pub(super) fn new(warm_up: usize, time: Duration) -> Self {
-        Self { warm_up, time, start: Instant::now(), round: Round::default(), over: false }
+        Self { warm_up, time, start: Instant::now(), began: Instant::now(), round: Round::default(), over: false }
+    }
+
+    /// Whether it runs.
+    pub(super) fn is_warm(&self) -> bool {
+        self.warm_up == 0
     }
 
     /// Notes that a block ended; true if another shall begin.
     pub(super) fn ended(&mut self, bytes: u64, params: u64, nanos: u64) -> bool {
         if self.warm_up > 0 {
-            self.warm_up -= 1;
+            self.warm_up = if self.began.elapsed() > self.time.max(SHORT) { 0 } else { self.warm_up - 1 };
             self.start = Instant::now();
             return true;
         }

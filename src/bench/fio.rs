@@ -20,6 +20,8 @@ pub struct Fio {
     pub depth: usize,
     /// Our engine's name.
     pub engine: &'static str,
+    /// Whether our engine registered its buffers.
+    pub registered: bool,
     /// Bytes of each file.
     pub file_bytes: u64,
 }
@@ -27,7 +29,7 @@ pub struct Fio {
 impl Fio {
     /// Its arguments, over files of these names. With several, blocks go round-robin over them.
     pub fn arguments(&self, files: &[String], time: Duration) -> Vec<String> {
-        let Self { mix, block, depth, engine, file_bytes } = self;
+        let Self { mix, block, depth, engine, registered, file_bytes } = self;
         let mut arguments = vec![
             format!("--name={}", mix.name()),
             format!("--filename={}", files.join(":")),
@@ -37,8 +39,13 @@ impl Fio {
             "--direct=1".to_owned(),
             "--overwrite=1".to_owned(),
             "--time_based=1".to_owned(),
+            // As our clock, fio's starts when the queue is full.
+            format!("--ramp_time={}ms", (time.as_millis() / 5).max(50)),
             format!("--runtime={}ms", time.as_millis()),
         ];
+        if *registered {
+            arguments.extend(["--fixedbufs=1".to_owned(), "--registerfiles=1".to_owned()]);
+        }
         arguments.extend(match *engine {
             "io_uring" => vec!["--ioengine=io_uring".to_owned(), format!("--iodepth={depth}")],
             _ => vec![
@@ -116,15 +123,22 @@ mod tests {
 
     #[test]
     fn the_command_is_one_a_shell_takes() {
-        let fio = Fio { mix: Mix::Both, block: 1 << 20, depth: 32, engine: "io_uring", file_bytes: 1 << 30 };
+        let fio = Fio {
+            mix: Mix::Both,
+            block: 1 << 20,
+            depth: 32,
+            engine: "io_uring",
+            registered: true,
+            file_bytes: 1 << 30,
+        };
         let command = fio.command(&["/mnt/it's here".to_owned(), "/b".to_owned()]);
         assert!(
             command.starts_with("fio --name=nvme_read_write '--filename=/mnt/it'\\''s here/fio.tmp:/b/fio.tmp'"),
             "{command}"
         );
         assert!(command.contains("--rw=rw --bs=1048576 --size=2147483648 --direct=1"), "{command}");
-        assert!(command.contains("--ioengine=io_uring --iodepth=32"), "{command}");
-        let threads = Fio { engine: "threads", ..fio };
+        assert!(command.contains("--fixedbufs=1 --registerfiles=1 --ioengine=io_uring --iodepth=32"), "{command}");
+        let threads = Fio { engine: "threads", registered: false, ..fio };
         assert!(threads.command(&[]).contains("--ioengine=psync --thread=1 --numjobs=16"));
     }
 }

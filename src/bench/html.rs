@@ -3,7 +3,7 @@
 use crate::bench::{
     report::{Hop, Load, MARK, Report, Sweep},
     stats::as_f64,
-    table::{micros, tick, title},
+    table::{micros, remarks, tick, title},
 };
 
 const STYLE: &str = include_str!("page.css");
@@ -91,8 +91,20 @@ fn limits(hops: &[Hop]) -> String {
 }
 
 fn hops(hops: &[Hop]) -> String {
-    let headers =
-        ["hop", "where", "GB/s", "GiB/s", "spread", "p50", "p99", "block", "depth", "engine", "direct", "besides"];
+    let headers = [
+        "hop",
+        "where",
+        "GB/s",
+        "GiB/s",
+        "spread",
+        "p50",
+        "p99",
+        "block",
+        "depth",
+        "engine",
+        "direct",
+        "of its limit, and more",
+    ];
     let head: String = headers.iter().map(|header| format!("<th>{header}</th>")).collect();
     let rows = hops.iter().map(|hop| {
         let cells: Vec<String> = match &hop.figure {
@@ -117,7 +129,7 @@ fn hops(hops: &[Hop]) -> String {
                 hop.depth.map_or_else(String::new, |depth| depth.to_string()),
                 hop.engine.clone().unwrap_or_default(),
                 hop.direct.map_or_else(String::new, |direct| if direct { "yes" } else { "no" }.to_owned()),
-                besides(hop, figure.params_per_second),
+                remarks(hop),
             ],
         };
         let cells: String = cells.iter().map(|cell| format!("<td>{}</td>", escaped(cell))).collect();
@@ -127,12 +139,6 @@ fn hops(hops: &[Hop]) -> String {
         "<h2>All hops</h2>\n<div class=\"scroll\"><table>\n<tr>{head}</tr>\n{}</table></div>\n",
         rows.collect::<String>()
     )
-}
-
-fn besides(hop: &Hop, params: Option<f64>) -> String {
-    let params = params.map(|params| format!("{:.3} Gparam/s", params / 1e9));
-    let fio = hop.fio_bytes_per_second.map(|fio| format!("fio {:.2} GB/s", fio / 1e9));
-    params.into_iter().chain(fio).collect::<Vec<_>>().join(", ")
 }
 
 /// A round number at or above `most`, for the top of an axis.

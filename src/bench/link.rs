@@ -15,6 +15,7 @@ use crate::{
     bench::{
         Exercise,
         disk::{Clock, fill_with_numbers},
+        memory::nanos,
         stats::Round,
     },
     device::{self, Device, DeviceChoice, DeviceKind, FrameSpan, Frames, Gate, StreamRef},
@@ -119,6 +120,16 @@ impl Link {
     /// Which device it is.
     pub fn kind(&self) -> DeviceKind {
         self.device.kind()
+    }
+
+    /// The device.
+    pub(super) fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    /// The device's buffers, numbered by [`Way`], and the bytes of each.
+    pub(super) fn frames(&self) -> (&dyn Frames, usize) {
+        (&*self.frames, self.side)
     }
 
     /// Whether page-locking makes a difference on this device.
@@ -261,25 +272,56 @@ impl LinkHop {
     }
 }
 
+/// Copies under way in one direction, oldest first, and since when.
+type Queue = (Way, VecDeque<(Gate, Instant)>);
+
+impl LinkHop {
+    /// Starts a few copies in each direction.
+    pub(super) fn begin(&mut self) -> Result<Vec<Queue>> {
+        let ways = self.ways;
+        let queue = |&way: &Way| Ok((way, (0..DEPTH).map(|_| self.push(way)).collect::<Result<_>>()?));
+        ways.iter().map(queue).collect()
+    }
+
+    /// Starts a copy for each that has ended; gives the bytes of those.
+    pub(super) fn pump(&mut self, queues: &mut [Queue]) -> Result<u64> {
+        let mut ended = 0;
+        for (way, queue) in queues {
+            while let Some(&(gate, _)) = queue.front()
+                && self.link.device.passed(gate)?
+            {
+                queue.pop_front();
+                queue.push_back(self.push(*way)?);
+                ended += self.bytes();
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Waits for all copies.
+    pub(super) fn end(&self, queues: Vec<Queue>) -> Result<()> {
+        queues.into_iter().flat_map(|(_, queue)| queue).try_for_each(|(gate, _)| self.link.wait(gate))
+    }
+
+    fn bytes(&self) -> u64 {
+        self.lap().min(self.link.side) as u64
+    }
+}
+
 impl Exercise for LinkHop {
     fn round(&mut self, time: Duration) -> Result<Round> {
-        let mut gates: Vec<(Way, VecDeque<(Gate, Instant)>)> = Vec::with_capacity(2);
-        for &way in self.ways {
-            let first: Result<VecDeque<_>> = (0..DEPTH).map(|_| self.push(way)).collect();
-            gates.push((way, first?));
-        }
-        let bytes = self.lap().min(self.link.side) as u64;
+        let mut queues = self.begin()?;
         let mut clock = Clock::new(DEPTH * self.ways.len(), time);
         while let Some(&(oldest, _)) =
-            gates.iter().filter_map(|(_, queue)| queue.front()).min_by_key(|(_, begun)| *begun)
+            queues.iter().filter_map(|(_, queue)| queue.front()).min_by_key(|(_, begun)| *begun)
         {
             self.link.device.block(oldest, Duration::from_millis(1))?;
-            for (way, queue) in &mut gates {
+            for (way, queue) in &mut queues {
                 while let Some(&(gate, begun)) = queue.front()
                     && self.link.device.passed(gate)?
                 {
                     queue.pop_front();
-                    if clock.ended(bytes, 0, u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX)) {
+                    if clock.ended(self.bytes(), 0, nanos(begun)) {
                         queue.push_back(self.push(*way)?);
                     }
                 }

@@ -1,7 +1,6 @@
-//! The hops of host memory alone: the triad, and AdamW on the processor.
+//! The hops of host memory alone: its bandwidth, AdamW on the processor, and AdamW while copies run.
 //!
-//! A triad `a = b + s * c` moves four arrays through memory: before a line of `a` is written, the processor reads it.
-//! STREAM counts three, so its figure is 3/4 of ours. AdamW updates in place: what it writes it has read anyway.
+//! The bandwidth is that of the fastest of several [`Kernel`]s. AdamW updates in place: what it writes it has read anyway.
 #![expect(unsafe_code, reason = "gives AdamW the addresses of arrays that it owns")]
 
 use std::{
@@ -17,21 +16,29 @@ use crate::{
     bench::{
         Exercise,
         disk::{Clock, fill_with_numbers},
+        kernels::{self, Five, Kernel},
+        link::LinkHop,
         stats::Round,
     },
     dtype::DType,
     error::Result,
     memory::{HostRegion, SlotLease, SlotPool},
-    optim::{AdamWOptions, Hyper, Pool, Span, Update, adamw_parallel},
+    optim::{self, AdamWOptions, Hyper, Isa, Pool, Span, Update, adamw_parallel},
     units::ByteCount,
 };
 
 /// Bytes that an update of a bf16 parameter moves: parameter, remainder and both moments in and out, the gradient in.
 pub const ADAMW_TRAFFIC: u64 = 26;
+/// Bytes of a bf16 parameter and everything that belongs to it.
+pub const PARAM_BYTES: u64 = 14;
 /// Bytes of an fp32 parameter's states on NVMe when the bf16 half stays in memory: both moments and the remainder.
 pub const STATE_BYTES: u64 = 10;
 /// Elements of a task of the triad.
-const PIECE: usize = 16 << 10;
+const TRIAD_PIECE: usize = 16 << 10;
+/// Passes over the arrays by which the faster of two kernels is found.
+const TRIALS: usize = 3;
+/// Parameters that are updated between two looks at the copies beside it, per thread.
+const BETWEEN_LOOKS: usize = 256 << 10;
 
 /// How far the arrays of the triad are shifted against each other: regions begin at multiples of 2 MiB, and what is
 /// equally far into each would share the same sets of the caches.
@@ -54,45 +61,84 @@ impl Arrays {
         };
         Ok(Rc::new(RefCell::new(Self([take()?, take()?, take()?]))))
     }
-}
 
-/// `a = b + s * c` over arrays much larger than the caches.
-pub struct Triad {
-    arrays: Rc<RefCell<Arrays>>,
-    pool: Arc<Pool>,
-}
-
-impl Triad {
-    /// On the threads of `pool`.
-    pub fn new(arrays: Rc<RefCell<Arrays>>, pool: Arc<Pool>) -> Self {
-        Self { arrays, pool }
-    }
-}
-
-impl Exercise for Triad {
-    fn round(&mut self, time: Duration) -> Result<Round> {
-        let mut arrays = self.arrays.borrow_mut();
-        let [a, b, c] = &mut arrays.0;
+    /// One pass of the triad; gives its elements.
+    fn triad(&mut self, pool: &Pool) -> Result<usize> {
+        let [a, b, c] = &mut self.0;
         let len = a.len() / 8 * 8 - 2 * SHIFT;
         let a: &mut [f64] = bytemuck::cast_slice_mut(&mut a.bytes()[..len]);
         let b: &[f64] = bytemuck::cast_slice(&b.bytes()[SHIFT..SHIFT + len]);
         let c: &[f64] = bytemuck::cast_slice(&c.bytes()[2 * SHIFT..2 * SHIFT + len]);
-        let bytes = a.len() as u64 * 32;
-        let mut pieces: Vec<_> =
-            a.chunks_mut(PIECE).zip(b.chunks(PIECE)).zip(c.chunks(PIECE)).map(Mutex::new).collect();
+        let elements = a.len();
+        let pieces: Vec<_> =
+            a.chunks_mut(TRIAD_PIECE).zip(b.chunks(TRIAD_PIECE)).zip(c.chunks(TRIAD_PIECE)).map(Mutex::new).collect();
+        let scale = std::hint::black_box(0.5);
+        pool.run(pieces.len(), &|index| {
+            let mut piece = pieces[index].lock();
+            let ((a, b), c) = &mut *piece;
+            kernels::triad(a, b, c, scale);
+        })?;
+        Ok(elements)
+    }
+}
+
+/// Pass after pass of a kernel over arrays much larger than the caches.
+pub struct Bandwidth {
+    /// The fastest of these is taken.
+    kernels: &'static [Kernel],
+    fastest: Option<Kernel>,
+    arrays: Rc<RefCell<Arrays>>,
+    states: Rc<RefCell<States>>,
+    pool: Arc<Pool>,
+}
+
+impl Bandwidth {
+    /// The triad over `arrays`, on the threads of `pool`.
+    pub fn triad(arrays: Rc<RefCell<Arrays>>, states: Rc<RefCell<States>>, pool: Arc<Pool>) -> Self {
+        Self { kernels: &[Kernel::Triad], fastest: None, arrays, states, pool }
+    }
+
+    /// What AdamW does to `states`, without its arithmetic.
+    pub fn in_place(arrays: Rc<RefCell<Arrays>>, states: Rc<RefCell<States>>, pool: Arc<Pool>) -> Self {
+        Self { kernels: &[Kernel::InPlace, Kernel::InPlaceAhead], ..Self::triad(arrays, states, pool) }
+    }
+
+    /// One pass; gives the bytes that it moved.
+    fn pass(&self, kernel: Kernel) -> Result<u64> {
+        let elements = match kernel {
+            Kernel::Triad => self.arrays.borrow_mut().triad(&self.pool)?,
+            Kernel::InPlace | Kernel::InPlaceAhead => self.states.borrow_mut().touch(kernel, &self.pool)?,
+        };
+        Ok(elements as u64 * kernel.bytes())
+    }
+
+    /// The kernel that made the fastest pass, of some passes of each in turn.
+    fn choose(&self) -> Result<Kernel> {
+        let mut best = (Duration::MAX, self.kernels[0]);
+        for _ in 0..if self.kernels.len() > 1 { TRIALS } else { 0 } {
+            for &kernel in self.kernels {
+                let begun = Instant::now();
+                self.pass(kernel)?;
+                if begun.elapsed() < best.0 {
+                    best = (begun.elapsed(), kernel);
+                }
+            }
+        }
+        Ok(best.1)
+    }
+}
+
+impl Exercise for Bandwidth {
+    fn round(&mut self, time: Duration) -> Result<Round> {
+        let kernel = match self.fastest {
+            Some(kernel) => kernel,
+            None => *self.fastest.insert(self.choose()?),
+        };
         let mut clock = Clock::new(1, time);
         loop {
             let begun = Instant::now();
-            let scale = std::hint::black_box(0.5);
-            self.pool.run(pieces.len(), &|index| {
-                let mut piece = pieces[index].lock();
-                let ((a, b), c) = &mut *piece;
-                for ((a, b), c) in a.iter_mut().zip(*b).zip(*c) {
-                    *a = *b + scale * *c;
-                }
-            })?;
+            let bytes = self.pass(kernel)?;
             if !clock.ended(bytes, 0, nanos(begun)) {
-                pieces.clear();
                 return Ok(clock.round);
             }
         }
@@ -125,29 +171,56 @@ impl States {
         Ok(Rc::new(RefCell::new(Self { region, len, at: 0 })))
     }
 
-    fn array(&self, offset: usize) -> *mut u8 {
-        assert!(offset <= self.region.len(), "outside the states");
-        self.region.as_ptr().wrapping_add(offset)
+    /// Parameters.
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
-    /// The whole: moments first, then the 2-byte arrays.
+    /// Where everything lies, as [`span_at`] has it.
+    pub(super) fn region(&self) -> &Arc<HostRegion> {
+        &self.region
+    }
+
     fn span(&self) -> Span {
-        let n = self.len;
-        Span {
-            exp_avg: self.array(0).cast(),
-            exp_avg_sq: self.array(4 * n).cast(),
-            param: self.array(8 * n),
-            grad: self.array(10 * n),
-            master: self.array(12 * n),
-            len: n,
-            dtype: DType::Bf16,
-            reset_master: false,
-        }
+        span_at(self.region.as_ptr(), self.len)
     }
 
     fn update(&mut self, pool: &Pool) -> Result<()> {
         // SAFETY: five disjoint arrays of the region, of `len` elements each, borrowed mutably with `self`.
         unsafe { adamw_parallel(pool, &[Update { span: self.span(), hyper: hyper() }]) }
+    }
+
+    /// One pass of a kernel over all arrays; gives the number of parameters.
+    fn touch(&mut self, kernel: Kernel, pool: &Pool) -> Result<usize> {
+        let n = self.len;
+        // SAFETY: the whole region, borrowed mutably with `self`, begins at a multiple of 2 MiB and is not read by others.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.region.as_ptr(), n * 14) };
+        let (m, rest) = bytes.split_at_mut(4 * n);
+        let (v, rest) = rest.split_at_mut(4 * n);
+        let (param, rest) = rest.split_at_mut(2 * n);
+        let (grad, low) = rest.split_at_mut(2 * n);
+        let (m, v) = (bytemuck::cast_slice_mut(m), bytemuck::cast_slice_mut(v));
+        let (param, low) = (bytemuck::cast_slice_mut(param), bytemuck::cast_slice_mut(low));
+        let grad: &[u16] = bytemuck::cast_slice(grad);
+        let pieces: Vec<_> = (param.chunks_mut(optim::PIECE).zip(low.chunks_mut(optim::PIECE)))
+            .zip(m.chunks_mut(optim::PIECE).zip(v.chunks_mut(optim::PIECE)))
+            .zip(grad.chunks(optim::PIECE))
+            .map(|(((param, low), (m, v)), grad)| Mutex::new(Five { param, low, m, v, grad }))
+            .collect();
+        let isa = Isa::best();
+        pool.run(pieces.len(), &|index| kernels::in_place(kernel, isa, &mut pieces[index].lock()))?;
+        Ok(n)
+    }
+
+    /// Updates the next `len` parameters, and gives how many there were before the end.
+    fn update_next(&mut self, pool: &Pool, len: usize) -> Result<usize> {
+        let start = if self.at < self.len { self.at } else { 0 };
+        let len = len.min(self.len - start);
+        self.at = start + len;
+        let span = self.span().piece(start, len);
+        // SAFETY: `start + len` <= `self.len`, and the five arrays are disjoint and borrowed mutably with `self`.
+        unsafe { adamw_parallel(pool, &[Update { span, hyper: hyper() }])? };
+        Ok(len)
     }
 
     /// Updates a piece of `len` parameters whose states lie in a slot; parameters and gradients are taken from here.
@@ -181,7 +254,21 @@ impl States {
     }
 }
 
-fn hyper() -> Hyper {
+/// The arrays of `n` bf16 parameters, one after the other: moments first, then the 2-byte arrays.
+pub(super) fn span_at(start: *mut u8, n: usize) -> Span {
+    Span {
+        exp_avg: start.cast(),
+        exp_avg_sq: start.wrapping_add(4 * n).cast(),
+        param: start.wrapping_add(8 * n),
+        grad: start.wrapping_add(10 * n),
+        master: start.wrapping_add(12 * n),
+        len: n,
+        dtype: DType::Bf16,
+        reset_master: false,
+    }
+}
+
+pub(super) fn hyper() -> Hyper {
     Hyper::new(&AdamWOptions::default(), 10, 1.0)
 }
 
@@ -213,6 +300,42 @@ impl Exercise for AdamwCpu {
     }
 }
 
+/// AdamW while the link carries copies in both directions, as fast as it can.
+pub struct AdamwAndCopies {
+    states: Rc<RefCell<States>>,
+    pool: Arc<Pool>,
+    copies: LinkHop,
+}
+
+impl AdamwAndCopies {
+    /// On the threads of `pool`, beside `copies`.
+    pub fn new(states: Rc<RefCell<States>>, pool: Arc<Pool>, copies: LinkHop) -> Self {
+        Self { states, pool, copies }
+    }
+}
+
+impl Exercise for AdamwAndCopies {
+    fn round(&mut self, time: Duration) -> Result<Round> {
+        let mut states = self.states.borrow_mut();
+        let len = BETWEEN_LOOKS * self.pool.threads();
+        let mut queues = self.copies.begin()?;
+        // The copies have to be under way, and the first ones do not count.
+        let mut clock = Clock::new(states.len.div_ceil(len).min(8), time);
+        let mut copied = 0;
+        loop {
+            let begun = Instant::now();
+            let params = states.update_next(&self.pool, len)? as u64;
+            let moved = self.copies.pump(&mut queues)?;
+            copied += if clock.is_warm() { moved } else { 0 };
+            if !clock.ended(params * ADAMW_TRAFFIC, params, nanos(begun)) {
+                clock.round.copied = copied;
+                self.copies.end(queues)?;
+                return Ok(clock.round);
+            }
+        }
+    }
+}
+
 pub(super) fn nanos(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
@@ -238,14 +361,30 @@ mod tests {
     }
 
     #[test]
-    fn the_triad_computes_a_triad() {
+    fn every_kernel_counts_what_it_moves() {
         let arrays = Arrays::new(1 << 20).expect("maps");
-        let pool = Arc::new(Pool::new(Some(1)).expect("threads"));
-        let round = Triad::new(Rc::clone(&arrays), pool).round(Duration::ZERO).expect("runs");
-        assert!((round.bytes / 4).abs_diff(1 << 20) < 4096, "{}", round.bytes);
-        let mut arrays = arrays.borrow_mut();
-        let [a, b, c] = &mut arrays.0;
-        let number = |lease: &mut SlotLease, shift| bytemuck::cast_slice::<u8, f64>(&lease.bytes()[shift..])[777];
-        assert_eq!(number(a, 0), number(b, SHIFT) + 0.5 * number(c, 2 * SHIFT));
+        let states = States::new(1 << 16).expect("maps");
+        let pool = Arc::new(Pool::new(Some(2)).expect("threads"));
+        let mut triad = Bandwidth::triad(Rc::clone(&arrays), Rc::clone(&states), Arc::clone(&pool));
+        let round = triad.round(Duration::ZERO).expect("runs");
+        assert!((round.bytes / 3).abs_diff(1 << 20) < 4096, "{}", round.bytes);
+        {
+            let mut arrays = arrays.borrow_mut();
+            let [a, b, c] = &mut arrays.0;
+            let number = |lease: &mut SlotLease, shift| bytemuck::cast_slice::<u8, f64>(&lease.bytes()[shift..])[777];
+            assert_eq!(number(a, 0), number(b, SHIFT) + 0.5 * number(c, 2 * SHIFT));
+        }
+        let mut in_place = Bandwidth::in_place(arrays, states, pool);
+        assert_eq!(in_place.round(Duration::ZERO).expect("runs").bytes, 26 << 16);
+        assert!(in_place.fastest.is_some());
+    }
+
+    #[test]
+    fn an_update_goes_on_where_the_last_one_ended() {
+        let pool = Pool::new(Some(1)).expect("threads");
+        let states = States::new(1000).expect("maps");
+        let mut states = states.borrow_mut();
+        let lens: Vec<usize> = (0..4).map(|_| states.update_next(&pool, 400).expect("updates")).collect();
+        assert_eq!(lens, [400, 400, 224, 400]);
     }
 }

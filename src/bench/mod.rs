@@ -6,14 +6,19 @@
 
 pub mod disk;
 pub mod fio;
+pub mod gpu;
 mod html;
+mod kernels;
 pub mod link;
+mod measure;
 pub mod memory;
 mod outputs;
 pub mod pipeline;
 mod plan;
 pub mod report;
+mod setup;
 pub mod stats;
+mod sweeps;
 mod table;
 mod verdict;
 
@@ -50,6 +55,8 @@ pub struct Options {
     pub engine: EngineChoice,
     /// Bytes of the file on each path.
     pub file: ByteCount,
+    /// Whether the file may become smaller where the disk is slow.
+    pub file_limited: bool,
     /// Bytes of one read or write.
     pub block: ByteCount,
     /// Reads and writes in flight per path.
@@ -60,6 +67,8 @@ pub struct Options {
     pub rounds: u32,
     /// How long all rounds of all hops take together.
     pub time: Duration,
+    /// By when everything is to be over: on a slow disk there are fewer rounds and points.
+    pub limit: Duration,
     /// How long one point of a sweep takes; zero leaves the sweeps out.
     pub point: Duration,
     /// Few points per sweep.
@@ -72,17 +81,20 @@ impl Options {
     /// Under two minutes, or under twenty seconds.
     pub fn new(paths: Vec<PathBuf>, quick: bool) -> Self {
         let nvme = crate::policy::Policy::default().nvme;
-        let (file, rounds, time, point) = if quick { (512, 3, 7_000, 60) } else { (2048, 7, 56_000, 250) };
+        let (file, rounds, time, point, limit) =
+            if quick { (512, 5, 7_000, 60, 16) } else { (2048, 15, 56_000, 250, 108) };
         Self {
             paths,
             device: DeviceChoice::Auto,
             engine: EngineChoice::Auto,
             file: ByteCount::mib(file),
+            file_limited: true,
             block: nvme.block,
             depth: nvme.queue_depth.or(32),
             threads: None,
             rounds,
             time: Duration::from_millis(time),
+            limit: Duration::from_secs(limit),
             point: Duration::from_millis(point),
             quick,
             check: false,

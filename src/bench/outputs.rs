@@ -12,7 +12,7 @@ use std::{
 use crate::{
     bench::{
         html,
-        report::{Group, Hop, MARK, Report, find},
+        report::{Group, Hop, MARK, Report, fastest, find},
     },
     error::{Code, Error, Result},
     policy::profile::{DeviceRates, MemoryRates, PathRates, Profile},
@@ -22,7 +22,7 @@ use crate::{
 const HEAD: u64 = 400;
 /// First line of the CSV, by which it is known as ours.
 const COLUMNS: &str = "kind,name,place,block,depth,threads,engine,direct,bytes_per_second,low,high,spread,p50_us,p99_us,\
-    params_per_second,bytes,rounds,limit_by,limit_bytes_per_second,fraction,fio_bytes_per_second,skipped";
+    params_per_second,bytes,rounds,copied_per_second,limit_by,limit_bytes_per_second,fraction,fio_bytes_per_second,skipped";
 
 /// Which files are wanted.
 #[derive(Clone, Debug, Default)]
@@ -125,7 +125,7 @@ pub fn json(report: &Report) -> Result<String> {
 /// The report as CSV: rates in bytes per second, empty where there is nothing to say.
 pub fn csv(report: &Report) -> String {
     let mut out = format!("{COLUMNS}\n");
-    let mut row = |cells: [String; 22]| {
+    let mut row = |cells: [String; 23]| {
         let quoted = cells.map(|cell| {
             if cell.contains([',', '"', '\n']) { format!("\"{}\"", cell.replace('"', "\"\"")) } else { cell }
         });
@@ -155,7 +155,8 @@ pub fn csv(report: &Report) -> String {
             number(|f| f.p99_us),
             text(figure.and_then(|f| f.params_per_second)),
             text(figure.map(|f| f.bytes)),
-            text(figure.map(|f| f.rounds)),
+            text(figure.map(|f| f.rates.len())),
+            text(figure.and_then(|f| f.copied_per_second)),
             text(limit.map(|l| &l.by)),
             text(limit.map(|l| l.bytes_per_second)),
             text(limit.map(|l| l.fraction)),
@@ -166,7 +167,7 @@ pub fn csv(report: &Report) -> String {
     for sweep in &report.sweeps {
         for series in &sweep.series {
             for &(x, rate) in &series.points {
-                let mut cells: [String; 22] = Default::default();
+                let mut cells: [String; 23] = Default::default();
                 cells[0] = "sweep".to_owned();
                 cells[1].clone_from(&sweep.name);
                 match (sweep.over, series.label.strip_prefix("depth ")) {
@@ -199,7 +200,9 @@ pub fn profile(report: &Report) -> Profile {
             _ => paths[at].read_write = hop.rate(),
         }
     }
-    let adamw = find(&report.hops, "adamw_cpu").and_then(|hop| hop.figure.as_ref()?.params_per_second);
+    let figure = |name: &str| find(&report.hops, name).and_then(|hop| hop.figure.as_ref());
+    let params = |name: &str| figure(name).and_then(|figure| figure.params_per_second).unwrap_or(0.0);
+    let beside = figure("adamw_and_copies").and_then(|figure| figure.copied_per_second);
     Profile {
         version: 1,
         measured: report.date.clone(),
@@ -209,10 +212,14 @@ pub fn profile(report: &Report) -> Profile {
             host_to_device: rate("host_to_device"),
             device_to_host: rate("device_to_host"),
             bidirectional: rate("bidirectional"),
+            adamw_params: params("adamw_gpu"),
+            memory: rate("device_memory"),
         },
         memory: MemoryRates {
-            triad: rate("host_memory"),
-            adamw_params: adamw.unwrap_or(0.0),
+            bandwidth: fastest(&report.hops, "host_memory").map_or(0.0, Hop::rate),
+            adamw_params: params("adamw_cpu"),
+            adamw_params_beside_copies: params("adamw_and_copies"),
+            copies_beside_adamw: beside.unwrap_or(0.0),
             threads: report.machine.cpus,
         },
         nvme: PathRates {

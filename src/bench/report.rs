@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::{
-    bench::stats::{Rates, Round, as_f64, percentile},
+    bench::stats::{Round, as_f64, fraction, median_rate, percentile, rates, spread},
     doctor::machine::Machine,
 };
 
@@ -11,7 +11,7 @@ use crate::{
 pub const MARK: &str = "funicular bench";
 
 /// Which part of the machine a hop exercises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Group {
     /// Disks.
@@ -33,10 +33,10 @@ pub struct Figure {
     pub low: f64,
     /// The fastest round.
     pub high: f64,
-    /// How far slowest and fastest lie apart, as a part of the median.
+    /// How far another run's median may lie from this one, as a part of it; see [`spread`].
     pub spread: f64,
-    /// Rounds.
-    pub rounds: usize,
+    /// Each round, in the order of time.
+    pub rates: Vec<f64>,
     /// Bytes moved in all rounds.
     pub bytes: u64,
     /// Median time of a block or piece from submission to completion, in microseconds.
@@ -45,23 +45,27 @@ pub struct Figure {
     pub p99_us: f64,
     /// Parameters updated per second, where a hop updates any.
     pub params_per_second: Option<f64>,
+    /// What copies carried meanwhile, in bytes per second, where they ran beside a hop.
+    pub copied_per_second: Option<f64>,
 }
 
 impl Figure {
     /// Of some rounds; none if nothing was moved.
     pub fn of(rounds: &[Round]) -> Option<Self> {
-        let rates = Rates::of(rounds, |round| round.bytes)?;
+        let all = rates(rounds, |round| round.bytes);
+        let median = median_rate(&all)?;
         let micros = |part| percentile(rounds, part).map_or(0.0, |nanos| as_f64(nanos) / 1e3);
         Some(Self {
-            bytes_per_second: rates.median,
-            low: rates.low,
-            high: rates.high,
-            spread: (rates.high - rates.low) / rates.median,
-            rounds: rounds.len(),
+            bytes_per_second: median,
+            low: all.iter().copied().filter(|&rate| rate > 0.0).fold(f64::INFINITY, f64::min),
+            high: all.iter().copied().fold(0.0, f64::max),
+            spread: spread(&all),
             bytes: rounds.iter().map(|round| round.bytes).sum(),
             p50_us: micros(0.5),
             p99_us: micros(0.99),
-            params_per_second: Rates::of(rounds, |round| round.params).map(|rates| rates.median),
+            params_per_second: median_rate(&rates(rounds, |round| round.params)),
+            copied_per_second: median_rate(&rates(rounds, |round| round.copied)),
+            rates: all,
         })
     }
 }
@@ -73,7 +77,7 @@ pub struct Limit {
     pub by: String,
     /// In the hop's own bytes per second.
     pub bytes_per_second: f64,
-    /// The hop's rate as a part of it.
+    /// The hop's rate as a part of it: the median over rounds that ran side by side, where there are such.
     pub fraction: f64,
 }
 
@@ -104,6 +108,8 @@ pub struct Hop {
     pub fio: Option<String>,
     /// fio's bytes per second, run beside it.
     pub fio_bytes_per_second: Option<f64>,
+    /// The same of each round.
+    pub fio_rates: Vec<f64>,
 }
 
 impl Hop {
@@ -112,11 +118,17 @@ impl Hop {
         self.figure.as_ref().map_or(0.0, |figure| figure.bytes_per_second)
     }
 
-    /// Sets the limit to `rate` by `by`, unless a lower one stands already or nothing was measured.
-    pub fn limited(&mut self, by: impl Into<String>, rate: f64) {
+    /// The rates of its rounds, times `factor`.
+    pub fn rates(&self, factor: f64) -> Vec<f64> {
+        self.figure.iter().flat_map(|figure| &figure.rates).map(|rate| rate * factor).collect()
+    }
+
+    /// Sets the limit to `limits` by `by`, unless a lower one stands already or nothing was measured. `limits` are one
+    /// number, or one per round.
+    pub fn limited(&mut self, by: impl Into<String>, limits: &[f64]) {
         let Some(figure) = &self.figure else { return };
-        if rate > 0.0 && self.limit.as_ref().is_none_or(|limit| rate < limit.bytes_per_second) {
-            let fraction = figure.bytes_per_second / rate;
+        let (Some(rate), Some(fraction)) = (median_rate(limits), fraction(&figure.rates, limits)) else { return };
+        if self.limit.as_ref().is_none_or(|limit| rate < limit.bytes_per_second) {
             self.limit = Some(Limit { by: by.into(), bytes_per_second: rate, fraction });
         }
     }
@@ -188,4 +200,9 @@ impl Report {
 /// The hop of a name that was measured; with several the last, which is the one over all paths, or from pinned memory.
 pub fn find<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
     hops.iter().rev().find(|hop| hop.name == name && hop.figure.is_some())
+}
+
+/// The fastest hop of a name.
+pub fn fastest<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
+    hops.iter().filter(|hop| hop.name == name && hop.figure.is_some()).max_by(|a, b| a.rate().total_cmp(&b.rate()))
 }

@@ -9,36 +9,45 @@ pub struct Round {
     pub bytes: u64,
     /// Parameters updated while the clock ran; 0 where a hop updates none.
     pub params: u64,
+    /// Bytes that copies carried beside it while the clock ran; 0 where none run beside it.
+    pub copied: u64,
     /// How long the clock ran.
     pub time: Duration,
     /// Nanoseconds that each block took from its submission to its completion.
     pub latencies: Vec<u64>,
 }
 
-/// The rates of several rounds, in units per second.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rates {
-    /// The median: half of the rounds were faster.
-    pub median: f64,
-    /// The slowest round.
-    pub low: f64,
-    /// The fastest round.
-    pub high: f64,
+/// What each round did per second, in units that `count` gives; 0 for a round whose clock did not run.
+pub fn rates(rounds: &[Round], count: impl Fn(&Round) -> u64) -> Vec<f64> {
+    let rate = |round: &Round| {
+        if round.time.is_zero() { 0.0 } else { as_f64(count(round)) / round.time.as_secs_f64() }
+    };
+    rounds.iter().map(rate).collect()
 }
 
-impl Rates {
-    /// Of what `count` gives for each round; none if no round moved anything.
-    pub fn of(rounds: &[Round], count: impl Fn(&Round) -> u64) -> Option<Self> {
-        let mut rates: Vec<f64> = rounds
-            .iter()
-            .filter(|round| !round.time.is_zero())
-            .map(|round| as_f64(count(round)) / round.time.as_secs_f64())
-            .filter(|&rate| rate > 0.0)
-            .collect();
-        rates.sort_by(f64::total_cmp);
-        let (&low, &high) = (rates.first()?, rates.last()?);
-        Some(Self { median: median(&rates), low, high })
+/// The median of what is above zero; none if nothing is.
+pub fn median_rate(rates: &[f64]) -> Option<f64> {
+    let mut rates: Vec<f64> = rates.iter().copied().filter(|&rate| rate > 0.0).collect();
+    rates.sort_by(f64::total_cmp);
+    (!rates.is_empty()).then(|| median(&rates))
+}
+
+/// How far apart the rounds lie: from the slowest to the fastest, as a part of the median. 0 of none.
+pub fn spread(rates: &[f64]) -> f64 {
+    let moved = rates.iter().copied().filter(|&rate| rate > 0.0);
+    let (low, high) = moved.fold((f64::INFINITY, 0.0), |(low, high), rate| (rate.min(low), rate.max(high)));
+    median_rate(rates).map_or(0.0, |median| (high - low) / median)
+}
+
+/// `rates` as a part of `limits`: the median over the rounds of both, each against the one that ran next to it, so that
+/// what slowed the machine for a while slowed both. Of the medians, where their numbers differ.
+pub fn fraction(rates: &[f64], limits: &[f64]) -> Option<f64> {
+    if rates.len() == limits.len() {
+        let ratios: Vec<f64> =
+            rates.iter().zip(limits).filter(|&(_, &limit)| limit > 0.0).map(|(rate, limit)| rate / limit).collect();
+        return median_rate(&ratios);
     }
+    Some(median_rate(rates)? / median_rate(limits)?)
 }
 
 /// The middle of sorted values; the mean of both in the middle of an even number. 0 of none.
@@ -76,12 +85,20 @@ mod tests {
 
     #[test]
     fn the_median_is_of_rates_and_not_of_bytes() {
-        let rounds = [round(100, 1000), round(100, 500), round(900, 1000)];
-        let rates = Rates::of(&rounds, |r| r.bytes).expect("moved");
-        assert_eq!((rates.low, rates.median, rates.high), (100.0, 200.0, 900.0));
-        assert_eq!(Rates::of(&rounds, |r| r.params), None);
-        assert_eq!(Rates::of(&[round(1, 0)], |r| r.bytes), None);
+        let rounds = [round(100, 1000), round(100, 500), round(900, 1000), round(1, 0)];
+        let of = rates(&rounds, |r| r.bytes);
+        assert_eq!(of, [100.0, 200.0, 900.0, 0.0]);
+        assert_eq!(median_rate(&of), Some(200.0));
+        assert_eq!(median_rate(&rates(&rounds, |r| r.params)), None);
         assert_eq!(median(&[1.0, 2.0, 4.0, 8.0]), 3.0);
+    }
+
+    #[test]
+    fn a_fraction_is_of_rounds_that_ran_side_by_side() {
+        // The machine was half as fast in the second round, for both.
+        assert_eq!(fraction(&[9.0, 4.5, 9.0], &[10.0, 5.0, 10.0]), Some(0.9));
+        assert_eq!(fraction(&[9.0, 1.0, 8.0], &[10.0]), Some(0.8));
+        assert_eq!(fraction(&[], &[10.0]), None);
     }
 
     #[test]

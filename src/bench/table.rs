@@ -6,8 +6,20 @@ use crate::{
     units::ByteCount,
 };
 
-const HEADERS: [&str; 12] =
-    ["hop", "where", "GB/s", "GiB/s", "spread", "p50", "p99", "block", "depth", "engine", "direct", "of its limit"];
+const HEADERS: [&str; 12] = [
+    "hop",
+    "where",
+    "GB/s",
+    "GiB/s",
+    "spread",
+    "p50",
+    "p99",
+    "block",
+    "depth",
+    "engine",
+    "direct",
+    "of its limit, and more",
+];
 
 /// Everything, for a terminal. Rates are medians; GB is 1e9 bytes.
 pub fn text(report: &Report) -> String {
@@ -18,8 +30,9 @@ pub fn text(report: &Report) -> String {
     for hop in report.hops.iter().filter(|hop| hop.skipped.is_some()) {
         out += &format!("{} {}: {}\n", hop.name, hop.place, hop.skipped.as_deref().unwrap_or_default());
     }
-    out += "\nhost_memory counts the read before each write (STREAM's figure is 3/4 of it), adamw_cpu 26 bytes per bf16 \
-            parameter,\nadamw_nvme 20, train_traffic 26 over links and disks; p50 and p99 are of one block or piece.\n";
+    out += "\nhost_memory counts what certainly moves: 24 bytes per fp64 element of the triad, as STREAM does, 26 per bf16 \
+            parameter in place;\nadamw_cpu 26, adamw_nvme 20, train_traffic 26 over links and disks; device_memory reads and \
+            writes together.\np50 and p99 are of one block or piece.\n";
     for sweep in &report.sweeps {
         out += &format!("\n{}\n{}", title(sweep), aligned(&matrix(sweep), 1));
     }
@@ -43,14 +56,10 @@ fn row(hop: &Hop) -> Vec<String> {
     let figure = hop.figure.as_ref();
     let of = |f: fn(&super::report::Figure) -> String| figure.map_or_else(String::new, f);
     let size = |bytes: Option<u64>| bytes.map_or_else(String::new, |bytes| ByteCount(bytes).to_string());
-    let rate = of(|f| match f.params_per_second {
-        Some(params) => format!("{:.2} ({:.3} Gparam/s)", f.bytes_per_second / 1e9, params / 1e9),
-        None => format!("{:.2}", f.bytes_per_second / 1e9),
-    });
     vec![
         hop.name.clone(),
         hop.place.clone(),
-        rate,
+        of(|f| format!("{:.2}", f.bytes_per_second / 1e9)),
         of(|f| format!("{:.2}", f.bytes_per_second / f64::from(1 << 30))),
         of(|f| format!("{:.0} %", f.spread * 100.0)),
         of(|f| micros(f.p50_us)),
@@ -59,8 +68,21 @@ fn row(hop: &Hop) -> Vec<String> {
         hop.depth.map_or_else(String::new, |depth| depth.to_string()),
         hop.engine.clone().unwrap_or_default(),
         hop.direct.map_or_else(String::new, |direct| if direct { "yes" } else { "no" }.to_owned()),
-        hop.limit.as_ref().map_or_else(String::new, |limit| format!("{:.2} of {}", limit.fraction, limit.by)),
+        remarks(hop),
     ]
+}
+
+/// What else there is to say: the part of the limit that was reached, parameters, copies beside it, fio.
+pub(super) fn remarks(hop: &Hop) -> String {
+    let limit = hop.limit.as_ref().map(|limit| format!("{:.2} of {}", limit.fraction, limit.by));
+    let fio = match &hop.limit {
+        Some(limit) if limit.by == "fio" => None,
+        _ => hop.fio_bytes_per_second.map(|fio| format!("fio {:.2} GB/s", fio / 1e9)),
+    };
+    let figure = hop.figure.as_ref();
+    let params = figure.and_then(|f| f.params_per_second).map(|params| format!("{:.3} Gparam/s", params / 1e9));
+    let copies = figure.and_then(|f| f.copied_per_second).map(|copies| format!("copies {:.2} GB/s", copies / 1e9));
+    [limit, params, copies, fio].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 /// `87 us`, `3.4 ms`.
@@ -71,7 +93,7 @@ pub(super) fn micros(us: f64) -> String {
 /// What a sweep shows.
 pub(super) fn title(sweep: &Sweep) -> String {
     match (sweep.over, sweep.name.as_str()) {
-        ("threads", _) => "host_memory and adamw_cpu, GB/s by threads".to_owned(),
+        ("threads", _) => "host memory and AdamW on the processor, GB/s by threads".to_owned(),
         (_, "link") => "copies between host and device, GB/s by block".to_owned(),
         (_, name) => format!("{name}, GB/s by block and depth"),
     }

@@ -5,7 +5,7 @@ use crate::{
         Options,
         memory::{ADAMW_TRAFFIC, STATE_BYTES},
         pipeline::{DOWN_BYTES, UP_BYTES},
-        report::{Hop, Load, Sweep, find},
+        report::{Hop, Load, Sweep, fastest, find},
         stats::as_f64,
     },
     doctor::machine::Machine,
@@ -19,41 +19,45 @@ const TRAFFIC: u64 = 2 * STATE_BYTES + UP_BYTES + DOWN_BYTES;
 /// Sets the limit of every hop that has one.
 pub(super) fn set_limits(hops: &mut [Hop], machine: &Machine) {
     let (with_nvme, _) = loads(hops);
-    let rate = |name: &str| find(hops, name).map_or(0.0, Hop::rate);
-    let known = [
-        ("nvme_to_device", vec![("nvme_read", rate("nvme_read")), ("host_to_device", rate("host_to_device"))]),
-        ("device_to_nvme", vec![("nvme_write", rate("nvme_write")), ("device_to_host", rate("device_to_host"))]),
-        ("adamw_cpu", vec![("host_memory", rate("host_memory"))]),
-    ];
-    for (name, limits) in known {
-        for (by, rate) in limits {
-            hops.iter_mut().filter(|hop| hop.name == name).for_each(|hop| hop.limited(by, rate));
-        }
+    let mut limits: Vec<(&str, String, Vec<f64>)> = Vec::new();
+    for (name, by) in [
+        ("nvme_to_device", "nvme_read"),
+        ("nvme_to_device", "host_to_device"),
+        ("device_to_nvme", "nvme_write"),
+        ("device_to_nvme", "device_to_host"),
+        ("adamw_cpu", "host_memory"),
+        ("adamw_gpu", "device_memory"),
+    ] {
+        limits.extend(measured(hops, by).map(|hop| (name, by.to_owned(), hop.rates(1.0))));
     }
     for load in &with_nvme {
-        let per_second = load.params_per_second;
-        for hop in hops.iter_mut() {
-            match hop.name.as_str() {
-                "train_traffic" => hop.limited(load.hop.as_str(), per_second * as_f64(TRAFFIC)),
-                "adamw_nvme" if ["nvme_read_write", "adamw_cpu"].contains(&load.hop.as_str()) => {
-                    hop.limited(load.hop.as_str(), per_second * as_f64(2 * STATE_BYTES));
-                }
-                _ => {}
-            }
+        let Some(hop) = measured(hops, &load.hop) else { continue };
+        let in_bytes = |of: u64| hop.rates(as_f64(of) / as_f64(load.bytes));
+        limits.push(("train_traffic", load.hop.clone(), in_bytes(TRAFFIC)));
+        if ["nvme_read_write", "adamw_cpu"].contains(&load.hop.as_str()) {
+            limits.push(("adamw_nvme", load.hop.clone(), in_bytes(2 * STATE_BYTES)));
+        }
+    }
+    if let Some(line) = machine.link_line_rate {
+        for (name, directions) in [("host_to_device", 1.0), ("device_to_host", 1.0), ("bidirectional", 2.0)] {
+            limits.push((name, "PCIe line rate".to_owned(), vec![directions * as_f64(line)]));
         }
     }
     for hop in hops {
-        if let Some(fio) = hop.fio_bytes_per_second {
-            hop.limited("fio", fio);
-        }
-        if let Some(line) = machine.link_line_rate {
-            match hop.name.as_str() {
-                "host_to_device" | "device_to_host" => hop.limited("PCIe line rate", as_f64(line)),
-                "bidirectional" => hop.limited("PCIe line rate", 2.0 * as_f64(line)),
-                _ => {}
+        for (name, by, rates) in &limits {
+            if *name == hop.name {
+                hop.limited(by.as_str(), rates);
             }
         }
+        let fio = std::mem::take(&mut hop.fio_rates);
+        hop.limited("fio", &fio);
+        hop.fio_rates = fio;
     }
+}
+
+/// The hop that stands for a name: memory is as fast as the fastest way to use it.
+fn measured<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
+    if name == "host_memory" { fastest(hops, name) } else { find(hops, name) }
 }
 
 /// What a step loads, slowest first: with states on NVMe, and with states in host memory.
@@ -62,7 +66,7 @@ pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
     let on_host = find(hops, "host_to_device").is_some_and(|hop| hop.place.starts_with("host"));
     let copies = (UP_BYTES + DOWN_BYTES) * if on_host { 3 } else { 1 };
     let load = |hop: &str, bytes: u64| {
-        let rate = find(hops, hop)?.rate();
+        let rate = measured(hops, hop)?.rate();
         Some(Load { hop: hop.to_owned(), bytes, params_per_second: rate / as_f64(bytes) })
     };
     let of = |nvme: bool| {
@@ -96,7 +100,7 @@ pub(super) fn sentences(
 ) -> Vec<String> {
     let mut out = Vec::new();
     if let Some(load) = with_nvme.first() {
-        let rate = find(hops, &load.hop).map_or(0.0, Hop::rate);
+        let rate = measured(hops, &load.hop).map_or(0.0, Hop::rate);
         let mut text = format!(
             "With AdamW's states on NVMe, training here is bound by {} ({:.2} GB/s): {} bytes per parameter and step \
              allow {} parameters per second, so a step of 1e9 parameters takes at least {:.1} s.",
@@ -175,11 +179,12 @@ pub(super) mod tests {
             low: rate,
             high: rate,
             spread: 0.0,
-            rounds: 1,
+            rates: vec![rate],
             bytes: 1,
             p50_us: 1.0,
             p99_us: 2.0,
             params_per_second: None,
+            copied_per_second: None,
         };
         Hop {
             name: name.to_owned(),
@@ -194,6 +199,7 @@ pub(super) mod tests {
             limit: None,
             fio: None,
             fio_bytes_per_second: None,
+            fio_rates: Vec::new(),
         }
     }
 

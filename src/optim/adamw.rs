@@ -75,7 +75,7 @@ enum Arrays<'a> {
 
 impl Span {
     /// The elements from `start` on, `len` of them at most.
-    fn piece(&self, start: usize, len: usize) -> Self {
+    pub(crate) fn piece(&self, start: usize, len: usize) -> Self {
         debug_assert!(start <= self.len);
         let master_size = crate::dtype::StateKind::Master.element_size(self.dtype);
         Self {

@@ -3,10 +3,10 @@
 
 /// An instruction set that this machine has: values come from [`Isa::available`] only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Isa(pub(super) Level);
+pub struct Isa(pub(crate) Level);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Level {
+pub(crate) enum Level {
     /// What the crate was compiled for: SSE2 on x86-64, NEON on aarch64.
     Baseline,
     #[cfg(target_arch = "x86_64")]
@@ -66,8 +66,8 @@ impl Isa {
 macro_rules! per_isa {
     ($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:path;) => {
         $(#[$meta])*
-        fn $name(isa: $crate::optim::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
-            use $crate::optim::isa::Level;
+        fn $name(isa: $crate::optim::Isa, $($arg: $ty),*) $(-> $ret)? {
+            use $crate::optim::Level;
             #[inline(never)]
             fn baseline($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }
             #[cfg(target_arch = "x86_64")]
@@ -88,11 +88,11 @@ macro_rules! per_isa {
         }
     };
 }
-pub(super) use per_isa;
+pub(crate) use per_isa;
 
 /// Asks for the cache line at `at`. A hint: it never faults, whatever the address.
 #[inline(always)]
-pub(super) fn prefetch(at: *const u8) {
+pub(crate) fn prefetch(at: *const u8) {
     // SAFETY: the instruction is part of every x86-64 and has no effect but on the cache.
     #[cfg(target_arch = "x86_64")]
     unsafe {

@@ -16,6 +16,7 @@ pub use adamw::{PIECE, Span, Target, Update, adamw, adamw_into_parallel, adamw_i
 pub use half::{f16_to_f32, f32_to_f16, join_master, split_master};
 pub use hyper::{AdamWOptions, Hyper};
 pub use isa::Isa;
+pub(crate) use isa::{Level, per_isa, prefetch};
 pub use norm::{NORM_BLOCK, NORM_LANES, norm_blocks, norm_sq, norm_sq_parallel, norm_sq_with};
 pub use pool::Pool;
 

@@ -39,16 +39,24 @@ pub struct DeviceRates {
     pub device_to_host: f64,
     /// Both at once, together.
     pub bidirectional: f64,
+    /// Parameters per second of AdamW in bf16 on the device, with everything in its memory.
+    pub adamw_params: f64,
+    /// Bytes per second that copies within the device read and write, together.
+    pub memory: f64,
 }
 
 /// Rates of host memory.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MemoryRates {
-    /// The triad, all traffic counted.
-    pub triad: f64,
-    /// Parameters per second of AdamW in bf16.
+    /// The fastest of several kernels, all traffic counted.
+    pub bandwidth: f64,
+    /// Parameters per second of AdamW in bf16, alone.
     pub adamw_params: f64,
+    /// The same while copies run in both directions of the link.
+    pub adamw_params_beside_copies: f64,
+    /// What those copies carried meanwhile, both directions together.
+    pub copies_beside_adamw: f64,
     /// On so many threads.
     pub threads: u32,
 }
@@ -121,6 +129,10 @@ mod tests {
         assert!(text.starts_with(Profile::HEADER) && text.contains("[[path]]"), "{text}");
         std::fs::write(&file, text).expect("writes");
         assert_eq!(Profile::read(&file).expect("reads"), profile);
+        // Keys that an older program did not measure are 0.
+        std::fs::write(&file, "version = 1\n[memory]\nadamw_params = 2e9").expect("writes");
+        let memory = Profile::read(&file).expect("reads").memory;
+        assert_eq!((memory.adamw_params, memory.adamw_params_beside_copies), (2e9, 0.0));
         std::fs::write(&file, "version = 2").expect("writes");
         assert_eq!(Profile::read(&file).expect_err("another version").code(), Code::PolicySyntax);
         std::fs::write(&file, "version = 1\nspeed = 3").expect("writes");

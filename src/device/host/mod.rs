@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "implements the unsafe calls of the trait")]
 
 mod frames;
+mod stream_copy;
 mod streams;
 
 use std::{

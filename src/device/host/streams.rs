@@ -19,7 +19,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device::{Gate, Role, unrecorded},
+    device::{Gate, Role, host::stream_copy, unrecorded},
     error::{Code, Error, Result},
     optim::{Hyper, Span, adamw},
 };
@@ -319,7 +319,7 @@ unsafe fn copy(dst: u64, src: u64, len: usize, pace: &mut Pace) {
     for at in (0..len).step_by(pace.slice()) {
         let bytes = pace.slice().min(len - at);
         // SAFETY: `at + bytes` <= `len`, and the caller vouches for both ranges.
-        unsafe { std::ptr::copy_nonoverlapping(src.add(at), dst.add(at), bytes) };
+        unsafe { stream_copy::copy(dst.add(at), src.add(at), bytes) };
         pace.spend(bytes);
     }
 }

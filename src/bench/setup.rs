@@ -1,0 +1,162 @@
+//! What is set up before anything is measured: memory, files, the device, threads.
+
+use std::{cell::RefCell, rc::Rc, sync::Arc, time::Instant};
+
+use crate::{
+    bench::{
+        Interrupt, Options, Progress,
+        disk::{Disk, Lane, fill_with_numbers},
+        link::{DEPTH, Link},
+        memory::{Arrays, States},
+    },
+    doctor::machine::{self, Machine},
+    error::{Code, Error, Result},
+    memory::SlotPool,
+    optim::Pool,
+    units::ByteCount,
+};
+
+/// Bytes of a piece of a pipeline, where there are few threads: small, so that what is in flight stays near the caches.
+const PIECE: u64 = 1 << 20;
+/// The same with many threads: a piece has to have a task of AdamW for each.
+const LARGE_PIECE: u64 = 4 << 20;
+/// Pieces on their way between hops, besides those that keep the disk busy.
+const BETWEEN: u64 = 8;
+/// Bytes in flight in one engine at most, whatever block and depth ask for.
+pub(super) const IN_FLIGHT: u64 = 256 << 20;
+/// One block of a link's hop, as nvbandwidth has it.
+pub(super) const LINK_BLOCK: u64 = 64 << 20;
+/// Arrays in memory are so many times as large as the caches.
+const BEYOND_CACHES: u64 = 4;
+/// Filling the files may take this part of the whole time.
+const FILLING: u32 = 8;
+
+/// Everything that was set up.
+pub(super) struct Bench<'a> {
+    pub(super) options: &'a Options,
+    pub(super) machine: Machine,
+    /// When it all began.
+    pub(super) began: Instant,
+    pub(super) disk: Option<Disk>,
+    pub(super) link: Rc<Link>,
+    /// For the NVMe hops.
+    pub(super) blocks: SlotPool,
+    /// For the pipelines.
+    pub(super) pieces: SlotPool,
+    /// Of the triad, and of AdamW; or why memory cannot be measured.
+    pub(super) arrays: Rc<RefCell<Arrays>>,
+    pub(super) states: Rc<RefCell<States>>,
+    pub(super) cached: Option<String>,
+    pub(super) pool: Arc<Pool>,
+    /// Lines for the user.
+    pub(super) notes: Vec<String>,
+}
+
+impl<'a> Bench<'a> {
+    /// Sets up.
+    ///
+    /// # Errors
+    /// Those of the options, the device, the paths and the engines.
+    pub(super) fn new(options: &'a Options, interrupt: &Interrupt, progress: &mut dyn Progress) -> Result<Self> {
+        let began = Instant::now();
+        check(options)?;
+        progress.at(0.0, "looking at the paths");
+        let machine = Machine::read(machine::chosen(options.device)?)?;
+        let (mut disk, mut notes) = if options.paths.is_empty() {
+            (None, vec!["no path was given: nothing that needs a disk was measured.".to_owned()])
+        } else {
+            let (disk, notes) = Disk::open(&options.paths, options.file.0 >> 20 << 20)?;
+            (Some(disk), notes)
+        };
+        let paths = options.paths.len().max(1) as u64;
+        // An eighth of what is free, and no more than the file asks for: a small test stays small.
+        let most = (machine.available / 8).clamp(32 << 20, 4 << 30);
+        let side = (LINK_BLOCK * DEPTH as u64).min(most / 4).min(options.file.0);
+        let depth = fit(options.block.0, u64::from(options.depth) * paths, most);
+        let blocks = SlotPool::new(depth, options.block, "blocks of the benchmark")?;
+        let in_flight = (options.block.0 * u64::from(options.depth) * paths).max(LARGE_PIECE);
+        let piece = if options.threads.unwrap_or(machine.cpus) > 4 { LARGE_PIECE } else { PIECE };
+        let pieces = fit(piece, in_flight / piece + BETWEEN, most.min(options.file.0 / 2 + piece));
+        let pieces = SlotPool::new(pieces, ByteCount(piece), "pieces of the benchmark")?;
+        fill_slots(&blocks);
+        fill_slots(&pieces);
+        let link = Link::open(options.device, side, &[Arc::clone(pieces.region())])?;
+        let pool = Arc::new(Pool::new(Some(options.threads.unwrap_or(machine.cpus) as usize))?);
+        progress.at(0.01, "making arrays in memory");
+        let wanted = (machine.cache * BEYOND_CACHES).max(if options.quick { 192 << 20 } else { 768 << 20 });
+        let arrays = wanted.min(most);
+        if let Some(disk) = &mut disk {
+            let limit = (options.file_limited).then(|| options.limit / FILLING);
+            notes.extend(disk.fill(limit, least_file(options), interrupt, |part| {
+                progress.at(0.01 + 0.04 * part, "writing the files");
+            })?);
+        }
+        Ok(Self {
+            options,
+            began,
+            disk,
+            link: Rc::new(link),
+            blocks,
+            pieces,
+            arrays: Arrays::new(arrays / 3)?,
+            states: States::new((arrays / 14) as usize)?,
+            cached: (arrays < 2 * machine.cache).then(|| {
+                format!(
+                    "not measured: arrays of {} would lie in the caches ({}); more memory has to be available.",
+                    ByteCount(arrays),
+                    ByteCount(machine.cache)
+                )
+            }),
+            pool,
+            notes,
+            machine,
+        })
+    }
+
+    /// Indices of the paths that can be measured.
+    pub(super) fn measurable(disk: &Disk) -> Vec<usize> {
+        (0..disk.paths.len()).filter(|&n| disk.paths[n].direct.is_ok()).collect()
+    }
+
+    /// An engine over some paths, for the blocks and the pieces.
+    pub(super) fn lane(&self, disk: &Disk, which: &[usize]) -> Result<Lane> {
+        let regions = [Arc::clone(self.blocks.region()), Arc::clone(self.pieces.region())];
+        let depth = self.options.depth.saturating_mul(u32::try_from(which.len()).unwrap_or(1)).min(4096);
+        disk.lane(which, self.options.engine, self.options.block.0 as usize, depth, &regions)
+    }
+
+    /// The number of threads, in words.
+    pub(super) fn threads(&self) -> String {
+        match self.pool.threads() {
+            1 => "1 thread".to_owned(),
+            n => format!("{n} threads"),
+        }
+    }
+}
+
+/// What the files have to hold at least.
+fn least_file(options: &Options) -> u64 {
+    options.block.0.max(LARGE_PIECE) * 4
+}
+
+fn check(options: &Options) -> Result<()> {
+    let least = least_file(options);
+    if options.file.0 < least || options.block.0 < 4096 || !options.block.0.is_multiple_of(4096) {
+        let message = format!("files of {} and blocks of {} cannot be measured.", options.file, options.block);
+        let action = format!("Give --block as a multiple of 4KiB, and --size as at least {}.", ByteCount(least));
+        return Err(Error::new(Code::PolicyValue, message).action(action));
+    }
+    Ok(())
+}
+
+/// How many slots of `len` bytes to have, at least one.
+fn fit(len: u64, count: u64, most: u64) -> u32 {
+    let count = count.min(IN_FLIGHT.max(len) / len).min(most / len).clamp(1, 4096);
+    u32::try_from(count).unwrap_or(1)
+}
+
+/// Touches all slots of a pool, so that no first touch is timed, and leaves nothing in them that a drive could compress.
+pub(super) fn fill_slots(pool: &SlotPool) {
+    let mut leases: Vec<_> = std::iter::from_fn(|| pool.lease()).collect();
+    leases.iter_mut().for_each(|lease| fill_with_numbers(lease.bytes()));
+}
