@@ -27,6 +27,8 @@ __all__ = ["offload", "session_of", "unwrap"]
 
 _log = logging.getLogger("funicular")
 _ATTRIBUTE = "_funicular_session"
+#: what the C library may keep of the weights that have moved: it gives small pieces back only when it is told to
+_TRIM_BYTES = 64 << 20
 
 
 def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None) -> nn.Module:
@@ -63,7 +65,8 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
     resolved = Policy.load(policy)
     found = find_units(model, resolved.unit_patterns())
-    engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
+    units = [(f.name, [describe(n, p) for n, p in f.params]) for f in found]
+    engine = _core.Engine(units, resolved.to_json(), _freed(found))
     try:
         session = _build(engine, found, resolved)
     except BaseException:
@@ -82,7 +85,14 @@ def session_of(model: nn.Module) -> Session | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
-def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
+def _freed(found: list[Found]) -> int:
+    """Bytes of host memory that the weights take now and give back when they move in: those that are not files."""
+    weights = [p for f in found for _, p in f.params if p.device.type == "cpu" and p.untyped_storage().filename is None]
+    return sum(p.numel() * p.element_size() for p in weights)
+
+
+def describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
+    """Describe a parameter to the core: name, elements, dtype, bytes per element, whether it is trained."""
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
@@ -98,8 +108,14 @@ def _build(engine: _core.Engine, found: list[Found], policy: Policy) -> Session:
         for index, unit in enumerate(session.units):
             unit.neighbours = [session.units[v] for v in engine.neighbours(index)]
         # Everything that can fail has been done; from here parameters move.
+        moved = 0
         for unit in session.units:
             _move_in(session, unit)
+            moved += sum(ref.home.nbytes for ref in unit.params)
+            if moved > _TRIM_BYTES:
+                _core.trim()
+                moved = 0
+        _core.trim()
     return session
 
 

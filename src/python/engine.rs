@@ -23,11 +23,11 @@ use crate::{
         stats::{Cause, Link},
     },
     schedule::Phase,
-    units::{Tier, UnitId},
+    units::{ByteCount, Tier, UnitId},
 };
 
 /// (name, elements, dtype, bytes per element, trainable)
-type ParamTuple = (String, u64, String, u8, bool);
+pub(super) type ParamTuple = (String, u64, String, u8, bool);
 /// (section, first element, elements, which hyperparameters, master starts anew)
 type SpanTuple = (usize, u64, u64, usize, bool);
 /// (lr, beta1, beta2, eps, weight decay, step, maximize, gradient scale)
@@ -91,6 +91,15 @@ fn dtype(name: &str, size: u8) -> DType {
     }
 }
 
+/// Units as the wrapper describes them.
+pub(super) fn unit_specs(units: Vec<(String, Vec<ParamTuple>)>) -> Vec<UnitSpec> {
+    let param =
+        |(name, numel, d, size, trainable): ParamTuple| ParamSpec { name, numel, dtype: dtype(&d, size), trainable };
+    let unit =
+        |(name, params): (String, Vec<ParamTuple>)| UnitSpec { name, params: params.into_iter().map(param).collect() };
+    units.into_iter().map(unit).collect()
+}
+
 fn kind(name: &str) -> Result<StateKind> {
     StateKind::OPTIMIZER
         .into_iter()
@@ -108,27 +117,15 @@ fn phase(n: u8) -> Phase {
 
 #[pymethods]
 impl Engine {
-    /// Plans and starts. `units` is a list of (name, parameters); `policy` is resolved JSON.
+    /// Plans and starts. `units` is a list of (name, parameters); `policy` is resolved JSON; `freed` bytes of host memory are
+    /// given back as the model moves in.
     #[new]
-    fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str) -> PyResult<Self> {
-        let specs: Vec<UnitSpec> = units
-            .into_iter()
-            .map(|(name, params)| UnitSpec {
-                name,
-                params: params
-                    .into_iter()
-                    .map(|(name, numel, d, size, trainable)| ParamSpec {
-                        name,
-                        numel,
-                        dtype: dtype(&d, size),
-                        trainable,
-                    })
-                    .collect(),
-            })
-            .collect();
+    #[pyo3(signature = (units, policy, freed = 0))]
+    fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str, freed: u64) -> PyResult<Self> {
+        let specs = unit_specs(units);
         let opened = py.detach(|| {
             let layout = Layout::new(&specs)?;
-            Runtime::open(layout, &Policy::from_json_str(policy, "policy")?)
+            Runtime::open(layout, &Policy::from_json_str(policy, "policy")?, ByteCount(freed))
         });
         Ok(Self { runtime: RwLock::new(Some(check(py, opened)?)) })
     }

@@ -6,7 +6,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device,
+    device::{self, DeviceKind},
     error::Result,
     io::{EngineOptions, IoCompletion},
     memory::SlotPool,
@@ -14,6 +14,7 @@ use crate::{
     optim::Pool,
     policy::Policy,
     runtime::{
+        admission::{self, Running},
         config::Config,
         core::{Disk, Inner, Landing, RunTask, Shared},
         files::Map,
@@ -23,7 +24,7 @@ use crate::{
         trace::Trace,
         update::Job,
     },
-    schedule::{Budgets, Limits, Machine, Placement, placement},
+    schedule::{Budgets, Machine, Placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
     units::ByteCount,
 };
@@ -34,6 +35,7 @@ pub(crate) struct Started {
     pub(crate) threads: Vec<JoinHandle<()>>,
     pub(crate) budgets: Budgets,
     pub(crate) notes: Vec<String>,
+    pub(crate) running: Running,
 }
 
 struct Channels {
@@ -43,25 +45,19 @@ struct Channels {
     down: (Sender<Landing>, Receiver<Landing>),
 }
 
-/// Plans, takes memory and disk space, and starts the threads.
-pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
+/// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model moves
+/// in: its own weights.
+pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Started> {
     let device = device::open(Config::device_of(policy))?;
-    let config = &Config::resolve(policy, &layout, device.free_memory()?)?;
-    let limits = Limits {
-        granularity: device.granularity(),
-        block: config.block,
-        has_nvme: !config.paths.is_empty(),
-        residents: false,
-    };
-    // There are neither residents nor spare frames yet.
-    let budgets = Budgets { spare: Some(ByteCount(0)), ..config.budgets };
-    let plan = placement::place(&layout, &config.tiers, &budgets, &limits)?;
+    let config = &Config::resolve(policy, &layout, device.free_memory()?, freed)?;
+    let on_host = device.kind() == DeviceKind::Host;
+    let (plan, running) = admission::admit(&layout, config, device.granularity(), on_host)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let homes = Homes::new(&layout, &plan)?;
     let channels = Channels { done: bounded(4096), run: bounded(4096), up: bounded(1 << 14), down: bounded(1 << 16) };
     let map = Map::new(&layout, &plan);
     let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
-    let mut notes = Vec::new();
+    let mut notes = running.notes();
     let disk = if map.specs.is_empty() {
         None
     } else {
@@ -99,7 +95,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
         to_down: channels.down.0.clone(),
     });
     let threads = spawn(&shared, channels)?;
-    Ok(Started { shared, threads, budgets: config.budgets, notes })
+    Ok(Started { shared, threads, budgets: config.budgets, notes, running })
 }
 
 impl Disk {
