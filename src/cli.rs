@@ -3,6 +3,8 @@
 //! What subcommands say is made in the layers below; printing is done here only.
 #![expect(clippy::print_stderr, reason = "the command line talks to a person")]
 
+mod plan;
+
 use std::{
     ffi::OsString,
     io::{IsTerminal, Write, stderr, stdout},
@@ -11,6 +13,8 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand};
+
+pub use plan::Loader;
 
 use crate::{
     bench::{self, Interrupt, Outputs, Progress},
@@ -44,6 +48,8 @@ enum Command {
     Bench(Box<BenchArguments>),
     /// Look at this machine and say what is in the way. Exit code 0, 1 (warnings) or 2 (failures).
     Doctor(DoctorArguments),
+    /// Say what a model needs and how long a step takes, before it runs. Exit code 0 if it fits, 1 if not.
+    Plan(Box<plan::PlanArguments>),
     /// Check, show and import policy files.
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -157,7 +163,7 @@ enum PolicyCommand {
     },
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct Sets {
     /// Set a key over the file and the environment; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -198,8 +204,8 @@ fn size(text: &str) -> std::result::Result<ByteCount, String> {
 
 /// Runs the command line. `arguments` are those after the program's name; `relaunch` is the command that starts this
 /// program again, for probes in a child process: the program itself, or `[sys.executable, "-m", "funicular"]`.
-/// Returns the exit code.
-pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString]) -> i32 {
+/// `loader` builds models that only Python can. Returns the exit code.
+pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString], loader: Option<Loader<'_>>) -> i32 {
     let named = std::iter::once(OsString::from("funicular")).chain(arguments);
     let arguments = match Arguments::try_parse_from(named) {
         Ok(arguments) => arguments,
@@ -212,6 +218,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString])
     match arguments.command {
         Command::Bench(arguments) => finish(bench(*arguments)),
         Command::Doctor(arguments) => finish(examine(arguments, relaunch)),
+        Command::Plan(arguments) => said(&plan::run(*arguments, loader)),
         Command::Policy(command) => said(&policy(command)),
         Command::PageLock { device, up_to } => finish(
             doctor::page_lock(device, ByteCount(up_to))

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::units::ByteCount;
+
 /// Result of everything that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -80,20 +82,22 @@ codes! {
 pub struct Error {
     code: Code,
     message: String,
-    action: Option<String>,
+    action: Option<Box<str>>,
     errno: Option<i32>,
+    /// 0: not known. Errors stay small: they travel beside what they return.
+    needs: u64,
 }
 
 impl Error {
     /// An error with its code and what happened, naming the thing.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), action: None, errno: None }
+        Self { code, message: message.into(), action: None, errno: None, needs: 0 }
     }
 
     /// What the user can do about it; a full sentence.
     #[must_use]
     pub fn action(mut self, action: impl Into<String>) -> Self {
-        self.action = Some(action.into());
+        self.action = Some(action.into().into_boxed_str());
         self
     }
 
@@ -102,6 +106,25 @@ impl Error {
     pub fn errno(mut self, errno: i32) -> Self {
         self.errno = Some(errno);
         self
+    }
+
+    /// One more sentence on what happened.
+    #[must_use]
+    pub fn because(mut self, sentence: &str) -> Self {
+        self.message = format!("{} {sentence}", self.message);
+        self
+    }
+
+    /// The least size of the budget that would do, where one was too small.
+    #[must_use]
+    pub fn needing(mut self, needs: ByteCount) -> Self {
+        self.needs = needs.0;
+        self
+    }
+
+    /// The least size of the budget that would do, if that is known.
+    pub fn needs(&self) -> Option<ByteCount> {
+        (self.needs > 0).then_some(ByteCount(self.needs))
     }
 
     /// What happened, without code and next action.

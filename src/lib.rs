@@ -1,7 +1,7 @@
 //! Full-parameter training of models larger than the GPU's memory.
 //!
 //! Layers, imports only downward (`tests/tidy.rs` checks it):
-//! `error units dtype` < `memory model policy` < `device io optim` < `store schedule` < `runtime` < `bench doctor` < `cli` < `python`.
+//! `error units dtype` < `memory model policy` < `device io optim` < `store schedule` < `runtime` < `bench doctor plan` < `cli` < `python`.
 
 pub mod bench;
 pub mod cli;
@@ -13,6 +13,7 @@ pub mod io;
 pub mod memory;
 pub mod model;
 pub mod optim;
+pub mod plan;
 pub mod policy;
 pub mod runtime;
 pub mod schedule;

@@ -29,6 +29,8 @@ __all__ = ["offload", "session_of", "unwrap"]
 
 _log = logging.getLogger("funicular")
 _ATTRIBUTE = "_funicular_session"
+#: what the C library may keep of the weights that have moved: it gives small pieces back only when it is told to
+_TRIM_BYTES = 64 << 20
 
 
 def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None) -> nn.Module:
@@ -67,7 +69,8 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
     found = find_units(model, resolved.unit_patterns())
     if torch.version.cuda is not None:
         tell_core()
-    engine = _core.Engine([(f.name, [_describe(n, p) for n, p in f.params]) for f in found], resolved.to_json())
+    units = [(f.name, [describe(n, p) for n, p in f.params]) for f in found]
+    engine = _core.Engine(units, resolved.to_json(), _freed(found))
     where = engine.device()
     session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
     devices = {id(p): p.device for p in model.parameters()}
@@ -97,7 +100,14 @@ def session_of(model: nn.Module) -> Session | None:
     return model.__dict__.get(_ATTRIBUTE)
 
 
-def _describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
+def _freed(found: list[Found]) -> int:
+    """Bytes of host memory that the weights take now and give back when they move in: those that are not files."""
+    weights = [p for f in found for _, p in f.params if p.device.type == "cpu" and p.untyped_storage().filename is None]
+    return sum(p.numel() * p.element_size() for p in weights)
+
+
+def describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
+    """Describe a parameter to the core: name, elements, dtype, bytes per element, whether it is trained."""
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
@@ -115,11 +125,17 @@ def _build(session: Session, found: list[Found]) -> None:
             if unit.on_nvme:
                 _write_out(session, unit)
         # Everything that can fail has been done; from here parameters move.
+        moved = 0
         for unit in session.units:
             _move_in(session, unit)
+            moved += sum(ref.home.nbytes for ref in unit.params)
+            if moved > _TRIM_BYTES:
+                _core.trim()
+                moved = 0
         for f, resident in zip(found, residents, strict=True):
             if resident:
                 keep(session, [p for _, p in f.params])
+        _core.trim()
 
 
 def _build_unit(session: Session, index: int, found: Found) -> Unit:

@@ -29,16 +29,18 @@ class Found(NamedTuple):
     modules: list[nn.Module]
 
 
-def find_units(model: nn.Module, patterns: list[str]) -> list[Found]:
+def find_units(model: nn.Module, patterns: list[str], *, plan: bool = False) -> list[Found]:
     """Cut a model into units.
 
     Parameters
     ----------
     model : nn.Module
-        The model, on any device but meta.
+        The model, on any device; on meta only to plan it.
     patterns : list of str
         Glob patterns of the names of modules that are units; empty: the blocks of the largest ``ModuleList``
         or ``Sequential``.
+    plan : bool
+        Nothing is going to be paged, so parameters need no weights.
 
     Raises
     ------
@@ -46,9 +48,11 @@ def find_units(model: nn.Module, patterns: list[str]) -> list[Found]:
         ``FN-E118`` for TorchScript modules, ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that cannot be paged, ``FN-E113``
         for parameters that share storage.
     """
-    _check_modules(model)
-    names = _parameter_names(model)
-    _check_storages(names)
+    if not plan:
+        _check_modules(model)
+    names = _parameter_names(model, plan=plan)
+    if not plan:
+        _check_storages(names)
     blocks = _named_blocks(model, patterns) if patterns else _largest_list(model)
     found: list[Found] = []
     taken: set[int] = set()
@@ -82,10 +86,11 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
-def _parameter_names(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _parameter_names(model: nn.Module, *, plan: bool) -> list[tuple[str, nn.Parameter]]:
     names = []
     for name, p in model.named_parameters():
-        _check(name, p)
+        if not (plan and p.is_meta):
+            _check(name, p)
         if type(p) is nn.Parameter:
             names.append((name, p))
     return names

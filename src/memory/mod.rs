@@ -3,10 +3,12 @@
 //! Owns every byte of host memory that hardware may read or write. M1: a region is mapped once and never moves.
 //! M2: a slot has one owner, its [`SlotLease`]; dropping the lease returns the slot.
 
+mod heap;
 mod region;
 mod shadow;
 mod slots;
 
+pub use heap::trim;
 pub use region::{HostRegion, HugePages};
 pub use shadow::Shadow;
 pub use slots::{SlotLease, SlotPool};

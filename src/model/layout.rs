@@ -126,7 +126,7 @@ impl Layout {
     }
 
     /// All unit numbers, in order.
-    pub fn ids(&self) -> impl Iterator<Item = UnitId> + use<> {
+    pub fn ids(&self) -> impl DoubleEndedIterator<Item = UnitId> + use<> {
         (0..u32::try_from(self.units.len()).unwrap_or(u32::MAX)).map(UnitId)
     }
 }

@@ -84,7 +84,11 @@ fn read(file: &Path, hints: Hints) -> Result<Imported> {
     import::any(&read_text(file)?, &file.display().to_string(), hints)
 }
 
-fn resolve(file: Option<&Path>, overlay: &Overlay) -> Result<Policy> {
+/// The policy that a file, or none, becomes under what lies over it.
+///
+/// # Errors
+/// `FN-E501` to `FN-E504`.
+pub fn resolve(file: Option<&Path>, overlay: &Overlay) -> Result<Policy> {
     let mut policy = file.map_or_else(|| Ok(Policy::default()), Policy::from_file)?;
     policy = policy.with_env(overlay.env.iter().map(|(name, value)| (name, value)))?;
     for set in &overlay.sets {

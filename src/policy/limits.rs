@@ -66,6 +66,16 @@ impl HostLimits {
         })
     }
 
+    /// As they will be once so much memory has been given back.
+    #[must_use]
+    pub fn after(mut self, freed: ByteCount) -> Self {
+        self.mem_available.0 += freed.0;
+        if let Some(cgroup) = &mut self.cgroup {
+            cgroup.headroom.0 += freed.0;
+        }
+        self
+    }
+
     /// What may be allocated now.
     pub fn available(&self) -> ByteCount {
         self.cgroup.as_ref().map_or(self.mem_available, |c| c.headroom.min(self.mem_available))
@@ -79,7 +89,15 @@ impl HostLimits {
         if need <= self.available() {
             return Ok(());
         }
-        let limit = match &self.cgroup {
+        let limit = self.describe();
+        Err(Error::new(Code::HostBudget, format!("host memory: {what} needs {need}, but {limit}.")).needing(need).action(
+            "Lower budget.host, or move states to disk (optimizer.tier = \"nvme\", params.tier = \"nvme\"), or raise the limit.",
+        ))
+    }
+
+    /// What bounds [`HostLimits::available`], in words.
+    pub fn describe(&self) -> String {
+        match &self.cgroup {
             Some(c) if c.headroom < self.mem_available => format!(
                 "this cgroup allows {} more (limit {} at {}; the machine has {} available)",
                 c.headroom,
@@ -88,10 +106,18 @@ impl HostLimits {
                 self.mem_available
             ),
             _ => format!("the machine has {} available (of {})", self.mem_available, self.mem_total),
-        };
-        Err(Error::new(Code::HostBudget, format!("host memory: {what} needs {need}, but {limit}.")).action(
-            "Lower budget.host, or move states to disk (optimizer.tier = \"nvme\", params.tier = \"nvme\"), or raise the limit.",
-        ))
+        }
+    }
+
+    /// What to raise where nothing else helps.
+    pub fn way_out(&self, need: ByteCount) -> String {
+        let more = ByteCount(need.0.saturating_sub(self.available().0));
+        match &self.cgroup {
+            Some(c) if c.headroom < self.mem_available => {
+                format!("raise the limit at {} by {more}", c.path.display())
+            }
+            _ => format!("give the machine {more} more memory"),
+        }
     }
 }
 

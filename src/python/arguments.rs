@@ -3,6 +3,7 @@
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
+    model::{ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper, Span, Update},
     runtime::{JobSpan, StepHyper, UnitUpdate},
     schedule::Phase,
@@ -29,6 +30,14 @@ pub(super) fn dtype(name: &str, size: u8) -> DType {
         "float16" => DType::F16,
         _ => DType::Opaque { size },
     }
+}
+
+pub(super) fn unit_specs(units: Vec<(String, Vec<ParamTuple>)>) -> Vec<UnitSpec> {
+    let param =
+        |(name, numel, d, size, trainable): ParamTuple| ParamSpec { name, numel, dtype: dtype(&d, size), trainable };
+    let unit =
+        |(name, params): (String, Vec<ParamTuple>)| UnitSpec { name, params: params.into_iter().map(param).collect() };
+    units.into_iter().map(unit).collect()
 }
 
 pub(super) fn unit_update((unit, spans, guessed): UpdateTuple) -> UnitUpdate {

@@ -8,8 +8,8 @@ use pyo3::{prelude::*, types::PyDict};
 
 use super::{
     arguments::{
-        HyperTuple, ParamTuple, PlaceTuple, ResidentTuple, UpdateTuple, dtype, kind, phase, resident_update,
-        step_hyper, unit_update,
+        HyperTuple, ParamTuple, PlaceTuple, ResidentTuple, UpdateTuple, kind, phase, resident_update, step_hyper,
+        unit_specs, unit_update,
     },
     dlpack,
     failures::{check, raise, waiting},
@@ -18,14 +18,14 @@ use crate::{
     device::DeviceKind,
     error::{Code, Error, Result},
     io::Direction,
-    model::{Layout, ParamSpec, UnitSpec},
+    model::Layout,
     optim::Update,
     policy::Policy,
     runtime::{
         Runtime, StepHyper, UnitUpdate, shares_processor,
         stats::{Cause, Link},
     },
-    units::{Tier, UnitId},
+    units::{ByteCount, Tier, UnitId},
 };
 
 /// One offloaded model.
@@ -77,27 +77,15 @@ fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {
 
 #[pymethods]
 impl Engine {
-    /// Plans and starts. `units` is a list of (name, parameters); `policy` is resolved JSON.
+    /// Plans and starts. `units` is a list of (name, parameters); `policy` is resolved JSON; `freed` bytes of host memory are
+    /// given back as the model moves in.
     #[new]
-    fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str) -> PyResult<Self> {
-        let specs: Vec<UnitSpec> = units
-            .into_iter()
-            .map(|(name, params)| UnitSpec {
-                name,
-                params: params
-                    .into_iter()
-                    .map(|(name, numel, d, size, trainable)| ParamSpec {
-                        name,
-                        numel,
-                        dtype: dtype(&d, size),
-                        trainable,
-                    })
-                    .collect(),
-            })
-            .collect();
+    #[pyo3(signature = (units, policy, freed = 0))]
+    fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str, freed: u64) -> PyResult<Self> {
+        let specs = unit_specs(units);
         let opened = py.detach(|| {
             let layout = Layout::new(&specs)?;
-            Runtime::open(layout, &Policy::from_json_str(policy, "policy")?)
+            Runtime::open(layout, &Policy::from_json_str(policy, "policy")?, ByteCount(freed))
         });
         Ok(Self { runtime: RwLock::new(Some(check(py, opened)?)) })
     }

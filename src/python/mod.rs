@@ -4,6 +4,7 @@ mod arguments;
 mod dlpack;
 mod engine;
 mod failures;
+mod planner;
 mod policies;
 
 use pyo3::prelude::*;
@@ -15,10 +16,17 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
+    m.add_function(wrap_pyfunction!(trim, m)?)?;
     m.add_function(wrap_pyfunction!(cli, m)?)?;
     m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     Ok(())
+}
+
+/// Gives free memory of the heap back to the system.
+#[pyfunction]
+fn trim(py: Python<'_>) {
+    py.detach(crate::memory::trim);
 }
 
 /// Runs the command line on `argv`, program name included; returns the exit status.
@@ -27,7 +35,7 @@ fn cli(py: Python<'_>, argv: Vec<std::ffi::OsString>) -> i32 {
     let python =
         py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
     let relaunch = [python.unwrap_or_else(|_| "python3".into()), "-m".into(), "funicular".into()];
-    py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch))
+    py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch, Some(&planner::load)))
 }
 
 /// Adds files or folders in which CUDA's run-time compiler may lie.

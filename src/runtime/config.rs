@@ -7,8 +7,11 @@ use crate::{
     error::Result,
     io::{DirectIo, EngineChoice, Faults},
     model::Layout,
-    policy::{self, Auto, Direct, OptimizerTier, ParamsTier, Policy, limits},
-    schedule::{Budgets, Tiers},
+    policy::{
+        self, Auto, Direct, OptimizerTier, ParamsTier, Policy,
+        limits::{self, HostLimits},
+    },
+    schedule::{Budgets, Limits, Tiers},
     units::{ByteCount, Tier},
 };
 
@@ -39,6 +42,10 @@ pub struct Config {
     pub poison: bool,
     /// Faults to inject.
     pub faults: Arc<Faults>,
+    /// The machine that budgets were resolved on.
+    pub machine: HostLimits,
+    /// Whether the policy left the host's budget to the machine.
+    pub host_is_auto: bool,
 }
 
 /// Of the memory that is free on a GPU, frames may take this share unless the policy says otherwise; activations need the rest.
@@ -54,13 +61,26 @@ impl Config {
         }
     }
 
-    /// Makes a policy concrete. `device_free` is the memory free on the compute device, none on the host.
+    /// Makes a policy concrete. `device_free` is the memory free on the compute device, none on the host; `freed` is host
+    /// memory that will be given back as the model moves in.
     ///
     /// # Errors
     /// `FN-E202` when the host budget is more than the machine or the container can give; a bad fault pattern.
-    pub fn resolve(policy: &Policy, layout: &Layout, device_free: Option<ByteCount>) -> Result<Self> {
-        let machine = limits::HostLimits::read()?;
-        let host = limits::resolve_host_budget(&machine, policy);
+    pub fn resolve(policy: &Policy, layout: &Layout, device_free: Option<ByteCount>, freed: ByteCount) -> Result<Self> {
+        Self::resolve_on(policy, layout, device_free, &HostLimits::read()?.after(freed))
+    }
+
+    /// As [`Config::resolve`], for a machine of those limits.
+    ///
+    /// # Errors
+    /// As for [`Config::resolve`].
+    pub fn resolve_on(
+        policy: &Policy,
+        layout: &Layout,
+        device_free: Option<ByteCount>,
+        machine: &HostLimits,
+    ) -> Result<Self> {
+        let host = limits::resolve_host_budget(machine, policy);
         if let Auto::Set(asked) = policy.budget.host {
             machine.admit("budget.host", asked)?;
         }
@@ -74,7 +94,8 @@ impl Config {
                 hbm,
                 host,
                 nvme: policy.budget.nvme.or(ByteCount(u64::MAX)),
-                spare: policy.optimizer.spare.given(),
+                // Where updates and compute share a processor, an update ahead of the step only takes its time.
+                spare: policy.optimizer.spare.given().or(device_free.is_none().then_some(ByteCount(0))),
             },
             tiers: layout.units.iter().map(|u| tiers(policy, u)).collect(),
             paths: policy.nvme.paths.clone(),
@@ -91,11 +112,18 @@ impl Config {
                 Direct::Off => DirectIo::Off,
             },
             checksums: policy.nvme.checksums,
-            threads: limits::resolve_threads(&machine, policy),
+            threads: limits::resolve_threads(machine, policy),
             window: policy.prefetch.window.given(),
             poison: policy.debug.poison,
             faults: Arc::new(Faults::parse(&policy.debug.faults)?),
+            machine: machine.clone(),
+            host_is_auto: policy.budget.host.given().is_none(),
         })
+    }
+
+    /// What the machine dictates to the placement, for frames of that granularity.
+    pub fn limits(&self, granularity: u64) -> Limits {
+        Limits { granularity, block: self.block, has_nvme: !self.paths.is_empty(), residents: true }
     }
 }
 

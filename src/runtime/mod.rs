@@ -4,6 +4,7 @@
 //! - `threads`: driver, runner, reapers; `update`: AdamW over one piece; `service`: what is not part of a step;
 //! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
 
+mod admission;
 mod ahead;
 mod config;
 mod core;
@@ -34,6 +35,7 @@ use crate::{
     model::Layout,
     policy::Policy,
     runtime::{
+        admission::Running,
         core::{Disk, Landing, Shared},
         homes::Homes,
         start::Started,
@@ -41,7 +43,7 @@ use crate::{
         trace::Trace,
     },
     schedule::{Budgets, Phase, Placement, machine::Prefetches},
-    units::{Tier, UnitId},
+    units::{ByteCount, Tier, UnitId},
 };
 
 /// Asked about twenty times a second during a wait; true ends the wait with `FN-E106`.
@@ -65,16 +67,19 @@ pub struct Runtime {
     pid: u32,
     budgets: Budgets,
     notes: Vec<String>,
+    /// What other processes of this machine are told of this one.
+    running: Option<Running>,
 }
 
 impl Runtime {
-    /// Plans, takes memory and disk space, and starts the threads.
+    /// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model
+    /// moves in: its own weights, where they lie there.
     ///
     /// # Errors
     /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`); nothing is left behind.
-    pub fn open(layout: Layout, policy: &Policy) -> Result<Self> {
-        let Started { shared, threads, budgets, notes } = start::start(layout, policy)?;
-        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes })
+    pub fn open(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Self> {
+        let Started { shared, threads, budgets, notes, running } = start::start(layout, policy, freed)?;
+        Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes, running: Some(running) })
     }
 
     fn shared(&self) -> Result<&Shared> {
@@ -398,9 +403,11 @@ impl Runtime {
         if std::process::id() != self.pid {
             // A forked child owns neither the threads nor the device.
             std::mem::forget(self.shared.take());
+            std::mem::forget(self.running.take());
             self.threads.drain(..).for_each(std::mem::forget);
             return;
         }
+        self.running = None;
         let Some(shared) = self.shared.take() else { return };
         shared.inner.lock().closing = true;
         shared.changed.notify_all();

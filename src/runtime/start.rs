@@ -6,7 +6,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device,
+    device::{self, DeviceKind},
     error::Result,
     io::{EngineOptions, IoCompletion},
     memory::SlotPool,
@@ -14,18 +14,18 @@ use crate::{
     optim::Pool,
     policy::Policy,
     runtime::{
+        admission::{self, Running},
         config::Config,
         core::{Disk, Inner, Landing, RunTask, Shared},
         factors::Factors,
         files::Map,
         homes::Homes,
-        shares_processor,
         stats::{Busy, Link, Stats},
         threads,
         trace::Trace,
         update::Job,
     },
-    schedule::{Budgets, Limits, Machine, Placement, placement},
+    schedule::{Budgets, Machine, Placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
     units::{ByteCount, Tier, UnitId},
 };
@@ -36,6 +36,7 @@ pub(crate) struct Started {
     pub(crate) threads: Vec<JoinHandle<()>>,
     pub(crate) budgets: Budgets,
     pub(crate) notes: Vec<String>,
+    pub(crate) running: Running,
 }
 
 struct Channels {
@@ -46,20 +47,13 @@ struct Channels {
     down: (Sender<Landing>, Receiver<Landing>),
 }
 
-/// Plans, takes memory and disk space, and starts the threads.
-pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
+/// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model moves
+/// in: its own weights.
+pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Started> {
     let device = device::open(Config::device_of(policy))?;
-    let config = &Config::resolve(policy, &layout, device.free_memory()?)?;
-    let limits = Limits {
-        granularity: device.granularity(),
-        block: config.block,
-        has_nvme: !config.paths.is_empty(),
-        residents: true,
-    };
-    // Where updates and compute share a processor, an update ahead of the step only takes its time.
-    let spare = config.budgets.spare.or(if shares_processor(device.kind()) { Some(ByteCount(0)) } else { None });
-    let budgets = Budgets { spare, ..config.budgets };
-    let plan = placement::place(&layout, &config.tiers, &budgets, &limits)?;
+    let config = &Config::resolve(policy, &layout, device.free_memory()?, freed)?;
+    let on_host = device.kind() == DeviceKind::Host;
+    let (plan, running) = admission::admit(&layout, config, device.granularity(), on_host)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let homes = Homes::new(&layout, &plan)?;
     let channels = Channels {
@@ -71,7 +65,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
     };
     let map = Map::new(&layout, &plan);
     let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
-    let mut notes = Vec::new();
+    let mut notes = running.notes();
     let disk = if map.specs.is_empty() {
         None
     } else {
@@ -115,7 +109,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy) -> Result<Started> {
         to_down: channels.down.0.clone(),
     });
     let threads = spawn(&shared, channels)?;
-    Ok(Started { shared, threads, budgets: config.budgets, notes })
+    Ok(Started { shared, threads, budgets: config.budgets, notes, running })
 }
 
 impl Disk {

@@ -10,6 +10,7 @@ use crate::{
     model::{ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
     runtime::stats::Link,
+    units::ByteCount,
 };
 
 const ELEMS: u64 = 1024;
@@ -27,7 +28,7 @@ fn runtime(dir: &tempfile::TempDir, params: &str, faults: &str) -> Runtime {
             "optimizer": {{"tier": "nvme"}}, "nvme": {{"paths": [{:?}], "engine": "threads"}}, "debug": {{"faults": "{faults}"}}}}"#,
         dir.path()
     );
-    Runtime::open(Layout::new(&units).unwrap(), &Policy::from_json_str(&policy, "test").unwrap()).unwrap()
+    Runtime::open(Layout::new(&units).unwrap(), &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0)).unwrap()
 }
 
 fn disk() -> tempfile::TempDir {

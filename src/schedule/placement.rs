@@ -306,6 +306,7 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, device: &Device, h
                 budgets.host
             ),
         )
+        .needing(ByteCount(need.total()))
         .action(format!("Raise budget.host to {}, {or}", at_least(need.total()))));
     }
     let nvme = nvme_bytes(layout, homes);
@@ -314,13 +315,14 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, device: &Device, h
             Code::NvmeBudget,
             format!("the plan needs {} on NVMe; budget.nvme allows {}.", ByteCount(nvme), budgets.nvme),
         )
+        .needing(ByteCount(nvme))
         .action(format!("Raise budget.nvme to {}, or budget.host so that less has to lie there.", at_least(nvme))));
     }
     Ok(())
 }
 
 /// A size as a policy spells it, rounded up: enough.
-fn at_least(bytes: u64) -> String {
+pub(crate) fn at_least(bytes: u64) -> String {
     let (unit, name) = if bytes < 16 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") };
     format!("{}{name}", bytes.div_ceil(unit))
 }
@@ -341,6 +343,12 @@ impl Placement {
     /// True if the unit lives on the compute device for good.
     pub fn resident(&self, unit: UnitId) -> bool {
         self.homes[unit.index()].params == Tier::Hbm
+    }
+
+    /// The largest parameters that live on NVMe: what is in host memory besides while they are read or written as a whole.
+    pub fn widest_on_nvme(&self, layout: &Layout) -> u64 {
+        let on_nvme = layout.units.iter().zip(&self.homes).filter(|(_, h)| h.params == Tier::Nvme);
+        on_nvme.map(|(u, _)| u.param_bytes()).max().unwrap_or(0)
     }
 
     /// Bytes of the ring.

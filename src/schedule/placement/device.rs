@@ -153,5 +153,6 @@ fn too_small(unit: &str, resident: u64, need: u64, hbm: ByteCount) -> Error {
         (what, "set optimizer.tier to \"auto\".")
     };
     Error::new(Code::HbmBudget, format!("{what}; budget.hbm allows {hbm}."))
+        .needing(need)
         .action(format!("Raise budget.hbm to {}, or {instead}", at_least(need.0)))
 }

@@ -1,0 +1,186 @@
+//! `funicular plan`: arguments, and from them a model, a machine and a plan.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{Sets, size};
+use crate::{
+    dtype::DType,
+    error::{Code, Error, Result},
+    model::ParamSpec,
+    plan::{
+        self, Compute, Machine, PlannedUnit,
+        source::{self, Shape, parse_count},
+    },
+    policy::{
+        Policy,
+        cli::{Output, Overlay, resolve},
+        limits::HostLimits,
+        profile::Profile,
+    },
+    units::ByteCount,
+};
+
+/// Builds a model that only Python can: `module:function`, or a directory with a config.json. The text, the patterns of
+/// `units.match`, and the type to build it in.
+pub type Loader<'a> = &'a dyn Fn(&str, &[String], Option<&str>) -> Result<Vec<PlannedUnit>>;
+
+#[derive(Args)]
+pub(super) struct PlanArguments {
+    /// module:function or file.py:function that builds the model, a directory with config.json or safetensors files, or a
+    /// safetensors file. Nothing is loaded: models are built on the meta device.
+    #[arg(value_name = "MODEL", required_unless_present = "params", conflicts_with = "params")]
+    model: Option<String>,
+    /// A decoder of so many parameters instead, such as 7B.
+    #[arg(long, value_name = "N", value_parser = parse_count, requires = "layers")]
+    params: Option<u64>,
+    /// Its blocks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    layers: Option<u64>,
+    /// Its vocabulary.
+    #[arg(long, value_name = "N", default_value = "32000")]
+    vocab: u64,
+    /// Its width; found from the others without one.
+    #[arg(long, value_name = "N")]
+    hidden: Option<u64>,
+    /// Type of its parameters: bf16, fp16 or fp32. bf16 with --params; else what the model says.
+    #[arg(long, value_parser = ["bf16", "fp16", "fp32"])]
+    dtype: Option<String>,
+    /// A TOML or JSON policy; all automatic without one.
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    #[command(flatten)]
+    sets: Sets,
+    /// Rates of the machine, as funicular bench --save writes them; those of this machine without one.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// Memory free on the GPU of the machine planned for, or none.
+    #[arg(long, value_name = "SIZE")]
+    gpu: Option<String>,
+    /// Host memory that the machine planned for has available.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    ram: Option<ByteCount>,
+    /// Size of its drives together.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    disk: Option<ByteCount>,
+    /// Its CPUs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    cpus: Option<u32>,
+    /// Tokens of a step.
+    #[arg(long, value_name = "N", default_value = "0")]
+    tokens: u64,
+    /// Arithmetic that the model sustains there, per second, such as 400e12.
+    #[arg(long, value_name = "X", default_value = "0")]
+    flops: f64,
+    /// Seconds of a step's forward and backward on a machine that holds the model, in place of tokens and flops.
+    #[arg(long, value_name = "S")]
+    compute_seconds: Option<f64>,
+    /// Blocks are computed again in the backward.
+    #[arg(long)]
+    recompute: bool,
+    /// Forwards and backwards before each update.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    passes: u32,
+    /// A line for each unit.
+    #[arg(long)]
+    units: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Plans; exit code 0 if the model fits, 1 if not.
+pub(super) fn run(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Output {
+    planned(arguments, loader).into()
+}
+
+fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Output> {
+    let overlay = Overlay::from(arguments.sets.clone());
+    let mut policy = resolve(arguments.policy.as_deref(), &overlay)?;
+    policy.check_supported()?;
+    let machine = machine(&arguments, &policy)?;
+    if arguments.disk.is_some() && policy.nvme.paths.is_empty() {
+        // A drive to plan with; where it will be mounted does not matter.
+        policy.nvme.paths = vec![PathBuf::from("/nvme")];
+    }
+    if let Some(disk) = arguments.disk
+        && policy.budget.nvme.given().is_none()
+    {
+        policy.budget.nvme = crate::policy::Auto::Set(disk);
+    }
+    policy.check_consistent()?;
+    let units = model(&arguments, &policy, loader)?;
+    let compute = Compute {
+        tokens: arguments.tokens,
+        flops: if arguments.tokens > 0 { arguments.flops } else { 0.0 },
+        seconds: arguments.compute_seconds,
+        recompute: arguments.recompute,
+        passes: arguments.passes,
+    };
+    let plan = plan::plan(&units, &policy, &machine, compute)?;
+    let code = u8::from(!plan.fits);
+    let out = if arguments.json {
+        serde_json::to_string_pretty(&plan)
+            .map(|text| text + "\n")
+            .map_err(|e| Error::new(Code::OutputFile, format!("the plan as JSON: {e}.")))?
+    } else {
+        plan::text(&plan, arguments.units)
+    };
+    Ok(Output { out, err: String::new(), code })
+}
+
+/// The machine that the arguments describe, else this one.
+fn machine(arguments: &PlanArguments, policy: &Policy) -> Result<Machine> {
+    let elsewhere = arguments.profile.is_some() || arguments.gpu.is_some() || arguments.ram.is_some();
+    let mut limits = HostLimits::read()?;
+    if let Some(ram) = arguments.ram {
+        limits = HostLimits { mem_total: ram, mem_available: ram, cgroup: None, ..limits };
+    }
+    limits.cpus = arguments.cpus.unwrap_or(limits.cpus);
+    let gpu = match arguments.gpu.as_deref() {
+        Some("none") => None,
+        Some(text) => Some(size(text).map_err(|e| Error::new(Code::PolicyValue, format!("--gpu: {e}.")))?),
+        None if elsewhere => policy.budget.hbm.given(),
+        None => crate::device::open(plan::device_here(policy))?.free_memory()?,
+    };
+    let profile = match &arguments.profile {
+        Some(file) => Some(Profile::read(file)?),
+        None if elsewhere => None,
+        None => Profile::default_path().filter(|f| f.exists()).map(|f| Profile::read(&f)).transpose()?,
+    };
+    Ok(Machine { gpu, limits, disk: arguments.disk, profile })
+}
+
+fn dtype(word: &str) -> DType {
+    match word {
+        "fp32" => DType::F32,
+        "fp16" => DType::F16,
+        _ => DType::Bf16,
+    }
+}
+
+fn model(arguments: &PlanArguments, policy: &Policy, loader: Option<Loader<'_>>) -> Result<Vec<PlannedUnit>> {
+    let asked = arguments.dtype.as_deref();
+    if let (Some(params), Some(layers)) = (arguments.params, arguments.layers) {
+        let shape = Shape { params, layers, vocab: arguments.vocab, hidden: arguments.hidden };
+        return shape.units(dtype(asked.unwrap_or("bf16")));
+    }
+    let text = arguments.model.as_deref().unwrap_or_default();
+    let path = Path::new(text);
+    if path.exists()
+        && let Some(params) = source::safetensors(path)?
+    {
+        let cast = |p: ParamSpec| match asked {
+            Some(word) if p.dtype.trainable() => ParamSpec { dtype: dtype(word), ..p },
+            _ => p,
+        };
+        return source::cut(params.into_iter().map(cast).collect(), &policy.units.patterns);
+    }
+    let Some(loader) = loader else {
+        return Err(Error::new(Code::PolicyFile, format!("{text}: only Python can build this model."))
+            .action("Use `python -m funicular plan`, a directory with safetensors files, or --params and --layers."));
+    };
+    let patterns: Vec<String> = policy.units.patterns.iter().map(|p| p.as_str().to_owned()).collect();
+    loader(text, &patterns, asked)
+}

@@ -1,0 +1,407 @@
+//! What a run will need and take, before it: memory by tier, bytes and time of a step, wear of the drives.
+//!
+//! Q1: the placement is the one that a run on that machine makes. Q2: nothing is allocated, no weights are read.
+
+pub mod source;
+mod text;
+
+use serde::Serialize;
+
+pub use source::PlannedUnit;
+pub use text::text;
+
+use crate::{
+    device::DeviceChoice,
+    error::{Error, Result},
+    model::Layout,
+    policy::{Policy, limits::HostLimits, profile::Profile},
+    runtime::Config,
+    schedule::{
+        Budgets, Limits, Placement, advice,
+        cost::{self, Rates, Resource, Work},
+        placement,
+        traffic::Uses,
+    },
+    units::{ByteCount, Tier, UnitId},
+};
+
+/// Chunks of a ring on a GPU.
+const GPU_GRANULARITY: u64 = 2 << 20;
+/// The same on the host device.
+const HOST_GRANULARITY: u64 = 4096;
+/// Host memory that AdamW moves per bf16 parameter, which is what profiles count.
+const BF16_TRAFFIC: f64 = 26.0;
+/// AdamW on a GPU whose rate is not known, parameters per second: a low figure for cards with HBM.
+const DEVICE_UPDATE: f64 = 50e9;
+/// Rated writes of a consumer drive per byte of its size; data sheets say 600 TBW per TB.
+const WRITES_PER_BYTE: f64 = 600.0;
+
+/// The machine planned for.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Memory of its GPU that is free; none without a GPU.
+    pub gpu: Option<ByteCount>,
+    /// Its host memory and processors.
+    pub limits: HostLimits,
+    /// Size of its drives together, if known.
+    pub disk: Option<ByteCount>,
+    /// Its rates, if they were measured.
+    pub profile: Option<Profile>,
+}
+
+/// What a step computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Compute {
+    /// Tokens (or other items) of all forwards of a step together.
+    pub tokens: u64,
+    /// Arithmetic that the model sustains on the device, per second.
+    pub flops: f64,
+    /// Seconds of a step's forwards and backwards, in place of tokens and flops.
+    pub seconds: Option<f64>,
+    /// Whether blocks are computed again in the backward.
+    pub recompute: bool,
+    /// Forwards and backwards before each update.
+    pub passes: u32,
+}
+
+/// Bytes of one tier.
+#[derive(Clone, Debug, Serialize)]
+pub struct TierPlan {
+    /// Its name.
+    pub tier: &'static str,
+    /// What the policy allows; none: no bound of its own.
+    pub budget: Option<u64>,
+    /// Between steps.
+    pub steady: u64,
+    /// At most while the model is moved in.
+    pub init: u64,
+    /// At most in a step.
+    pub step: u64,
+    /// At most while a checkpoint is written or read.
+    pub checkpoint: u64,
+    /// What it holds, in bytes.
+    pub holds: Vec<(&'static str, u64)>,
+}
+
+/// One unit.
+#[derive(Clone, Debug, Serialize)]
+pub struct UnitPlan {
+    /// Its name.
+    pub name: String,
+    /// Bytes of its parameters.
+    pub params: u64,
+    /// Bytes of its optimizer states.
+    pub states: u64,
+    /// Home of its parameters.
+    pub params_tier: &'static str,
+    /// Home of its states.
+    pub states_tier: &'static str,
+    /// Whether its update may run ahead of the step.
+    pub spare: bool,
+}
+
+/// The prediction of a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepPlan {
+    /// From one step to the next.
+    pub seconds: f64,
+    /// Of those, computing.
+    pub compute_seconds: f64,
+    /// Per part of the machine: its name, seconds busy, seconds that the training thread waits for it.
+    pub parts: Vec<(&'static str, f64, f64)>,
+    /// What the step is bound by.
+    pub binding: &'static str,
+    /// Seconds gained if that part were twice as fast, the most helpful first.
+    pub twice_as_fast: Vec<(&'static str, f64)>,
+    /// One more budget, and the seconds gained by it.
+    pub more_memory: Option<(String, f64)>,
+}
+
+/// What is written to the drives.
+#[derive(Clone, Debug, Serialize)]
+pub struct Wear {
+    /// Bytes per step.
+    pub bytes_per_step: u64,
+    /// Bytes per day at the step time predicted.
+    pub bytes_per_day: Option<f64>,
+    /// Bytes that the drives are rated for.
+    pub endurance: Option<f64>,
+    /// Days until then.
+    pub days: Option<f64>,
+}
+
+/// A plan.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// Parameters.
+    pub params: u64,
+    /// Of them trained.
+    pub trained: u64,
+    /// Whether it fits as the policy has it.
+    pub fits: bool,
+    /// What is missing, where it does not.
+    pub refusal: Option<String>,
+    /// Changes of tiers that make it fit.
+    pub ways: Vec<String>,
+    /// By tier; with the budgets that it needs, where it does not fit.
+    pub tiers: Vec<TierPlan>,
+    /// Each unit.
+    pub units: Vec<UnitPlan>,
+    /// Bytes per step over each link, and through the update.
+    pub traffic: Vec<(&'static str, u64)>,
+    /// Time, where rates and compute are known.
+    pub step: Option<StepPlan>,
+    /// Writes to the drives.
+    pub wear: Wear,
+    /// What else is worth knowing.
+    pub notes: Vec<String>,
+}
+
+/// Plans a model on a machine.
+///
+/// # Errors
+/// A policy that contradicts itself, or that no budget helps.
+pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: Compute) -> Result<Plan> {
+    let layout = Layout::new(&units.iter().map(|u| u.spec.clone()).collect::<Vec<_>>())?;
+    let config = Config::resolve_on(policy, &layout, machine.gpu, &machine.limits)?;
+    let granularity = if machine.gpu.is_some() { GPU_GRANULARITY } else { HOST_GRANULARITY };
+    let limits = config.limits(granularity);
+    let placed = placement::place(&layout, &config.tiers, &config.budgets, &limits);
+    let (refusal, budgets, placed) = match placed {
+        Ok(placed) => (None, config.budgets, placed),
+        Err(error) => {
+            let raised = advice::least_budgets(&layout, &config.tiers, &config.budgets, &limits)?;
+            (Some(error), raised.0, raised.1)
+        }
+    };
+    let ways = match &refusal {
+        Some(error) if error.code() == crate::Code::HostBudget => {
+            advice::ways(&layout, &config.tiers, &config.budgets, &limits)
+        }
+        _ => Vec::new(),
+    };
+    let uses = Uses { passes: compute.passes.max(1), backward: units.iter().map(|u| u.backward).collect() };
+    let sight = Sight { layout: &layout, config: &config, limits, budgets, placed: &placed };
+    let moved = crate::schedule::traffic::of_step(&layout, &placed, &uses);
+    let step = match machine.profile.as_ref().and_then(|p| rates(p, machine.gpu.is_some(), config.threads)) {
+        Some(rates) => work(&layout, uses, compute).map(|work| sight.step(&rates, &work)),
+        None => None,
+    };
+    let sum =
+        |f: fn(&crate::model::Section) -> u64| -> u64 { layout.units.iter().flat_map(|u| &u.sections).map(f).sum() };
+    Ok(Plan {
+        params: units.iter().flat_map(|u| &u.spec.params).map(|p| p.numel).sum(),
+        trained: sum(|s| if s.trainable { s.elems } else { 0 }),
+        fits: refusal.is_none(),
+        refusal: refusal.as_ref().map(Error::to_string),
+        ways: ways.iter().map(advice::Way::describe).collect(),
+        tiers: sight.tiers(config.budgets),
+        units: sight.units(),
+        traffic: vec![
+            ("host_to_device", moved.up),
+            ("device_to_host", moved.down),
+            ("nvme_read", moved.nvme_read),
+            ("nvme_write", moved.nvme_write),
+            ("cpu_update", moved.update),
+        ],
+        wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
+        step,
+        notes: notes(machine, compute),
+    })
+}
+
+/// The device that a policy means on this machine, for planning here.
+pub fn device_here(policy: &Policy) -> DeviceChoice {
+    Config::device_of(policy)
+}
+
+/// A placement and what it was made from.
+struct Sight<'a> {
+    layout: &'a Layout,
+    config: &'a Config,
+    limits: Limits,
+    budgets: Budgets,
+    placed: &'a Placement,
+}
+
+impl Sight<'_> {
+    fn tiers(&self, allowed: Budgets) -> Vec<TierPlan> {
+        let (plan, units) = (self.placed, || self.layout.units.iter().zip(&self.placed.homes));
+        let on = |tier: Tier, f: fn(&crate::model::Unit) -> u64, home: fn(&placement::Homes) -> Tier| -> u64 {
+            units().filter(|(_, h)| home(h) == tier).map(|(u, _)| f(u)).sum()
+        };
+        let params = |tier| on(tier, |u| u.param_bytes(), |h| h.params);
+        let states = |tier| on(tier, |u| u.optimizer_bytes(), |h| h.optimizer);
+        let grads: u64 = units().filter(|(_, h)| h.params != Tier::Hbm).map(|(u, _)| u.grad_bytes()).sum();
+        let spare: u64 = self
+            .layout
+            .ids()
+            .filter(|u| plan.spare[u.index()])
+            .map(|u| placement::spare_bytes(self.layout.unit(u)))
+            .sum();
+        let staging = [plan.page_slots, plan.update_slots].iter().map(|(n, b)| u64::from(*n) * b).sum();
+        let shared = if self.budgets.hbm.is_none() { plan.hbm_bytes } else { 0 };
+        let read = plan.widest_on_nvme(self.layout);
+        let flat = |tier, budget: Option<u64>, bytes, more, holds: Vec<(&'static str, u64)>| TierPlan {
+            tier,
+            budget,
+            steady: bytes,
+            init: bytes + more,
+            step: bytes,
+            checkpoint: bytes,
+            holds: holds.into_iter().filter(|(_, b)| *b > 0).collect(),
+        };
+        let resident = plan.hbm_bytes - plan.ring_bytes();
+        let host = vec![
+            ("params", params(Tier::Host)),
+            ("grads", grads),
+            ("states", states(Tier::Host)),
+            ("spare", spare),
+            ("staging", staging),
+            ("compute tier", shared),
+        ];
+        let nvme = Some(allowed.nvme.0).filter(|&b| b != u64::MAX);
+        vec![
+            flat(
+                "hbm",
+                allowed.hbm.map(|b| b.0),
+                plan.hbm_bytes,
+                0,
+                vec![("ring", plan.ring_bytes()), ("resident", resident)],
+            ),
+            flat("host", Some(allowed.host.0), plan.host_bytes, read, host),
+            flat(
+                "nvme",
+                nvme,
+                plan.nvme_bytes,
+                0,
+                vec![("params", params(Tier::Nvme)), ("states", states(Tier::Nvme))],
+            ),
+        ]
+    }
+
+    fn units(&self) -> Vec<UnitPlan> {
+        let one = |id: UnitId| {
+            let (unit, home) = (self.layout.unit(id), self.placed.homes[id.index()]);
+            UnitPlan {
+                name: unit.name.clone(),
+                params: unit.param_bytes(),
+                states: unit.optimizer_bytes(),
+                params_tier: home.params.name(),
+                states_tier: home.optimizer.name(),
+                spare: self.placed.spare[id.index()],
+            }
+        };
+        self.layout.ids().map(one).collect()
+    }
+
+    fn step(&self, rates: &Rates, work: &Work) -> StepPlan {
+        let cost = cost::predict(self.layout, self.placed, rates, work);
+        let part = |r: Resource| (r.name(), cost.busy[r as usize], cost.waits[r as usize]);
+        let gains = cost::gains(self.layout, self.placed, rates, work);
+        StepPlan {
+            seconds: cost.seconds,
+            compute_seconds: cost.busy[Resource::Compute as usize],
+            parts: Resource::ALL.into_iter().map(part).filter(|(_, busy, _)| *busy > 0.0).collect(),
+            binding: cost.binding.name(),
+            twice_as_fast: gains
+                .into_iter()
+                .filter(|(_, s)| *s > 0.001 * cost.seconds)
+                .map(|(r, s)| (r.name(), s))
+                .collect(),
+            more_memory: self.more_memory(rates, work, cost.seconds),
+        }
+    }
+
+    /// Which budget, a quarter larger, gains the most.
+    fn more_memory(&self, rates: &Rates, work: &Work, now: f64) -> Option<(String, f64)> {
+        let host = Budgets { host: ByteCount(self.budgets.host.0 / 4 * 5), ..self.budgets };
+        let hbm = Budgets { hbm: self.budgets.hbm.map(|b| ByteCount(b.0 / 4 * 5)), ..self.budgets };
+        let named = [
+            ("budget.host", host, self.budgets.host.0 / 4),
+            ("budget.hbm", hbm, self.budgets.hbm.map_or(0, |b| b.0 / 4)),
+        ];
+        let gain = |(key, budgets, more): (&str, Budgets, u64)| {
+            let placed = placement::place(self.layout, &self.config.tiers, &budgets, &self.limits).ok()?;
+            let seconds = now - cost::predict(self.layout, &placed, rates, work).seconds;
+            (seconds > 0.01 * now).then(|| (format!("{key} + {}", ByteCount(more)), seconds))
+        };
+        named.into_iter().filter_map(gain).max_by(|a, b| a.1.total_cmp(&b.1))
+    }
+}
+
+/// The rates of a profile, or none if it was not measured for such a device.
+fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
+    let on_host = profile.device.name == "host";
+    if gpu == on_host || profile.device.host_to_device <= 0.0 || profile.memory.adamw_params <= 0.0 {
+        return None;
+    }
+    // A processor's memory is saturated by fewer threads than it has; fewer than measured are slower in proportion.
+    let share = (f64::from(threads) / f64::from(profile.memory.threads.max(1))).min(1.0);
+    let nvme = |rate: f64| if rate > 0.0 { rate } else { f64::MIN_POSITIVE };
+    Some(Rates {
+        up: profile.device.host_to_device,
+        down: profile.device.device_to_host,
+        nvme_read: nvme(profile.nvme.read),
+        nvme_write: nvme(profile.nvme.write),
+        nvme_both: nvme(profile.nvme.read_write),
+        update: profile.memory.adamw_params * BF16_TRAFFIC * share,
+        device_update: if on_host { profile.memory.adamw_params * share } else { DEVICE_UPDATE },
+        shared: on_host.then_some(threads.max(1)),
+    })
+}
+
+/// The seconds of each unit's windows: two operations per parameter and token forward, four backward, two more where
+/// blocks are computed again. None where nothing says how fast that goes.
+fn work(layout: &Layout, uses: Uses, compute: Compute) -> Option<Work> {
+    #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
+    let size = |u: UnitId| -> f64 {
+        let elems: u64 = layout.unit(u).sections.iter().filter(|s| s.dtype.trainable()).map(|s| s.elems).sum();
+        if uses.backward[u.index()] { elems as f64 } else { 0.0 }
+    };
+    let sizes: Vec<f64> = layout.ids().map(size).collect();
+    let all: f64 = sizes.iter().sum();
+    let again = if compute.recompute { 1.0 } else { 0.0 };
+    #[expect(clippy::cast_precision_loss, reason = "as above")]
+    let total = match compute.seconds {
+        Some(seconds) => seconds,
+        None if compute.flops > 0.0 => all * 2.0 * (3.0 + again) * compute.tokens as f64 / compute.flops,
+        None => return None,
+    };
+    let per_pass = total / (3.0 + again) / f64::from(uses.passes);
+    let part = |times: f64| sizes.iter().map(|s| if all > 0.0 { s / all * per_pass * times } else { 0.0 }).collect();
+    Some(Work { forward: part(1.0), backward: part(2.0 + again), rest: 0.0, uses })
+}
+
+fn wear(bytes_per_step: u64, step: Option<&StepPlan>, disk: Option<ByteCount>) -> Wear {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let (bytes, size) = (bytes_per_step as f64, disk.map(|d| d.0 as f64));
+    let bytes_per_day = step.map(|s| bytes / s.seconds * 86_400.0);
+    let endurance = size.map(|s| s * WRITES_PER_BYTE);
+    let days = bytes_per_day.zip(endurance).map(|(day, all)| all / day).filter(|d| d.is_finite());
+    Wear { bytes_per_step, bytes_per_day, endurance, days }
+}
+
+fn notes(machine: &Machine, compute: Compute) -> Vec<String> {
+    let mut notes = Vec::new();
+    match &machine.profile {
+        None => notes.push(
+            "No rates: measure this machine with `funicular bench --save`, or give --profile; times are left out."
+                .to_owned(),
+        ),
+        Some(p) if (p.device.name == "host") == machine.gpu.is_some() => {
+            notes.push(format!(
+                "The profile was measured on device '{}', which is not planned for; times are left out.",
+                p.device.name
+            ));
+        }
+        Some(_) if compute.seconds.is_none() && compute.flops <= 0.0 => {
+            notes.push(
+                "Compute is unknown: give --tokens and --flops, or --compute-seconds; times are left out.".to_owned(),
+            );
+        }
+        Some(p) => notes.push(format!("Rates of {} ({}), measured {}.", p.host, p.device.name, p.measured)),
+    }
+    notes.push("hbm is what is paged: activations, and torch's own memory, come on top.".to_owned());
+    notes
+}

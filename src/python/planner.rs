@@ -1,0 +1,34 @@
+//! Models that only Python can build, for `funicular plan`.
+
+use pyo3::prelude::*;
+
+use super::arguments::{ParamTuple, unit_specs};
+use crate::{
+    error::{Code, Error, Result},
+    plan::PlannedUnit,
+};
+
+/// (name, parameters, whether its backward reads them)
+type UnitTuple = (String, Vec<ParamTuple>, bool);
+
+/// Asks `funicular._planner.units`.
+pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Result<Vec<PlannedUnit>> {
+    Python::attach(|py| {
+        let units: PyResult<Vec<UnitTuple>> = py
+            .import("funicular._planner")
+            .and_then(|module| module.getattr("units")?.call1((source, patterns.to_vec(), dtype)))
+            .and_then(|units| units.extract());
+        let units = units.map_err(|e| failed(py, source, &e))?;
+        let (specs, backward): (Vec<_>, Vec<_>) = units.into_iter().map(|(n, p, b)| ((n, p), b)).unzip();
+        let specs = unit_specs(specs);
+        Ok(specs.into_iter().zip(backward).map(|(spec, backward)| PlannedUnit { spec, backward }).collect())
+    })
+}
+
+fn failed(py: Python<'_>, source: &str, e: &PyErr) -> Error {
+    let kind = e.get_type(py).name().map_or_else(|_| "Exception".to_owned(), |n| n.to_string());
+    let text = e.value(py).to_string();
+    Error::new(Code::PolicyFile, format!("{source}: {kind}: {}", text.trim_end_matches('.').to_owned() + ".")).action(
+        "The function has to return a torch.nn.Module, and must not need weights: it runs under torch.device(\"meta\").",
+    )
+}

@@ -1,0 +1,103 @@
+//! The ways out where a model does not fit: changes that make it fit, found by placing it with them.
+
+use crate::{
+    error::{Code, Error},
+    model::Layout,
+    schedule::{
+        Budgets, Limits, Placement, Tiers,
+        placement::{at_least, place},
+    },
+    units::{ByteCount, Tier},
+};
+
+/// A change that makes a model fit, and what it needs then.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// The keys to set, as a policy spells them.
+    pub change: String,
+    /// Host memory then.
+    pub host: ByteCount,
+    /// NVMe then.
+    pub nvme: ByteCount,
+}
+
+/// The budgets raised until the wishes hold: what this model needs as it is wished.
+///
+/// # Errors
+/// Those of [`place`] that no budget helps against.
+pub fn least_budgets(
+    layout: &Layout,
+    tiers: &[Tiers],
+    budgets: &Budgets,
+    limits: &Limits,
+) -> Result<(Budgets, Placement), Error> {
+    let mut budgets = *budgets;
+    let mut last = None;
+    loop {
+        let error = match place(layout, tiers, &budgets, limits) {
+            Ok(plan) => return Ok((budgets, plan)),
+            Err(error) => error,
+        };
+        let need = error.needs().filter(|_| last != Some(error.code()));
+        match (error.code(), need) {
+            (Code::HbmBudget, Some(need)) => budgets.hbm = Some(need),
+            (Code::HostBudget, Some(need)) => budgets.host = need,
+            (Code::NvmeBudget, Some(need)) => budgets.nvme = need,
+            _ => return Err(error),
+        }
+        last = Some(error.code());
+    }
+}
+
+/// Changes of tiers that make a model fit which does not fit the host's budget as it is wished, the mildest first.
+pub fn ways(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits) -> Vec<Way> {
+    let on_disk = Limits { has_nvme: true, ..*limits };
+    let roomy = Budgets { nvme: ByteCount(u64::MAX), ..*budgets };
+    let with = |params: Option<Option<Tier>>, optimizer: Option<Option<Tier>>| -> Vec<Tiers> {
+        tiers
+            .iter()
+            .map(|t| Tiers { params: params.unwrap_or(t.params), optimizer: optimizer.unwrap_or(t.optimizer) })
+            .collect()
+    };
+    let nvme = Some(Some(Tier::Nvme));
+    let paths = if limits.has_nvme { "" } else { "nvme.paths" };
+    let free = tiers.iter().all(|t| t.params.is_none() && t.optimizer.is_none());
+    let choices = [
+        (if free { "" } else { "the tiers \"auto\"" }, with(Some(None), Some(None))),
+        ("optimizer.tier = \"nvme\"", with(None, nvme)),
+        ("optimizer.tier and params.tier = \"nvme\"", with(nvme, nvme)),
+    ];
+    let mut found: Vec<Way> = Vec::new();
+    for (change, wishes) in choices {
+        let keys: Vec<&str> = [paths, change].into_iter().filter(|key| !key.is_empty()).collect();
+        let Ok(plan) = place(layout, &wishes, &roomy, &on_disk) else { continue };
+        if keys.is_empty() {
+            continue;
+        }
+        let way =
+            Way { change: keys.join(" and "), host: ByteCount(plan.host_bytes), nvme: ByteCount(plan.nvme_bytes) };
+        if !found.iter().any(|w| (w.host, w.nvme) == (way.host, way.nvme)) {
+            found.push(way);
+        }
+    }
+    found
+}
+
+impl Way {
+    /// As a clause: `optimizer.tier = "nvme" (61.0 GiB of host memory, 120.0 GiB on NVMe)`.
+    pub fn describe(&self) -> String {
+        format!("{} ({} of host memory, {} on NVMe)", self.change, self.host, self.nvme)
+    }
+}
+
+/// An error about the host's budget with its ways out: the budget raised if that may help, the tiers changed, `last`.
+pub fn with_ways(error: Error, raise: Option<ByteCount>, ways: &[Way], last: Option<String>) -> Error {
+    let mut options: Vec<String> =
+        raise.map(|b| format!("raise budget.host to {}", at_least(b.0))).into_iter().collect();
+    options.extend(ways.iter().map(|way| format!("set {}", way.describe())));
+    options.extend(last);
+    let text = options.join("; or ");
+    let mut letters = text.chars();
+    let first = letters.next().map(|c| c.to_ascii_uppercase()).into_iter();
+    error.action(first.chain(letters).chain(['.']).collect::<String>())
+}
