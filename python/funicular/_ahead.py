@@ -92,4 +92,4 @@ def _inputs(unit: Unit) -> list[tuple[bool, int, int]]:
 
 def _grads_aliased(unit: Unit) -> bool:
     """Whether anything but the runtime's own tensors looks at the gradients' segment."""
-    return unit.grad_flat is not None and storage_uses(unit.grad_flat.untyped_storage()) > unit.grad_idle
+    return unit.grad is not None and storage_uses(unit.grad) > unit.grad_idle

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from funicular._edits import take_edits
 from funicular._errors import Error
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def leave(session: Session, unit: Unit) -> None:
         session.engine.fault_in(unit.engine_id)
     else:
         session.engine.settle(unit.engine_id, session.stream())
+    take_edits(session, unit)
     for ref in unit.params:
         with contextlib.suppress(Error):
             session.keep_states(ref)
         ref.param.__class__ = nn.Parameter
         ref.param.data = ref.home
+        ref.param.__dict__.pop("_funicular_inside", None)

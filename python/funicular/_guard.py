@@ -1,11 +1,14 @@
-"""Classes of parameters and gradients outside their windows.
+"""Classes of parameters and gradients, and what happens when an operation meets one of them.
 
 Outside its window a parameter is a view of its home, which background updates change and which may live on NVMe. The
-guard makes every access wait for what is pending first. Inside windows parameters have their plain class.
+guard makes every access wait for what is pending first. Inside, it is plain for the threads that are inside, and guarded for
+all others: they use the home.
 """
 
 from __future__ import annotations
 
+import weakref
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +16,17 @@ import torch.utils._foreach_utils
 from torch import nn
 
 from funicular._clip import NOTHING, recognised
-from funicular._errors import RuntimeFailure
+from funicular._edits import check_replacement, replace_data
+from funicular._errors import RuntimeFailure, UsageError
 from funicular._leases import pop, push
-from funicular._model import READING, ref_of
+from funicular._model import UNDER_WAY, Use, link, ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from funicular._model import ParamRef
 
-__all__ = ["GuardedGrad", "GuardedParameter"]
+__all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter"]
 
 #: untyped: descriptors of the class are looked at, not values
 _T: Any = torch.Tensor
@@ -52,21 +56,54 @@ HARMLESS: frozenset[Any] = frozenset(
 )  # fmt: skip
 _DATA_GET = _T.data.__get__
 _DATA_SET = _T.data.__set__
-_ALIASES: frozenset[Any] = frozenset(
-    [_DATA_GET, _T.data_ptr, _T.untyped_storage, _T.numpy, _T.__dlpack__, _T.__array__]
-    + [f for f in (getattr(_T, "storage", None), getattr(_T, "_typed_storage", None)) if f is not None]
+
+
+def _known(*names: str) -> list[Any]:
+    return [getattr(_T, n) for n in names if hasattr(_T, n)]
+
+
+_NUMPY: frozenset[Any] = frozenset([_T.numpy, _T.__array__])
+_STORAGES: frozenset[Any] = frozenset(_known("untyped_storage", "storage", "_typed_storage"))
+#: What gives out the memory itself, past all that torch counts.
+_RAW: frozenset[Any] = frozenset([_DATA_GET, _T.data_ptr, _T.__dlpack__, *_NUMPY, *_STORAGES])
+#: What has the same result on a tensor that needs no gradient.
+_CONSTANT: frozenset[Any] = frozenset(
+    [_DATA_GET, *_STORAGES, *_known("detach", "data_ptr", "item", "tolist", "__bool__", "equal", "isfinite", "isnan")]
 )
+#: What asks for the parameter itself: its place in autograd, or an error that says that it has one.
+_ITSELF: frozenset[Any] = frozenset(
+    [_T.__dlpack__, *_NUMPY, *_known("retain_grad", "backward", "detach_", "is_shared")]
+)
+#: What would give a parameter another memory or another shape, in place.
+_RESHAPING = (
+    "_use_count", "as_strided_", "rename_", "resize_", "resize_as_", "share_memory_", "squeeze_", "swapaxes_", "swapdims_",
+    "t_", "transpose_", "unsqueeze_",
+)  # fmt: skip
+#: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
+_TAKING: frozenset[Any] = frozenset([_T.data_ptr, _T.__dlpack__, *_NUMPY, *_STORAGES, _DATA_SET, *_known(*_RESHAPING)])
 
 
-def _guarded(items: Iterable[Any], kind: type, found: list[Any]) -> list[Any]:
+def _find(items: Iterable[Any], params: list[Any], grads: list[Any]) -> None:
     for item in items:
-        if isinstance(item, kind):
-            found.append(item)
+        if isinstance(item, GuardedParameter):
+            params.append(item)
+        elif isinstance(item, GuardedGrad):
+            grads.append(item)
         elif isinstance(item, (list, tuple)):
-            _guarded(item, kind, found)
+            _find(item, params, grads)
         elif isinstance(item, dict):
-            _guarded(item.values(), kind, found)
-    return found
+            _find(item.values(), params, grads)
+
+
+def _swapped(item: Any, swap: dict[int, Any]) -> Any:
+    """Return an argument or a result with some tensors replaced by others."""
+    if isinstance(item, torch.Tensor):
+        return swap.get(id(item), item)
+    if type(item) in (list, tuple):
+        return type(item)(_swapped(i, swap) for i in item)
+    if type(item) is dict:
+        return {key: _swapped(value, swap) for key, value in item.items()}
+    return item
 
 
 def _living(p: torch.Tensor) -> ParamRef:
@@ -92,16 +129,160 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
         pop()
 
 
-def _settle_params(refs: list[ParamRef], *, alias: bool = False) -> None:
-    for session in dict.fromkeys(ref.unit.session for ref in refs):
-        session.access([ref for ref in refs if ref.unit.session is session], alias=alias)
+def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that meets guarded tensors."""
+    if func in HARMLESS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    params: list[Any] = []
+    grads: list[Any] = []
+    _find(args, params, grads)
+    _find(kwargs.values(), params, grads)
+    owners = _settle_grads(func, grads) if grads else []
+    result = _call(func, args, kwargs, params)
+    if owners:
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled() and _needs_grad(result) and not _written(func, args, kwargs):
+                # A graph was made, which may keep the gradients until after the next ones.
+                swap = {id(grad): grad.clone() for grad in grads}
+                args, kwargs, result = _swapped(args, swap), _swapped(kwargs, swap), None
+            else:
+                _adopt(result, owners)
+                return result
+        result = _call(func, args, kwargs, params)
+    return result
 
 
-def _settle_grads(args: Iterable[Any]) -> None:
-    for g in _guarded(args, GuardedGrad, []):
-        ref = ref_of(g)
-        if ref is not None:
-            ref.unit.session.access_grad(ref)
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Any]) -> Any:
+    if params:
+        return _call_on_params(func, args, kwargs, params)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Any]) -> Any:
+    refs = [_living(p) for p in params]
+    if func is torch._has_compatible_shallow_copy_type and isinstance(args[1], torch.Tensor):
+        # `module.to(...)` and its kin ask before they move a parameter or replace it.
+        check_replacement(refs[0], args[1])
+    me = get_ident()
+    outside = [ref for ref in refs if me not in ref.unit.inside]
+    use = Use()
+    try:
+        UNDER_WAY.append(use)
+        plain = func in _CONSTANT or (not torch.is_grad_enabled() and func not in _ITSELF)
+        swap: dict[int, Any] = {}
+        back: dict[int, Any] = {}
+        for session in dict.fromkeys(ref.unit.session for ref in outside):
+            mine = [ref for ref in outside if ref.unit.session is session]
+            for ref in session.access(mine, use, raw=func in _RAW, plain=plain):
+                swap[id(ref.param)] = ref.home
+                back[id(ref.home)] = ref.param
+        if func == _DATA_SET and args[0] is params[0] and me not in refs[0].unit.inside:
+            replace_data(refs[0], args[1])
+            return None
+        if func is _T.data_ptr:
+            for ref in outside:
+                ref.unit.exposed = True
+        args, kwargs = _swapped(args, swap), _swapped(kwargs, swap)
+        if func in _NUMPY and outside and not params[0].requires_grad:
+            # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
+            args = (outside[0].home.detach(), *args[1:])
+        with torch._C.DisableTorchFunctionSubclass():
+            before = {ref: ref.param._version for ref in refs}
+            result = _leased(refs, func, args, kwargs)
+            writes = _count_writes(func, args, kwargs, before)
+        for session in dict.fromkeys(ref.unit.session for ref in outside):
+            session.note({ref: before[ref] for ref in outside if ref.unit.session is session}, writes=writes)
+        return _swapped(result, back) if back else result
+    finally:
+        UNDER_WAY.remove(use)
+        for unit in use.themselves:
+            unit.session.close_left(unit)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments that an operation says it writes to."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        schemas = [getattr(func, name)._schema for name in func.overloads()]  # type: ignore[no-untyped-call]
+    elif isinstance(func, torch._ops.OpOverload):
+        schemas = [func._schema]
+    else:
+        name = getattr(func, "__name__", "")
+        return [args[0]] if args and name.endswith("_") and not name.endswith("__") else []
+    names = {(i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.alias_info and a.alias_info.is_write}
+    return [args[i] for i, _ in names if i < len(args)] + [kwargs[n] for _, n in names if n in kwargs]
+
+
+def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[ParamRef, int]) -> bool:
+    """Count the edits of operations that forget to: fused optimizers, kernels of the user's; returns whether it writes."""
+    written = _written(func, args, kwargs)
+    if not written:
+        return "out" in kwargs or func is _T.__setitem__
+    flat: set[int] = set()
+    _ids(written, flat)
+    for ref, version in before.items():
+        if ref.param._version == version and not flat.isdisjoint((id(ref.param), id(ref.home))):
+            torch.autograd.graph.increment_version(ref.param)
+    return True
+
+
+def _ids(item: Any, found: set[int]) -> None:
+    if isinstance(item, (list, tuple)):
+        for i in item:
+            _ids(i, found)
+    else:
+        found.add(id(item))
+
+
+def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[ParamRef]:
+    """Make gradients valid for the caller; returns those whose places are looked at."""
+    owners = []
+    for grad in grads:
+        ref = ref_of(grad)
+        if ref is None:
+            continue
+        session = ref.unit.session
+        session.access_grad(ref)
+        if func in _TAKING:
+            session.move_out(ref)
+        else:
+            owners.append(ref)
+    return owners
+
+
+def _needs_grad(result: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return any(_needs_grad(item) for item in result)
+    return isinstance(result, torch.Tensor) and result.grad_fn is not None
+
+
+def _adopt(result: Any, refs: list[ParamRef]) -> None:
+    """Guard the views of gradients' places among the results of an operation on gradients."""
+    if isinstance(result, (list, tuple)):
+        for item in result:
+            _adopt(item, refs)
+    elif type(result) is torch.Tensor and result.layout == torch.strided:
+        try:
+            address = result.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):
+            return  # a wrapper without memory
+        for ref in refs:
+            if ref.unit.grad is not None and ref.unit.grad.data_ptr() == address:
+                owner = ref.unit.ref_at(int(result.storage_offset()) * result.element_size()) or ref
+                result.__class__ = GuardedGrad
+                link(result, owner)
+                owner.views = [view for view in owner.views if view() is not None]
+                owner.views.append(weakref.ref(result))
+                return
+
+
+def _refusal(ref: ParamRef, what: str) -> UsageError:
+    return UsageError(
+        "FN-E115",
+        f"'{ref.name}' is offloaded: its memory and shape cannot be changed by {what}. "
+        "Copy values into it with copy_, or call funicular.unwrap(model) first.",
+    )
 
 
 class GuardedParameter(nn.Parameter):
@@ -115,31 +296,7 @@ class GuardedParameter(nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in HARMLESS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
-        refs = [_living(p) for p in params]
-        if func is torch._has_compatible_shallow_copy_type and refs and isinstance(args[1], torch.Tensor):
-            # `module.to(...)` and its kin ask before they move a parameter or replace it.
-            refs[0].unit.session.check_replacement(refs[0], args[1])
-        _settle_params(refs, alias=func in _ALIASES)
-        _settle_grads(args)
-        if func == _DATA_SET and refs and args and args[0] is params[0]:
-            refs[0].unit.session.replace_data(refs[0], args[1])
-            return None
-        reading = {ref.unit for ref in refs}
-        try:
-            READING.append(reading)
-            with torch._C.DisableTorchFunctionSubclass():
-                result = _leased(refs, func, args, kwargs)
-                for ref, p in zip(refs, params, strict=True):
-                    if p._version != ref.version:
-                        ref.unit.session.edited(ref)
-        finally:
-            READING.remove(reading)
-        return result
+        return _operate(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Return an ordinary, independent parameter on the same device."""
@@ -157,9 +314,98 @@ class GuardedParameter(nn.Parameter):
     def __repr__(self) -> str:  # type: ignore[override]
         return "Parameter containing:\n" + repr(self.detach())
 
+    # torch asks no guard about these two.
+    def as_subclass(self, cls: Any) -> Any:
+        """As in torch."""
+        return _T.as_subclass(self.view_as(self), cls)
+
+    def set_(self, source: Any = None, *geometry: Any) -> Any:
+        """Take the values of another tensor; anything else is refused with ``FN-E115``."""
+        if not isinstance(source, torch.Tensor) or geometry:
+            raise _refusal(_living(self), "set_")
+        self.data = source
+        return self
+
+
+def _refuse(name: str) -> None:
+    def refused(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise _refusal(_living(self), "torch.utils.swap_tensors" if name == "_use_count" else name)
+
+    refused.__name__ = name
+    refused.__doc__ = "Refused with ``FN-E115``."
+    setattr(GuardedParameter, name, refused)
+
+
+for _name in _RESHAPING:
+    _refuse(_name)
+
+
+class _Switch:
+    """``__torch_function__`` of a parameter in its window: none for the threads inside, the guard for all others.
+
+    torch looks it up on the tensor; ``torch.compile`` on the class, where it finds a plain one.
+    """
+
+    def __get__(self, p: Any, owner: type | None = None) -> Any:
+        if p is None or get_ident() in p._funicular_inside:
+            return torch._C._disabled_torch_function_impl
+        return _GUARD
+
+
+_GUARD = GuardedParameter.__torch_function__
+
+
+def _touch(p: torch.Tensor) -> None:
+    """Note that a frame is about to be reached past the version counter."""
+    ref = ref_of(p)
+    if ref is not None and get_ident() in ref.unit.inside:
+        ref.unit.session.touched(ref)
+
+
+def _touching(name: str) -> Any:
+    original = getattr(_T, name)
+
+    def touching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _touch(self)
+        return original(self, *args, **kwargs)
+
+    touching.__name__ = name
+    touching.__doc__ = original.__doc__
+    return touching
+
+
+class WindowParameter(GuardedParameter):
+    """A parameter inside its window: an ordinary one, but for what reaches its memory past the version counter."""
+
+    __torch_function__ = _Switch()
+
+    @property
+    def data(self) -> torch.Tensor:
+        """As in torch."""
+        if torch.compiler.is_compiling():
+            return _T.detach(self)  # type: ignore[no-any-return]
+        _touch(self)
+        return _DATA_GET(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _DATA_SET(self, value)
+
+    detach, data_ptr, __dlpack__ = _touching("detach"), _touching("data_ptr"), _touching("__dlpack__")
+    untyped_storage, storage = _touching("untyped_storage"), _touching("storage")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As in torch; the array keeps a tensor that tells that somebody looks."""
+        return _T.numpy(self if self.requires_grad and not force else self.detach(), force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        """As in torch."""
+        return _T.__array__(self if self.requires_grad else self.detach(), dtype)
+
 
 class GuardedGrad(torch.Tensor):
-    """A gradient in its pinned segment."""
+    """A gradient in its pinned segment, or a view of one."""
 
     @classmethod
     def __torch_function__(
@@ -170,25 +416,35 @@ class GuardedGrad(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in HARMLESS:
-            known = recognised(func, args, kwargs, cls)
-            if known is not NOTHING:
-                return known
-            _settle_grads(args)
-            _settle_grads(kwargs.values())
-            _settle_params([_living(p) for p in _guarded(args, GuardedParameter, [])])
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        known = NOTHING if func in HARMLESS else recognised(func, args, kwargs, cls)
+        return _operate(func, args, kwargs) if known is NOTHING else known
+
+    def _own(self) -> Any:
+        """Move to ordinary memory, and be an ordinary tensor."""
+        ref = ref_of(self)
+        if ref is not None:
+            ref.unit.session.access_grad(ref)
+            ref.unit.session.move_out(ref)
+        return self
+
+    # torch asks no guard about these two.
+    def as_subclass(self, cls: Any) -> Any:
+        """As in torch."""
+        return _T.as_subclass(self._own(), cls)
+
+    def set_(self, *args: Any) -> Any:
+        """As in torch."""
+        return _T.set_(self._own(), *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Return an ordinary, independent tensor."""
         if id(self) not in memo:
-            memo[id(self)] = self.detach().clone()
+            memo[id(self)] = self.clone()
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary tensor."""
-        copy: Any = self.detach().clone()
+        copy: Any = self.clone()
         return copy.__reduce_ex__(proto)
 
 
@@ -196,7 +452,7 @@ def _known_to_foreach() -> None:
     """Let torch take its foreach paths for guarded tensors, so that norms over them have the bits of ordinary ones."""
     known = getattr(torch.utils._foreach_utils, "_foreach_supported_types", None)
     if isinstance(known, list):
-        known.extend(cls for cls in (GuardedParameter, GuardedGrad) if cls not in known)
+        known.extend(cls for cls in (GuardedParameter, WindowParameter, GuardedGrad) if cls not in known)
 
 
 _known_to_foreach()

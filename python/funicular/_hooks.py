@@ -75,7 +75,7 @@ class _Call:
         with session.lock:
             while self.units:
                 unit = self.units[-1]
-                unit.depth -= 1
+                unit.leave()
                 self.units.pop()
                 if unit.depth == 0 and not in_backward():
                     session.close(unit)
@@ -98,9 +98,9 @@ class _Enter(_Hook):
         _stack().append(call)
         with self.session.lock:
             for unit in self.units:
-                if unit.depth == 0:
+                if unit.depth == 0 or unit.is_open:
                     self.session.open(unit, phase)
-                unit.depth += 1
+                unit.enter()
                 call.units.append(unit)
         if torch.is_grad_enabled():
             call.push_hooks()

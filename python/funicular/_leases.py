@@ -137,9 +137,11 @@ class LeaseHooks:
             return packed  # type: ignore[no-any-return]
         if packed.ref is not None:
             _check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
-        at_frames = packed.session.open_for_backward(packed.unit)
-        flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
-        view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
+        # Until the view is there, nothing tells another thread that the bytes are in use.
+        with packed.session.lock:
+            at_frames = packed.session.open_for_backward(packed.unit)
+            flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
+            view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
         if packed.conjugate:
             view = view.conj()
         return torch._neg_view(view) if packed.negative else view

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
     from funicular._states import ParamStates
 
 __all__ = [
-    "READING",
+    "UNDER_WAY",
     "Link",
     "ParamRef",
     "Unit",
-    "bits_of",
+    "Use",
     "in_backward",
     "link",
     "outdate",
@@ -46,17 +47,21 @@ def stream_of(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
-def bits_of(t: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's bits, so that NaNs compare equal to themselves."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if t.is_complex():
-        t = torch.view_as_real(t)
-    return t.view(kinds[t.element_size()]) if t.element_size() in kinds else t
+class Use:
+    """One operation on parameters outside of windows."""
+
+    __slots__ = ("themselves", "thread", "units")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        #: whose homes are looked at
+        self.units: set[Unit] = set()
+        #: whose parameters are the operands, so that they must not move meanwhile
+        self.themselves: set[Unit] = set()
 
 
-#: units whose homes are being read outside any window, by all threads. Appending and removing is one call each, so that an
-#: interruption leaves nothing behind.
-READING: list[set[Unit]] = []
+#: Operations under way, of all threads. Appending and removing is one call each, so that an interruption leaves nothing behind.
+UNDER_WAY: list[Use] = []
 
 
 def _nothing() -> None:
@@ -105,19 +110,23 @@ class ParamRef:
         "frame_address",
         "grad",
         "home",
+        "home_address",
         "name",
         "norm",
         "numel",
         "offset",
         "param",
         "section",
-        "snapshot",
+        "seen",
         "start",
         "states",
         "stepped",
+        "touched",
         "trainable",
         "unit",
         "version",
+        "version_before",
+        "views",
     )
 
     def __init__(self, param: torch.nn.Parameter, name: str, unit: Unit, place: tuple[int, int, int, int]) -> None:
@@ -128,16 +137,24 @@ class ParamRef:
         self.section, self.start, self.numel, self.offset = place
         self.frame: torch.Tensor
         self.frame_address = 0
+        #: a view of the home that shares the parameter's version counter, and stays there while the parameter is elsewhere
         self.home: torch.Tensor
+        self.home_address = 0
         self.grad: torch.Tensor | None = None
+        #: views of the gradient's place that were handed out
+        self.views: list[weakref.ref[torch.Tensor]] = []
         #: norm of the gradient when it came, and the version of its place then
         self.norm: tuple[torch.Tensor, int] | None = None
         #: what the gradient is yet to be multiplied by
         self.factor: torch.Tensor | None = None
         self.trainable = False
         self.version = -1
+        #: the parameter's version when it was offloaded
+        self.version_before = -1
         self.edited = False
-        self.snapshot: torch.Tensor | None = None
+        #: digest of the frame when its window opened, or when it was first reached past the version counter
+        self.seen: int | None = None
+        self.touched = False
         self.states: ParamStates | None = None
         #: the runtime's states are not blank any more
         self.stepped = False
@@ -157,17 +174,20 @@ class Unit:
         "depth",
         "dirty",
         "engine_id",
-        "escaped",
+        "exposed",
         "frame",
         "frame_flats",
         "frame_idle",
-        "grad_flat",
+        "frames_seen",
+        "grad",
         "grad_idle",
         "guess",
         "held",
         "home",
         "home_flats",
         "home_idle",
+        "home_seen",
+        "inside",
         "is_open",
         "moving",
         "name",
@@ -196,6 +216,8 @@ class Unit:
         self.shadow_filled = False
         #: forward calls of the unit's modules under way
         self.depth = 0
+        #: threads for which the parameters are plain: the number of their calls under way, or -1 - the backward that they are in
+        self.inside: dict[int, int] = {}
         #: the parameters are at their frames
         self.is_open = False
         #: they were on their way there or back when something struck: some may be here and some there
@@ -206,13 +228,17 @@ class Unit:
         self.held = False
         #: the home was updated since those who look at it were last taken into account
         self.behind = False
-        #: a raw alias of the home was handed out
-        self.escaped = False
+        #: a raw address in the home was handed out, and may be in use for ever
+        self.exposed = False
+        #: digests of the parameters' homes, while others look at the home
+        self.home_seen: list[int] | None = None
+        #: digests of the parameters' frames, while others look at them and no window is open
+        self.frames_seen: list[int] | None = None
         self.frame: torch.UntypedStorage
         self.home: torch.UntypedStorage
         self.frame_flats: dict[torch.dtype, torch.Tensor] = {}
         self.home_flats: dict[torch.dtype, torch.Tensor] = {}
-        self.grad_flat: torch.Tensor | None = None
+        self.grad: torch.UntypedStorage | None = None
         self.grad_idle = 0
         self.frame_idle = 0
         self.home_idle = 0
@@ -230,8 +256,42 @@ class Unit:
         return storage_uses(self.frame) > self.frame_idle + self._away()
 
     def home_aliased(self) -> bool:
-        """Whether anything but the parameters themselves looks at the home."""
-        return storage_uses(self.home) > self.home_idle - self._away()
+        """Whether anything but the parameters themselves looks at the home, or may."""
+        return self.exposed or storage_uses(self.home) > self.home_idle - self._away()
+
+    def is_read(self) -> bool:
+        """Whether an operation on the home is under way, in any thread."""
+        return any(self in use.units for use in list(UNDER_WAY))
+
+    def is_used_by_others(self) -> bool:
+        """Whether another thread's operation on the parameters themselves is under way, outside its windows."""
+        me = threading.get_ident()
+        return any(use.thread != me and self in use.themselves for use in list(UNDER_WAY))
+
+    def let_in(self) -> None:
+        """Let this thread use the parameters at their frames."""
+        self.inside.setdefault(threading.get_ident(), -1 - torch._C._current_graph_task_id())
+
+    def enter(self) -> None:
+        """Count a call of one of the unit's modules by this thread."""
+        me = threading.get_ident()
+        if me in self.inside:
+            self.inside[me] = max(self.inside[me], 0) + 1
+        self.depth += 1
+
+    def leave(self) -> None:
+        """Count the end of a call by this thread."""
+        me = threading.get_ident()
+        if self.inside.get(me, 0) > 1:
+            self.inside[me] -= 1
+        elif self.inside.pop(me, None) is not None and in_backward():
+            self.let_in()
+        self.depth -= 1
+
+    def end_backward(self, task: int) -> None:
+        """Let nobody in for the sake of a backward that is over."""
+        for thread in [thread for thread, what in self.inside.items() if what == -1 - task]:
+            del self.inside[thread]
 
     def _away(self) -> int:
         """How many parameters are at their frames."""

@@ -13,11 +13,13 @@ from torch.utils.dlpack import from_dlpack
 from funicular import _core
 from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
+from funicular._grads import make_grad
 from funicular._guard import GuardedParameter
 from funicular._hooks import ModuleHooks, RootHooks
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
 from funicular._resident import keep, resident_session, unkeep
 from funicular._session import Session
+from funicular._steps import watch_optimizers
 from funicular._units import Found, find_units
 from funicular.policy import Policy
 
@@ -77,6 +79,7 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
         _build(session, found)
+        watch_optimizers()
         _move_buffers(model, session)
         _hook(model, session, found)
         model.__dict__[_ATTRIBUTE] = session
@@ -149,7 +152,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     unit.frame_flats[torch.uint8] = frame
     unit.home_flats[torch.uint8] = home
     if any(p.requires_grad for _, p in found.params):
-        unit.grad_flat = from_dlpack(_Capsule(engine.grad_buffer(index)))
+        unit.grad = from_dlpack(_Capsule(engine.grad_buffer(index))).untyped_storage()
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = ParamRef(p, name, unit, place)
         ref.frame = _view(unit.flat(p.dtype, at_frames=True), ref, p)
@@ -194,24 +197,29 @@ def _move_in(session: Session, unit: Unit) -> None:
     for ref in unit.params:
         p = ref.param
         if ref.trainable:
-            ref.grad = session.make_grad(ref)
+            ref.grad = make_grad(ref)
             hooked: Any = p
             session.handles.append(hooked.register_post_accumulate_grad_hook(_Arrived(session)))
             session.handles.append(hooked.register_hook(_BeforeAccumulate(ref)))
         grad = None if p.grad is None else p.grad.to(session.device)
         link(p, ref)
+        p._funicular_inside = unit.inside  # type: ignore[attr-defined]
+        ref.home_address = ref.home.data_ptr()
+        ref.version_before = p._version
         # Nothing is called in between: an interruption finds all of it or nothing.
         p.grad = None
         p.data = ref.home
         p.grad = grad
         p.__class__ = GuardedParameter
         ref.version = p._version
+        with torch._C.DisableTorchFunctionSubclass():
+            ref.home = p.detach()
     session.leases.add(unit)
     # What counts as idle: the runtime's own views and the parameters themselves, nothing else alive here.
     unit.frame_idle = storage_uses(unit.frame)
     unit.home_idle = storage_uses(unit.home)
-    if unit.grad_flat is not None:
-        unit.grad_idle = storage_uses(unit.grad_flat.untyped_storage())
+    if unit.grad is not None:
+        unit.grad_idle = storage_uses(unit.grad)
 
 
 def _copy_home(session: Session, unit: Unit) -> None:
@@ -311,6 +319,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     else:
         session.engine.settle_all()
         session.close_all()
+        session.take_all_edits()
     taken = _taken(session)
     # Nothing has changed so far.
     completed(lambda: _leave(model, session, taken))
@@ -360,6 +369,7 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
             p.data = value
         p.grad = grad
         p.__dict__.pop("_funicular_ref", None)
+        p.__dict__.pop("_funicular_inside", None)
     for handle in session.handles:
         handle.remove()
     unkeep(session)

@@ -14,35 +14,25 @@ import contextlib
 import functools
 import logging
 import os
-import sys
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 
 from funicular import _testing
 from funicular._ahead import Ahead
-from funicular._clip import MAX_FACTORS, apply_pending, note_norm
+from funicular._clip import MAX_FACTORS, apply_pending
+from funicular._edits import Inside, refresh_frames, take_edits, take_frame_edits
 from funicular._ends import leave, living
-from funicular._errors import Error, RuntimeFailure, UsageError
-from funicular._guard import GuardedGrad, GuardedParameter
+from funicular._errors import Error, RuntimeFailure
+from funicular._grads import bring_down, move_out
+from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
-from funicular._model import (
-    READING,
-    ParamRef,
-    Unit,
-    bits_of,
-    in_backward,
-    link,
-    outdate,
-    ref_of,
-    storage_uses,
-    stream_of,
-)
+from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
+from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -84,6 +74,7 @@ class Session:
         self.pid = os.getpid()
         #: several threads may run the model at once; windows are opened and closed by one at a time
         self.lock = threading.RLock()
+        self.poison = bool(policy.to_dict().get("debug", {}).get("poison"))
         self.started = time.monotonic()
         self.first_window = 0.0
         self.last_step = 0.0
@@ -129,6 +120,7 @@ class Session:
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
         if unit.is_open and not unit.moving:
+            self._let_in(unit)
             return True
         self._alive()
         if unit.moving:
@@ -140,73 +132,101 @@ class Session:
                 self.close(other)
         # First, so that whatever strikes in between leaves something to be put right.
         unit.held = unit.moving = True
-        if not self.engine.open(unit.engine_id, phase, self.stream()):
+        # Where another thread computes with the parameters, they must not move.
+        if unit.is_used_by_others() or not self.engine.open(unit.engine_id, phase, self.stream()):
             unit.held = unit.moving = False
-            self._use_home(unit)
+            self.use_home(unit)
             return False
-        for ref in unit.params:
-            ref.param.__class__ = nn.Parameter
-            ref.param.data = ref.frame
+        unit.frames_seen = None
+        with torch._C.DisableTorchFunctionSubclass():
+            for ref in unit.params:
+                ref.seen, ref.touched = digest(ref.frame) if self.poison else None, False
+                ref.param.data = ref.frame
+                ref.param.__class__ = WindowParameter
+        self._let_in(unit)
         unit.is_open, unit.moving = True, False
         return True
 
-    def _use_home(self, unit: Unit) -> None:
+    def _let_in(self, unit: Unit) -> None:
+        unit.let_in()
+        if in_backward():
+            self._watch_backward()
+
+    def use_home(self, unit: Unit) -> None:
+        """Make a unit's home current, for use where its frames are not to be had."""
         stream = self.stream()
         self.engine.settle(unit.engine_id, stream)
         self._fault_in([unit])
 
     @_locked
-    def close(self, unit: Unit) -> None:
-        """Bring the parameters home and give the frames up, as far as nobody looks at them."""
+    def close(self, unit: Unit, *, force: bool = False) -> None:
+        """Bring the parameters home and give the frames up, as far as nobody looks at them.
+
+        ``force`` also where another thread is inside.
+        """
         if unit.is_open or unit.moving:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if unit.frame_in_use() and in_backward():
                 return
+            others = any(thread != threading.get_ident() for thread in unit.inside)
+            if unit.is_used_by_others() or (others and not force):
+                return
             self._go_home(unit)
+        elif unit.held:
+            take_frame_edits(self, unit)
         if unit.held and not unit.frame_in_use():
             self.engine.release(unit.engine_id, self.stream())
             unit.held = False
+            unit.frames_seen = None
+        elif unit.held:
+            look_at_frames(unit)
 
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
         unit.moving = True
         away = []
         with torch._C.DisableTorchFunctionSubclass():
+            inside = Inside(self, unit)
             for ref in unit.params:
-                p = ref.param
-                if ref.numel > 0 and p.data_ptr() == ref.home.data_ptr():
-                    continue
-                away.append(ref)
-                if p._version != ref.version:
-                    ref.edited = unit.dirty = True
-                if ref.numel > 0 and p.data_ptr() != ref.frame_address:
-                    unit.dirty = True
-                    self._take_replacement(ref, p.data)
-            if unit.dirty:
+                if ref.numel == 0 or ref.param.untyped_storage().data_ptr() != unit.home_flats[torch.uint8].data_ptr():
+                    away.append(ref)
+                    inside.look(ref)
+            for ref in inside.edited:
+                ref.edited = unit.dirty = True
+            if unit.dirty and not inside.elsewhere:
                 self._make_room([unit])
                 self.engine.write_back(unit.engine_id, self.stream())
-                unit.dirty = False
+                renew_home(unit, inside.edited)
+            unit.dirty = False
             for ref in away:
                 ref.version = ref.param._version
                 ref.param.data = ref.home
-        for ref in unit.params:
-            ref.param.__class__ = GuardedParameter
+                ref.param.__class__ = GuardedParameter
+                ref.seen = None
+        unit.inside.clear()
         unit.is_open = unit.moving = False
+        inside.end()
 
-    def _take_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
-        """Carry out ``p.data = t`` inside a window, where no guard saw it."""
-        self.check_replacement(ref, data)
-        with torch.no_grad():
-            ref.frame.copy_(data)
-            ref.param.data = ref.frame
-        ref.edited = True
+    @_locked
+    def close_left(self, unit: Unit) -> None:
+        """Close a window whose end found another thread's operation on the parameters under way."""
+        if unit.is_open and not unit.inside and unit.depth == 0:
+            self.close(unit)
+
+    @_locked
+    def touched(self, ref: ParamRef) -> None:
+        """Take note that the frame of a parameter is reached past its version counter."""
+        if ref.seen is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                ref.seen = digest(ref.frame)
+        ref.touched = True
 
     @_locked
     def close_all(self) -> None:
-        """Close what is not in use: at the end of a backward, and before a step."""
+        """Close what is not in use: before a step, and where nothing of a forward is left."""
         for unit in self.units:
             if unit.held and unit.depth == 0:
-                self.close(unit)
+                self.close(unit, force=True)
 
     def open_for_backward(self, unit: Unit) -> bool:
         """Open a unit whose saved tensors are needed now; False: use the home's bytes."""
@@ -218,38 +238,58 @@ class Session:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.backward_ended)
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self.backward_ended, task))
 
     @_locked
     def recover(self) -> None:
         """Close what an interrupted forward left open."""
         for unit in self.units:
             if unit.moving and unit.depth == 0:
-                self.close(unit)
+                self.close(unit, force=True)
         self.close_all()
 
     # ------------------------------------------------------------------ homes
 
     @_locked
-    def access(self, refs: list[ParamRef], *, alias: bool = False) -> None:
-        """Make the homes of parameters valid and current for the caller, outside their windows."""
+    def access(self, refs: list[ParamRef], use: Use, *, raw: bool, plain: bool) -> list[ParamRef]:
+        """Make the homes of parameters valid and current for the caller, outside their windows.
+
+        Returns those whose home is to be used instead of the parameter: wherever no gradient is wanted (``plain``), since then
+        the parameter may move meanwhile.
+        """
         self._alive()
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
             if unit.moving:
                 self._go_home(unit)
-        if in_backward() and not alias:
+        if in_backward() and not raw:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())
+            take_frame_edits(self, unit)
         self._fault_in(units)
-        if alias:
-            # Edits through a raw alias leave no trace: compare with what it was, for as long as it may live.
-            for ref in refs:
-                ref.unit.escaped = True
-                if ref.snapshot is None and ref.trainable:
-                    ref.snapshot = ref.home.detach().clone()
+        use.units.update(units)
+        with torch._C.DisableTorchFunctionSubclass():
+            at_home = [ref for ref in refs if ref.unit in units and (plain or not ref.param.requires_grad)]
+        use.themselves.update(units.keys() - {ref.unit for ref in at_home})
+        if raw:
+            for unit in units:
+                look_at_home(unit)
+        return at_home
+
+    @_locked
+    def note(self, before: dict[ParamRef, int], *, writes: bool) -> None:
+        """After an operation outside of windows: take note of edits, and of new views of homes."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for ref, version in before.items():
+                # In a window of another thread a version may be that thread's own business.
+                elsewhere = ref.unit.is_open
+                if ref.param._version != (version if elsewhere else ref.version) and (writes or not elsewhere):
+                    self.edited(ref)
+        for unit in dict.fromkeys(ref.unit for ref in before):
+            if unit.home_aliased() and not (unit.on_nvme and not unit.shadow_filled):
+                look_at_home(unit)
 
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
@@ -278,23 +318,14 @@ class Session:
         # Last: until then the edit counts as not yet seen.
         with torch._C.DisableTorchFunctionSubclass():
             ref.version = ref.param._version
+        renew_home(ref.unit, [ref])
+        refresh_frames(self, ref.unit)
 
-    def replace_data(self, ref: ParamRef, data: torch.Tensor) -> None:
-        """Carry out ``p.data = t`` by copying into the home."""
-        self.check_replacement(ref, data)
-        if data.data_ptr() != ref.home.data_ptr():
-            ref.version = -1  # not yet seen
-            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                ref.home.copy_(data)
+    @_locked
+    def edited_in_place(self, ref: ParamRef) -> None:
+        """Note that a parameter was edited wherever it is; a window takes it home when it closes."""
+        if not ref.unit.is_open:
             self.edited(ref)
-
-    def check_replacement(self, ref: ParamRef, data: torch.Tensor) -> None:
-        if data.shape != ref.home.shape or data.dtype != ref.home.dtype or data.device != ref.home.device:
-            raise UsageError(
-                "FN-E115",
-                f"'{ref.name}' is offloaded as {tuple(ref.home.shape)} {ref.home.dtype} on {ref.home.device}; it cannot become "
-                f"{tuple(data.shape)} {data.dtype} on {data.device}. Call funicular.unwrap(model) first, then change it.",
-            )
 
     def _fault_in(self, units: Iterable[Unit]) -> None:
         """Read what lives on NVMe; what was read for earlier accesses makes room."""
@@ -317,13 +348,11 @@ class Session:
         """Give back the memory of earlier reads that nobody looks at any more, but not that of these units."""
         for unit in self.units:
             if unit.shadow_filled and unit.depth == 0 and unit not in units:
-                self._take_edits(unit)
-                self._retire_shadow(unit)
+                self._before_use(unit)
 
     def _retire_shadow(self, unit: Unit) -> None:
-        read = any(unit in reading for reading in READING)
-        if unit.shadow_filled and not unit.escaped and not read and not unit.home_aliased():
-            unit.shadow_filled = False
+        if unit.shadow_filled and not unit.is_read() and not unit.home_aliased():
+            unit.shadow_filled, unit.home_seen = False, None
             self.engine.discard_shadow(unit.engine_id)
 
     def _catch_up(self, unit: Unit) -> None:
@@ -332,39 +361,23 @@ class Session:
         if unit.on_nvme and unit.shadow_filled:
             # Somebody looks at the old bytes: bring the new ones under the same addresses.
             self.engine.refresh_shadow(unit.engine_id, self.stream())
-        readable = unit.shadow_filled or not unit.on_nvme
-        for ref in unit.params:
-            if ref.snapshot is not None:
-                ref.snapshot = ref.home.detach().clone() if readable else None
+        if unit.on_nvme and not unit.shadow_filled:
+            unit.home_seen = None
+        renew_home(unit, unit.params)
+        refresh_frames(self, unit)
         unit.behind = False
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
-        self._take_edits(unit)
-        self._retire_shadow(unit)
-
-    def _take_edits(self, unit: Unit) -> None:
         if unit.behind:
             self._catch_up(unit)
-        with torch._C.DisableTorchFunctionSubclass():
-            for ref in unit.params:
-                if ref.param._version != ref.version:
-                    self.edited(ref)
-        if unit.escaped:
-            aliased = unit.home_aliased()
-            self._compare_aliased(unit, aliased)
-            if unit.on_nvme:
-                self.engine.store_shadow(unit.engine_id, self.stream())
-            self.engine.invalidate(unit.engine_id, self.stream())
-            unit.escaped = aliased
+        take_edits(self, unit)
+        self._retire_shadow(unit)
 
-    def _compare_aliased(self, unit: Unit, aliased: bool) -> None:
-        for ref in unit.params:
-            if ref.snapshot is None:
-                continue
-            if not torch.equal(bits_of(ref.snapshot), bits_of(ref.home)):
-                ref.edited = True
-            ref.snapshot = ref.home.detach().clone() if aliased else None
+    def take_all_edits(self) -> None:
+        """Take note of edits that went past the guard, of all units."""
+        for unit in self.units:
+            self._before_use(unit)
 
     # ------------------------------------------------------------------ gradients
 
@@ -381,55 +394,14 @@ class Session:
         ref, self._arrived = self._arrived, None
         if ref is None or ref.grad is None:
             return
-        p = ref.param
-        with torch._C.DisableTorchFunctionSubclass():
-            grad = p.grad
-            if grad is ref.grad:
-                self.ahead.arrived(ref)  # added to in its segment
-                return
-            if grad is None or grad.requires_grad or grad.layout != torch.strided:
-                return
-            if grad.dtype != ref.home.dtype or grad.device != ref.home.device or type(grad) is not torch.Tensor:
-                return
-            if _testing.broken("drop_gradient"):
-                p.grad = self._home_grad(ref)
-                return
-            if grad.stride() != ref.home.stride():
-                grad = torch.empty_like(ref.frame).copy_(grad)
-            home = self._home_grad(ref)
-            note_norm(ref, grad, home)
-            size = grad.element_size()
-            landing: list[Any] = [grad, None]
-            self._landing.append(landing)  # before: nothing may free what is being copied
-            landing[1] = self.engine.gradient(
-                ref.unit.engine_id, ref.offset, grad.data_ptr(), ref.numel * size, self.stream()
-            )
-            p.grad = home
-        self.ahead.arrived(ref)
+        if bring_down(self, ref, self._landing):
+            self.ahead.arrived(ref)
         self._reap()
 
-    def _home_grad(self, ref: ParamRef) -> torch.Tensor:
-        """Return the tensor over the gradient's segment; what the user still holds of the last one keeps its values."""
-        assert ref.grad is not None
-        # The attribute, the argument of getrefcount, and nobody else.
-        if sys.getrefcount(ref.grad) > 2:
-            held = ref.grad
-            self.access_grad(ref)
-            with torch._C.DisableTorchFunctionSubclass():
-                fresh = self.make_grad(ref)
-                held.data = held.detach().clone()
-            ref.grad = fresh
-        return ref.grad
-
-    def make_grad(self, ref: ParamRef) -> torch.Tensor:
-        """Build the tensor over the gradient's segment."""
-        flat = ref.unit.grad_flat
-        assert flat is not None
-        typed = flat[ref.offset : ref.offset + ref.numel * ref.home.element_size()].view(ref.home.dtype)
-        view = torch.as_strided(typed, ref.home.size(), ref.home.stride(), typed.storage_offset())
-        grad = view.as_subclass(GuardedGrad)
-        link(grad, ref)
-        return grad
+    @_locked
+    def move_out(self, ref: ParamRef) -> None:
+        """Give a gradient memory of its own: its address is about to be taken."""
+        move_out(ref)
 
     def _reap(self) -> None:
         while self._landing:
@@ -441,7 +413,7 @@ class Session:
             self._landing.popleft()
 
     @_locked
-    def backward_ended(self) -> None:
+    def backward_ended(self, task: int) -> None:
         """Run at the end of a backward: all gradients are in their segments for whoever looks."""
         self._bring_down()
         if not _testing.broken("wrong_gate"):
@@ -449,7 +421,10 @@ class Session:
         self._reap()
         self._task = -1
         self.ahead.backward_ended(self.units)
-        self.close_all()
+        for unit in self.units:
+            unit.end_backward(task)
+            if unit.held and unit.depth == 0:
+                self.close(unit)
 
     # ------------------------------------------------------------------ steps
 
@@ -463,7 +438,7 @@ class Session:
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())
             self._before_use(unit)
-            if unit.shadow_filled or storage_uses(unit.home) > unit.home_idle:
+            if unit.shadow_filled or unit.home_aliased() or unit.frames_seen is not None or unit.is_open:
                 watched.append(unit)
         return watched
 
@@ -487,19 +462,6 @@ class Session:
         for unit in watched:
             if unit.behind:
                 self._catch_up(unit)
-
-    def bring_home(self, refs: list[ParamRef]) -> None:
-        """Make sure that the gradients to be used are the ones in their segments."""
-        foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
-        # One parameter's segment may be another's gradient: all are read before any is written.
-        taken = [
-            (ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None
-        ]
-        for ref, grad in taken:
-            self.access_grad(ref)
-            with torch._C.DisableTorchFunctionSubclass():
-                assert ref.grad is not None
-                ref.grad.copy_(grad)
 
     def before_accumulate(self, ref: ParamRef) -> None:
         """Autograd is about to add to a gradient that may still be on its way, or is yet to be multiplied."""

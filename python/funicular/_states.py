@@ -29,6 +29,9 @@ def _element_size(name: str, dtype: torch.dtype) -> int:
     return 2 if name == "master" and dtype == torch.bfloat16 else 4
 
 
+_EDITED = -2
+
+
 def _nowhere() -> None:
     return None
 
@@ -66,6 +69,8 @@ class ParamStates(MutableMapping[str, Any]):
             return
         if ref.states is not None:
             ref.states.detach()
+        # Edited between its last step and the offload: its master starts anew.
+        ref.edited |= self.plain_version not in (-1, ref.version_before)
         for name in (*MOMENTS, "master"):
             if name in self._tensors:
                 self._store(ref, name, self._tensors[name][0])
@@ -91,6 +96,8 @@ class ParamStates(MutableMapping[str, Any]):
         if ref is None:
             return
         kept = {name: (t, t._version) for name, t in tensors.items()}
+        # Edited since its last step: no version is the one that the master goes with.
+        self.plain_version = _EDITED if ref.edited else -1
         engine, lent = ref.unit.session.engine, self._lent
         self._lent = 0
         engine.returned(lent)

@@ -8,6 +8,7 @@ import torch
 
 from funicular._clip import effective_factor
 from funicular._errors import UsageError
+from funicular._grads import bring_home
 from funicular._model import ref_of
 from funicular._resident import resident_session, resident_update
 from funicular._states import MOMENTS, ParamStates
@@ -51,6 +52,9 @@ class AdamW(torch.optim.Optimizer):
     UsageError
         ``FN-E117`` for ``amsgrad``, ``capturable`` and ``differentiable``.
     """
+
+    #: no step of it changes a parameter without counting
+    counts_its_edits = True
 
     def __init__(
         self,
@@ -263,7 +267,7 @@ class _SessionStep:
                 refs.append(ref)
             self.units[unit] = members
             updates.append((unit.engine_id, _spans(members), session.ahead.confirmed(unit)))
-        session.bring_home(refs)
+        bring_home(session, refs)
         counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
         self._submit(session, updates, refs, counts, watched)

@@ -109,7 +109,9 @@ class Stats:
         p = self.prefetch
         lines.append(f"  windows          {p.hits} hits, {p.late} late, {p.demand} demand, {p.conflicts} from home")
         if self.ahead.used or self.ahead.in_vain:
-            lines.append(f"  ahead            {self.ahead.used} updates begun in backward and used, {self.ahead.in_vain} in vain")
+            lines.append(
+                f"  ahead            {self.ahead.used} updates begun in backward and used, {self.ahead.in_vain} in vain"
+            )
         for tier, b in self.budgets.items():
             limit = "unlimited" if b.limit is None else f"{b.limit / 2**20:.1f} MiB"
             lines.append(f"  {tier:16} {b.used / 2**20:.1f} MiB used, {b.peak / 2**20:.1f} MiB peak of {limit}")

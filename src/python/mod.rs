@@ -1,6 +1,7 @@
 //! The Python extension module `funicular._core`: thin, no logic. Everything that can wait releases the GIL.
 
 mod arguments;
+mod digest;
 mod dlpack;
 mod engine;
 mod failures;
@@ -17,6 +18,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(trim, m)?)?;
+    m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
     m.add_function(wrap_pyfunction!(cli, m)?)?;
     m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def disk() -> Iterator[str]:
     """An empty directory on a real disk; the runtime must leave it empty."""
-    path = tempfile.mkdtemp(prefix="funicular-test-", dir=DISK)
+    path = tempfile.mkdtemp(prefix="test-funicular-", dir=DISK)
     yield path
     shutil.rmtree(path, ignore_errors=True)
 
@@ -56,7 +56,7 @@ def disk() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def io_uring() -> bool:
     """True where io_uring works: containers often forbid it."""
-    path = tempfile.mkdtemp(prefix="funicular-test-", dir=DISK)
+    path = tempfile.mkdtemp(prefix="test-funicular-", dir=DISK)
     world = World(DEVICE, (path,), **PLACEMENTS["nvme-io_uring"])
     model = Stack(depth=2)
     try:

@@ -152,9 +152,6 @@ def test_two_threads_evaluate(run: Run):
     run.train(1)
 
 
-@pytest.mark.xfail(
-    reason="open: a read by another thread can meet a window that opens or closes under it", strict=False
-)
 @case(stack())
 def test_another_thread_reads_while_training(run: Run):
     """Reads never see bytes that are neither the weights before nor after a step."""

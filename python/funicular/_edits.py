@@ -1,0 +1,160 @@
+"""Edits of weights that no guard saw: through views, numpy, raw addresses, kernels that do not count.
+
+Where nobody but the runtime looks, there are none. Where somebody does, the bytes are compared whenever the unit is about to be used:
+at home as long as a view of the home lives, in the frames as long as a view outlives its window. Inside a window an edit counts if
+a version counter shows it, or if the parameter itself was asked for its memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funicular._errors import UsageError
+from funicular._watch import changed_at_home, changed_in_frames, digest, look_at_frames, look_at_home
+
+if TYPE_CHECKING:
+    from funicular._model import ParamRef, Unit
+    from funicular._session import Session
+
+__all__ = ["Inside", "check_replacement", "refresh_frames", "replace_data", "take_edits", "take_frame_edits"]
+
+_address: Any = torch.Tensor.data_ptr
+_data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def take_edits(session: Session, unit: Unit) -> None:
+    """Take note of edits outside of windows, before a unit's bytes are used."""
+    if unit.is_open or unit.moving:
+        return
+    take_frame_edits(session, unit)
+    with torch._C.DisableTorchFunctionSubclass():
+        for ref in unit.params:
+            if ref.param._version != ref.version:
+                session.edited(ref)
+    for ref in changed_at_home(unit):
+        session.edited(ref)
+    if not unit.home_aliased():
+        unit.home_seen = None
+    elif unit.shadow_filled or not unit.on_nvme:
+        look_at_home(unit)
+
+
+def take_frame_edits(session: Session, unit: Unit) -> None:
+    """Bring home what was edited through views that outlived their window."""
+    if unit.is_open or unit.moving:
+        return
+    changed = changed_in_frames(unit)
+    if changed:
+        session.use_home(unit)
+        for ref in changed:
+            _copy_home(session, ref)
+        look_at_frames(unit)
+
+
+def _copy_home(session: Session, ref: ParamRef) -> None:
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        ref.home.copy_(ref.frame)
+    session.edited(ref)
+
+
+def refresh_frames(session: Session, unit: Unit) -> None:
+    """Let another thread's window, and views that outlived theirs, see what the weight is now."""
+    if unit.moving or not (unit.is_open or unit.frames_seen is not None):
+        return
+    session.engine.open(unit.engine_id, 2, session.stream())
+    if unit.frames_seen is not None:
+        look_at_frames(unit)
+    for ref in unit.params:
+        if ref.seen is not None:
+            ref.seen = digest(ref.frame)
+
+
+def check_replacement(ref: ParamRef, data: torch.Tensor) -> None:
+    """Refuse what would make a parameter another one.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E115`` for another shape, dtype or device.
+    """
+    home = ref.home
+    if data.shape != home.shape or data.dtype != home.dtype or data.device != home.device:
+        raise UsageError(
+            "FN-E115",
+            f"'{ref.name}' is offloaded as {tuple(home.shape)} {home.dtype} on {home.device}; it cannot become "
+            f"{tuple(data.shape)} {data.dtype} on {data.device}. Call funicular.unwrap(model) first, then change it.",
+        )
+
+
+def replace_data(ref: ParamRef, data: torch.Tensor) -> None:
+    """Carry out ``p.data = t`` outside of windows, by copying into the home."""
+    check_replacement(ref, data)
+    if data.data_ptr() != ref.home_address:
+        ref.version = -1  # not yet seen
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            ref.home.copy_(data)
+        ref.unit.session.edited(ref)
+
+
+def _take_replacement(ref: ParamRef, data: torch.Tensor) -> None:
+    """Carry out ``p.data = t`` inside a window, where no guard saw it."""
+    check_replacement(ref, data)
+    with torch.no_grad():
+        ref.frame.copy_(data)
+        ref.param.data = ref.frame
+
+
+class Inside:
+    """What was edited while a window was open, found as it closes."""
+
+    def __init__(self, session: Session, unit: Unit) -> None:
+        self.session, self.unit = session, unit
+        #: homes that somebody edited while the unit computed from its frames
+        self.elsewhere = changed_at_home(unit)
+        #: frames that somebody edited in a way that cannot be followed; known only under ``debug.poison``
+        self.hidden: list[ParamRef] = []
+        self.refused: UsageError | None = None
+        self.edited: list[ParamRef] = []
+
+    def look(self, ref: ParamRef) -> None:
+        """Find out about one parameter, which is away from home."""
+        p = ref.param
+        if ref.numel > 0 and _address(p) != ref.frame_address:
+            try:
+                _take_replacement(ref, _data(p))
+                self.edited.append(ref)
+            except UsageError as error:
+                self.refused = error
+                p.data = ref.frame
+        elif p._version != ref.version:
+            if ref not in self.elsewhere:
+                self.edited.append(ref)
+        elif ref.seen is not None and digest(ref.frame) != ref.seen:
+            (self.edited if ref.touched else self.hidden).append(ref)
+
+    def end(self) -> None:
+        """Stop, once all is in order, if something went where it cannot count.
+
+        Raises
+        ------
+        UsageError
+            ``FN-E118``; ``FN-E115`` for a replacement of another shape or type.
+        """
+        if self.elsewhere:
+            for ref in self.edited:
+                _copy_home(self.session, ref)
+            for ref in self.elsewhere:
+                self.session.edited(ref)
+        if self.refused is not None:
+            raise self.refused
+        lost = [*self.elsewhere, *self.hidden]
+        if lost:
+            names = ", ".join(f"'{ref.name}'" for ref in lost)
+            how = "a view taken before" if self.elsewhere else "its memory, past torch's version counter,"
+            raise UsageError(
+                "FN-E118",
+                f"{names} was edited through {how} while its module was running, which has computed without the edit or would "
+                "lose it. Edit the parameter itself: with torch.no_grad(): weight.clamp_(...)",
+            )

@@ -1,0 +1,153 @@
+"""Gradients and the places they are brought to, where somebody keeps looking at one of the two.
+
+In plain PyTorch a new gradient has new memory, so whatever was made of an old one keeps its values. Here its place is used
+again: whoever still looks at it is moved to memory of its own first. Views are known, because they are guarded as the
+gradient is; raw aliases are given ordinary memory from the start.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funicular import _testing
+from funicular._clip import note_norm
+from funicular._errors import RuntimeFailure
+from funicular._guard import GuardedGrad
+from funicular._model import link, ref_of, storage_uses
+
+if TYPE_CHECKING:
+    from collections import deque
+
+    from funicular._model import ParamRef
+    from funicular._session import Session
+
+_use_count: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
+
+__all__ = ["bring_down", "bring_home", "make_grad", "move_out"]
+
+
+def make_grad(ref: ParamRef) -> torch.Tensor:
+    """Build the tensor over the gradient's place."""
+    storage, home = ref.unit.grad, ref.home
+    assert storage is not None
+    # Not by slicing: autograd's notes on views would keep tensors that look at the place.
+    grad = torch.empty(0, dtype=home.dtype, device=storage.device)
+    grad.set_(storage, ref.offset // home.element_size(), home.size(), home.stride())
+    grad.__class__ = GuardedGrad
+    link(grad, ref)
+    return grad
+
+
+def place_for(ref: ParamRef) -> torch.Tensor:
+    """Return the tensor over a gradient's place, for a new gradient: nobody looks at the place any more.
+
+    Raises
+    ------
+    RuntimeFailure
+        ``FN-E119`` if something that cannot be moved still does.
+    """
+    # The attribute, the argument of getrefcount, and nobody else.
+    if sys.getrefcount(ref.grad) > 2 or any(view() is not None for view in ref.views):
+        ref.unit.session.access_grad(ref)
+        move_out(ref)
+    unit = ref.unit
+    assert unit.grad is not None
+    assert ref.grad is not None
+    uses = storage_uses(unit.grad)
+    if uses > unit.grad_idle:
+        views = sum(view() is not None for other in unit.params for view in other.views)
+        if uses > unit.grad_idle + views:
+            raise RuntimeFailure(
+                "FN-E119",
+                f"something looks at the old gradient of '{ref.name}', or of a parameter beside it, in a way that cannot be followed. "
+                "Keep a clone: p.grad.clone().",
+            )
+    return ref.grad
+
+
+def bring_down(session: Session, ref: ParamRef, landing: deque[list[Any]]) -> bool:
+    """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor."""
+    p = ref.param
+    with torch._C.DisableTorchFunctionSubclass():
+        grad = p.grad
+        if grad is ref.grad:
+            return True  # added to in its place
+        if grad is None or grad.requires_grad or grad.layout != torch.strided:
+            return False
+        if grad.dtype != ref.home.dtype or grad.device != ref.home.device or type(grad) is not torch.Tensor:
+            return False
+        if _is_kept(_holders(grad)):
+            return False  # its holder may go on to edit it
+        place = place_for(ref)
+        if _testing.broken("drop_gradient"):
+            p.grad = place
+            return False
+        if grad.stride() != ref.home.stride():
+            grad = torch.empty_like(ref.frame).copy_(grad)
+        note_norm(ref, grad, place)
+        under_way: list[Any] = [grad, None]
+        landing.append(under_way)  # before: nothing may free what is being copied
+        size = ref.numel * grad.element_size()
+        under_way[1] = session.engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), size, session.stream())
+        p.grad = place
+    return True
+
+
+def bring_home(session: Session, refs: list[ParamRef]) -> None:
+    """Make sure that the gradients to be used by a step are the ones in their places."""
+    foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
+    # One parameter's place may be another's gradient: all are read before any is written.
+    taken = [(ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None]
+    for ref, grad in taken:
+        session.access_grad(ref)
+        place = place_for(ref)
+        with torch._C.DisableTorchFunctionSubclass():
+            place.copy_(grad)
+
+
+def move_out(ref: ParamRef) -> None:
+    """Give a gradient, and all views of it, memory of its own with the same bytes. Its place must be settled."""
+    grad = ref.grad
+    assert grad is not None
+    with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        copy = grad.detach().clone()
+        begin = int(grad.storage_offset()) * grad.element_size()
+        living = [view() for view in ref.views]
+        for tensor in (grad, *living):
+            if tensor is not None:
+                _rebase(tensor, copy, begin)
+        ref.views.clear()
+        ref.grad = make_grad(ref)
+
+
+def _rebase(tensor: torch.Tensor, copy: torch.Tensor, begin: int) -> None:
+    offset = tensor.storage_offset() - begin // tensor.element_size()
+    moved = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    moved.set_(copy.untyped_storage(), offset, tensor.size(), tensor.stride())
+    tensor.data = moved
+    tensor.__class__ = torch.Tensor
+    del tensor._funicular_ref  # type: ignore[attr-defined]
+
+
+def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
+    """Return how many look at a gradient: references in Python, in C++, and tensors over its memory if all of it is its own."""
+    storage = gradient.untyped_storage()
+    whole = storage.nbytes() == gradient.numel() * gradient.element_size()
+    return sys.getrefcount(gradient), _use_count(gradient), storage_uses(storage) if whole else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _holders_of_a_new_one() -> tuple[int, int, int]:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    gradient = parameter.grad
+    return _holders(gradient)
+
+
+def _is_kept(found: tuple[int, int, int]) -> bool:
+    """Whether anybody looks at a gradient besides its parameter and one variable."""
+    return any(now > new for now, new in zip(found, _holders_of_a_new_one(), strict=True))

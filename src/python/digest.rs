@@ -1,0 +1,18 @@
+//! Digests of memory that the wrapper owns, to find edits that left no other trace.
+#![expect(unsafe_code, reason = "reads tensors by their addresses")]
+
+use pyo3::prelude::*;
+
+use twox_hash::XxHash3_64;
+
+/// XXH3-64 of `len` bytes of host memory at `address`.
+#[pyfunction]
+pub(super) fn digest(py: Python<'_>, address: usize, len: usize) -> u64 {
+    if len == 0 {
+        return XxHash3_64::oneshot(&[]);
+    }
+    // SAFETY: the wrapper passes the address and size of a live tensor in host memory. Others may write there meanwhile, as
+    // they may to any tensor: the digest is then that of neither state, and is only ever compared.
+    let bytes = unsafe { std::slice::from_raw_parts(address as *const u8, len) };
+    py.detach(|| XxHash3_64::oneshot(bytes))
+}
