@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from funicular._compiled import compile_forward, untraced, untraced_itself
 from funicular._leases import push, remove
 from funicular._model import in_backward
 from funicular._session import BACKWARD, EVAL, FORWARD
@@ -92,6 +93,7 @@ class _Enter(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
         self.session, self.units = session, units
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
         call = _Call(self)
@@ -110,6 +112,7 @@ class _Leave(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...], enter: _Enter) -> None:
         self.session, self.units, self.enter = session, units, enter
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         stack = _stack()
         if not stack or stack[-1].enter is not self.enter:
@@ -154,6 +157,7 @@ class _Hint(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
         self.session, self.units = session, units
 
+    @untraced
     def __call__(self, grad: torch.Tensor) -> None:
         if not self.session.closed:
             for unit in self.units:
@@ -172,6 +176,7 @@ class _Around:
         self.module = weakref.ref(module)
         self.compiled = module._compiled_call_impl
 
+    @untraced_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = _stack()
         depth = len(stack)
@@ -190,6 +195,15 @@ class _Around:
         module = self.module()
         if module is not None and module._compiled_call_impl is self:
             module._compiled_call_impl = self.compiled
+
+
+def _compile_forward(session: Session, module: nn.Module) -> None:
+    """Move what ``Module.compile`` compiled inwards, behind the windows."""
+    around = module._compiled_call_impl
+    compiled = around.compiled if isinstance(around, _Around) else around
+    if compiled is not None and compile_forward(module, compiled):
+        module._compiled_call_impl = None
+    _surround(session, module)
 
 
 class ModuleHooks:
@@ -213,13 +227,22 @@ def _surround(session: Session, module: nn.Module) -> None:
 
 
 class _EnterRoot(_Hook):
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, model: nn.Module) -> None:
         self.session = session
+        # Weak: they hold this. The blocks and whatever else has hooks of the runtime.
+        self.hooked = [
+            weakref.ref(m) for m in model.modules() if any(isinstance(h, _Enter) for h in m._forward_pre_hooks.values())
+        ]
         self.running = threading.local()
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any) -> None:
         if in_backward():
             return
+        for ref in self.hooked:
+            hooked = ref()
+            if hooked is not None and hooked is not module:
+                _compile_forward(self.session, hooked)
         if getattr(self.running, "depth", 0) > 0:
             # A forward ended and nobody around the module saw it, as when it was compiled in the meantime.
             _unwind(_stack(), 0)
@@ -231,6 +254,7 @@ class _LeaveRoot(_Hook):
     def __init__(self, enter: _EnterRoot) -> None:
         self.enter = enter
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.enter.running.depth = 0
 
@@ -241,7 +265,7 @@ class RootHooks:
     @staticmethod
     def install(session: Session, model: nn.Module) -> None:
         """Register them."""
-        enter = _EnterRoot(session)
+        enter = _EnterRoot(session, model)
         session.handles.append(model.register_forward_pre_hook(enter, prepend=True))
         session.handles.append(model.register_forward_hook(_LeaveRoot(enter), always_call=True))
         _surround(session, model)
