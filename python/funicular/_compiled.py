@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["compilations", "compile_forward", "untraced", "untraced_itself"]
+__all__ = ["compilations", "compile_forward", "keep_out", "untraced", "untraced_itself"]
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
+_kept_out: set[str] = set()
 _log = logging.getLogger("funicular")
 
 
@@ -28,6 +29,16 @@ def untraced(function: _F) -> _F:
     """Keep a function, and what it calls, out of every graph: what it does happens at each call."""
     disable: Any = torch._compile._disable_dynamo
     return cast("_F", disable(function))
+
+
+def keep_out() -> None:
+    """Have ``torch.compile`` leave the functions of this package alone: none is compiled, none becomes part of a graph."""
+    if "funicular" in _kept_out:
+        return
+    rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None:
+        rules.add("funicular")
+        _kept_out.add("funicular")
 
 
 def untraced_itself(function: _F) -> _F:

@@ -13,7 +13,6 @@ import torch.utils._foreach_utils
 from torch import nn
 
 from funicular._clip import NOTHING, recognised
-from funicular._compiled import untraced
 from funicular._errors import RuntimeFailure
 from funicular._leases import pop, push
 from funicular._model import READING, ref_of
@@ -105,34 +104,6 @@ def _settle_grads(args: Iterable[Any]) -> None:
             ref.unit.session.access_grad(ref)
 
 
-@untraced
-def _access(
-    cls: type[GuardedParameter], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Call with parameters outside of their windows."""
-    params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
-    refs = [_living(p) for p in params]
-    if func is torch._has_compatible_shallow_copy_type and refs and isinstance(args[1], torch.Tensor):
-        # `module.to(...)` and its kin ask before they move a parameter or replace it.
-        refs[0].unit.session.check_replacement(refs[0], args[1])
-    _settle_params(refs, alias=func in _ALIASES)
-    _settle_grads(args)
-    if func == _DATA_SET and refs and args and args[0] is params[0]:
-        refs[0].unit.session.replace_data(refs[0], args[1])
-        return None
-    reading = {ref.unit for ref in refs}
-    try:
-        READING.append(reading)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = _leased(refs, func, args, kwargs)
-            for ref, p in zip(refs, params, strict=True):
-                if p._version != ref.version:
-                    ref.unit.session.edited(ref)
-    finally:
-        READING.remove(reading)
-    return result
-
-
 class GuardedParameter(nn.Parameter):
     """A parameter outside its window."""
 
@@ -148,7 +119,27 @@ class GuardedParameter(nn.Parameter):
         if func in HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return _access(cls, func, args, kwargs)
+        params = _guarded(kwargs.values(), cls, _guarded(args, cls, []))
+        refs = [_living(p) for p in params]
+        if func is torch._has_compatible_shallow_copy_type and refs and isinstance(args[1], torch.Tensor):
+            # `module.to(...)` and its kin ask before they move a parameter or replace it.
+            refs[0].unit.session.check_replacement(refs[0], args[1])
+        _settle_params(refs, alias=func in _ALIASES)
+        _settle_grads(args)
+        if func == _DATA_SET and refs and args and args[0] is params[0]:
+            refs[0].unit.session.replace_data(refs[0], args[1])
+            return None
+        reading = {ref.unit for ref in refs}
+        try:
+            READING.append(reading)
+            with torch._C.DisableTorchFunctionSubclass():
+                result = _leased(refs, func, args, kwargs)
+                for ref, p in zip(refs, params, strict=True):
+                    if p._version != ref.version:
+                        ref.unit.session.edited(ref)
+        finally:
+            READING.remove(reading)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Return an ordinary, independent parameter on the same device."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from funicular._compiled import compile_forward, untraced, untraced_itself
+from funicular._compiled import compile_forward, keep_out, untraced, untraced_itself
 from funicular._leases import push, remove
 from funicular._model import in_backward
 from funicular._session import BACKWARD, EVAL, FORWARD
@@ -93,7 +93,6 @@ class _Enter(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
         self.session, self.units = session, units
 
-    @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
         call = _Call(self)
@@ -112,7 +111,6 @@ class _Leave(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...], enter: _Enter) -> None:
         self.session, self.units, self.enter = session, units, enter
 
-    @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         stack = _stack()
         if not stack or stack[-1].enter is not self.enter:
@@ -157,7 +155,6 @@ class _Hint(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
         self.session, self.units = session, units
 
-    @untraced
     def __call__(self, grad: torch.Tensor) -> None:
         if not self.session.closed:
             for unit in self.units:
@@ -178,6 +175,7 @@ class _Around:
 
     @untraced_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        keep_out()
         stack = _stack()
         depth = len(stack)
         module: Any = self.module()
@@ -239,6 +237,7 @@ class _EnterRoot(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if in_backward():
             return
+        keep_out()
         for ref in self.hooked:
             hooked = ref()
             if hooked is not None and hooked is not module:
@@ -254,7 +253,6 @@ class _LeaveRoot(_Hook):
     def __init__(self, enter: _EnterRoot) -> None:
         self.enter = enter
 
-    @untraced
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.enter.running.depth = 0
 
