@@ -10,6 +10,7 @@ a copy is a copy. Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Activations", "Paged"]
 
-#: tensors whose copies down may be under way before compute waits for the oldest
-_LEAVING = 2
+#: tensors that stay on the device behind their copy: the last of a forward are the first that its backward needs
+_NEAR = 2
 
 
 class Activations:
@@ -37,7 +38,7 @@ class Activations:
         self.bytes_out = 0
         self.bytes_in = 0
         self._cuda = device.type == "cuda"
-        self._leaving: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._near: deque[Paged] = deque()
         #: what waits, oldest first; a backward goes from the end
         self._waiting: list[weakref.ref[Paged]] = []
         self._buffers: list[_Buffer] = []
@@ -72,16 +73,10 @@ class Activations:
         with torch.cuda.stream(self.down):
             paged.host.copy_(x.detach(), non_blocking=True)
             paged.arrived = self.down.record_event()
-        self._leaving.append((paged.arrived, x.detach()))
-        while len(self._leaving) > _LEAVING:
-            event, _ = self._leaving.popleft()
-            compute.wait_event(event)
-
-    def let_go(self) -> None:
-        """Hold no tensor any longer for the sake of its copy."""
-        if self._leaving:
-            torch.cuda.current_stream(self.device).wait_event(self._leaving[-1][0])
-            self._leaving.clear()
+        paged.near = (x.detach(), x._version)
+        self._near.append(paged)
+        while len(self._near) > _NEAR:
+            self._near.popleft().let_go()
 
     def before(self, paged: Paged) -> Paged | None:
         """Return what started to wait just before another; a guess at what is needed next."""
@@ -108,13 +103,12 @@ class Activations:
         """Return bytes copied out, copied in, waiting, and taken from the host budget."""
         return self.bytes_out, self.bytes_in, self.arena.in_use, self.arena.reserved
 
-    def close(self) -> None:
+    def __del__(self) -> None:
         """Wait for all copies: their memory is about to be given back."""
-        if self._cuda:
-            self.down.synchronize()
-            self.up.synchronize()
-        self._leaving.clear()
-        self._buffers.clear()
+        with contextlib.suppress(Exception):
+            if self._cuda:
+                self.down.synchronize()
+                self.up.synchronize()
 
 
 class _Buffer:
@@ -148,6 +142,8 @@ class Paged:
         self.host = self._place.bytes.view(x.dtype).view(x.shape)
         #: on a device with streams: recorded behind the copy down
         self.arrived: torch.cuda.Event | None = None
+        #: the tensor itself, and its version when it was copied
+        self.near: tuple[torch.Tensor, int] | None = None
         self._ready: dict[int, tuple[_Buffer, torch.Tensor, torch.cuda.Event]] = {}
         self.dropped = False
 
@@ -158,10 +154,13 @@ class Paged:
         if self.arrived is None:
             self._owner.bytes_in += part.nbytes
             return part.clone()
-        self._owner.let_go()
         self.ahead(index)
-        _, rows, event = self._ready[index]
-        torch.cuda.current_stream(self._owner.device).wait_event(event)
+        if index in self._ready:
+            _, rows, event = self._ready[index]
+            torch.cuda.current_stream(self._owner.device).wait_event(event)
+        else:
+            assert self.near is not None
+            rows = self.near[0].narrow(0, start, stop - start)
         # While this slice computes, the next one comes up.
         if index > 0:
             self.ahead(index - 1)
@@ -174,6 +173,8 @@ class Paged:
     def ahead(self, index: int) -> None:
         """Start copying a slice up, unless that was done."""
         if self.arrived is None or index in self._ready or self.dropped:
+            return
+        if self.near is not None and self.near[0]._version == self.near[1]:
             return
         start, stop = self._bounds[index]
         part = self.host.narrow(0, start, stop - start)
@@ -193,9 +194,16 @@ class Paged:
             ready[0].free = torch.cuda.current_stream(self._owner.device).record_event()
             ready[0].busy = False
 
+    def let_go(self) -> None:
+        """Give up the tensor itself: the compute stream waits for the copy, then its memory may become another's."""
+        if self.near is not None and self.arrived is not None:
+            torch.cuda.current_stream(self._owner.device).wait_event(self.arrived)
+            self.near = None
+
     def drop(self) -> None:
         """Give the host memory back."""
         if not self.dropped:
+            self.let_go()
             self.dropped = True
             for buffer, _, event in self._ready.values():
                 buffer.free, buffer.busy = event, False

@@ -227,10 +227,9 @@ def _surround(session: Session, module: nn.Module) -> None:
 class _EnterRoot(_Hook):
     def __init__(self, session: Session, model: nn.Module) -> None:
         self.session = session
-        # Weak: they hold this. The blocks and whatever else has hooks of the runtime.
-        self.hooked = [
-            weakref.ref(m) for m in model.modules() if any(isinstance(h, _Enter) for h in m._forward_pre_hooks.values())
-        ]
+        # Weak: they hold this. What has hooks of the runtime, and what runs in micro-batches.
+        ours = [m for m in model.modules() if "_call_impl" in m.__dict__ or _has_window(m)]
+        self.hooked = [weakref.ref(m) for m in ours if m is not model]
         self.running = threading.local()
 
     @untraced
@@ -240,13 +239,17 @@ class _EnterRoot(_Hook):
         keep_out()
         for ref in self.hooked:
             hooked = ref()
-            if hooked is not None and hooked is not module:
+            if hooked is not None:
                 _compile_forward(self.session, hooked)
         if getattr(self.running, "depth", 0) > 0:
             # A forward ended and nobody around the module saw it, as when it was compiled in the meantime.
             _unwind(_stack(), 0)
             self.session.recover()
         self.running.depth = 1
+
+
+def _has_window(module: nn.Module) -> bool:
+    return any(isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values())
 
 
 class _LeaveRoot(_Hook):

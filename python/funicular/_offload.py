@@ -77,8 +77,8 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
     try:
         _build(session, found)
         _move_buffers(model, session)
-        _hook(model, session, found)
         _slice(session, found, resolved)
+        _hook(model, session, found)
         model.__dict__[_ATTRIBUTE] = session
     except BaseException:
         # As it was: nothing of a model is lost because it could not be offloaded.
@@ -366,6 +366,7 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
     for handle in session.handles:
         handle.remove()
     MicroBatches.remove(model)
+    session.activations = None
     unkeep(session)
     session.closed = True
     model.__dict__.pop(_ATTRIBUTE, None)

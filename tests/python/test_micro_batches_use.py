@@ -15,7 +15,7 @@ from torch import nn
 import facts
 import funicular
 from funicular._offload import session_of
-from models import WIDTH, Block, Decoder, Linear, Stack, stack
+from models import CUDA, WIDTH, Block, Decoder, Linear, Stack, stack
 from sliced import close, compare
 from twin import Run, bits, play, same
 
@@ -82,7 +82,11 @@ def test_activations_paged_are_counted(two_worlds):
     stats = funicular.stats(run.model)
     # Six blocks, five rows, fp32.
     once = 6 * 5 * WIDTH * 4
-    assert (stats.activations.bytes_out, stats.activations.bytes_in) == (3 * once, 3 * once)
+    # Where copies have a stream of their own, the last two of a forward are still there when its backward begins.
+    assert (stats.activations.bytes_out, stats.activations.bytes_in) == (
+        3 * once,
+        3 * (once * 4 // 6 if CUDA else once),
+    )
     assert stats.activations.waiting == 0
     assert stats.budgets["host"].used - before == stats.activations.reserved > once
     assert f"{stats.activations.bytes_out / 1e9:.3f} GB out" in str(stats)
