@@ -58,6 +58,9 @@ codes! {
     SparseGrad = "FN-E116", Usage, "sparse gradients are not supported";
     OptimizerOption = "FN-E117", Usage, "an optimizer option is not supported";
     Scripted = "FN-E118", Usage, "a TorchScript module cannot be paged";
+    BlockCut = "FN-E120", Usage, "what a block takes or gives cannot be cut along the batch";
+    BlockEffect = "FN-E121", Usage, "a block in micro-batches does more than compute its outputs";
+    BlockTwice = "FN-E122", Usage, "a block in micro-batches cannot be differentiated twice";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
     HostBudget = "FN-E202", Budget, "the host budget is too small";
     NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";

@@ -410,8 +410,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("[optimizer]\nspare = \"1GiB\"", "optimizer.spare"),
         ("[optimizer]\nwhere = \"gpu\"", "optimizer.where"),
         ("[[override]]\nmatch = \"*\"\noptimizer = \"hbm\"", "override.optimizer"),
-        ("[activations]\nmicro_batch = 2", "activations.micro_batch"),
-        ("[activations]\ntier = \"host\"", "activations.tier"),
         ("[debug]\nsync = true", "debug.sync"),
         ("[pressure]\naction = \"demote\"", "pressure.action"),
     ] {
@@ -427,6 +425,7 @@ fn contradictions_are_refused_by_name() {
         ("[params]\ntier = \"nvme\"", ["params.tier is nvme", "nvme.paths"]),
         ("[optimizer]\ntier = \"nvme\"", ["optimizer.tier is nvme", "nvme.paths"]),
         ("[[override]]\nmatch = \"*\"\nparams = \"nvme\"", ["override[0].params is nvme", "nvme.paths"]),
+        ("[activations]\ntier = \"host\"", ["activations.tier is host", "activations.micro_batch"]),
         ("[log]\ntrace_steps = [1]", ["log.trace_steps", "log.trace"]),
     ] {
         let error = Policy::from_toml_str(text, "p").unwrap().check_consistent().unwrap_err();

@@ -153,7 +153,7 @@ fn stage_two_and_full_precision() {
     notes(&i.ignored, "zero_optimization.offload_optimizer.nvme_path", "not nvme");
     notes(&i.undecided, "zero_optimization.stage", "stage 2 keeps all parameters on the GPU");
     notes(&i.undecided, "zero_optimization.offload_optimizer.pin_memory", "always page-locked");
-    notes(&i.undecided, "activation_checkpointing", "not supported yet");
+    notes(&i.undecided, "activation_checkpointing", "set activations.micro_batch too");
     assert!(i.policy.nvme.paths.is_empty());
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from funicular._compiled import compile_forward, keep_out, untraced, untraced_itself
 from funicular._leases import push, remove
 from funicular._model import in_backward
 from funicular._session import BACKWARD, EVAL, FORWARD
@@ -172,7 +173,9 @@ class _Around:
         self.module = weakref.ref(module)
         self.compiled = module._compiled_call_impl
 
+    @untraced_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        keep_out()
         stack = _stack()
         depth = len(stack)
         module: Any = self.module()
@@ -190,6 +193,15 @@ class _Around:
         module = self.module()
         if module is not None and module._compiled_call_impl is self:
             module._compiled_call_impl = self.compiled
+
+
+def _compile_forward(session: Session, module: nn.Module) -> None:
+    """Move what ``Module.compile`` compiled inwards, behind the windows."""
+    around = module._compiled_call_impl
+    compiled = around.compiled if isinstance(around, _Around) else around
+    if compiled is not None and compile_forward(module, compiled):
+        module._compiled_call_impl = None
+    _surround(session, module)
 
 
 class ModuleHooks:
@@ -213,18 +225,31 @@ def _surround(session: Session, module: nn.Module) -> None:
 
 
 class _EnterRoot(_Hook):
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, model: nn.Module) -> None:
         self.session = session
+        # Weak: they hold this. What has hooks of the runtime, and what runs in micro-batches.
+        ours = [m for m in model.modules() if "_call_impl" in m.__dict__ or _has_window(m)]
+        self.hooked = [weakref.ref(m) for m in ours if m is not model]
         self.running = threading.local()
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any) -> None:
         if in_backward():
             return
+        keep_out()
+        for ref in self.hooked:
+            hooked = ref()
+            if hooked is not None:
+                _compile_forward(self.session, hooked)
         if getattr(self.running, "depth", 0) > 0:
             # A forward ended and nobody around the module saw it, as when it was compiled in the meantime.
             _unwind(_stack(), 0)
             self.session.recover()
         self.running.depth = 1
+
+
+def _has_window(module: nn.Module) -> bool:
+    return any(isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values())
 
 
 class _LeaveRoot(_Hook):
@@ -241,7 +266,7 @@ class RootHooks:
     @staticmethod
     def install(session: Session, model: nn.Module) -> None:
         """Register them."""
-        enter = _EnterRoot(session)
+        enter = _EnterRoot(session, model)
         session.handles.append(model.register_forward_pre_hook(enter, prepend=True))
         session.handles.append(model.register_forward_hook(_LeaveRoot(enter), always_call=True))
         _surround(session, model)

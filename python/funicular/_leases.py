@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Pair = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
-__all__ = ["Lease", "LeaseHooks", "Pair", "pop", "push", "remove"]
+__all__ = ["Lease", "LeaseHooks", "Pair", "check_version", "pop", "push", "remove"]
 
 
 class Lease(NamedTuple):
@@ -131,12 +131,12 @@ class LeaseHooks:
     def unpack(self, packed: Any) -> torch.Tensor:
         """Open the window of a lease and give the view back."""
         if isinstance(packed, _Kept):
-            _check_version(f"{packed.tensor.type()} {list(packed.tensor.shape)}", packed.tensor, packed.version)
+            check_version(f"{packed.tensor.type()} {list(packed.tensor.shape)}", packed.tensor, packed.version)
             return packed.tensor
         if not isinstance(packed, Lease):
             return packed  # type: ignore[no-any-return]
         if packed.ref is not None:
-            _check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
+            check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
         # Until the view is there, nothing tells another thread that the bytes are in use.
         with packed.session.lock:
             at_frames = packed.session.open_for_backward(packed.unit)
@@ -147,7 +147,8 @@ class LeaseHooks:
         return torch._neg_view(view) if packed.negative else view
 
 
-def _check_version(name: str, tensor: torch.Tensor, saved: int) -> None:
+def check_version(name: str, tensor: torch.Tensor, saved: int) -> None:
+    """Raise what torch raises for a saved tensor that was changed since."""
     with torch._C.DisableTorchFunctionSubclass():
         now = tensor._version
     if now != saved:

@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from funicular import _core
+from funicular._activations import Activations
 from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
 from funicular._guard import GuardedParameter
 from funicular._hooks import ModuleHooks, RootHooks
+from funicular._micro_batches import MicroBatches
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
 from funicular._resident import keep, resident_session, unkeep
 from funicular._session import Session
@@ -81,6 +83,7 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
         _build(session, found)
         watch_optimizers()
         _move_buffers(model, session)
+        _slice(session, found, resolved)
         _hook(model, session, found)
         model.__dict__[_ATTRIBUTE] = session
     except BaseException:
@@ -281,6 +284,22 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
     RootHooks.install(session, model)
 
 
+def _slice(session: Session, found: list[Found], policy: Policy) -> None:
+    """Let blocks run in micro-batches, if the policy says so."""
+    activations = policy.to_dict()["activations"]
+    if activations["micro_batch"] == "off":
+        return
+    if activations["tier"] == "host":
+        session.activations = Activations(session.engine, session.device)
+    unit_of = {id(ref.param): unit for unit in session.units for ref in unit.params}
+    blocks = [(f.name, module) for f in found for module in f.modules]
+    inside = {id(m) for _, block in blocks for m in block.modules() if m is not block}
+    for name, module in blocks:
+        if id(module) not in inside:
+            units = _units_of(module, unit_of, recurse=True)
+            MicroBatches.install(session, module, units, name, activations["micro_batch"])
+
+
 def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> tuple[Unit, ...]:
     units = [unit_of[id(p)] for p in module.parameters(recurse=recurse) if id(p) in unit_of]
     return tuple(dict.fromkeys(units))
@@ -372,6 +391,8 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
         p.__dict__.pop("_funicular_inside", None)
     for handle in session.handles:
         handle.remove()
+    MicroBatches.remove(model)
+    session.activations = None
     unkeep(session)
     session.closed = True
     model.__dict__.pop(_ATTRIBUTE, None)

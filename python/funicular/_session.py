@@ -37,6 +37,7 @@ from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from funicular._activations import Activations
     from funicular._core import Engine
     from funicular.policy import Policy
 
@@ -69,6 +70,8 @@ class Session:
         self.residents: list[torch.nn.Parameter] = []
         self.ahead = Ahead()
         self.leases = LeaseHooks()
+        #: block inputs that wait in host memory, where the policy says so
+        self.activations: Activations | None = None
         #: everything hung on the model: each has ``remove()``
         self.handles: list[Any] = []
         self.pid = os.getpid()

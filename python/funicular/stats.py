@@ -12,7 +12,7 @@ from funicular._offload import session_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Ahead", "Budget", "Link", "Prefetch", "Stats", "stats"]
+__all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "stats"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,18 @@ class Ahead:
 
 
 @dataclass(frozen=True)
+class Paged:
+    """Block inputs that waited in host memory (``activations.tier = "host"``), in bytes."""
+
+    bytes_out: int = 0
+    bytes_in: int = 0
+    #: waiting for their backward now
+    waiting: int = 0
+    #: host memory taken for them, part of the host budget
+    reserved: int = 0
+
+
+@dataclass(frozen=True)
 class Stats:
     """A snapshot; numbers count from the moment the model was offloaded."""
 
@@ -75,6 +87,7 @@ class Stats:
     #: reads of parameters outside their windows
     stray_reads: int
     budgets: dict[str, Budget]
+    activations: Paged
     #: seconds since the model was offloaded
     seconds: float
     #: seconds from the first window of the first step to the end of the last one
@@ -112,6 +125,9 @@ class Stats:
             lines.append(
                 f"  ahead            {self.ahead.used} updates begun in backward and used, {self.ahead.in_vain} in vain"
             )
+        a = self.activations
+        if a.bytes_out:
+            lines.append(f"  activations      {a.bytes_out / 1e9:.3f} GB out, {a.bytes_in / 1e9:.3f} GB in")
         for tier, b in self.budgets.items():
             limit = "unlimited" if b.limit is None else f"{b.limit / 2**20:.1f} MiB"
             lines.append(f"  {tier:16} {b.used / 2**20:.1f} MiB used, {b.peak / 2**20:.1f} MiB peak of {limit}")
@@ -143,6 +159,7 @@ def stats(model: nn.Module) -> Stats:
         home_uses=raw["home_uses"],
         stray_reads=session.strays,
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},
+        activations=Paged() if session.activations is None else Paged(*session.activations.totals()),
         seconds=time.monotonic() - session.started,
         step_seconds=session.last_step - session.first_window if session.last_step else 0.0,
     )

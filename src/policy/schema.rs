@@ -135,8 +135,16 @@ pub const KEYS: &[Key] = &[
         Kind::AutoSize,
         "Bytes fetched ahead of the unit that computes. `auto`: what the compute budget leaves.",
     ),
-    key("activations.micro_batch", Kind::OffCount, "Rows of the batch that a block takes at a time, or `off`."),
-    key("activations.tier", Kind::Word(words::ActivationsTier::WORDS), "Where activations wait for their backward."),
+    key(
+        "activations.micro_batch",
+        Kind::OffCount,
+        "Rows of the batch that a block takes at a time; only its inputs are kept for the backward, which runs it again. `off`: blocks run as they are.",
+    ),
+    key(
+        "activations.tier",
+        Kind::Word(words::ActivationsTier::WORDS),
+        "Where the inputs of blocks that run in micro-batches wait for their backward.",
+    ),
     key("debug.poison", Kind::Bool, "Fill released memory with NaN, so that a stale read cannot go unnoticed."),
     key("debug.sync", Kind::Bool, "Wait for every transfer at once: slow, for looking for faults."),
     key("debug.faults", Kind::Text, "Faults to inject, for tests only."),

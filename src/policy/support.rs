@@ -14,8 +14,6 @@ const PENDING: &[Pending] = &[
     ("grads.accumulate", "fp32", |p| p.grads.accumulate == Accumulate::Fp32),
     ("grads.tier", "nvme", |p| p.grads.tier != GradsTier::Host),
     ("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu),
-    ("activations.micro_batch", "a number", |p| p.activations.micro_batch != MicroBatch::Off),
-    ("activations.tier", "host", |p| p.activations.tier != ActivationsTier::Hbm),
     ("debug.sync", "true", |p| p.debug.sync),
     ("pressure.action", "demote", |p| p.pressure.action == Pressure::Demote),
 ];
@@ -45,6 +43,14 @@ impl Policy {
         {
             return Err(Error::new(Code::PolicyValue, format!("{key} is nvme, but nvme.paths is empty."))
                 .action("Set nvme.paths to a directory on a local disk, such as [\"/mnt/nvme0/funicular\"]."));
+        }
+        if self.activations.tier == ActivationsTier::Host && self.activations.micro_batch == MicroBatch::Off {
+            return Err(Error::new(
+                Code::PolicyValue,
+                "activations.tier is host, but activations.micro_batch is off: only the inputs of blocks that run in \
+                 micro-batches are kept there.",
+            )
+            .action("Set activations.micro_batch to the rows of the batch that a block takes at a time."));
         }
         if !self.log.trace_steps.is_empty() && self.log.trace.is_empty() {
             return Err(Error::new(Code::PolicyValue, "log.trace_steps is set, but log.trace names no file.")

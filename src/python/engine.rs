@@ -166,6 +166,14 @@ impl Engine {
         self.buffer(py, unit, "grad", true)
     }
 
+    /// DLPack capsule over page-locked host memory for activations: `wanted` bytes, or from `least` on what is left.
+    fn activation_buffer(&self, py: Python<'_>, least: u64, wanted: u64) -> PyResult<Py<PyAny>> {
+        let made = py.detach(|| self.with(|rt| Ok((rt.activation_region(least, wanted)?, Arc::clone(rt.device()?)))));
+        let (region, device) = check(py, made)?;
+        let (address, len) = (region.as_ptr() as u64, region.len() as u64);
+        dlpack::capsule(py, address, len, DeviceKind::Host, Box::new((region, device)))
+    }
+
     /// Opens a window; false: use the home.
     fn open(&self, py: Python<'_>, unit: u32, in_phase: u8, stream: u64) -> PyResult<bool> {
         waiting(py, |i| self.with(|rt| rt.open_window(UnitId(unit), phase(in_phase), stream, i)))

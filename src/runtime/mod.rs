@@ -32,6 +32,7 @@ use crate::{
     dtype::StateKind,
     error::{Code, Error, Result},
     io::Direction,
+    memory::HostRegion,
     model::Layout,
     policy::Policy,
     runtime::{
@@ -396,6 +397,15 @@ impl Runtime {
                 (bytes, bytes)
             }
         })
+    }
+
+    /// Page-locks host memory for activations: `wanted` bytes, or `least` where the budget has no room for more. It stays
+    /// until the runtime is closed.
+    ///
+    /// # Errors
+    /// `FN-E202` when `budget.host` has no room, `FN-E204` when the system refuses.
+    pub fn activation_region(&self, least: u64, wanted: u64) -> Result<Arc<HostRegion>> {
+        self.shared()?.activation_region(least, wanted)
     }
 
     /// Ends everything: waits for copies and I/O in flight, stops the threads, gives memory and disk space back.

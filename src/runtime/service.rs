@@ -13,7 +13,7 @@ use crate::{
     dtype::StateKind,
     error::{Code, Error, Result},
     io::Direction,
-    memory::{Shadow, SlotLease},
+    memory::{HostRegion, Shadow, SlotLease},
     runtime::{
         core::{Disk, Inner, SLICE, Service, Shared},
         homes::Set,
@@ -143,6 +143,37 @@ impl Shared {
             let _ = device.hide(address);
         }));
         Ok(())
+    }
+
+    /// Host memory for activations, out of what `budget.host` leaves; never given back.
+    pub(crate) fn activation_region(&self, least: u64, wanted: u64) -> Result<Arc<HostRegion>> {
+        // One unit that lives on NVMe can always be read.
+        let on_nvme = |u: &UnitId| self.placement.homes[u.index()].params == Tier::Nvme;
+        let reads = self.layout.ids().filter(on_nvme).map(|u| self.layout.unit(u).param_bytes()).max().unwrap_or(0);
+        let limit = self.placement.shadow_bytes.saturating_sub(reads);
+        let (taken, _) = self.stats.shadows();
+        let bytes = wanted.min(limit.saturating_sub(taken)).max(least);
+        if !self.stats.lent(bytes, limit) {
+            return Err(Error::new(
+                Code::HostBudget,
+                format!(
+                    "a block's input of {} is to wait in host memory; budget.host leaves {}, and {} of it are taken \
+                     by such inputs and by reads outside of steps.",
+                    ByteCount(least),
+                    ByteCount(limit),
+                    ByteCount(taken)
+                ),
+            )
+            .action(
+                "Raise budget.host, put more on disk (optimizer.tier = \"nvme\"), or set activations.tier = \"hbm\".",
+            ));
+        }
+        let made = HostRegion::new(ByteCount(bytes), "activations");
+        let made = made.and_then(|region| self.device.register(&region).map(|()| region));
+        if made.is_err() {
+            self.stats.returned(bytes);
+        }
+        made
     }
 
     /// Writes a filled shadow to NVMe: at the start, and after edits.

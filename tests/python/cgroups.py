@@ -55,4 +55,4 @@ def run(group: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=enter, check=False)  # noqa: PLW1509
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=enter, check=False)

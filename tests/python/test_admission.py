@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cgroups
 import pytest
+
+import cgroups
 
 MIB = 1 << 20
 
@@ -74,12 +75,20 @@ class TestCgroup:
         assert message.startswith("FN-E202")
         for part in ("the plan needs 1.6 GiB", "this cgroup allows", f"limit 1.0 GiB at {group}", "the machine has"):
             assert part in message, message
-        ways = ("Set nvme.paths (", 'or set nvme.paths and optimizer.tier and params.tier = "nvme"', "or raise the limit at")
+        ways = (
+            "Set nvme.paths (",
+            'or set nvme.paths and optimizer.tier and params.tier = "nvme"',
+            "or raise the limit at",
+        )
         for way in ways:
             assert way in message, message
 
     def test_frames_are_host_memory_where_the_processor_computes(self) -> None:
-        policy = {"budget": {"hbm": "800MiB", "host": "400MiB"}, "params": {"tier": "host"}, "optimizer": {"tier": "host"}}
+        policy = {
+            "budget": {"hbm": "800MiB", "host": "400MiB"},
+            "params": {"tier": "host"},
+            "optimizer": {"tier": "host"},
+        }
         with cgroups.limited(1024 * MIB) as group:
             done = cgroups.run(group, _REFUSED, "6", json.dumps(policy))
             refused = cgroups.run(group, _REFUSED, self.LAYERS, json.dumps({**policy, "budget": {"host": "900MiB"}}))

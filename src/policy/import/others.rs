@@ -307,7 +307,7 @@ fn arguments(to: &mut Rewrite<'_>, root: &Node, entries: &[Entry]) {
                 to.ignored(key, node, "the model is wrapped after it is built here; from the meta device too")
             }
             ("cpu_checkpointing", Value::Bool(true)) => {
-                to.undecided(key, node, "activations.tier = \"host\" is not supported yet");
+                to.undecided(key, node, "activations.tier = \"host\" does it for blocks that run in micro-batches: set activations.micro_batch too");
             }
             _ if LIGHTNING_LOOP.contains(&key.as_str()) || key == "cpu_checkpointing" => to.ignored(key, node, LOOP),
             _ => {

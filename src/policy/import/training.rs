@@ -84,7 +84,7 @@ impl Import<'_> {
     pub(super) fn checkpointing(&mut self, found: Found<'_>) {
         let cpu = found.node.get("cpu_checkpointing").is_some_and(|n| scalar::flag(n).is_ok_and(|on| on.value));
         if cpu {
-            self.undecided(found, "cpu_checkpointing: activations.tier = \"host\" is not supported yet");
+            self.undecided(found, "cpu_checkpointing: activations.tier = \"host\" does it for blocks that run in micro-batches: set activations.micro_batch too");
         } else {
             self.ignored(found, "belongs to your training loop: torch.utils.checkpoint works as it is");
         }
