@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from funicular import _testing
+from funicular import _core, _testing
 from funicular._ahead import Ahead
 from funicular._clip import MAX_FACTORS, apply_pending, note_norm
 from funicular._ends import leave, living
@@ -47,7 +47,7 @@ from funicular._model import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from funicular._core import Engine
+    from funicular._core import Engine, Save
     from funicular.policy import Policy
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
@@ -72,6 +72,7 @@ class Session:
 
     def __init__(self, engine: Engine, device: torch.device, policy: Policy) -> None:
         self.engine = engine
+        self.policy = policy
         self.log = StepLog(engine, policy.to_dict())
         self.device = device
         self.units: list[Unit] = []
@@ -99,11 +100,17 @@ class Session:
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
+        #: the save under way, or the last one
+        self.saving: Save | None = None
+        #: why the model must not be used: a load that failed halfway
+        self.partial = ""
         living.add(self)
 
     def __del__(self) -> None:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
         if not self.closed and os.getpid() == self.pid:
+            with contextlib.suppress(Error):
+                _core.saved(self.engine)
             for unit in self.units:
                 with contextlib.suppress(Error):
                     leave(self, unit)
@@ -130,7 +137,7 @@ class Session:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
         if unit.is_open and not unit.moving:
             return True
-        self._alive()
+        self.alive()
         if unit.moving:
             self._go_home(unit)
         self.first_window = self.first_window or time.monotonic()
@@ -233,7 +240,7 @@ class Session:
     @_locked
     def access(self, refs: list[ParamRef], *, alias: bool = False) -> None:
         """Make the homes of parameters valid and current for the caller, outside their windows."""
-        self._alive()
+        self.alive()
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
             if unit.moving:
@@ -242,6 +249,9 @@ class Session:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
         for unit in units:
+            if self.saving is not None:
+                # The caller may be about to edit it.
+                _core.preserve(self.engine, unit.engine_id)
             self.engine.settle(unit.engine_id, self.stream())
         self._fault_in(units)
         if alias:
@@ -253,7 +263,7 @@ class Session:
 
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
-        self._alive()
+        self.alive()
         self.engine.settle(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
         self.ahead.drop(self, ref.unit)
@@ -454,7 +464,7 @@ class Session:
     @_locked
     def before_step(self, units: list[Unit]) -> list[Unit]:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
-        self._alive()
+        self.alive()
         self._bring_down()
         self.close_all()
         watched = []
@@ -464,6 +474,16 @@ class Session:
             if unit.shadow_filled or storage_uses(unit.home) > unit.home_idle:
                 watched.append(unit)
         return watched
+
+    @_locked
+    def settle_edits(self) -> None:
+        """Bring everything home, and take note of edits that went past the guard."""
+        self._bring_down()
+        self.recover()
+        for unit in self.units:
+            if unit.escaped:
+                self.engine.settle(unit.engine_id, self.stream())
+            self._take_edits(unit)
 
     def stepped(self, refs: list[ParamRef], watched: list[Unit]) -> None:
         """Bump versions. Interrupted, it can be run again."""
@@ -518,9 +538,12 @@ class Session:
 
     # ------------------------------------------------------------------ life
 
-    def _alive(self) -> None:
+    def alive(self) -> None:
+        """Raise if the model cannot be used."""
         if self.closed:
             raise RuntimeFailure("FN-E104", "the model is no longer offloaded.")
+        if self.partial:
+            raise RuntimeFailure("FN-E410", f"{self.partial} Load a whole checkpoint; until then the model is not used.")
         if os.getpid() != self.pid:
             raise RuntimeFailure(
                 "FN-E103",

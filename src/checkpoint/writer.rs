@@ -38,6 +38,13 @@ pub struct Means {
     pub frame: u64,
 }
 
+impl Means {
+    /// Bytes of all frames.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.frames) * self.frame
+    }
+}
+
 struct Target {
     file: File,
     bytes: u64,
