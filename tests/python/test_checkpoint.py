@@ -21,13 +21,21 @@ from twin import Mismatch, Run, World, match
 
 #: parameters on the host and states on disk, besides the usual ones
 WORLDS = {**PLACEMENTS, "mixed": {"params": "host", "optimizer": "nvme", "engine": "threads"}}
+#: updates in spare frames ahead of the step, and units that live on the compute device: all, or some
+AUTO = {"params": {"tier": "auto"}, "optimizer": {"tier": "auto", "spare": "0B"}}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "spare": {"optimizer": {"tier": "host", "spare": "16MiB"}},
+    "all resident": {**AUTO, "budget": {"hbm": "256MiB" if DEVICE == "cuda" else "64MiB"}},
+    "some resident": {**AUTO, "budget": {"hbm": "64MiB" if DEVICE == "cuda" else "20MiB"}},
+}
+PLACES = [*WORLDS, *SECTIONS]
 SOME_ON_DISK = {"override": [{"match": "layers.[024]*", "params": "nvme", "optimizer": "host"}]}
 
 
 def world_of(name: str, disk: str, io_uring: bool) -> World:
     if name in PLACEMENTS:
         return make_world(name, disk, io_uring)
-    return World(DEVICE, (disk,), **WORLDS[name])
+    return World(DEVICE, (disk,), **WORLDS.get(name, {}))
 
 
 def build(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -67,16 +75,18 @@ def assert_same_files(a: Path, b: Path) -> None:
     match(sorted(one.items()), sorted(other.items()))
 
 
-@pytest.mark.parametrize("to", WORLDS)
-@pytest.mark.parametrize("source", WORLDS)
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [(a, b) for a in WORLDS for b in WORLDS] + [("mixed", s) for s in SECTIONS] + [(s, "mixed") for s in SECTIONS],
+)
 def test_resume(source: str, to: str, disk: str, io_uring: bool, tmp_path: Path):
     """Another policy, another engine: losses, weights and states go on as if nothing had been."""
-    first = begin(world_of(source, disk, io_uring))
+    first = begin(world_of(source, disk, io_uring), **SECTIONS.get(source, {}))
     first.train(3, look=False)
     funicular.save(first.model, first.opt, tmp_path / "c", extra={"epoch": 1})
     expected = go_on(first)
     torch.manual_seed(7)
-    second = begin(world_of(to, disk, io_uring))
+    second = begin(world_of(to, disk, io_uring), **SECTIONS.get(to, {}))
     assert funicular.load(tmp_path / "c", second.model, second.opt) == (3, {"epoch": 1})
     match(expected, go_on(second))
 

@@ -14,7 +14,7 @@ import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Stack
-from test_checkpoint import Odd, assert_same_files, begin, build, go_on, world_of
+from test_checkpoint import PLACES, SECTIONS, Odd, assert_same_files, begin, build, go_on, world_of
 from twin import Run, World, match
 
 #: so slow that the next steps come long before the end of a save
@@ -22,27 +22,32 @@ SLOW = {"faults": "write:delay=20ms@1x1000000"}
 FOREVER = 10**9
 
 
-@pytest.fixture(params=["host", "nvme-threads", "nvme-io_uring", "mixed"])
-def any_world(request: pytest.FixtureRequest, disk: str, io_uring: bool) -> World:
-    return world_of(request.param, disk, io_uring)
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def slow(world: World, make: Callable[[], Any] = build, **debug: Any) -> Run:
+@pytest.fixture
+def any_world(place: str, disk: str, io_uring: bool) -> World:
+    return world_of(place, disk, io_uring)
+
+
+def slow(world: World, make: Callable[[], Any] = build, **sections: Any) -> Run:
     """A run whose writes take their time, whatever they are of; small shards make many of them."""
-    return begin(world, make, debug={**SLOW, **debug})
+    return begin(world, make, debug=SLOW, **sections)
 
 
 def saved_aside(run: Run, path: Path, **more: Any) -> funicular.SaveHandle:
     return funicular.save(run.model, run.opt, path, wait=False, shard_bytes=30_000, **more)
 
 
-def test_equals_a_save_that_was_waited_for(any_world: World, tmp_path: Path):
+def test_equals_a_save_that_was_waited_for(place: str, any_world: World, tmp_path: Path):
     """Steps go on during the save; what is saved, and what is trained, are as without."""
-    alone = begin(any_world)
+    alone = begin(any_world, **SECTIONS.get(place, {}))
     alone.train(3, look=False)
     funicular.save(alone.model, alone.opt, tmp_path / "waited", shard_bytes=30_000)
     expected = go_on(alone, 4)
-    run = slow(any_world)
+    run = slow(any_world, **SECTIONS.get(place, {}))
     run.train(3, look=False)
     handle = saved_aside(run, tmp_path / "aside")
     assert not handle.done()
@@ -52,12 +57,12 @@ def test_equals_a_save_that_was_waited_for(any_world: World, tmp_path: Path):
     assert_same_files(tmp_path / "waited", tmp_path / "aside")
 
 
-def test_the_update_before_belongs_to_it(any_world: World, tmp_path: Path):
+def test_the_update_before_belongs_to_it(place: str, any_world: World, tmp_path: Path):
     """Asked for right after a step whose updates are still under way."""
     for k in range(3):
         runs = []
         for wait in (True, False):
-            run = begin(any_world)
+            run = begin(any_world, **SECTIONS.get(place, {}))
             run.train(2, look=False)
             run.model(run.model.example(run)).backward()
             run.opt.step()
