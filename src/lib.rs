@@ -1,9 +1,10 @@
 //! Full-parameter training of models larger than the GPU's memory.
 //!
 //! Layers, imports only downward (`tests/tidy.rs` checks it):
-//! `error units dtype` < `memory model policy` < `device io optim` < `store schedule` < `runtime` < `bench doctor plan` < `cli` < `python`.
+//! `error units dtype` < `memory model policy` < `device io optim` < `checkpoint store schedule` < `runtime` < `bench doctor plan` < `cli` < `python`.
 
 pub mod bench;
+pub mod checkpoint;
 pub mod cli;
 pub mod device;
 pub mod doctor;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from funicular._core import __version__
 from funicular._errors import BudgetError, Error, RuntimeFailure, StorageError, UsageError
 from funicular._offload import offload, unwrap
+from funicular.checkpoint import Loaded, SaveHandle, load, save
 from funicular.optim import AdamW
 from funicular.policy import Policy
 from funicular.stats import Stats, stats
@@ -13,13 +14,17 @@ __all__ = [
     "AdamW",
     "BudgetError",
     "Error",
+    "Loaded",
     "Policy",
     "RuntimeFailure",
+    "SaveHandle",
     "Stats",
     "StorageError",
     "UsageError",
     "__version__",
+    "load",
     "offload",
+    "save",
     "stats",
     "unwrap",
 ]

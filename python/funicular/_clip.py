@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from funicular._model import ParamRef
+    from funicular._session import Session
 
 __all__ = ["apply_pending", "effective_factor", "note_norm", "recognised"]
 
@@ -110,10 +111,18 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
             if grad._version != ref.norm[1]:
                 return False
         refs.append(ref)
-    if not refs or not refs[0].unit.session.take_factor(factor):
+    if not refs or not _take(refs[0].unit.session, factor):
         return False
     for ref in refs:
         ref.factor = factor
+    return True
+
+
+def _take(session: Session, factor: torch.Tensor) -> bool:
+    """Whether one more factor may stay pending until the next step."""
+    if id(factor) not in session.factors and len(session.factors) >= MAX_FACTORS:
+        return False
+    session.factors[id(factor)] = factor
     return True
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from funicular._edits import take_edits
-from funicular._errors import Error
+from funicular._errors import Error, RuntimeFailure
 
 if TYPE_CHECKING:
     from funicular._model import Unit
     from funicular._session import Session
 
-__all__ = ["leave", "living"]
+__all__ = ["check_alive", "leave", "living"]
 
 #: closed at exit, before torch goes, so that no directory stays behind
 living: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -48,3 +48,16 @@ def leave(session: Session, unit: Unit) -> None:
         ref.param.__class__ = nn.Parameter
         ref.param.data = ref.home
         ref.param.__dict__.pop("_funicular_inside", None)
+
+
+def check_alive(session: Session) -> None:
+    """Raise if the model cannot be used: closed, not whole, or another process's."""
+    if session.closed:
+        raise RuntimeFailure("FN-E104", "the model is no longer offloaded.")
+    if session.partial:
+        raise RuntimeFailure("FN-E410", f"{session.partial} Load a whole checkpoint; until then the model is not used.")
+    if os.getpid() != session.pid:
+        raise RuntimeFailure(
+            "FN-E103",
+            "the model was offloaded by the parent of this process. Use it there; in a child, load a copy.",
+        )

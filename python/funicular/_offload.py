@@ -330,6 +330,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     session = session_of(model)
     if session is None:
         raise UsageError("FN-E114", "the model is not offloaded.")
+    _core.saved(session.engine)
     if session.engine.failed():
         _log.warning(
             "FN-W301 unwrapping after a failure: weights in host memory are, element by element, as before or as after the step "

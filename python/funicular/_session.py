@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from funicular import _testing
+from funicular import _core, _testing
 from funicular._ahead import Ahead
-from funicular._clip import MAX_FACTORS, apply_pending
+from funicular._clip import apply_pending
 from funicular._edits import Inside, refresh_frames, take_edits, take_frame_edits
-from funicular._ends import leave, living
-from funicular._errors import Error, RuntimeFailure
+from funicular._ends import check_alive, leave, living
+from funicular._errors import Error
 from funicular._grads import bring_down, move_out
 from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from funicular._activations import Activations
-    from funicular._core import Engine
+    from funicular._core import Engine, Save
     from funicular.policy import Policy
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
@@ -63,6 +63,7 @@ class Session:
 
     def __init__(self, engine: Engine, device: torch.device, policy: Policy) -> None:
         self.engine = engine
+        self.policy = policy
         self.log = StepLog(engine, policy.to_dict())
         self.device = device
         self.units: list[Unit] = []
@@ -87,17 +88,23 @@ class Session:
         #: clipping was seen: norms are taken as gradients come
         self.wants_norms = False
         #: factors pending for the next step
-        self._factors: dict[int, torch.Tensor] = {}
+        self.factors: dict[int, torch.Tensor] = {}
         #: gradients on their way down, kept until their copies are over; the number of the copy comes second
         self._landing: deque[list[Any]] = deque()
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
+        #: the save under way, or the last one
+        self.saving: Save | None = None
+        #: why the model must not be used: a load that failed halfway
+        self.partial = ""
         living.add(self)
 
     def __del__(self) -> None:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
         if not self.closed and os.getpid() == self.pid:
+            with contextlib.suppress(Error):
+                _core.saved(self.engine)
             for unit in self.units:
                 with contextlib.suppress(Error):
                     leave(self, unit)
@@ -125,7 +132,7 @@ class Session:
         if unit.is_open and not unit.moving:
             self._let_in(unit)
             return True
-        self._alive()
+        self.alive()
         if unit.moving:
             self._go_home(unit)
         self.first_window = self.first_window or time.monotonic()
@@ -260,7 +267,7 @@ class Session:
         Returns those whose home is to be used instead of the parameter: wherever no gradient is wanted (``plain``), since then
         the parameter may move meanwhile.
         """
-        self._alive()
+        self.alive()
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
             if unit.moving:
@@ -269,6 +276,9 @@ class Session:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
         for unit in units:
+            if self.saving is not None:
+                # The caller may be about to edit it.
+                _core.preserve(self.engine, unit.engine_id)
             self.engine.settle(unit.engine_id, self.stream())
             take_frame_edits(self, unit)
         self._fault_in(units)
@@ -296,20 +306,13 @@ class Session:
 
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
-        self._alive()
+        self.alive()
         self.engine.settle(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
         # Not every operation that changes a tensor says so: whoever looks may have changed it.
         self.ahead.drop(self, ref.unit)
         apply_pending(ref)
         ref.norm = None
-
-    def take_factor(self, factor: torch.Tensor) -> bool:
-        """Whether one more factor may stay pending until the next step."""
-        if id(factor) not in self._factors and len(self._factors) >= MAX_FACTORS:
-            return False
-        self._factors[id(factor)] = factor
-        return True
 
     def edited(self, ref: ParamRef) -> None:
         """Note that a parameter was edited in its home."""
@@ -377,9 +380,14 @@ class Session:
         take_edits(self, unit)
         self._retire_shadow(unit)
 
+    @_locked
     def take_all_edits(self) -> None:
-        """Take note of edits that went past the guard, of all units."""
+        """Take note of edits that went past the guard, of all units, outside of windows."""
+        self._bring_down()
+        self.recover()
         for unit in self.units:
+            if unit.behind or unit.home_seen is not None:
+                self.engine.settle(unit.engine_id, self.stream())
             self._before_use(unit)
 
     # ------------------------------------------------------------------ gradients
@@ -434,7 +442,7 @@ class Session:
     @_locked
     def before_step(self, units: list[Unit]) -> list[Unit]:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
-        self._alive()
+        self.alive()
         self._bring_down()
         self.close_all()
         watched = []
@@ -454,7 +462,7 @@ class Session:
                 ref.edited, ref.stepped = False, True
             for unit in dict.fromkeys(ref.unit for ref in refs):
                 outdate(unit)
-        self._factors.clear()
+        self.factors.clear()
         for unit in watched:
             unit.behind = True
 
@@ -485,11 +493,6 @@ class Session:
 
     # ------------------------------------------------------------------ life
 
-    def _alive(self) -> None:
-        if self.closed:
-            raise RuntimeFailure("FN-E104", "the model is no longer offloaded.")
-        if os.getpid() != self.pid:
-            raise RuntimeFailure(
-                "FN-E103",
-                "the model was offloaded by the parent of this process. Use it there; in a child, load a copy.",
-            )
+    def alive(self) -> None:
+        """Raise if the model cannot be used."""
+        check_alive(self)

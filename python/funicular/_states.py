@@ -132,6 +132,51 @@ class ParamStates(MutableMapping[str, Any]):
             engine.returned(lent)
         self._tensors.clear()
 
+    @property
+    def edited(self) -> bool:
+        """Whether the parameter was edited since its last step: its next master starts from it."""
+        ref = self.ref
+        if ref is not None:
+            return ref.edited
+        return self.plain_version not in (-1, self.param._version)
+
+    def keep_edits(self) -> None:
+        """Write edited tensors back, and keep what was fetched: later edits count too."""
+        ref = self.ref
+        if ref is None:
+            return
+        for name, (tensor, version) in self._tensors.items():
+            if tensor._version != version:
+                self._store(ref, name, tensor)
+                self._tensors[name] = (tensor, tensor._version)
+
+    def fetched(self, name: str) -> torch.Tensor:
+        """Return a state as a tensor of the caller's own, which no budget counts."""
+        return self._copy(name)
+
+    def forget(self) -> None:
+        """Give up the states: others are about to take their place."""
+        ref = self.ref
+        self._forget()
+        if ref is not None:
+            ref.states = None
+        self._ref = _nowhere
+        self._lost = None
+        self.count = 0
+
+    def loaded(self, ref: ParamRef | None, count: int, *, edited: bool) -> None:
+        """Take note that the states were filled where they live: in the runtime, or by ``self[name] = ...`` before."""
+        self.count = count
+        if ref is None:
+            self.plain_version = -2 if edited else self.param._version
+            return
+        if ref.states is not None and ref.states is not self:
+            ref.states.detach()
+        self._ref = weakref.ref(ref)
+        ref.states = self
+        ref.stepped = True
+        ref.edited = edited
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a state."""
         if self._lost is not None:

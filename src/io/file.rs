@@ -167,6 +167,26 @@ pub fn probe_directory(dir: &Path, wanted: DirectIo) -> Result<DirectoryProbe> {
     Ok(DirectoryProbe { direct: false, file_system, notes })
 }
 
+/// Whether files in `dir` can be written and read past the page cache, found out by doing it.
+pub fn takes_direct(dir: &Path) -> bool {
+    matches!(write_and_read_back(dir, true), Ok(Ok(())))
+}
+
+/// Whether a file can be read past the page cache, found out by doing it.
+pub fn reads_direct(path: &Path) -> bool {
+    let attempt = || -> std::result::Result<(), OsError> {
+        let scratch = HostRegion::new(ByteCount(ALIGNMENT as u64), "the direct I/O probe").map_err(OsError::other)?;
+        // SAFETY: the region is this function's own, and this is the only reference into it.
+        let buffer = unsafe { std::slice::from_raw_parts_mut(scratch.as_ptr(), ALIGNMENT) };
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
+        if alignment(&file).is_some_and(|needed| needed == 0 || !ALIGNMENT.is_multiple_of(needed)) {
+            return Err(OsError::from_raw_os_error(libc::EINVAL));
+        }
+        file.read_at(buffer, 0).map(|_| ())
+    };
+    attempt().is_ok()
+}
+
 /// The outer error ends the probe, the inner one is the system's about this way of doing it.
 fn write_and_read_back(dir: &Path, direct: bool) -> Result<std::result::Result<(), OsError>> {
     let scratch = HostRegion::new(ByteCount(PROBE_BYTES as u64), "the direct I/O probe")?;

@@ -35,7 +35,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    fn with<R>(&self, f: impl FnOnce(&Runtime) -> Result<R>) -> Result<R> {
+    pub(super) fn with<R>(&self, f: impl FnOnce(&Runtime) -> Result<R>) -> Result<R> {
         match &*self.runtime.read() {
             Some(runtime) => f(runtime).inspect_err(|error| runtime.told(error)),
             None => Err(Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again.")),
@@ -67,7 +67,7 @@ impl Engine {
     }
 }
 
-fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {
+pub(super) fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {
     let id = UnitId(unit);
     if id.index() < rt.layout()?.units.len() {
         return Ok(id);

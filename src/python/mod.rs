@@ -1,6 +1,7 @@
 //! The Python extension module `funicular._core`: thin, no logic. Everything that can wait releases the GIL.
 
 mod arguments;
+mod checkpoints;
 mod digest;
 mod dlpack;
 mod engine;
@@ -19,6 +20,12 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(trim, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
+    m.add_class::<checkpoints::Checkpoint>()?;
+    m.add_class::<checkpoints::Save>()?;
+    m.add_function(wrap_pyfunction!(checkpoints::save, m)?)?;
+    m.add_function(wrap_pyfunction!(checkpoints::restore, m)?)?;
+    m.add_function(wrap_pyfunction!(checkpoints::preserve, m)?)?;
+    m.add_function(wrap_pyfunction!(checkpoints::saved, m)?)?;
     m.add_function(wrap_pyfunction!(cli, m)?)?;
     m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::{
     device::{Device, DeviceKind, Frames, Gate, StreamRef},
     error::{Code, Error, Result},
-    io::{Direction, IoCompletion, IoPart, IoRequest},
+    io::{Direction, EngineOptions, IoCompletion, IoPart, IoRequest},
     memory::{SlotLease, SlotPool},
     model::Layout,
     optim::Pool,
@@ -21,6 +21,7 @@ use crate::{
         factors::Factors,
         files::Map,
         homes::Homes,
+        saves::Saves,
         stats::{Busy, Cause, Stats},
         ticket::Ticket,
         trace::Trace,
@@ -125,6 +126,9 @@ pub(crate) struct Shared {
     pub(crate) inner: Mutex<Inner>,
     pub(crate) changed: Condvar,
     pub(crate) service: Mutex<()>,
+    pub(crate) saves: Saves,
+    /// How checkpoints are read and written: the engine, and whether past the page cache.
+    pub(crate) checkpoint_io: (EngineOptions, bool),
     pub(crate) to_runner: Sender<RunTask>,
     pub(crate) to_ahead: Sender<UnitId>,
     pub(crate) to_up: Sender<Landing>,

@@ -136,6 +136,18 @@ impl Homes {
         &self.units[unit.index()]
     }
 
+    /// Where a kind of a section lies now, whose parameters begin at `offset` of the unit's; 0 if not on the host.
+    pub fn address(&self, unit: UnitId, section: usize, offset: u64, kind: StateKind) -> u64 {
+        let home = self.unit(unit);
+        match kind {
+            StateKind::Param => home.params + offset,
+            StateKind::Grad => home.grads + offset,
+            StateKind::Master => home.states(section, Set::Current)[0],
+            StateKind::ExpAvg => home.states(section, Set::Current)[1],
+            StateKind::ExpAvgSq => home.states(section, Set::Current)[2],
+        }
+    }
+
     /// Bytes that are mapped for homes and gradients.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -2,6 +2,7 @@
 //!
 //! - [`core`](self): the lock, the machine's commands performed, waiting;
 //! - `threads`: driver, runner, reapers; `update`: AdamW over one piece; `service`: what is not part of a step;
+//! - `saves`, `snapshot`, `restore`: checkpoints, and what waits for them;
 //! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
 
 mod admission;
@@ -11,7 +12,10 @@ mod core;
 mod factors;
 pub mod files;
 pub mod homes;
+mod restore;
+mod saves;
 mod service;
+mod snapshot;
 mod start;
 pub mod stats;
 mod steps;
@@ -25,6 +29,8 @@ mod update;
 use std::{sync::Arc, thread::JoinHandle};
 
 pub use config::Config;
+pub use restore::{Buffer, Item, aside, read_buffers};
+pub use snapshot::{Place, Source, Unchanged, save_plain};
 pub use update::{Job, JobSpan, StepHyper};
 
 use crate::{
@@ -419,6 +425,7 @@ impl Runtime {
         }
         self.running = None;
         let Some(shared) = self.shared.take() else { return };
+        shared.saves.stop();
         shared.inner.lock().closing = true;
         shared.changed.notify_all();
         shared.device.drain();

@@ -17,6 +17,7 @@ use crate::{
     runtime::{
         core::{Disk, Inner, SLICE, Service, Shared},
         homes::Set,
+        saves::group_of,
         stats::Cause,
         ticket::Ticket,
     },
@@ -85,7 +86,7 @@ impl Shared {
         done
     }
 
-    fn settle_disk(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn settle_disk(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let inner = self.lock()?;
         let what = || format!("writes of '{}'", self.layout.unit(unit).name);
         self.wait(inner, &what, interrupted, |i| Ok((!i.machine.unsettled(unit)).then_some(())))
@@ -180,6 +181,7 @@ impl Shared {
     pub(crate) fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
         self.settle_disk(unit, interrupted)?;
+        self.saves.preserve(group_of(unit), interrupted)?;
         self.event(|m, _| m.begin_write(unit))?;
         let written = self.overwrite_params(unit, shadow.as_ptr(), interrupted);
         self.event(|m, out| m.end_write(unit, out))?;
@@ -206,6 +208,7 @@ impl Shared {
     /// The parameters were edited inside their window: brings the frames' bytes home.
     pub(crate) fn write_back(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         self.settle(unit, interrupted)?;
+        self.saves.preserve(group_of(unit), interrupted)?;
         self.drop_ahead(unit);
         let bytes = self.layout.unit(unit).param_bytes() as usize;
         let frame = self.frames.address(unit.index());
@@ -256,7 +259,7 @@ impl Shared {
 
     /// Moves whole store chunks covering `bytes` of a segment; `each` sees every piece with its offset in the segment,
     /// after it was read, or before it is written.
-    fn segment_io(
+    pub(crate) fn segment_io(
         &self,
         disk: &Disk,
         segment: usize,
@@ -369,6 +372,7 @@ impl Shared {
     ) -> Result<()> {
         self.settle(unit, interrupted)?;
         if direction == Direction::Write {
+            self.saves.preserve(group_of(unit), interrupted)?;
             self.drop_ahead(unit);
         }
         let size = kind.element_size(self.layout.unit(unit).sections[section].dtype) as u64;
@@ -386,6 +390,23 @@ impl Shared {
         let none = || Error::new(Code::Stale, format!("'{}' has no {}.", self.layout.unit(unit).name, kind.name()));
         let segment = disk.map.segment(unit, section, kind).ok_or_else(none)?;
         self.settle_disk(unit, interrupted)?;
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.bytes_io(disk, segment, range, buffer, direction, interrupted) }
+    }
+
+    /// Copies bytes of a segment on NVMe, of which nothing is on its way, to or from the caller's memory.
+    ///
+    /// # Safety
+    /// `buffer` must be valid for the bytes of `range`, for writing if `direction` is `Read`.
+    pub(crate) unsafe fn bytes_io(
+        &self,
+        disk: &Disk,
+        segment: usize,
+        range: Range<usize>,
+        buffer: *mut u8,
+        direction: Direction,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
         let exchange = |slot: &mut [u8], at: usize, to_slot: bool| {
             let (from, to) = (range.start.max(at), range.end.min(at + slot.len()));
             if from < to {

@@ -8,7 +8,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::{
     device::{self, DeviceKind},
     error::Result,
-    io::{EngineOptions, IoCompletion},
+    io::{DirectIo, EngineOptions, IoCompletion},
     memory::SlotPool,
     model::Layout,
     optim::Pool,
@@ -20,6 +20,7 @@ use crate::{
         factors::Factors,
         files::Map,
         homes::Homes,
+        saves::Saves,
         stats::{Busy, Link, Stats},
         threads,
         trace::Trace,
@@ -103,6 +104,8 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         poison: config.poison,
         changed: Condvar::new(),
         service: Mutex::new(()),
+        saves: Saves::default(),
+        checkpoint_io: (engine_options(config), config.direct != DirectIo::Off),
         to_runner: channels.run.0.clone(),
         to_ahead: channels.ahead.0.clone(),
         to_up: channels.up.0.clone(),
@@ -116,6 +119,16 @@ impl Disk {
     pub(crate) fn staging_bytes(&self) -> u64 {
         let page = self.page_pool.as_ref().map_or(0, |p| p.region().len());
         (page + self.update_pool.region().len()) as u64
+    }
+}
+
+fn engine_options(config: &Config) -> EngineOptions {
+    EngineOptions {
+        choice: config.engine,
+        queue_depth: config.queue_depth,
+        block: config.block as usize,
+        faults: Arc::clone(&config.faults),
+        ..EngineOptions::default()
     }
 }
 
@@ -140,13 +153,7 @@ fn open_disk(
         segments: map.specs.iter().map(|(bytes, label)| SegmentSpec { bytes: *bytes, label: label.clone() }).collect(),
         checksums: config.checksums,
         direct: config.direct,
-        engine: EngineOptions {
-            choice: config.engine,
-            queue_depth: config.queue_depth,
-            block: config.block as usize,
-            faults: Arc::clone(&config.faults),
-            ..EngineOptions::default()
-        },
+        engine: engine_options(config),
         budget: Some(config.budgets.nvme),
     };
     let sink = move |completion: IoCompletion| {

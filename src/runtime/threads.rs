@@ -10,6 +10,7 @@ use crate::{
     io::{Direction, IoCompletion},
     runtime::{
         core::{Landing, RunTask, Shared},
+        saves::group_of,
         stats::{Busy, Link},
         ticket::Ticket,
     },
@@ -190,6 +191,8 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
 /// Runs one piece of an update.
 pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
     let RunTask { unit, chunk, mut lease } = task;
+    // Copy on update: a save under way reads the unit first.
+    shared.saves.preserve(group_of(unit), &mut || false)?;
     let start = shared.trace.now();
     let after = {
         let mut inner = shared.lock()?;
@@ -206,7 +209,11 @@ pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
     if let Some(lease) = lease {
         Shared::park_chunk(&mut inner, unit, chunk, lease);
     }
-    shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))
+    shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))?;
+    if !inner.machine.update_pending(unit) {
+        shared.saves.updated(unit);
+    }
+    Ok(())
 }
 
 /// The runner writes a home, until this is dropped: also when the kernel fails or panics.

@@ -283,6 +283,11 @@ impl Machine {
         self.update_pending(unit) || self.units[unit.index()].writing > 0
     }
 
+    /// True while results of an update, or an edit, are on their way to NVMe.
+    pub fn writing(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].writing > 0
+    }
+
     /// The unit's parameters on NVMe are about to be overwritten: nothing of it is read until [`Machine::end_write`]. The
     /// caller waits until [`Machine::reading`] is over.
     pub fn begin_write(&mut self, unit: UnitId) {

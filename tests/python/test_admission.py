@@ -132,5 +132,6 @@ def test_runs_that_share_memory_know_of_each_other(tmp_path: Path) -> None:
             first.communicate("")
         alone = cgroups.run(group, _REFUSED, "24", "{}")
     assert done.returncode == 0, done.stderr
-    assert "FN-E202" in done.stdout and f"process {first.pid} has planned" in done.stdout, done.stdout
+    assert "FN-E202" in done.stdout, done.stdout
+    assert f"process {first.pid} has planned" in done.stdout, done.stdout
     assert alone.stdout == "", "without the first it fits"

@@ -1,0 +1,231 @@
+"""What of a model and its optimizer belongs into a checkpoint, and where its bytes are now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from funicular._errors import UsageError
+from funicular._facts import encode
+from funicular._model import ref_of
+from funicular._states import MOMENTS, ParamStates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from funicular._model import ParamRef
+
+__all__ = ["DTYPES", "Named", "Snapshot", "config_files", "named_tensors", "states_of"]
+
+#: names of types in safetensors
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+_HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_Place = tuple[int, int, int, str]
+
+
+class Named(NamedTuple):
+    """The model's tensors, each under the first of its names, and the other names."""
+
+    params: dict[str, nn.Parameter]
+    buffers: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+
+
+def named_tensors(model: nn.Module) -> Named:
+    """Return what ``model.state_dict()`` has, by identity.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E408`` for modules whose state holds more than tensors.
+    """
+    params: dict[str, nn.Parameter] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise UsageError(
+                "FN-E408",
+                f"'{prefix}' has an extra state ({type(module).__name__}.get_extra_state). Give it as `extra`.",
+            )
+        dot = f"{prefix}." if prefix else ""
+        for key, p in module._parameters.items():
+            if p is not None:
+                _note(dot + key, p, first, params, aliases)
+        for key, b in module._buffers.items():
+            if b is not None and key not in module._non_persistent_buffers_set:
+                _note(dot + key, b, first, buffers, aliases)
+    return Named(params, buffers, aliases)
+
+
+def _note(name: str, tensor: Any, first: dict[int, str], found: dict[str, Any], aliases: dict[str, str]) -> None:
+    known = first.setdefault(id(tensor), name)
+    if known == name:
+        found[name] = tensor
+    else:
+        aliases[name] = known
+
+
+def states_of(opt: torch.optim.Optimizer, p: torch.Tensor) -> tuple[int, Any]:
+    """Return how often a parameter was stepped, and its states.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E408`` for states of another optimizer than AdamW.
+    """
+    states = opt.state.get(p)
+    if states is None or len(states) == 0:
+        return 0, {}
+    if isinstance(states, ParamStates):
+        return states.count, states
+    unknown = set(states) - {"step", *MOMENTS, "master"}
+    if unknown or "exp_avg" not in states:
+        raise UsageError(
+            "FN-E408",
+            f"states of {type(opt).__name__} ({', '.join(sorted(map(str, states)))}) cannot be saved. Save the model alone, "
+            "with None for the optimizer, and its state_dict() by yourself.",
+        )
+    return int(states["step"]), states
+
+
+class Snapshot:
+    """Lists of tensors and facts for the core, and what must stay alive until they were written."""
+
+    def __init__(self, *, fp32: bool, capture: bool, device: torch.device | None) -> None:
+        self.fp32 = fp32
+        #: copy what may be edited in place by anybody before it is read
+        self.capture = capture
+        self.device = device
+        self.tensors: list[Any] = []
+        self.held: list[tuple[str, torch.Tensor, int]] = []
+        self.dtypes: dict[str, str] = {}
+        self.edited: list[str] = []
+        self.steps: dict[str, int] = {}
+        self.known: dict[str, Any] = {}
+
+    def changed(self) -> str | None:
+        """Return the name of a tensor that was edited since it was listed."""
+        return next((name for name, tensor, version in self.held if tensor._version != version), None)
+
+    def _memory(self, name: str, tensor: torch.Tensor, *, capture: bool = False) -> _Place:
+        tensor = tensor.detach()
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            raise UsageError(
+                "FN-E408", f"'{name}' is a {type(tensor).__name__} on {tensor.device}: not saved. Convert it."
+            )
+        on_device = tensor.device.type != "cpu" and tensor.device == self.device
+        packed = tensor.contiguous() if on_device else tensor.cpu().contiguous()
+        if capture and packed.data_ptr() == tensor.data_ptr():
+            packed = packed.clone()
+        self.held.append((name, packed, packed._version))
+        return (-1, int(on_device), packed.data_ptr(), "")
+
+    def param(self, name: str, p: nn.Parameter) -> None:
+        """List a parameter."""
+        ref = ref_of(p)
+        dtype = _dtype(name, p)
+        if ref is None:
+            place = self._memory(name, p)
+        elif p.is_contiguous():
+            place = _in_unit(ref, "param")
+        else:
+            place = self._memory(name, p, capture=True)
+        master: Any = None
+        if self.fp32 and p.dtype in _HALVES:
+            self.dtypes[name] = _HALVES[p.dtype]
+            dtype, master = "F32", (_HALVES[p.dtype], self._rest(name, p, ref))
+        self.tensors.append((name, dtype, list(p.shape), False, place, master))
+
+    def _rest(self, name: str, p: nn.Parameter, ref: ParamRef | None) -> _Place | None:
+        """Return where a 16-bit parameter's master has what it has beyond the parameter; None where that is nothing."""
+        states = ref.states if ref is not None and ref.states is not None else self.known.get(name)
+        if not isinstance(states, ParamStates) or states.count == 0 or states.edited:
+            return None
+        if ref is not None and states.ref is ref:
+            return _in_unit(ref, "master") if p.is_contiguous() else self._memory(name, states.fetched("master"))
+        return self._memory(name, states["master"])
+
+    def buffer(self, name: str, b: torch.Tensor) -> None:
+        """List a buffer; those are small, and change in any forward."""
+        place = self._memory(name, b, capture=self.capture)
+        self.tensors.append((name, _dtype(name, b), list(b.shape), False, place, None))
+
+    def states(self, name: str, p: nn.Parameter, count: int, states: Any) -> None:
+        """List a parameter's states."""
+        self.steps[name] = count
+        self.known[name] = states
+        if count == 0:
+            return
+        ref = ref_of(p)
+        within = ref is not None and isinstance(states, ParamStates) and states.ref is ref
+        edited = isinstance(states, ParamStates) and states.edited
+        if isinstance(states, ParamStates):
+            states.keep_edits()
+        if edited:
+            self.edited.append(name)
+        for kind in (*MOMENTS, "master"):
+            if kind not in states or (kind == "master" and (edited or self.fp32)):
+                continue
+            if within and p.is_contiguous():
+                assert ref is not None
+                place, dtype = _in_unit(ref, kind), "I16" if (kind, p.dtype) == ("master", torch.bfloat16) else "F32"
+            else:
+                tensor = states.fetched(kind) if within else states[kind]
+                place, dtype = self._memory(f"{name}.{kind}", tensor), _dtype(name, tensor)
+            self.tensors.append((f"{name}.{kind}", dtype, list(p.shape), True, place, None))
+
+    def groups(self, opt: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> list[Any]:
+        """List the states of all groups; returns the groups' options, with parameters by name."""
+        names = {id(p): name for name, p in params.items()}
+        groups = []
+        for index, group in enumerate(opt.param_groups):
+            members = []
+            for p in group["params"]:
+                name = names.get(id(p))
+                if name is None:
+                    raise UsageError(
+                        "FN-E408",
+                        f"group {index} of the optimizer has a parameter of shape {tuple(p.shape)} that is not one of the model's. "
+                        "Make it part of the model.",
+                    )
+                members.append(name)
+                self.states(name, p, *states_of(opt, p))
+            options = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            groups.append({"options": encode(options, f"group {index}"), "params": members})
+        return groups
+
+
+def _in_unit(ref: ParamRef, kind: str) -> _Place:
+    return (ref.unit.engine_id, ref.section, ref.start, kind)
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> str:
+    if tensor.dtype not in DTYPES:
+        raise UsageError("FN-E408", f"'{name}' is {tensor.dtype}, which safetensors does not have. Convert it.")
+    return DTYPES[tensor.dtype]
+
+
+def config_files(model: Any, *, fp32: bool) -> Iterator[tuple[str, bytes]]:
+    """Yield what ``from_pretrained`` reads besides the weights."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return
+    said = {"architectures": [type(model).__name__]}
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        said["dtype"] = "float32" if fp32 and dtype in _HALVES else str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    copy = type(config).from_dict({**config.to_dict(), **said})
+    yield "config.json", str(copy.to_json_string()).encode()
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        yield "generation_config.json", str(generation.to_json_string()).encode()

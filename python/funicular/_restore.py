@@ -1,0 +1,306 @@
+"""Loading: compares a checkpoint with a model and its optimizer, then has the core fill the tiers."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from funicular import _core
+from funicular._errors import UsageError
+from funicular._facts import decode
+from funicular._gather import DTYPES, Named
+from funicular._model import ref_of
+from funicular._quiet import homes_changed
+from funicular._states import MOMENTS, ParamStates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import nn
+
+    from funicular._session import Session
+
+__all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]
+
+#: ordinary tensors are filled through buffers of about this many bytes at a time
+_BATCH = 64 << 20
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Found(NamedTuple):
+    """A tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Source:
+    """An opened checkpoint and what it says of itself."""
+
+    def __init__(self, path: Path, *, own: bool) -> None:
+        self.path = path
+        self.core = _core.Checkpoint(str(path), own)
+        self.model = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(False)}
+        self.optimizer = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(True)}
+        said = self.core.training()
+        self.training: dict[str, Any] = {} if said is None else json.loads(said)
+        #: types of 16-bit parameters of which the file has the fp32 masters
+        self.masters: dict[str, str] = self.training.get("dtypes", {})
+
+    def name_of(self, name: str, aliases: dict[str, str]) -> str | None:
+        """Return the name under which the file has a tensor of the model."""
+        if name in self.model:
+            return name
+        return next((alias for alias, first in aliases.items() if first == name and alias in self.model), None)
+
+
+def _list(title: str, found: list[str]) -> list[str]:
+    if not found:
+        return []
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return [f"{title}: {', '.join(found[:5])}{more}"]
+
+
+def compare_model(source: Source, named: Named, *, exact: bool) -> None:
+    """Compare names, shapes and types of the model's tensors.
+
+    Parameters
+    ----------
+    exact : bool
+        Types must be those of the model (or their fp32 masters); else floating-point types are converted.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E407`` with everything that differs.
+    """
+    missing, shaped, typed = [], [], []
+    used = set()
+    for name, tensor in {**named.params, **named.buffers}.items():
+        key = source.name_of(name, named.aliases)
+        if key is None:
+            missing.append(name)
+            continue
+        used.add(key)
+        found, own = source.model[key], DTYPES.get(tensor.dtype, "")
+        if found.shape != tuple(tensor.shape):
+            shaped.append(f"{name} {list(found.shape)} instead of {list(tensor.shape)}")
+        elif not _fits(found.dtype, own, source.masters.get(key, ""), tensor.dtype, exact=exact):
+            typed.append(f"{name} {found.dtype} instead of {own}")
+    unexpected = [
+        n for n in source.model if n not in used and named.aliases.get(n) not in {*named.params, *named.buffers}
+    ]
+    said = [
+        *_list("missing", missing),
+        *_list("unexpected", unexpected),
+        *_list("of another shape", shaped),
+        *_list("of another type", typed),
+    ]
+    if said:
+        raise UsageError("FN-E407", f"{source.path} is of another model. {'; '.join(said)}. Nothing was loaded.")
+
+
+def _fits(found: str, own: str, master_of: str, dtype: torch.dtype, *, exact: bool) -> bool:
+    if found == own and not master_of:
+        return True
+    if master_of:
+        return str(dtype) == f"torch.{master_of}"
+    floats = {"F32", "F16", "BF16"}
+    return not exact and found in floats and own in floats
+
+
+def compare_groups(source: Source, opt: torch.optim.Optimizer, named: Named) -> list[list[str]]:
+    """Compare the optimizer's groups with the checkpoint's; returns the names of each group's parameters.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E407`` if they differ, ``FN-E408`` for parameters outside of the model.
+    """
+    groups = source.training.get("groups")
+    if groups is None:
+        raise UsageError("FN-E407", f"{source.path} has no optimizer. Load it with None for the optimizer.")
+    names = {id(p): name for name, p in named.params.items()}
+    own = [[names.get(id(p), "") for p in group["params"]] for group in opt.param_groups]
+    if any("" in group for group in own):
+        raise UsageError("FN-E408", "the optimizer has parameters that are not the model's. Make them part of it.")
+    saved = [group["params"] for group in groups]
+    if [sorted(g) for g in own] != [sorted(g) for g in saved]:
+        flat = {n for g in own for n in g}, {n for g in saved for n in g}
+        said = [*_list("missing", sorted(flat[0] - flat[1])), *_list("unexpected", sorted(flat[1] - flat[0]))]
+        what = (
+            "; ".join(said)
+            or f"{len(saved)} groups of {[len(g) for g in saved]} parameters, not {[len(g) for g in own]}"
+        )
+        raise UsageError("FN-E407", f"{source.path} is of another optimizer. {what}. Nothing was loaded.")
+    return own
+
+
+def take_groups(source: Source, opt: torch.optim.Optimizer) -> None:
+    """Give the groups the options that they had."""
+    for group, saved in zip(opt.param_groups, source.training["groups"], strict=True):
+        options = decode(saved["options"])
+        for key, value in options.items():
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+class _Ordinary(NamedTuple):
+    """A tensor of the file that goes through a buffer of the host to wherever ``take`` puts it."""
+
+    name: str
+    optimizer: bool
+    shape: torch.Size
+    dtype: torch.dtype
+    #: which half of an fp32 master, if it is one
+    half: str | None
+    take: Callable[[torch.Tensor], None]
+
+
+class Loader:
+    """Fills a model, and an optimizer, from a checkpoint that was compared with them."""
+
+    def __init__(self, source: Source, named: Named, session: Session | None) -> None:
+        self.source = source
+        self.named = named
+        self.session = session
+        self.items: list[Any] = []
+        self.ordinary: list[_Ordinary] = []
+        self.after: list[Callable[[], None]] = []
+
+    def model(self) -> None:
+        """List the model's tensors."""
+        for name, p in self.named.params.items():
+            key = self.source.name_of(name, self.named.aliases)
+            assert key is not None
+            ref = ref_of(p)
+            half = key in self.source.masters
+            if ref is not None and p.is_contiguous():
+                place = (ref.unit.engine_id, ref.section)
+                self.items.append((*place, "param", ref.start, ref.numel, False, key, half))
+            else:
+                self._ordinary(key, False, p, "param" if half else None, _copier(p))
+        for name, b in self.named.buffers.items():
+            key = self.source.name_of(name, self.named.aliases)
+            assert key is not None
+            self._ordinary(key, False, b, None, _copier(b))
+
+    def _ordinary(
+        self, name: str, optimizer: bool, like: torch.Tensor, half: str | None, take: Callable[[torch.Tensor], None]
+    ) -> None:
+        self.ordinary.append(_Ordinary(name, optimizer, like.shape, like.dtype, half, take))
+
+    def optimizer(self, opt: torch.optim.Optimizer, groups: list[list[str]]) -> None:
+        """List the states of the parameters of all groups."""
+        steps = {name: int(self.source.training["steps"].get(name, 0)) for group in groups for name in group}
+        before = dict(opt.state)
+        opt.state.clear()
+        busy = {
+            ref.unit for name, count in steps.items() if count and (ref := ref_of(self.named.params[name])) is not None
+        }
+        for name, count in steps.items():
+            p = self.named.params[name]
+            ref = ref_of(p)
+            old = before.get(p)
+            if isinstance(old, ParamStates):
+                old.forget()
+            states: Any = opt._states(p) if hasattr(opt, "_states") else {}
+            within = ref is not None and ref.trainable and isinstance(states, ParamStates)
+            if ref is not None and within and p.is_contiguous():
+                if ref.unit in busy:
+                    self._in_unit(name, p, ref, count)
+            elif count:
+                if within:
+                    states.attach(ref)
+                self._beside(name, p, states)
+            if count == 0:
+                opt.state.pop(p, None)
+                continue
+            if isinstance(states, ParamStates):
+                edited = name in self.source.training["edited"] or not self._has_master(name, p)
+                self.after.append(_noter(states, ref if within else None, count, edited))
+            else:
+                states["step"] = torch.tensor(float(count))
+                opt.state[p] = states
+
+    def _in_unit(self, name: str, p: nn.Parameter, ref: Any, count: int) -> None:
+        place = (ref.unit.engine_id, ref.section)
+        span = (ref.start, ref.numel)
+        for kind in MOMENTS:
+            self.items.append((*place, kind, *span, True, f"{name}.{kind}" if count else None, False))
+        if p.dtype in _HALVES:
+            saved = f"{name}.master"
+            if count and saved in self.source.optimizer:
+                self.items.append((*place, "master", *span, True, saved, False))
+            else:
+                key = self.source.name_of(name, self.named.aliases)
+                whole = count > 0 and key in self.source.masters
+                self.items.append((*place, "master", *span, False, key if whole else None, whole))
+
+    def _beside(self, name: str, p: nn.Parameter, states: Any) -> None:
+        """States that are ordinary tensors, or lie in a unit with other strides."""
+        key = self.source.name_of(name, self.named.aliases)
+        for kind in MOMENTS:
+            like = torch.empty(p.shape, dtype=torch.float32, device="meta")
+            self._ordinary(f"{name}.{kind}", True, like, None, _setter(states, kind, p))
+        if p.dtype in _HALVES and isinstance(states, ParamStates):
+            rest = torch.int16 if p.dtype == torch.bfloat16 else torch.float32
+            like = torch.empty(p.shape, dtype=rest, device="meta")
+            if f"{name}.master" in self.source.optimizer:
+                self._ordinary(f"{name}.master", True, like, None, _setter(states, "master", p))
+            elif key in self.source.masters:
+                self._ordinary(str(key), False, like, "master", _setter(states, "master", p))
+
+    def _has_master(self, name: str, p: torch.Tensor) -> bool:
+        key = self.source.name_of(name, self.named.aliases)
+        return p.dtype not in _HALVES or f"{name}.master" in self.source.optimizer or key in self.source.masters
+
+    def run(self, told: Callable[[int], None] | None) -> None:
+        """Fill everything that was listed."""
+        if self.items:
+            assert self.session is not None
+            _core.restore(self.session.engine, self.source.core, self.items, told)
+            refs = [ref for p in self.named.params.values() if (ref := ref_of(p)) is not None]
+            homes_changed(self.session, refs)
+        batch: list[tuple[_Ordinary, torch.Tensor]] = []
+        size = 0
+        for one in self.ordinary:
+            batch.append((one, torch.empty(one.shape, dtype=one.dtype)))
+            size += batch[-1][1].nbytes
+            if size > _BATCH:
+                self._fill(batch)
+                batch, size = [], 0
+        self._fill(batch)
+        for note in self.after:
+            note()
+
+    def _fill(self, batch: list[tuple[_Ordinary, torch.Tensor]]) -> None:
+        self.source.core.read(
+            [(t.data_ptr(), t.nbytes, DTYPES[t.dtype], one.optimizer, one.name, one.half) for one, t in batch]
+        )
+        with torch.no_grad():
+            for one, t in batch:
+                one.take(t)
+
+
+def _copier(target: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def take(t: torch.Tensor) -> None:
+        target.copy_(t)
+
+    return take
+
+
+def _setter(states: Any, kind: str, p: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def take(t: torch.Tensor) -> None:
+        states[kind] = t if isinstance(states, ParamStates) else t.to(p.device)
+
+    return take
+
+
+def _noter(states: ParamStates, ref: Any, count: int, edited: bool) -> Callable[[], None]:
+    return lambda: states.loaded(ref, count, edited=edited)

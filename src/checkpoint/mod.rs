@@ -1,0 +1,28 @@
+//! Checkpoints: sharded safetensors with a manifest, in a directory that appears whole or not at all.
+//!
+//! C1: files hold tensors by name; nothing in them says where a tensor lived. C2: every byte is under a checksum. C3: what
+//! is under a checkpoint's name was durable before it got it. C4: memory is bounded by the frames of [`Means`].
+
+mod contents;
+mod control;
+mod convert;
+mod directory;
+mod edges;
+mod layout;
+mod manifest;
+mod reader;
+mod save;
+mod tensors;
+mod writer;
+
+pub use contents::{Contents, Found};
+pub use control::Control;
+pub use convert::{Conversion, master};
+pub use directory::{Workspace, leftovers, read_manifest};
+pub use layout::TensorSpec;
+pub use manifest::{FileFacts, MANIFEST, Manifest, PIECE, ShardFacts, VERSION};
+pub use reader::{Range, Reader};
+pub use safetensors::Dtype;
+pub use save::{Job, Request, Tiers};
+pub use tensors::{TensorReader, verify};
+pub use writer::{Means, Writer};

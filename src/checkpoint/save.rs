@@ -1,0 +1,202 @@
+//! A save from begin to end, whatever the bytes come from.
+
+use std::path::PathBuf;
+
+use crate::{
+    checkpoint::{
+        control::Control,
+        directory::{Workspace, prune, sweep, write_file},
+        layout::{Shard, TensorSpec, arrange, index},
+        manifest::{FileFacts, MANIFEST, Manifest, PIECE, ShardFacts, hex, sum},
+        tensors::Pieces,
+        writer::{Means, Writer},
+    },
+    error::{Code, Error, Result},
+    io::free_bytes,
+    units::{ByteCount, round_up},
+};
+
+/// What shall be saved, and where.
+#[derive(Debug)]
+pub struct Request {
+    /// The checkpoint's directory.
+    pub target: PathBuf,
+    /// Whether an earlier checkpoint there is replaced.
+    pub overwrite: bool,
+    /// How many checkpoints of this series are kept.
+    pub keep: Option<usize>,
+    /// The tensors.
+    pub tensors: Vec<TensorSpec>,
+    /// Other names of the model's tensors: `(name, name of the tensor)`.
+    pub aliases: Vec<(String, String)>,
+    /// Small files: name and contents.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// What the wrapper wants to find again.
+    pub training: serde_json::Value,
+    /// Bytes of a shard at most.
+    pub shard: u64,
+}
+
+/// Where the bytes come from. Tensors are asked for group by group, each tensor from its begin to its end.
+pub trait Tiers {
+    /// The group to be written next, once it may be read; none when all were.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being read; `FN-E412`.
+    fn next(&mut self, control: &Control) -> Result<Option<u32>>;
+
+    /// Fills `out` with a tensor's bytes from byte `at` on.
+    ///
+    /// # Errors
+    /// From the tier.
+    fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()>;
+
+    /// All bytes of the group were fetched: it may be overwritten.
+    ///
+    /// # Errors
+    /// If it was changed meanwhile.
+    fn copied(&mut self, group: u32) -> Result<()>;
+}
+
+/// A save that has its place.
+#[derive(Debug)]
+pub struct Job {
+    request: Request,
+    workspace: Workspace,
+    shards: Vec<Shard>,
+}
+
+impl Job {
+    /// Lays the files out, looks whether there is room, and takes a private directory.
+    ///
+    /// # Errors
+    /// `FN-E401`, `FN-E402`, `FN-E403`, `FN-E408`; nothing stays behind.
+    pub fn new(request: Request) -> Result<Self> {
+        let most = request.shard;
+        let mut shards = arrange("model", &request.tensors, false, most, &request.aliases)?;
+        shards.extend(arrange("optimizer", &request.tensors, true, most, &[])?);
+        let workspace = Workspace::create(&request.target, request.overwrite)?;
+        let small: usize = request.files.iter().map(|(_, bytes)| bytes.len()).sum();
+        let need = shards.iter().map(|s| round_up(s.bytes, 4096)).sum::<u64>() + small as u64 + (1 << 20);
+        let free = || free_bytes(workspace.path());
+        if free()? < need {
+            // What an earlier save left behind may be what is missing.
+            sweep(workspace.target());
+            let free = free()?;
+            if free < need {
+                let (place, need, free) = (workspace.target().display(), ByteCount(need), ByteCount(free));
+                return Err(Error::new(
+                    Code::CheckpointSpace,
+                    format!("a checkpoint at {place} needs {need}, {free} are free; nothing was written."),
+                )
+                .errno(libc::ENOSPC)
+                .action("Free space, or save to another disk."));
+            }
+        }
+        Ok(Self { request, workspace, shards })
+    }
+
+    /// Writes everything and gives the checkpoint its name. What it returns is worth telling.
+    ///
+    /// # Errors
+    /// `FN-E401`, `FN-E403`, `FN-E412`, or what `tiers` fails with; nothing stays behind.
+    pub fn run(self, tiers: &mut dyn Tiers, means: &Means, control: &Control) -> Result<Vec<String>> {
+        let Self { request, workspace, shards } = self;
+        let mut notes = sweep(workspace.target());
+        control.expect(shards.iter().map(|s| s.bytes).sum());
+        let mut manifest = Manifest::new(request.training);
+        let sums = write_shards(&shards, &request.tensors, &workspace, tiers, means, control)?;
+        let mut files = request.files;
+        files.extend(indices(&shards, &request.tensors));
+        for (name, bytes) in files {
+            write_file(workspace.path(), &name, &bytes)?;
+            manifest.files.push(FileFacts { bytes: bytes.len() as u64, checksum: hex(sum(&bytes)), name });
+        }
+        manifest.shards = shards.iter().map(|shard| facts(shard, &request.tensors, &sums)).collect();
+        write_file(workspace.path(), MANIFEST, &manifest.encode())?;
+        control.check()?;
+        let target = workspace.target().to_owned();
+        workspace.publish()?;
+        if let Some(keep) = request.keep {
+            notes.extend(prune(&target, keep));
+        }
+        Ok(notes)
+    }
+}
+
+/// Writes all tensors, group by group; their checksums, by tensor.
+fn write_shards(
+    shards: &[Shard],
+    tensors: &[TensorSpec],
+    workspace: &Workspace,
+    tiers: &mut dyn Tiers,
+    means: &Means,
+    control: &Control,
+) -> Result<Vec<Vec<u64>>> {
+    let files: Vec<(&str, u64)> = shards.iter().map(|s| (s.name.as_str(), s.bytes)).collect();
+    let mut writer = Writer::create(workspace.path(), &files, means, control)?;
+    for (k, shard) in shards.iter().enumerate() {
+        writer.seek(k as u32, 0)?;
+        writer.put(&shard.header)?;
+    }
+    let groups = tensors.iter().map(|t| t.group as usize + 1).max().unwrap_or(0);
+    let mut places: Vec<Vec<(u32, usize, u64)>> = vec![Vec::new(); groups];
+    for (k, shard) in shards.iter().enumerate() {
+        for &(tensor, at) in &shard.tensors {
+            places[tensors[tensor].group as usize].push((k as u32, tensor, at));
+        }
+    }
+    let mut sums = vec![Vec::new(); tensors.len()];
+    while let Some(group) = tiers.next(control)? {
+        for &(file, tensor, offset) in places.get(group as usize).into_iter().flatten() {
+            sums[tensor] = write_tensor(&mut writer, tiers, (file, offset), tensor, tensors[tensor].bytes())?;
+        }
+        tiers.copied(group)?;
+    }
+    writer.finish()?;
+    Ok(sums)
+}
+
+fn write_tensor(
+    writer: &mut Writer<'_>,
+    tiers: &mut dyn Tiers,
+    (file, offset): (u32, u64),
+    tensor: usize,
+    bytes: u64,
+) -> Result<Vec<u64>> {
+    let mut pieces = Pieces::new(PIECE);
+    writer.seek(file, offset)?;
+    let mut at = 0;
+    while at < bytes {
+        let room = writer.room()?;
+        let n = room.len().min((bytes - at) as usize);
+        tiers.fetch(tensor, at, &mut room[..n])?;
+        pieces.feed(&room[..n]);
+        writer.advance(n);
+        at += n as u64;
+    }
+    pieces.end();
+    Ok(pieces.sums)
+}
+
+fn indices(shards: &[Shard], tensors: &[TensorSpec]) -> Vec<(String, Vec<u8>)> {
+    let mut files = Vec::new();
+    for (optimizer, stem) in [(false, "model"), (true, "optimizer")] {
+        let of_set: Vec<&Shard> = shards.iter().filter(|s| s.optimizer == optimizer).collect();
+        if of_set.len() > 1 {
+            files.push((format!("{stem}.safetensors.index.json"), index(&of_set, tensors)));
+        }
+    }
+    files
+}
+
+fn facts(shard: &Shard, tensors: &[TensorSpec], sums: &[Vec<u64>]) -> ShardFacts {
+    let of = |i: usize| (tensors[i].name.clone(), sums[i].iter().map(|&s| hex(s)).collect());
+    ShardFacts {
+        name: shard.name.clone(),
+        bytes: shard.bytes,
+        optimizer: shard.optimizer,
+        header: hex(sum(&shard.header)),
+        tensors: shard.tensors.iter().map(|&(i, _)| of(i)).collect(),
+    }
+}

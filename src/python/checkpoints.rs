@@ -1,0 +1,260 @@
+//! Saving and loading, as the wrapper calls them. Tensors and places are tuples; types are those of safetensors.
+#![expect(unsafe_code, reason = "passes raw addresses of tensors to the runtime")]
+
+use std::{path::PathBuf, sync::Arc};
+
+use pyo3::prelude::*;
+
+use super::{
+    arguments::{dtype, kind},
+    engine::{Engine, known},
+    failures::{check, waiting},
+};
+use crate::{
+    checkpoint::{self, Contents, Control, Dtype, Found, Means, Request, TensorSpec},
+    dtype::StateKind,
+    error::{Code, Error, Result},
+    io::EngineOptions,
+    runtime::{Buffer, Item, Place, Source, Unchanged, read_buffers, save_plain},
+    units::UnitId,
+};
+
+/// (unit, section, first element, state), or (-1, 1 on the device, address, "")
+type PlaceTuple = (i64, usize, u64, String);
+/// (name, type in the file, shape, of the optimizer, place, for fp32 masters: (type, what the master has beyond it))
+type TensorTuple = (String, String, Vec<usize>, bool, PlaceTuple, Option<(String, Option<PlaceTuple>)>);
+/// (unit, section, state, first element, elements, of the optimizer, name or zeros, cut a master)
+type ItemTuple = (u32, usize, String, u64, u64, bool, Option<String>, bool);
+/// (address, bytes, type wanted, of the optimizer, name, for fp32 masters: "param" or "master")
+type BufferTuple = (u64, u64, String, bool, String, Option<String>);
+
+fn stored(name: &str) -> Result<Dtype> {
+    serde_json::from_value(name.into()).map_err(|_| {
+        Error::new(Code::CheckpointValue, format!("safetensors has no type '{name}'."))
+            .action("Leave that tensor out of the model's state, or convert it.")
+    })
+}
+
+fn state(name: &str) -> Result<StateKind> {
+    if name == StateKind::Param.name() { Ok(StateKind::Param) } else { kind(name) }
+}
+
+fn place((unit, section, start, kind): PlaceTuple) -> Result<Place> {
+    match u32::try_from(unit) {
+        Ok(unit) => Ok(Place::Unit { unit: UnitId(unit), section, start, kind: state(&kind)? }),
+        Err(_) => Ok(Place::Memory { address: start, on_device: section != 0 }),
+    }
+}
+
+fn tensor((name, stored_as, shape, optimizer, at, master): TensorTuple) -> Result<(TensorSpec, Source)> {
+    let spec = TensorSpec { name, dtype: stored(&stored_as)?, shape, group: 0, optimizer };
+    let master = match master {
+        None => None,
+        Some((of, rest)) => Some((dtype(&of, 2), rest.map(place).transpose()?)),
+    };
+    Ok((spec, Source { place: place(at)?, master }))
+}
+
+/// A save under way.
+#[pyclass(frozen, module = "funicular._core")]
+pub(crate) struct Save {
+    control: Arc<Control>,
+}
+
+#[pymethods]
+impl Save {
+    /// Waits for the end, so many seconds at most; what is worth telling, or none if it goes on.
+    fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<Option<Vec<String>>> {
+        let end = std::time::Instant::now() + std::time::Duration::from_secs_f64(seconds.clamp(0.0, 1e9));
+        waiting(py, |i| {
+            let mut late = false;
+            let ended = self.control.wait(&mut || {
+                late = std::time::Instant::now() >= end;
+                late || i()
+            });
+            match ended {
+                Err(_) if late => Ok(None),
+                other => other.map(Some),
+            }
+        })
+    }
+
+    /// Whether it has ended, well or not.
+    fn done(&self) -> bool {
+        self.control.outcome().is_some()
+    }
+
+    /// Bytes done, and bytes in all.
+    fn progress(&self) -> (u64, u64) {
+        self.control.progress()
+    }
+
+    /// Gives it up; nothing of it is kept.
+    fn cancel(&self) {
+        self.control.cancel();
+    }
+}
+
+/// A directory of safetensors, opened.
+#[pyclass(frozen, module = "funicular._core")]
+pub(crate) struct Checkpoint {
+    contents: Contents,
+}
+
+#[pymethods]
+impl Checkpoint {
+    /// `own`: it must be a checkpoint of this project.
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf, own: bool) -> PyResult<Self> {
+        let opened = py.detach(|| if own { Contents::checkpoint(&path) } else { Contents::open(&path) });
+        Ok(Self { contents: check(py, opened)? })
+    }
+
+    /// (name, type, shape) of the model's tensors, or of the optimizer's.
+    fn tensors(&self, optimizer: bool) -> Vec<(String, String, Vec<usize>)> {
+        let set = if optimizer { &self.contents.optimizer } else { &self.contents.model };
+        set.values().map(|f| (f.name.clone(), f.dtype.to_string(), f.shape.clone())).collect()
+    }
+
+    /// What the wrapper stored, as JSON; none if it is not a checkpoint of this project.
+    fn training(&self) -> Option<String> {
+        self.contents.manifest.as_ref().map(|m| m.training.to_string())
+    }
+
+    /// Reads everything and compares it with the checksums.
+    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+        let control = Control::default();
+        let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 4 << 20 };
+        waiting(py, |i| {
+            crate::runtime::aside(&control, i, || {
+                let all: Vec<&Found> = self.contents.model.values().chain(self.contents.optimizer.values()).collect();
+                let wrong = checkpoint::verify(&self.contents, in_file_order(all), &means, &control)?;
+                wrong.into_iter().next().map_or(Ok(()), Err)
+            })
+        })
+    }
+
+    /// Fills buffers of the host.
+    fn read(&self, py: Python<'_>, buffers: Vec<BufferTuple>) -> PyResult<()> {
+        let given: Result<Vec<Buffer>> = buffers
+            .into_iter()
+            .map(|(address, bytes, to, optimizer, tensor, master)| {
+                let master = master.map(|m| state(&m)).transpose()?;
+                Ok(Buffer { address, bytes, dtype: stored(&to)?, optimizer, tensor, master })
+            })
+            .collect();
+        let given = check(py, given)?;
+        let control = Control::default();
+        // SAFETY: the wrapper passes addresses and sizes of live tensors of its own.
+        waiting(py, |i| unsafe { read_buffers(&self.contents, &given, &control, i) })
+    }
+}
+
+/// In the order in which a disk reads best.
+fn in_file_order(mut tensors: Vec<&Found>) -> Vec<&Found> {
+    tensors.sort_by_key(|f| (f.file, f.start));
+    tensors
+}
+
+fn request(
+    (target, overwrite, keep): (PathBuf, bool, Option<usize>),
+    tensors: Vec<TensorTuple>,
+    aliases: Vec<(String, String)>,
+    files: Vec<(String, Vec<u8>)>,
+    training: &str,
+    shard: u64,
+) -> Result<(Request, Vec<Source>)> {
+    let (mut specs, mut sources) = (Vec::with_capacity(tensors.len()), Vec::with_capacity(tensors.len()));
+    for given in tensors {
+        let (spec, source) = tensor(given)?;
+        specs.push(spec);
+        sources.push(source);
+    }
+    let training = serde_json::from_str(training)
+        .map_err(|e| Error::new(Code::CheckpointValue, format!("what describes the training is no JSON: {e}.")))?;
+    let request = Request { target, overwrite, keep, tensors: specs, aliases, files, training, shard };
+    Ok((request, sources))
+}
+
+/// Begins a save; `place` is (directory, overwrite, how many to keep). `changed` gives the name of a tensor of `engine`'s
+/// caller that was changed before it was read.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "a call from Python, with keywords there")]
+pub(crate) fn save(
+    py: Python<'_>,
+    engine: Option<&Engine>,
+    place: (PathBuf, bool, Option<usize>),
+    tensors: Vec<TensorTuple>,
+    aliases: Vec<(String, String)>,
+    files: Vec<(String, Vec<u8>)>,
+    training: &str,
+    shard: u64,
+    changed: Py<PyAny>,
+    stream: u64,
+) -> PyResult<Save> {
+    let (request, sources) = check(py, request(place, tensors, aliases, files, training, shard))?;
+    let unchanged: Unchanged = Box::new(move || {
+        let found = Python::try_attach(|py| changed.call0(py)?.extract::<Option<String>>(py)).unwrap_or(Ok(None));
+        match found {
+            Ok(None) => Ok(()),
+            Ok(Some(name)) => {
+                Err(Error::new(Code::CheckpointChanged, format!("'{name}' was changed before it was saved."))
+                    .action("Edit it after the save has ended, or save with wait=True."))
+            }
+            Err(e) => Err(Error::new(Code::Panicked, format!("looking for changed tensors failed: {e}."))),
+        }
+    });
+    let control = waiting(py, |i| match engine {
+        // SAFETY: the wrapper keeps the tensors until the save has ended.
+        Some(engine) => engine.with(|rt| unsafe { rt.save(request, sources, unchanged, stream, i) }),
+        // SAFETY: as above.
+        None => unsafe { save_plain(request, sources, unchanged) },
+    })?;
+    Ok(Save { control })
+}
+
+/// Loads states of units from a checkpoint; their updates are over and their windows closed.
+#[pyfunction]
+pub(crate) fn restore(
+    py: Python<'_>,
+    engine: &Engine,
+    checkpoint: &Checkpoint,
+    items: Vec<ItemTuple>,
+    told: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let given: Result<Vec<Item>> = items
+        .into_iter()
+        .map(|(unit, section, kind, start, len, optimizer, tensor, master)| {
+            let (unit, kind) = (UnitId(unit), state(&kind)?);
+            Ok(Item { unit, section, kind, start, len, optimizer, tensor, master })
+        })
+        .collect();
+    let given = check(py, given)?;
+    let control = Control::default();
+    let tell = |control: &Control| {
+        if let Some(told) = &told {
+            // What shows progress may fail; loading goes on.
+            let _ = Python::attach(|py| told.call1(py, (control.progress().0,)).map(|_| ()));
+        }
+    };
+    waiting(py, |i| {
+        engine.with(|rt| {
+            rt.restore(&checkpoint.contents, given, &control, &mut || {
+                tell(&control);
+                i()
+            })
+        })
+    })
+}
+
+/// Waits until the save under way, if there is one, has read a unit.
+#[pyfunction]
+pub(crate) fn preserve(py: Python<'_>, engine: &Engine, unit: u32) -> PyResult<()> {
+    waiting(py, |i| engine.with(|rt| rt.preserve(known(rt, unit)?, i)))
+}
+
+/// Waits for the end of the save under way, if there is one.
+#[pyfunction]
+pub(crate) fn saved(py: Python<'_>, engine: &Engine) -> PyResult<()> {
+    waiting(py, |i| engine.with(|rt| rt.saved(i)))
+}

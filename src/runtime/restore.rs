@@ -1,0 +1,349 @@
+//! Loading: from files through frames into the tiers, whatever they are now.
+#![expect(unsafe_code, reason = "fills homes, and memory of the caller")]
+
+use std::ops::Range;
+
+use crate::{
+    checkpoint::{Contents, Control, Conversion, Dtype, Found, Means, TensorReader},
+    dtype::{DType, StateKind},
+    error::{Code, Error, Result},
+    io::{Direction, EngineOptions},
+    runtime::{
+        Interrupted, Runtime,
+        core::{Disk, Shared},
+        saves::group_of,
+    },
+    units::UnitId,
+};
+
+/// Elements written at a time where what is around them is kept.
+const PIECE_ELEMS: u64 = 1 << 16;
+
+/// Elements of a state, and the tensor that they are loaded from; zeros without one.
+#[derive(Clone, Debug)]
+pub struct Item {
+    /// The unit.
+    pub unit: UnitId,
+    /// Its section.
+    pub section: usize,
+    /// Which state.
+    pub kind: StateKind,
+    /// First element in the section.
+    pub start: u64,
+    /// Elements.
+    pub len: u64,
+    /// Whether the tensor is one of the optimizer's.
+    pub optimizer: bool,
+    /// Its name.
+    pub tensor: Option<String>,
+    /// Whether an fp32 tensor is the master of a 16-bit parameter, to be cut as an update would.
+    pub master: bool,
+}
+
+/// Memory of the caller, and the tensor that it is filled from.
+#[derive(Clone, Debug)]
+pub struct Buffer {
+    /// First byte.
+    pub address: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Element type wanted.
+    pub dtype: Dtype,
+    /// Whether the tensor is one of the optimizer's.
+    pub optimizer: bool,
+    /// Its name.
+    pub tensor: String,
+    /// Whether it is what an fp32 master has beyond its parameter that is wanted, or the parameter itself.
+    pub master: Option<StateKind>,
+}
+
+/// One thing to be filled, with everything about it decided.
+struct Fill<'a> {
+    item: Item,
+    found: Option<&'a Found>,
+    conversion: Conversion,
+}
+
+impl Runtime {
+    /// Loads states; the units' updates are over and their windows closed. `control` tells how far it is.
+    ///
+    /// # Errors
+    /// `FN-E407` before anything is touched; later `FN-E406`, the runtime's first failure, or an interruption: then some
+    /// of the states are loaded and some are not.
+    pub fn restore(
+        &self,
+        contents: &Contents,
+        items: Vec<Item>,
+        control: &Control,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        let shared = self.shared()?;
+        let fills = fills(shared, contents, items)?;
+        let units: std::collections::BTreeSet<UnitId> = fills.iter().map(|f| f.item.unit).collect();
+        for &unit in &units {
+            shared.settle(unit, interrupted)?;
+            shared.saves.preserve(group_of(unit), interrupted)?;
+            shared.drop_ahead(unit);
+        }
+        let means = shared.means(0)?;
+        let result = aside(control, interrupted, || shared.fill(contents, &fills, &means, control));
+        shared.stats.returned(means.bytes());
+        result
+    }
+}
+
+/// Fills the caller's memory from a checkpoint.
+///
+/// # Errors
+/// As [`Runtime::restore`].
+///
+/// # Safety
+/// The buffers must be valid for writing.
+pub unsafe fn read_buffers(
+    contents: &Contents,
+    buffers: &[Buffer],
+    control: &Control,
+    interrupted: Interrupted<'_>,
+) -> Result<()> {
+    let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 4 << 20 };
+    let mut work = Vec::new();
+    for buffer in buffers {
+        let found = find(contents, &buffer.tensor, buffer.optimizer)?;
+        let conversion = match buffer.master {
+            Some(kind) => cut(kind, found.dtype, buffer.dtype),
+            None => Conversion::between(found.dtype, buffer.dtype),
+        };
+        let elements = (found.end - found.start) / (found.dtype.bitsize() as u64 / 8).max(1);
+        let conversion = conversion.filter(|_| elements * (buffer.dtype.bitsize() as u64 / 8) == buffer.bytes);
+        work.push((buffer, found, conversion.ok_or_else(|| mismatch(found, &format!("{}", buffer.dtype)))?));
+    }
+    aside(control, interrupted, || {
+        let tensors = work.iter().map(|(_, found, _)| *found).collect();
+        let mut reader = TensorReader::open(contents, tensors, &means, control)?;
+        for (buffer, _, conversion) in &work {
+            // SAFETY: the caller vouches for the buffer.
+            let out = unsafe { std::slice::from_raw_parts_mut(buffer.address as *mut u8, buffer.bytes as usize) };
+            reader.read(*conversion, out)?;
+            reader.advance();
+        }
+        Ok(())
+    })
+}
+
+/// Runs `work` on a thread of its own, so that the caller can be interrupted; then the work is told to stop, and waited for.
+/// # Errors
+/// What `work` fails with; `FN-E106`.
+pub fn aside(control: &Control, interrupted: Interrupted<'_>, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            let done = done.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a load panicked.")));
+            control.ended(done.map(|()| Vec::new()));
+        });
+        let ended = control.wait(interrupted);
+        if ended.is_err() {
+            control.cancel();
+        }
+        ended.map(|_| ())
+    })
+}
+
+fn find<'a>(contents: &'a Contents, name: &str, optimizer: bool) -> Result<&'a Found> {
+    let set = if optimizer { &contents.optimizer } else { &contents.model };
+    set.get(name).ok_or_else(|| {
+        Error::new(Code::CheckpointMismatch, format!("{}: there is no '{name}'.", contents.path.display()))
+            .action("Load a checkpoint of this model.")
+    })
+}
+
+fn mismatch(found: &Found, wanted: &str) -> Error {
+    let text = format!("'{}' is {} {:?}, which cannot become {wanted}.", found.name, found.dtype, found.shape);
+    Error::new(Code::CheckpointMismatch, text).action("Load a checkpoint of this model.")
+}
+
+/// How an fp32 master becomes a parameter, or what it has beyond one.
+fn cut(kind: StateKind, from: Dtype, to: Dtype) -> Option<Conversion> {
+    match (kind, from, to) {
+        (_, from, to) if from == to => Some(Conversion::Same),
+        (StateKind::Param, Dtype::F32, Dtype::BF16) => Some(Conversion::High),
+        (StateKind::Master, Dtype::F32, Dtype::I16) => Some(Conversion::Low),
+        _ => Conversion::between(from, to),
+    }
+}
+
+/// The type in a file of a state of a parameter.
+fn stored(kind: StateKind, dtype: DType) -> Option<Dtype> {
+    match (kind, dtype) {
+        (StateKind::Param | StateKind::Grad, DType::F32) => Some(Dtype::F32),
+        (StateKind::Param | StateKind::Grad, DType::Bf16) => Some(Dtype::BF16),
+        (StateKind::Param | StateKind::Grad, DType::F16) => Some(Dtype::F16),
+        (StateKind::Param | StateKind::Grad, DType::Opaque { .. }) => None,
+        (StateKind::Master, DType::Bf16) => Some(Dtype::I16),
+        _ => Some(Dtype::F32),
+    }
+}
+
+fn fills<'a>(shared: &Shared, contents: &'a Contents, mut items: Vec<Item>) -> Result<Vec<Fill<'a>>> {
+    items.retain(|i| i.len > 0);
+    items.sort_by_key(|i| (i.unit, i.section, i.kind, i.start));
+    items.into_iter().map(|item| fill_of(shared, contents, item)).collect()
+}
+
+fn fill_of<'a>(shared: &Shared, contents: &'a Contents, item: Item) -> Result<Fill<'a>> {
+    let outside = || Error::new(Code::Stale, format!("{} has no such elements.", item.unit));
+    let unit = shared.layout.units.get(item.unit.index()).ok_or_else(outside)?;
+    let section = unit.sections.get(item.section).filter(|s| item.start + item.len <= s.elems).ok_or_else(outside)?;
+    let Some(name) = &item.tensor else { return Ok(Fill { item, found: None, conversion: Conversion::Same }) };
+    let found = find(contents, name, item.optimizer)?;
+    let size = item.kind.element_size(section.dtype) as u64;
+    let bytes = found.end - found.start;
+    let conversion = match stored(item.kind, section.dtype) {
+        // What is only bytes here was compared by the wrapper, which knows the type.
+        None => Some(Conversion::Same).filter(|_| bytes == item.len * size),
+        Some(to) => if item.master { cut(item.kind, found.dtype, to) } else { Conversion::between(found.dtype, to) }
+            .filter(|c| bytes * c.sizes(size as usize).1 as u64 == item.len * size * c.sizes(size as usize).0 as u64),
+    };
+    let wanted = format!("{} elements of {:?} of '{}'", item.len, section.dtype, unit.name);
+    let conversion = conversion.ok_or_else(|| mismatch(found, &wanted))?;
+    Ok(Fill { item, found: Some(found), conversion })
+}
+
+impl Shared {
+    fn fill(&self, contents: &Contents, fills: &[Fill<'_>], means: &Means, control: &Control) -> Result<()> {
+        let tensors = fills.iter().filter_map(|f| f.found).collect();
+        let mut reader = TensorReader::open(contents, tensors, means, control)?;
+        for segment in fills.chunk_by(|a, b| key(a) == key(b)) {
+            let (unit, _, kind) = key(&segment[0]);
+            self.settle_disk(unit, &mut || control.check().is_err())?;
+            if kind != StateKind::Param {
+                self.fill_segment(segment, &mut reader, control)?;
+                continue;
+            }
+            self.event(|m, _| m.begin_write(unit))?;
+            let what = || format!("a read of '{}'", self.layout.unit(unit).name);
+            let quiet = self.wait(self.lock()?, &what, &mut || control.check().is_err(), |i| {
+                Ok((!i.machine.reading(unit)).then_some(()))
+            });
+            let filled = quiet.and_then(|()| self.fill_segment(segment, &mut reader, control));
+            self.event(|m, out| {
+                // A copy out of the home that was enqueued before is of no use.
+                m.invalidate(unit);
+                m.end_write(unit, out);
+            })?;
+            filled?;
+        }
+        Ok(())
+    }
+
+    /// Fills one state of one section.
+    fn fill_segment(&self, fills: &[Fill<'_>], reader: &mut TensorReader<'_>, control: &Control) -> Result<()> {
+        let Item { unit, section, kind, .. } = fills[0].item;
+        let packed = &self.layout.unit(unit).sections[section];
+        let size = kind.element_size(packed.dtype);
+        let on_disk = self.disk.as_ref().and_then(|d| Some((d, d.map.segment(unit, section, kind)?)));
+        let Some((disk, segment)) = on_disk else {
+            let home = self.homes.address(unit, section, packed.offset, kind);
+            for fill in fills {
+                control.check()?;
+                let (start, len) = (fill.item.start as usize * size, fill.item.len as usize * size);
+                // SAFETY: `fill_of` found the elements in the section; its home is settled, and nothing reads it now.
+                let out = unsafe { std::slice::from_raw_parts_mut((home as usize + start) as *mut u8, len) };
+                fill.read(reader, out)?;
+                fill.over(reader);
+            }
+            return Ok(());
+        };
+        let covered = fills.iter().map(|f| f.item.len).sum::<u64>();
+        let places = self.layout.unit(unit).params.iter().filter(|p| p.section == section);
+        if covered < places.map(|p| p.numel).sum() {
+            return self.fill_around((disk, segment), fills, size, reader, control);
+        }
+        let all = 0..packed.bytes(kind);
+        let (mut next, mut failed) = (0, None);
+        self.segment_io(disk, segment, all, Direction::Write, &mut || control.check().is_err(), &mut |piece, at| {
+            if failed.is_none() {
+                failed = fill_piece(fills, &mut next, size, piece, at, reader).err();
+            }
+        })?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Fills part of a segment on NVMe, and keeps the rest: another optimizer's states, parameters of other strides.
+    fn fill_around(
+        &self,
+        (disk, segment): (&Disk, usize),
+        fills: &[Fill<'_>],
+        size: usize,
+        reader: &mut TensorReader<'_>,
+        control: &Control,
+    ) -> Result<()> {
+        let mut buffer = vec![0; PIECE_ELEMS as usize * size];
+        for fill in fills {
+            let Item { start, len, .. } = fill.item;
+            for first in (start..start + len).step_by(PIECE_ELEMS as usize) {
+                let range = first as usize * size..(first + PIECE_ELEMS).min(start + len) as usize * size;
+                let bytes = &mut buffer[..range.len()];
+                fill.read(reader, bytes)?;
+                let (address, stop) = (bytes.as_mut_ptr(), &mut || control.check().is_err());
+                // SAFETY: the buffer holds exactly these bytes.
+                unsafe { self.bytes_io(disk, segment, range, address, Direction::Write, stop)? };
+            }
+            fill.over(reader);
+        }
+        Ok(())
+    }
+}
+
+/// What is filled in one go.
+fn key(fill: &Fill<'_>) -> (UnitId, usize, StateKind) {
+    (fill.item.unit, fill.item.section, fill.item.kind)
+}
+
+/// Fills the bytes of a segment that begin at `at`: what belongs to no item is zero. Pieces come in order; `next` is the
+/// first item that is not over.
+fn fill_piece(
+    fills: &[Fill<'_>],
+    next: &mut usize,
+    size: usize,
+    piece: &mut [u8],
+    at: usize,
+    reader: &mut TensorReader<'_>,
+) -> Result<()> {
+    let end = at + piece.len();
+    let mut filled = at;
+    while let Some(fill) = fills.get(*next) {
+        let Range { start, end: stop } =
+            fill.item.start as usize * size..(fill.item.start + fill.item.len) as usize * size;
+        if start >= end {
+            break;
+        }
+        let (from, to) = (start.max(at), stop.min(end));
+        piece[filled - at..from - at].fill(0);
+        fill.read(reader, &mut piece[from - at..to - at])?;
+        filled = to;
+        if stop > end {
+            break;
+        }
+        fill.over(reader);
+        *next += 1;
+    }
+    piece[filled - at..].fill(0);
+    Ok(())
+}
+
+impl Fill<'_> {
+    fn read(&self, reader: &mut TensorReader<'_>, out: &mut [u8]) -> Result<()> {
+        if self.found.is_some() {
+            return reader.read(self.conversion, out);
+        }
+        out.fill(0);
+        Ok(())
+    }
+
+    /// All of it was filled.
+    fn over(&self, reader: &mut TensorReader<'_>) {
+        if self.found.is_some() {
+            reader.advance();
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! Saving: the state of the step at which it was asked for, read straight from the tiers while training goes on.
+#![expect(unsafe_code, reason = "copies out of homes, and out of memory of the caller")]
+
+use std::{collections::HashSet, sync::Arc};
+
+use crate::{
+    checkpoint::{Control, Job, Means, Request, Tiers, master},
+    device::{Gate, StreamRef},
+    dtype::{DType, StateKind},
+    error::{Code, Error, Result},
+    io::{Direction, EngineOptions},
+    runtime::{
+        Interrupted, Runtime,
+        core::Shared,
+        saves::{Next, PLAIN, group_of},
+    },
+    units::{ByteCount, UnitId},
+};
+
+/// Frames of a save, and the bytes of one.
+const FRAMES: u32 = 4;
+const LARGEST_FRAME: u64 = 4 << 20;
+const SMALLEST_FRAME: u64 = 16 << 10;
+/// Elements are widened through this many bytes.
+const SCRATCH: usize = 64 << 10;
+
+/// Where bytes lie.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    /// In the runtime, wherever it keeps them.
+    Unit {
+        /// The unit.
+        unit: UnitId,
+        /// Its section.
+        section: usize,
+        /// First element in the section.
+        start: u64,
+        /// Which state.
+        kind: StateKind,
+    },
+    /// At an address that the caller keeps valid until the save has read it.
+    Memory {
+        /// First byte.
+        address: u64,
+        /// Whether it is memory of the device.
+        on_device: bool,
+    },
+}
+
+/// A tensor's bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// The bytes, or a 16-bit parameter's.
+    pub place: Place,
+    /// Set where the fp32 master of a parameter of this type is wanted: with what it has beyond the parameter, or none
+    /// where that is nothing.
+    pub master: Option<(DType, Option<Place>)>,
+}
+
+/// Asked when all [`Place::Memory`] was read: whether any of it was changed meanwhile.
+pub type Unchanged = Box<dyn Fn() -> Result<()> + Send>;
+
+impl Source {
+    fn group(&self) -> u32 {
+        match self.place {
+            Place::Unit { unit, .. } => group_of(unit),
+            Place::Memory { .. } => PLAIN,
+        }
+    }
+}
+
+impl Runtime {
+    /// Begins a save of the state as it is now, the updates submitted so far included. Waits for an earlier save first.
+    ///
+    /// # Errors
+    /// `FN-E401` to `FN-E403`, `FN-E408`, `FN-E409`, with nothing begun; an interruption. What happens later is told by
+    /// the control.
+    ///
+    /// # Safety
+    /// Addresses among the sources must stay valid until the save has ended.
+    pub unsafe fn save(
+        &self,
+        mut request: Request,
+        sources: Vec<Source>,
+        unchanged: Unchanged,
+        stream: u64,
+        interrupted: Interrupted<'_>,
+    ) -> Result<Arc<Control>> {
+        self.shared()?.saves.wait(interrupted)?;
+        let shared = self.shared.as_ref().ok_or_else(|| Error::new(Code::Closed, "the runtime is closed."))?;
+        shared.saves.stop();
+        for (tensor, source) in request.tensors.iter_mut().zip(&sources) {
+            tensor.group = source.group();
+        }
+        let kept = shared.disk.as_ref().map_or(0, |d| 2 * d.store.chunk_bytes());
+        let means = shared.means(kept)?;
+        let memory = means.bytes() + kept;
+        begin(shared, request, sources, unchanged, means, memory, stream).inspect_err(|_| {
+            shared.saves.end();
+            shared.stats.returned(memory);
+        })
+    }
+
+    /// Waits until the save under way has read a unit; at once if there is none.
+    ///
+    /// # Errors
+    /// An interruption.
+    pub fn preserve(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.saves.preserve(group_of(unit), interrupted)
+    }
+
+    /// Waits for the end of the save under way.
+    ///
+    /// # Errors
+    /// An interruption.
+    pub fn saved(&self, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.saves.wait(interrupted)
+    }
+}
+
+/// Lays the checkpoint out, marks what must be read before it is overwritten, and starts the thread that reads it.
+fn begin(
+    shared: &Arc<Shared>,
+    request: Request,
+    sources: Vec<Source>,
+    unchanged: Unchanged,
+    means: Means,
+    memory: u64,
+    stream: u64,
+) -> Result<Arc<Control>> {
+    let job = Job::new(request)?;
+    let control = Arc::new(Control::default());
+    let saved: HashSet<u32> = sources.iter().map(Source::group).collect();
+    let (homes, after): (Vec<Gate>, Gate) = {
+        let inner = shared.lock()?;
+        let after = shared.device.record(StreamRef::Compute(stream))?;
+        let units = shared.layout.ids().map(|u| (saved.contains(&group_of(u)), inner.machine.update_pending(u)));
+        shared.saves.begin(std::iter::once((saved.contains(&PLAIN), false)).chain(units));
+        (inner.gates.iter().map(|g| g.home).collect(), after)
+    };
+    let (worker, watched) = (Arc::clone(shared), Arc::clone(&control));
+    let work = move || {
+        let run = || {
+            let snapshot = &mut Snapshot { shared: &worker, sources, homes, after, unchanged, chunks: Vec::new() };
+            job.run(snapshot, &means, &watched)
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        worker.saves.end();
+        worker.stats.returned(memory);
+        watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
+    };
+    let failed = |e| Error::new(Code::NoThread, format!("a save's thread could not be started: {e}."));
+    let thread = std::thread::Builder::new().name("funicular-save".into()).spawn(work).map_err(failed)?;
+    shared.saves.keep(&control, thread);
+    Ok(control)
+}
+
+/// Saves what is in the caller's memory, without a runtime.
+///
+/// # Errors
+/// As [`Runtime::save`].
+///
+/// # Safety
+/// As [`Runtime::save`].
+pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unchanged) -> Result<Arc<Control>> {
+    let means = means(u64::MAX, &(EngineOptions::default(), true))?;
+    let job = Job::new(request)?;
+    let control = Arc::new(Control::default());
+    let watched = Arc::clone(&control);
+    let work = move || {
+        let run = || job.run(&mut Plain { sources, unchanged, read: false }, &means, &watched);
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
+    };
+    let failed = |e| Error::new(Code::NoThread, format!("a save's thread could not be started: {e}."));
+    std::thread::Builder::new().name("funicular-save".into()).spawn(work).map_err(failed)?;
+    Ok(control)
+}
+
+/// How a save or a load works within `slack` bytes of memory: half of it at most, so that others find some too.
+fn means(slack: u64, io: &(EngineOptions, bool)) -> Result<Means> {
+    let frame = (slack / 2 / u64::from(FRAMES)).min(LARGEST_FRAME) / 4096 * 4096;
+    if frame < SMALLEST_FRAME {
+        let need = ByteCount(2 * u64::from(FRAMES) * SMALLEST_FRAME);
+        let text = format!("a save or load needs {need} of host memory, {} are left of budget.host.", ByteCount(slack));
+        return Err(Error::new(Code::CheckpointMemory, text).action("Raise budget.host by that much."));
+    }
+    Ok(Means { engine: io.0.clone(), direct: io.1, frames: FRAMES, frame })
+}
+
+struct Plain {
+    sources: Vec<Source>,
+    unchanged: Unchanged,
+    read: bool,
+}
+
+impl Tiers for Plain {
+    fn next(&mut self, control: &Control) -> Result<Option<u32>> {
+        control.check()?;
+        Ok(if std::mem::replace(&mut self.read, true) { None } else { Some(PLAIN) })
+    }
+
+    fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()> {
+        fetch(&self.sources[tensor], at, out, &mut |place, at, out| match place {
+            Place::Memory { address, .. } => {
+                // SAFETY: the caller of `save_plain` vouches for the address; `out` is a frame.
+                unsafe { std::ptr::copy_nonoverlapping((address + at) as *const u8, out.as_mut_ptr(), out.len()) };
+                Ok(())
+            }
+            Place::Unit { .. } => Err(Error::new(Code::Stale, "there is no runtime to save from.")),
+        })
+    }
+
+    fn copied(&mut self, _group: u32) -> Result<()> {
+        (self.unchanged)()
+    }
+}
+
+/// Reads bytes of a place, from an offset on.
+type ReadPlace<'a> = dyn FnMut(Place, u64, &mut [u8]) -> Result<()> + 'a;
+
+/// Bytes of a source from a place's bytes.
+fn fetch(
+    source: &Source,
+    at: u64,
+    out: &mut [u8],
+    read: &mut ReadPlace<'_>,
+) -> Result<()> {
+    let Some((dtype, rest)) = source.master else { return read(source.place, at, out) };
+    let rest_size = StateKind::Master.element_size(dtype);
+    let (mut params, mut rests) = (vec![0; SCRATCH], vec![0; SCRATCH / 2 * rest_size]);
+    for (i, piece) in out.chunks_mut(SCRATCH / 2 * 4).enumerate() {
+        let (first, n) = (at / 4 + (i * SCRATCH / 2) as u64, piece.len() / 4);
+        let params = &mut params[..n * 2];
+        read(source.place, first * 2, params)?;
+        let rest = match rest {
+            None => None,
+            Some(place) => {
+                let rests = &mut rests[..n * rest_size];
+                read(place, first * rest_size as u64, rests)?;
+                Some(&*rests)
+            }
+        };
+        master(dtype, params, rest, piece);
+    }
+    Ok(())
+}
+
+/// A chunk of a segment on NVMe, kept because the next bytes asked for begin in it.
+struct Chunk {
+    segment: usize,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+struct Snapshot<'a> {
+    shared: &'a Shared,
+    sources: Vec<Source>,
+    /// What was still being written to the homes when the save began.
+    homes: Vec<Gate>,
+    after: Gate,
+    unchanged: Unchanged,
+    chunks: Vec<Chunk>,
+}
+
+impl Snapshot<'_> {
+    fn block(&self, gate: Gate, control: &Control) -> Result<()> {
+        while !self.shared.device.block(gate, std::time::Duration::from_millis(100))? {
+            control.check()?;
+        }
+        Ok(())
+    }
+
+    fn read(shared: &Shared, chunks: &mut Vec<Chunk>, place: Place, at: u64, out: &mut [u8]) -> Result<()> {
+        let (unit, section, start, kind) = match place {
+            Place::Unit { unit, section, start, kind } => (unit, section, start, kind),
+            Place::Memory { address, on_device: false } => {
+                // SAFETY: the caller of `save` vouches for the address; `out` is a frame.
+                unsafe { std::ptr::copy_nonoverlapping((address + at) as *const u8, out.as_mut_ptr(), out.len()) };
+                return Ok(());
+            }
+            Place::Memory { address, on_device: true } => {
+                // SAFETY: as above; the copy is waited for.
+                unsafe { shared.device.copy(StreamRef::Down, out.as_mut_ptr() as u64, address + at, out.len())? };
+                let gate = shared.device.record(StreamRef::Down)?;
+                while !shared.device.block(gate, std::time::Duration::from_millis(100))? {}
+                return Ok(());
+            }
+        };
+        let packed = &shared.layout.unit(unit).sections[section];
+        let first = start * kind.element_size(packed.dtype) as u64 + at;
+        let segment = shared.disk.as_ref().and_then(|d| Some((d, d.map.segment(unit, section, kind)?)));
+        if let Some((disk, segment)) = segment {
+            return Self::read_segment(shared, disk, chunks, segment, first, out);
+        }
+        let home = shared.homes.address(unit, section, packed.offset, kind);
+        if home == 0 {
+            let text = format!("'{}' has no {}.", shared.layout.unit(unit).name, kind.name());
+            return Err(Error::new(Code::Stale, text));
+        }
+        // SAFETY: the range lies in the state's home; nobody writes it before the save has read the unit.
+        unsafe { std::ptr::copy_nonoverlapping((home + first) as *const u8, out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+
+    /// Bytes of a segment on NVMe; the last chunk is kept, since that is where the next read begins.
+    fn read_segment(
+        shared: &Shared,
+        disk: &crate::runtime::core::Disk,
+        chunks: &mut Vec<Chunk>,
+        segment: usize,
+        first: u64,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let mut done = 0;
+        if let Some(kept) = chunks.iter().find(|c| c.segment == segment)
+            && (kept.start..kept.start + kept.bytes.len() as u64).contains(&first)
+        {
+            let from = (first - kept.start) as usize;
+            done = out.len().min(kept.bytes.len() - from);
+            out[..done].copy_from_slice(&kept.bytes[from..from + done]);
+        }
+        if done == out.len() {
+            return Ok(());
+        }
+        let (first, out) = (first + done as u64, &mut out[done..]);
+        let end = first + out.len() as u64;
+        let mut last = Chunk { segment, start: 0, bytes: Vec::new() };
+        if let Some(at) = chunks.iter().position(|c| c.segment == segment) {
+            last.bytes = chunks.swap_remove(at).bytes;
+        } else if chunks.len() > 1 {
+            last.bytes = chunks.remove(0).bytes;
+        }
+        last.bytes.clear();
+        shared.segment_io(disk, segment, first..end, Direction::Read, &mut || false, &mut |piece, at| {
+            let (from, to) = (first.max(at as u64), end.min((at + piece.len()) as u64));
+            let inside = (from as usize - at)..(to as usize - at);
+            out[(from - first) as usize..(to - first) as usize].copy_from_slice(&piece[inside]);
+            if (at + piece.len()) as u64 > end {
+                last.start = at as u64;
+                last.bytes.clear();
+                last.bytes.extend_from_slice(piece);
+            }
+        })?;
+        chunks.push(last);
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// How a save or a load works within what is left of the host budget, its frames and `more` bytes counted there; to be given back
+    /// with [`crate::runtime::stats::Stats::returned`].
+    pub(crate) fn means(&self, more: u64) -> Result<Means> {
+        let limit = self.placement.shadow_bytes;
+        let slack = limit.saturating_sub(self.stats.shadows().0);
+        let found = means(slack.saturating_sub(more), &self.checkpoint_io)?;
+        if self.stats.lent(found.bytes() + more, limit) { Ok(found) } else { means(0, &self.checkpoint_io) }
+    }
+
+    /// Waits until what was updated of a unit is on NVMe. Its next update may be queued, or wait for this save.
+    fn wait_written(&self, unit: UnitId, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
+        let what = || format!("writes of '{}'", self.layout.unit(unit).name);
+        self.wait(self.lock()?, &what, interrupted, |i| Ok((!i.machine.writing(unit)).then_some(())))
+    }
+}
+
+impl Tiers for Snapshot<'_> {
+    fn next(&mut self, control: &Control) -> Result<Option<u32>> {
+        let group = loop {
+            control.check()?;
+            drop(self.shared.lock()?);
+            match self.shared.saves.next() {
+                Next::Group(group) => break group,
+                Next::Later => {}
+                Next::Nothing => return Ok(None),
+            }
+        };
+        if group == PLAIN {
+            self.block(self.after, control)?;
+            return Ok(Some(group));
+        }
+        let unit = UnitId(group - 1);
+        self.block(self.homes[unit.index()], control)?;
+        self.shared.wait_written(unit, &mut || control.check().is_err())?;
+        self.chunks.clear();
+        Ok(Some(group))
+    }
+
+    fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()> {
+        let Self { shared, sources, chunks, .. } = self;
+        fetch(&sources[tensor], at, out, &mut |place, at, out| Self::read(shared, chunks, place, at, out))?;
+        // Whoever waits for an update that waits for this save sees that something moves.
+        shared.inner.lock().events += 1;
+        Ok(())
+    }
+
+    fn copied(&mut self, group: u32) -> Result<()> {
+        if group == PLAIN {
+            (self.unchanged)()?;
+        }
+        self.shared.saves.done(group);
+        Ok(())
+    }
+}
