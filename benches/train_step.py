@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any) -> dict[str, Any
     for ids in data:
         loss = model(ids)
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).detach())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm).detach())
         opt.step()
         opt.zero_grad()
         losses.append(loss.detach())
@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any) -> dict[str, Any
     return {
         "seconds": round(middle, 4), "mean": round(statistics.mean(seconds), 4), "fastest": round(min(seconds), 4),
         "slowest": round(max(seconds), 4), "tokens_per_s": round(args.tokens / middle),
-        "clipped": sum(float(n) > 1.0 for n in norms[args.warmup :]), "steps": len(seconds),
+        "clipped": sum(float(n) > args.max_norm for n in norms[args.warmup :]), "steps": len(seconds),
         "losses": [round(float(x), 5) for x in losses], "hbm_torch_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }  # fmt: skip
 
@@ -163,7 +163,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.synchronize()
     made = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
-    result: dict[str, Any] = {"system": name, "size": args.size, "tokens": args.tokens, "compiled": args.compile}
+    result: dict[str, Any] = {
+        "system": name,
+        "size": args.size,
+        "tokens": args.tokens,
+        "max_norm": args.max_norm,
+        "compiled": args.compile,
+    }
     if args.compile:
         for layer in model.layers:
             layer.forward = torch.compile(layer.forward)
@@ -189,6 +195,7 @@ def main() -> None:
     parser.add_argument("--spare", default="", help="optimizer.spare")
     parser.add_argument("--disk", default="/var/tmp", help="folder for what lives on NVMe")
     parser.add_argument("--trace", default="", help="file for a trace of two steps")
+    parser.add_argument("--max-norm", type=float, default=1.0, help="what gradients are clipped to")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     args = parser.parse_args()
     args.vocab = SHAPES[args.size].vocab

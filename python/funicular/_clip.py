@@ -45,7 +45,7 @@ def recognised(
         if len(args) != 2 or args[1] != 2:
             return NOTHING
         if func is _VECTOR_NORM:
-            return _known_norm(args[0]) if type(args[0]) is guarded else NOTHING
+            return _known_norm(args[0], "single") if type(args[0]) is guarded else NOTHING
         return _norms(args[0], guarded)
     if func is _FOREACH_MUL or func is _T.mul_:
         grads = args[0] if func is _FOREACH_MUL else [args[0]]
@@ -55,7 +55,7 @@ def recognised(
 
 
 def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
-    found = [_known_norm(t) if type(t) is guarded else NOTHING for t in tensors]
+    found = [_known_norm(t, "foreach") if type(t) is guarded else NOTHING for t in tensors]
     missing = [i for i, norm in enumerate(found) if norm is NOTHING]
     if len(missing) == len(found) or any(type(tensors[i]) is guarded for i in missing):
         return NOTHING
@@ -70,24 +70,27 @@ def _living_ref(grad: torch.Tensor) -> ParamRef | None:
     return ref if ref is not None and ref.grad is grad else None
 
 
-def _known_norm(grad: torch.Tensor) -> Any:
+def _known_norm(grad: torch.Tensor, kind: str) -> Any:
     ref = _living_ref(grad)
     if ref is None:
         return NOTHING
-    ref.unit.session.wants_norms = True
+    ref.unit.session.wants_norms = kind
     if ref.norm is None or ref.factor is not None:
         return NOTHING
-    norm, version = ref.norm
+    norm, version, taken = ref.norm
     with torch._C.DisableTorchFunctionSubclass():
-        return norm if grad._version == version else NOTHING
+        return norm if grad._version == version and taken == kind else NOTHING
 
 
 def note_norm(ref: ParamRef, grad: torch.Tensor, home: torch.Tensor) -> None:
     """Take the norm of a gradient that is about to leave for its home."""
     ref.factor = None
     ref.norm = None
-    if ref.unit.session.wants_norms:
-        ref.norm = (_VECTOR_NORM(grad.detach(), 2), home._version)
+    kind = ref.unit.session.wants_norms
+    if kind:
+        # Their sums differ in the last bit on a GPU.
+        norm = _FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
+        ref.norm = (norm, home._version, kind)
 
 
 def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:

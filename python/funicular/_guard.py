@@ -7,12 +7,14 @@ all others: they use the home.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._foreach_utils
+import torch.utils.checkpoint
 from torch import nn
 
 from funicular._clip import NOTHING, recognised
@@ -355,19 +357,30 @@ class _Switch:
 _GUARD = GuardedParameter.__torch_function__
 
 
-def _touch(p: torch.Tensor) -> None:
-    """Note that a frame is about to be reached past the version counter."""
+#: torch's own, which detaches what it saves and edits nothing
+_CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def _touch(p: torch.Tensor, *, by_address: bool) -> None:
+    """Note that a frame is about to be reached past the version counter.
+
+    On a GPU raw addresses are asked for by every kernel of a compiler's, and telling what it did takes a pass over the frame and
+    waits for the device: there only ``.data`` is watched, and everything under ``debug.poison``.
+    """
     ref = ref_of(p)
-    if ref is not None and get_ident() in ref.unit.inside:
-        ref.unit.session.touched(ref)
+    if ref is None or get_ident() not in ref.unit.inside:
+        return
+    session = ref.unit.session
+    if not by_address or session.device.type == "cpu" or session.poison:
+        session.touched(ref)
 
 
 def _touching(name: str) -> Any:
     original = getattr(_T, name)
 
     def touching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            _touch(self)
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_filename != _CHECKPOINT:
+            _touch(self, by_address=True)
         return original(self, *args, **kwargs)
 
     touching.__name__ = name
@@ -385,7 +398,7 @@ class WindowParameter(GuardedParameter):
         """As in torch."""
         if torch.compiler.is_compiling():
             return _T.detach(self)  # type: ignore[no-any-return]
-        _touch(self)
+        _touch(self, by_address=False)
         return _DATA_GET(self)  # type: ignore[no-any-return]
 
     @data.setter

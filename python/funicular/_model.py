@@ -143,8 +143,8 @@ class ParamRef:
         self.grad: torch.Tensor | None = None
         #: views of the gradient's place that were handed out
         self.views: list[weakref.ref[torch.Tensor]] = []
-        #: norm of the gradient when it came, and the version of its place then
-        self.norm: tuple[torch.Tensor, int] | None = None
+        #: norm of the gradient when it came, the version of its place then, and the operation that gave it
+        self.norm: tuple[torch.Tensor, int, str] | None = None
         #: what the gradient is yet to be multiplied by
         self.factor: torch.Tensor | None = None
         self.trainable = False

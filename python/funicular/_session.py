@@ -85,8 +85,8 @@ class Session:
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
-        #: clipping was seen: norms are taken as gradients come
-        self.wants_norms = False
+        #: by which operation clipping asks for norms; they are taken as gradients come
+        self.wants_norms = ""
         #: factors pending for the next step
         self.factors: dict[int, torch.Tensor] = {}
         #: gradients on their way down, kept until their copies are over; the number of the copy comes second

@@ -6,6 +6,8 @@
 //! on it, piece by piece, and goes to whatever a step needs first.
 #![expect(unsafe_code, reason = "hands raw spans of homes and spare frames to the kernel")]
 
+use std::sync::atomic::Ordering;
+
 use parking_lot::Mutex;
 
 use crate::{
@@ -64,7 +66,8 @@ impl Shared {
     /// Begins a unit's update; false where it has no spare frames, or is being updated.
     pub(crate) fn begin_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
         let unit = update.unit;
-        if !self.placement.spare[unit.index()] {
+        // Where the last step was clipped, this one will be as a rule, and the work in vain.
+        if !self.placement.spare[unit.index()] || self.clipped.load(Ordering::Relaxed) {
             return Ok(false);
         }
         let after = {
@@ -123,9 +126,11 @@ impl Shared {
     /// At the step: completes and takes over what was begun, if it is what the step asks for; false if the update is yet to be
     /// made. The gates of the job have passed.
     pub(crate) fn commit_ahead(&self, unit: UnitId, job: &Job) -> Result<bool> {
+        // Multiplying by 1 changes nothing; anything else is not foreseen.
+        let clip = |h: &StepHyper| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits();
+        self.clipped.store(job.hypers.iter().any(clip), Ordering::Relaxed);
         let Some(mut guess) = self.guesses[unit.index()].lock().take() else { return Ok(false) };
-        // Multiplying by 1 changes nothing; anything else was not foreseen.
-        let clipped = job.hypers.iter().any(|h| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits());
+        let clipped = self.clipped.load(Ordering::Relaxed);
         let good = job.guessed && guess.begun() && !clipped && guess.same_as(job);
         if guess.begun() {
             self.stats.guessed(good);

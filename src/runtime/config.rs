@@ -112,7 +112,7 @@ impl Config {
                 Direct::Off => DirectIo::Off,
             },
             checksums: policy.nvme.checksums,
-            threads: limits::resolve_threads(machine, policy),
+            threads: threads(machine, policy, device_free.is_some()),
             window: policy.prefetch.window.given(),
             poison: policy.debug.poison,
             faults: Arc::new(Faults::parse(&policy.debug.faults)?),
@@ -125,6 +125,13 @@ impl Config {
     pub fn limits(&self, granularity: u64) -> Limits {
         Limits { granularity, block: self.block, has_nvme: !self.paths.is_empty(), residents: true }
     }
+}
+
+/// Threads of the update pool. The thread that feeds a GPU, and the one that runs its backward, need processors of their own.
+fn threads(machine: &HostLimits, policy: &Policy, gpu: bool) -> u32 {
+    let all = limits::resolve_threads(machine, policy);
+    let spare = if gpu && policy.budget.threads.given().is_none() { 2.min(all / 4) } else { 0 };
+    all - spare
 }
 
 /// The tiers of a unit: the first override that matches its name or one of its parameters wins.

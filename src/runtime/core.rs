@@ -4,7 +4,10 @@
 //! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
 #![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use crossbeam::channel::Sender;
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -12,7 +15,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::{
     device::{Device, DeviceKind, Frames, Gate, StreamRef},
     error::{Code, Error, Result},
-    io::{Direction, EngineOptions, IoCompletion, IoPart, IoRequest},
+    io::{Direction, EngineOptions, IoPart, IoRequest},
     memory::{SlotLease, SlotPool},
     model::Layout,
     optim::Pool,
@@ -21,8 +24,9 @@ use crate::{
         factors::Factors,
         files::Map,
         homes::Homes,
+        inner::Inner,
         saves::Saves,
-        stats::{Busy, Cause, Stats},
+        stats::{Cause, Stats},
         ticket::Ticket,
         trace::Trace,
         update::Job,
@@ -55,51 +59,6 @@ pub(crate) struct Landing {
     pub(crate) bytes: u64,
 }
 
-/// The gates of one unit.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Gates {
-    /// The end of its last window, on the compute stream.
-    pub(crate) release: Gate,
-    /// The end of the copy into its frames.
-    pub(crate) fill: Gate,
-    /// The last write to its home by a stream.
-    pub(crate) home: Gate,
-    /// What its update waits for: the user's stream, gradients down, parameters up.
-    pub(crate) update: [Gate; 3],
-}
-
-/// The one request at a time of what is not part of a step.
-#[derive(Debug, Default)]
-pub(crate) struct Service {
-    /// Number of the last request.
-    pub(crate) last: u32,
-    /// It has not come back.
-    pub(crate) out: bool,
-    /// It came back, for whoever waits for it.
-    pub(crate) done: Option<IoCompletion>,
-}
-
-/// What the lock guards.
-pub(crate) struct Inner {
-    pub(crate) machine: Machine,
-    pub(crate) commands: Vec<Command>,
-    pub(crate) gates: Vec<Gates>,
-    pub(crate) last_down: Gate,
-    pages: Vec<Option<SlotLease>>,
-    chunks: Vec<(UnitId, u32, SlotLease)>,
-    spare_parts: Vec<Vec<IoPart>>,
-    pub(crate) service: Service,
-    /// The unit whose home the runner writes now.
-    pub(crate) at_work: Option<UnitId>,
-    pub(crate) failed: Option<Error>,
-    /// The caller has seen the failure.
-    pub(crate) told: bool,
-    pub(crate) closing: bool,
-    pub(crate) events: u64,
-    pub(crate) busy_read: Busy,
-    pub(crate) busy_write: Busy,
-}
-
 /// The disk side of a runtime.
 pub(crate) struct Disk {
     pub(crate) store: Store,
@@ -120,6 +79,8 @@ pub(crate) struct Shared {
     pub(crate) factors: Factors,
     pub(crate) jobs: Vec<Mutex<Job>>,
     pub(crate) guesses: Vec<ahead::Place>,
+    /// The gradients of the last step were clipped.
+    pub(crate) clipped: AtomicBool,
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,
     pub(crate) poison: bool,
@@ -133,39 +94,6 @@ pub(crate) struct Shared {
     pub(crate) to_ahead: Sender<UnitId>,
     pub(crate) to_up: Sender<Landing>,
     pub(crate) to_down: Sender<Landing>,
-}
-
-impl Inner {
-    pub(crate) fn new(machine: Machine, units: usize) -> Self {
-        let open = Gates { release: Gate::OPEN, fill: Gate::OPEN, home: Gate::OPEN, update: [Gate::OPEN; 3] };
-        Self {
-            machine,
-            commands: Vec::with_capacity(64),
-            gates: vec![open; units],
-            last_down: Gate::OPEN,
-            pages: (0..units).map(|_| None).collect(),
-            chunks: Vec::with_capacity(16),
-            spare_parts: (0..16).map(|_| Vec::with_capacity(64)).collect(),
-            service: Service::default(),
-            at_work: None,
-            failed: None,
-            told: false,
-            closing: false,
-            events: 0,
-            busy_read: Busy::default(),
-            busy_write: Busy::default(),
-        }
-    }
-
-    fn usable(&self) -> Result<()> {
-        match &self.failed {
-            Some(error) => Err(error.clone()),
-            None if self.closing => {
-                Err(Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again."))
-            }
-            None => Ok(()),
-        }
-    }
 }
 
 impl Shared {

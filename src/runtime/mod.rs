@@ -12,6 +12,7 @@ mod core;
 mod factors;
 pub mod files;
 pub mod homes;
+mod inner;
 mod restore;
 mod saves;
 mod service;

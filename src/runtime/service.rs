@@ -15,8 +15,9 @@ use crate::{
     io::Direction,
     memory::{HostRegion, Shadow, SlotLease},
     runtime::{
-        core::{Disk, Inner, SLICE, Service, Shared},
+        core::{Disk, SLICE, Shared},
         homes::Set,
+        inner::{Inner, Service},
         saves::group_of,
         stats::Cause,
         ticket::Ticket,

@@ -1,6 +1,9 @@
 //! Setting a runtime up: plan, memory, disk space, threads.
 
-use std::{sync::Arc, thread::JoinHandle};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    thread::JoinHandle,
+};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
@@ -16,10 +19,11 @@ use crate::{
     runtime::{
         admission::{self, Running},
         config::Config,
-        core::{Disk, Inner, Landing, RunTask, Shared},
+        core::{Disk, Landing, RunTask, Shared},
         factors::Factors,
         files::Map,
         homes::Homes,
+        inner::Inner,
         saves::Saves,
         stats::{Busy, Link, Stats},
         threads,
@@ -89,6 +93,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let units = layout.units.len();
     let shared = Arc::new(Shared {
         jobs: (0..units).map(|_| Mutex::new(Job::default())).collect(),
+        clipped: AtomicBool::new(false),
         guesses: (0..units).map(|_| Mutex::new(None)).collect(),
         inner: Mutex::new(Inner::new(machine, units)),
         placement: plan,
