@@ -61,9 +61,13 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any) -> dict[str, Any
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     ends: list[torch.cuda.Event] = []
+    enqueued: list[tuple[float, float, float]] = []
     for ids in data:
+        began = time.perf_counter()
         loss = model(ids)
+        forward = time.perf_counter()
         loss.backward()
+        backward = time.perf_counter()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm).detach())
         opt.step()
         opt.zero_grad()
@@ -71,12 +75,14 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any) -> dict[str, Any
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         ends.append(event)
+        enqueued.append((forward - began, backward - forward, time.perf_counter() - backward))
     torch.cuda.synchronize()
     seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(ends)][args.warmup - 1 :]
     middle = statistics.median(seconds)
     return {
         "seconds": round(middle, 4), "mean": round(statistics.mean(seconds), 4), "fastest": round(min(seconds), 4),
         "slowest": round(max(seconds), 4), "tokens_per_s": round(args.tokens / middle),
+        "enqueue_s": [round(statistics.median(part), 4) for part in zip(*enqueued[args.warmup :], strict=True)],
         "clipped": sum(float(n) > args.max_norm for n in norms[args.warmup :]), "steps": len(seconds),
         "losses": [round(float(x), 5) for x in losses], "hbm_torch_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }  # fmt: skip
