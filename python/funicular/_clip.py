@@ -94,7 +94,7 @@ def note_norm(ref: ParamRef, grad: torch.Tensor, home: torch.Tensor) -> None:
 
 
 def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
-    """Keep a factor for the update; False if the multiplication has to run."""
+    """Keep a factor for the update, and multiply ordinary gradients among them now; False if all have to be multiplied."""
     if (
         type(factor) is not torch.Tensor
         or factor.dim() != 0
@@ -106,6 +106,8 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
         return False
     refs = []
     for grad in grads:
+        if type(grad) is torch.Tensor:
+            continue
         ref = _living_ref(grad) if type(grad) is guarded else None
         # A norm that is known says that nobody has touched the gradient since it came.
         if ref is None or ref.factor is not None or ref.norm is None or grad.device != factor.device:
@@ -116,6 +118,9 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
         refs.append(ref)
     if not refs or not _take(refs[0].unit.session, factor):
         return False
+    ordinary = [grad for grad in grads if type(grad) is torch.Tensor]
+    if ordinary:
+        _FOREACH_MUL(ordinary, factor)
     for ref in refs:
         ref.factor = factor
     return True

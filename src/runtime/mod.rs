@@ -1,7 +1,7 @@
 //! The runtime: one model's memory, threads and state, and the operations that the Python wrapper calls.
 //!
 //! - [`core`](self): the lock, the machine's commands performed, waiting;
-//! - `threads`: driver, runner, reapers; `update`: AdamW over one piece; `service`: what is not part of a step;
+//! - `threads`: driver, reapers; `runner`: updates; `update`: AdamW over one piece; `service`: what is not part of a step;
 //! - `saves`, `snapshot`, `restore`: checkpoints, and what waits for them;
 //! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
 
@@ -14,6 +14,7 @@ pub mod files;
 pub mod homes;
 mod inner;
 mod restore;
+mod runner;
 mod saves;
 mod service;
 mod snapshot;

@@ -24,6 +24,7 @@ use crate::{
         files::Map,
         homes::Homes,
         inner::Inner,
+        runner,
         saves::Saves,
         stats::{Busy, Link, Stats},
         threads,
@@ -175,7 +176,7 @@ fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>
     let mut down = Busy::default();
     Ok(vec![
         threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
-        threads::spawn_runner(shared, channels.run.1, channels.ahead.1)?,
+        runner::spawn(shared, channels.run.1, channels.ahead.1)?,
         threads::spawn("funicular-up-end", shared, channels.up.1, move |s, m| threads::land(s, Link::Up, &mut up, m))?,
         threads::spawn("funicular-dn-end", shared, channels.down.1, move |s, m| {
             threads::land(s, Link::Down, &mut down, m)

@@ -1,20 +1,17 @@
-//! The threads of a runtime: the driver takes completions from the disk, the runner updates, the reapers learn when
-//! copies have ended.
+//! Threads of a runtime: the driver takes completions from the disk, the reapers learn when copies have ended.
 
-use std::{collections::VecDeque, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{sync::Arc, thread::JoinHandle, time::Duration};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, select};
+use crossbeam::channel::Receiver;
 
 use crate::{
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     runtime::{
-        core::{Landing, RunTask, Shared},
-        saves::group_of,
+        core::{Landing, Shared},
         stats::{Busy, Link},
         ticket::Ticket,
     },
-    units::UnitId,
 };
 
 /// Starts a named thread that runs `body` per message until the channel closes; an error or a panic fails the runtime.
@@ -40,78 +37,6 @@ pub(crate) fn spawn<T: Send + 'static>(
             }
         })
         .map_err(|e| Error::new(Code::HostAlloc, format!("thread '{name}' could not be started: {e}.")))
-}
-
-/// Starts the runner: it updates what steps ask for, and has nothing of that to do, works ahead.
-pub(crate) fn spawn_runner(
-    shared: &Arc<Shared>,
-    tasks: Receiver<RunTask>,
-    ahead: Receiver<UnitId>,
-) -> Result<JoinHandle<()>> {
-    let shared = Arc::downgrade(shared);
-    std::thread::Builder::new()
-        .name("funicular-run".to_owned())
-        .spawn(move || {
-            let mut waiting = VecDeque::new();
-            while let Some(task) = next_task(&tasks, &ahead, &mut waiting) {
-                let Some(shared) = shared.upgrade() else { return };
-                let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match task {
-                    Task::Step(task) => run(&shared, task),
-                    Task::Ahead => work_ahead(&shared, &mut waiting),
-                }));
-                match outcome {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => shared.fail(error),
-                    Err(_) => shared.fail(Error::new(Code::Panicked, "thread 'funicular-run' panicked.")),
-                }
-            }
-        })
-        .map_err(|e| Error::new(Code::HostAlloc, format!("thread 'funicular-run' could not be started: {e}.")))
-}
-
-enum Task {
-    Step(RunTask),
-    Ahead,
-}
-
-/// What to do next: steps first. None when the runtime is gone.
-fn next_task(tasks: &Receiver<RunTask>, ahead: &Receiver<UnitId>, waiting: &mut VecDeque<UnitId>) -> Option<Task> {
-    while let Ok(unit) = ahead.try_recv() {
-        waiting.push_back(unit);
-    }
-    if !waiting.is_empty() {
-        return match tasks.recv_timeout(Duration::ZERO) {
-            Ok(task) => Some(Task::Step(task)),
-            Err(RecvTimeoutError::Timeout) => Some(Task::Ahead),
-            Err(RecvTimeoutError::Disconnected) => None,
-        };
-    }
-    select! {
-        recv(tasks) -> task => task.ok().map(Task::Step),
-        recv(ahead) -> unit => {
-            waiting.push_back(unit.ok()?);
-            Some(Task::Ahead)
-        }
-    }
-}
-
-/// Between two looks at a gate that has not passed.
-const NAP: Duration = Duration::from_micros(200);
-
-/// One piece of the first unit in line.
-fn work_ahead(shared: &Shared, waiting: &mut VecDeque<UnitId>) -> Result<()> {
-    let Some(&unit) = waiting.front() else { return Ok(()) };
-    match shared.work_ahead(unit) {
-        Ok(Some(true)) => {}
-        // Gradients arrive in the order of the line: what comes later has not landed either.
-        Ok(Some(false)) => std::thread::sleep(NAP),
-        Ok(None) => drop(waiting.pop_front()),
-        Err(error) => {
-            waiting.clear();
-            return Err(error);
-        }
-    }
-    Ok(())
 }
 
 /// Handles one completion from the disk.
@@ -185,44 +110,6 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             shared.event(|m, out| m.chunk_written(unit, index, out))
         }
         Ticket::Service(_) => Ok(()),
-    }
-}
-
-/// Runs one piece of an update.
-pub(crate) fn run(shared: &Shared, task: RunTask) -> Result<()> {
-    let RunTask { unit, chunk, mut lease } = task;
-    // Copy on update: a save under way reads the unit first.
-    shared.saves.preserve(group_of(unit), &mut || false)?;
-    let start = shared.trace.now();
-    let after = {
-        let mut inner = shared.lock()?;
-        inner.at_work = Some(unit);
-        inner.gates[unit.index()].update
-    };
-    let bytes = {
-        let _at_work = AtWork(shared);
-        shared.run_chunk(unit, chunk, after, lease.as_mut())?
-    };
-    shared.stats.moved(Link::Update, bytes, shared.trace.now().saturating_sub(start));
-    shared.trace.span("cpu update", "adamw", u64::from(unit.0), start, bytes);
-    let mut inner = shared.lock()?;
-    if let Some(lease) = lease {
-        Shared::park_chunk(&mut inner, unit, chunk, lease);
-    }
-    shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))?;
-    if !inner.machine.update_pending(unit) {
-        shared.saves.updated(unit);
-    }
-    Ok(())
-}
-
-/// The runner writes a home, until this is dropped: also when the kernel fails or panics.
-struct AtWork<'a>(&'a Shared);
-
-impl Drop for AtWork<'_> {
-    fn drop(&mut self) {
-        self.0.inner.lock().at_work = None;
-        self.0.changed.notify_all();
     }
 }
 

@@ -127,3 +127,24 @@ def test_a_copy_is_ordinary(host_world):
     twin(torch.randn(4, WIDTH, device=host_world.torch_device)).sum().backward()
     opt.step()
     funicular.unwrap(model)
+
+
+def test_clipping_leaves_paged_gradients_where_they_are(host_world, monkeypatch):
+    """Beside residents, whose gradients torch multiplies, the factor of paged ones stays pending."""
+    import funicular._session as session_module
+
+    model = offloaded(host_world, ROOM["some"])
+    opt = funicular.AdamW(model.parameters())
+    touched = []
+    original = session_module.Session.access_grad
+    monkeypatch.setattr(
+        session_module.Session, "access_grad", lambda self, ref: (touched.append(ref), original(self, ref))
+    )
+    for step in range(3):
+        model(torch.randn(4, WIDTH, device=host_world.torch_device)).square().mean().backward()
+        touched.clear()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=True)
+        assert bool(touched) == (step == 0)
+        opt.step()
+        opt.zero_grad()
+    funicular.unwrap(model)

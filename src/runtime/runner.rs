@@ -1,0 +1,147 @@
+//! The thread that updates: what steps ask for, in the order of the machine; ahead of steps, whenever those have to wait.
+
+use std::{collections::VecDeque, sync::Arc, thread::JoinHandle, time::Duration};
+
+use crossbeam::channel::{Receiver, TryRecvError, select};
+
+use crate::{
+    error::{Code, Error, Result},
+    runtime::{
+        core::{RunTask, Shared},
+        saves::group_of,
+        stats::Link,
+    },
+    units::UnitId,
+};
+
+/// Between two looks at a gate that has not passed.
+const NAP: Duration = Duration::from_micros(100);
+
+/// What the runner has taken and not done.
+struct Runner {
+    tasks: Receiver<RunTask>,
+    ahead: Receiver<UnitId>,
+    /// A piece of a step's update. The program runs ahead of the device: the step may be submitted long before its inputs are there.
+    step: Option<RunTask>,
+    waiting: VecDeque<UnitId>,
+}
+
+/// Starts the runner; it ends when the runtime is gone.
+pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<RunTask>, ahead: Receiver<UnitId>) -> Result<JoinHandle<()>> {
+    let shared = Arc::downgrade(shared);
+    let mut runner = Runner { tasks, ahead, step: None, waiting: VecDeque::new() };
+    std::thread::Builder::new()
+        .name("funicular-run".to_owned())
+        .spawn(move || {
+            while runner.take() {
+                let Some(shared) = shared.upgrade() else { return };
+                match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runner.work(&shared))) {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => shared.fail(error),
+                    Err(_) => shared.fail(Error::new(Code::Panicked, "thread 'funicular-run' panicked.")),
+                }
+            }
+        })
+        .map_err(|e| Error::new(Code::HostAlloc, format!("thread 'funicular-run' could not be started: {e}.")))
+}
+
+impl Runner {
+    /// Takes what there is to do, and waits for it where there is nothing; false when the runtime is gone.
+    fn take(&mut self) -> bool {
+        while let Ok(unit) = self.ahead.try_recv() {
+            self.waiting.push_back(unit);
+        }
+        if self.step.is_none() && !self.waiting.is_empty() {
+            match self.tasks.try_recv() {
+                Ok(task) => self.step = Some(task),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        } else if self.step.is_none() {
+            select! {
+                recv(self.tasks) -> task => match task {
+                    Ok(task) => self.step = Some(task),
+                    Err(_) => return false,
+                },
+                recv(self.ahead) -> unit => match unit {
+                    Ok(unit) => self.waiting.push_back(unit),
+                    Err(_) => return false,
+                },
+            }
+        }
+        true
+    }
+
+    /// Does the step's piece if its inputs are there, else a piece ahead; at the least it naps.
+    fn work(&mut self, shared: &Shared) -> Result<()> {
+        if let Some(task) = self.step.take() {
+            if self.waiting.is_empty() || shared.inputs_there(task.unit)? {
+                return run(shared, task);
+            }
+            self.step = Some(task);
+        }
+        let Some(&unit) = self.waiting.front() else { return Ok(()) };
+        match shared.work_ahead(unit) {
+            Ok(Some(true)) => {}
+            // Gradients arrive in the order of the line: what comes later has not landed either.
+            Ok(Some(false)) => std::thread::sleep(NAP),
+            Ok(None) => drop(self.waiting.pop_front()),
+            Err(error) => {
+                self.waiting.clear();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// True if what a unit's update waits for has happened.
+    fn inputs_there(&self, unit: UnitId) -> Result<bool> {
+        let gates = self.lock()?.gates[unit.index()].update;
+        for gate in gates {
+            if !self.device.passed(gate)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Runs one piece of an update.
+fn run(shared: &Shared, task: RunTask) -> Result<()> {
+    let RunTask { unit, chunk, mut lease } = task;
+    // Copy on update: a save under way reads the unit first.
+    shared.saves.preserve(group_of(unit), &mut || false)?;
+    let start = shared.trace.now();
+    let after = {
+        let mut inner = shared.lock()?;
+        inner.at_work = Some(unit);
+        inner.gates[unit.index()].update
+    };
+    let bytes = {
+        let _at_work = AtWork(shared);
+        shared.run_chunk(unit, chunk, after, lease.as_mut())?
+    };
+    shared.stats.moved(Link::Update, bytes, shared.trace.now().saturating_sub(start));
+    shared.trace.span("cpu update", "adamw", u64::from(unit.0), start, bytes);
+    let mut inner = shared.lock()?;
+    if let Some(lease) = lease {
+        Shared::park_chunk(&mut inner, unit, chunk, lease);
+    }
+    shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))?;
+    if !inner.machine.update_pending(unit) {
+        shared.saves.updated(unit);
+    }
+    Ok(())
+}
+
+/// The runner writes a home, until this is dropped: also when the kernel fails or panics.
+struct AtWork<'a>(&'a Shared);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().at_work = None;
+        self.0.changed.notify_all();
+    }
+}
