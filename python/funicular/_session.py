@@ -98,6 +98,8 @@ class Session:
         self.saving: Save | None = None
         #: why the model must not be used: a load that failed halfway
         self.partial = ""
+        #: the caller knows of optimizer states that cannot be read
+        self.told_lost = False
         living.add(self)
 
     def __del__(self) -> None:
