@@ -254,8 +254,11 @@ class Session:
 
     @_locked
     def recover(self) -> None:
-        """Close what an interrupted forward left open."""
+        """Close what this thread left open: nothing of a forward or backward is under way in it."""
+        me = threading.get_ident()
         for unit in self.units:
+            if unit.calls:
+                unit.calls[:] = [call for call in unit.calls if call.thread != me]
             if unit.moving and unit.depth == 0:
                 self.close(unit, force=True)
         self.close_all()
@@ -446,7 +449,10 @@ class Session:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
         self.alive()
         self._bring_down()
-        self.close_all()
+        if in_backward():
+            self.close_all()
+        else:
+            self.recover()
         watched = []
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())

@@ -8,17 +8,13 @@ import argparse
 import contextlib
 import faulthandler
 import gc
-import os
 import random
-import signal
-import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
@@ -27,10 +23,9 @@ import torch
 import children
 import facts
 import funicular
-import interrupts
 from conftest import DEVICE, DISK, PLACEMENTS
 from models import Decoder, Stack
-from twin import Mismatch, Run, World, match, merge
+from twin import Run, World, match
 
 MIB = 1 << 20
 
@@ -73,13 +68,22 @@ def steady(world: World, steps: int, warm: int = 60) -> dict[str, tuple[int, int
     for name, budget in funicular.stats(run.model).budgets.items():
         assert budget.limit is None or budget.peak <= budget.limit, name
     for name, allowed in {"PSS": 3 * MIB, "RSS": 3 * MIB, "files": 0, "threads": 0, "disk": 0}.items():
-        assert after[name] - before[name] <= allowed, f"{name} grew from {before[name]} to {after[name]} in {steps} steps"
+        assert after[name] - before[name] <= allowed, (
+            f"{name} grew from {before[name]} to {after[name]} in {steps} steps"
+        )
     return {name: (before[name], after[name]) for name in before}
 
 
 # ------------------------------------------------------------------ short runs with faults
 
-RECOVERABLE = ["read:short@{n}x{m}", "write:short@{n}x{m}", "read:eio@{n}", "write:eio@{n}", "read:delay=2ms@{n}x{k}", "write:delay=2ms@{n}x{k}"]
+RECOVERABLE = [
+    "read:short@{n}x{m}",
+    "write:short@{n}x{m}",
+    "read:eio@{n}",
+    "write:eio@{n}",
+    "read:delay=2ms@{n}x{k}",
+    "write:delay=2ms@{n}x{k}",
+]
 FATAL = {
     "read:eio@{n}x1000000": {"FN-E301"},
     "write:eio@{n}x1000000": {"FN-E301"},
@@ -113,7 +117,10 @@ class Plan:
         self.looks = pick([True, False])
         self.fatal = pick([None, None, *FATAL])
         n = int(10 ** self.chance.uniform(0, 2.3))
-        faults = [f.format(n=self.chance.randint(1, 150), m=self.chance.randint(1, 60), k=5) for f in self.chance.sample(RECOVERABLE, self.chance.randint(0, 2))]
+        faults = [
+            f.format(n=self.chance.randint(1, 150), m=self.chance.randint(1, 60), k=5)
+            for f in self.chance.sample(RECOVERABLE, self.chance.randint(0, 2))
+        ]
         # Tries that fail are repeated a few times: two rules for the same block could use them up.
         if self.fatal:
             faults = [self.fatal.format(n=n)]
@@ -121,7 +128,9 @@ class Plan:
 
     def build(self) -> torch.nn.Module:
         if self.decoder:
-            return Decoder(ckpt=self.checkpoint, depth=self.depth, dtype=self.dtype, dropout=0.0, tie=self.depth % 2 == 0)
+            return Decoder(
+                ckpt=self.checkpoint, depth=self.depth, dtype=self.dtype, dropout=0.0, tie=self.depth % 2 == 0
+            )
         return Stack(depth=self.depth).to(self.dtype)
 
     def step(self, run: Run) -> None:
@@ -257,7 +266,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="steps in which nothing may grow, per placement (2000)")
     parser.add_argument("--runs", type=int, default=3000, help="short runs with faults (3000)")
     parser.add_argument("--seed", type=int, default=1, help="first seed of the short runs (1)")
-    parser.add_argument("--signals", type=int, default=1000, help="real signals at random moments, per placement (1000)")
+    parser.add_argument(
+        "--signals", type=int, default=1000, help="real signals at random moments, per placement (1000)"
+    )
     parser.add_argument("--skip-points", action="store_true", help="leave out Ctrl-C at every point of the package")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,7 +292,12 @@ def main() -> None:
         outcomes = short_runs(range(options.seed, options.seed + options.runs), disk, ring)
         print("short runs     " + ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())), flush=True)
     for name in placements if options.signals else ():
-        in_child(f"import interrupts; print('{name:14} signals ', interrupts.real_signals(world, {options.signals}))", name, disk, 60 + options.signals)
+        in_child(
+            f"import interrupts; print('{name:14} signals ', interrupts.real_signals(world, {options.signals}))",
+            name,
+            disk,
+            60 + options.signals,
+        )
     if not options.skip_points:
         for name in placements:
             for scenario in ("forward_and_backward", "step_and_zero_grad", "reads", "reads_and_edits"):
