@@ -202,7 +202,7 @@ def rescue(run: Run, world: World, history: list[list[torch.Tensor]]) -> None:
         return
     for i, p in enumerate(run.model.parameters()):
         right = [p.detach() == step[i] for step in history]
-        assert any(bool((a | b).all()) for a, b in zip(right, right[1:])), f"parameter {i} is of no step"
+        assert any(bool((a | b).all()) for a, b in itertools.pairwise(right)), f"parameter {i} is of no step"
 
 
 @contextlib.contextmanager
