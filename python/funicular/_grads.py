@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +21,13 @@ from funicular._guard import GuardedGrad
 from funicular._model import link, ref_of, storage_uses
 
 if TYPE_CHECKING:
-    from collections import deque
-
+    from funicular._core import Engine
     from funicular._model import ParamRef
     from funicular._session import Session
 
 _use_count: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
 
-__all__ = ["bring_down", "bring_home", "make_grad", "move_out"]
+__all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
 
 
 def make_grad(ref: ParamRef) -> torch.Tensor:
@@ -69,7 +69,39 @@ def place_for(ref: ParamRef) -> torch.Tensor:
     return ref.grad
 
 
-def bring_down(session: Session, ref: ParamRef, landing: deque[list[Any]]) -> bool:
+class Landing:
+    """Gradients on their way down, kept until their copies are over: no more than those of two of the largest units."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        #: gradient, and the number of its copy, or None where an interruption kept it from being known
+        self._queue: deque[list[Any]] = deque()
+        self._most = 0
+
+    def send(self, ref: ParamRef, grad: torch.Tensor, stream: int) -> None:
+        """Begin the copy of a gradient to its place."""
+        self._most = max(self._most, 2 * ref.unit.frame.nbytes())
+        under_way: list[Any] = [grad, None]
+        self._queue.append(under_way)  # before: nothing may free what is being copied
+        under_way[1] = self._engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), grad.nbytes, stream)
+
+    def reap(self, stream: int, *, all_of_them: bool = False) -> None:
+        """Let go of gradients that have landed; ``stream`` waits for the oldest as long as there are too many."""
+        most = 0 if all_of_them else self._most
+        left = sum(grad.nbytes for grad, _ in self._queue)
+        while self._queue:
+            grad, copy = self._queue[0]
+            if copy is None:
+                self._engine.wait_gradients(stream)
+            elif not self._engine.landed(copy):
+                if left <= most:
+                    return
+                self._engine.wait_landed(copy, stream)
+            left -= grad.nbytes
+            self._queue.popleft()
+
+
+def bring_down(session: Session, ref: ParamRef) -> bool:
     """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor."""
     p = ref.param
     with torch._C.DisableTorchFunctionSubclass():
@@ -89,10 +121,7 @@ def bring_down(session: Session, ref: ParamRef, landing: deque[list[Any]]) -> bo
         if grad.stride() != ref.home.stride():
             grad = torch.empty_like(ref.frame).copy_(grad)
         note_norm(ref, grad, place)
-        under_way: list[Any] = [grad, None]
-        landing.append(under_way)  # before: nothing may free what is being copied
-        size = ref.numel * grad.element_size()
-        under_way[1] = session.engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), size, session.stream())
+        session.landing.send(ref, grad, session.stream())
         p.grad = place
     return True
 

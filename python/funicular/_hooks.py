@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from funicular._compiled import compile_forward, keep_out, untraced, untraced_itself
 from funicular._leases import push, remove
-from funicular._model import in_backward
+from funicular._model import Visit, in_backward
 from funicular._session import BACKWARD, EVAL, FORWARD
 
 if TYPE_CHECKING:
@@ -50,12 +50,13 @@ def _stack() -> list[_Call]:
     return _local.stack  # type: ignore[no-any-return]
 
 
-class _Call:
+class _Call(Visit):
     """One call of a hooked module: what has been done for it, noted in such an order that whatever strikes, it can be undone."""
 
     __slots__ = ("enter", "pair", "units")
 
     def __init__(self, enter: _Enter) -> None:
+        super().__init__()
         self.enter = enter
         self.units: list[Unit] = []
         self.pair: Pair | None = None
@@ -76,7 +77,7 @@ class _Call:
         with session.lock:
             while self.units:
                 unit = self.units[-1]
-                unit.leave()
+                unit.leave(self)
                 self.units.pop()
                 if unit.depth == 0 and not in_backward():
                     session.close(unit)
@@ -101,8 +102,8 @@ class _Enter(_Hook):
             for unit in self.units:
                 if unit.depth == 0 or unit.is_open:
                     self.session.open(unit, phase)
-                unit.enter()
                 call.units.append(unit)
+                unit.calls.append(call)
         if torch.is_grad_enabled():
             call.push_hooks()
 

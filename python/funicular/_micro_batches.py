@@ -21,6 +21,7 @@ from funicular._compiled import compilations, untraced
 from funicular._errors import UsageError
 from funicular._guard import GuardedParameter
 from funicular._leases import check_version
+from funicular._model import Visit
 from funicular._random import Autocast, Randomness
 from funicular._session import BACKWARD
 from funicular._slices import Outputs, arrange
@@ -100,19 +101,18 @@ class MicroBatches:
     @contextlib.contextmanager
     def windows(self) -> Iterator[None]:
         """Keep the block's windows open for the backward of all its slices."""
-        session = self.session
-        entered: list[Unit] = []
+        session, visit = self.session, Visit()
         try:
             with session.lock:
                 for unit in self.units:
                     session.open(unit, BACKWARD)
-                    unit.depth += 1
-                    entered.append(unit)
+                    unit.calls.append(visit)
             yield
         finally:
             with session.lock:
-                for unit in entered:
-                    unit.depth -= 1
+                for unit in self.units:
+                    if visit in unit.calls:
+                        unit.calls.remove(visit)
 
 
 def _elsewhere() -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "ParamRef",
     "Unit",
     "Use",
+    "Visit",
     "in_backward",
     "link",
     "outdate",
@@ -164,6 +165,15 @@ class ParamRef:
         return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
 
 
+class Visit:
+    """A call of a module under way. Units list theirs: one call into C each, which an interruption cannot cut in two."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
 class Unit:
     """The parameters that are paged together, and the state of their window."""
 
@@ -171,7 +181,7 @@ class Unit:
         "_session",
         "arrived",
         "behind",
-        "depth",
+        "calls",
         "dirty",
         "engine_id",
         "exposed",
@@ -214,9 +224,9 @@ class Unit:
         self.arrived: set[ParamRef] = set()
         self.guess: list[tuple[bool, int, int]] | None = None
         self.shadow_filled = False
-        #: forward calls of the unit's modules under way
-        self.depth = 0
-        #: threads for which the parameters are plain: the number of their calls under way, or -1 - the backward that they are in
+        #: calls of the unit's modules under way
+        self.calls: list[Visit] = []
+        #: threads for which the parameters are plain, with -1 - the backward in which they came in
         self.inside: dict[int, int] = {}
         #: the parameters are at their frames
         self.is_open = False
@@ -272,26 +282,26 @@ class Unit:
         """Let this thread use the parameters at their frames."""
         self.inside.setdefault(threading.get_ident(), -1 - torch._C._current_graph_task_id())
 
-    def enter(self) -> None:
-        """Count a call of one of the unit's modules by this thread."""
-        me = threading.get_ident()
-        if me in self.inside:
-            self.inside[me] = max(self.inside[me], 0) + 1
-        self.depth += 1
+    @property
+    def depth(self) -> int:
+        """How many calls of the unit's modules are under way."""
+        return len(self.calls)
 
-    def leave(self) -> None:
-        """Count the end of a call by this thread."""
-        me = threading.get_ident()
-        if self.inside.get(me, 0) > 1:
-            self.inside[me] -= 1
-        elif self.inside.pop(me, None) is not None and in_backward():
+    def leave(self, call: Visit) -> None:
+        """Take note that a call is over; nothing to do if it never began, or is over already."""
+        if call in self.calls:
+            self.calls.remove(call)
+        if not self._called_by(call.thread) and self.inside.pop(call.thread, None) is not None and in_backward():
             self.let_in()
-        self.depth -= 1
 
     def end_backward(self, task: int) -> None:
         """Let nobody in for the sake of a backward that is over."""
         for thread in [thread for thread, what in self.inside.items() if what == -1 - task]:
-            del self.inside[thread]
+            if not self._called_by(thread):
+                del self.inside[thread]
+
+    def _called_by(self, thread: int) -> bool:
+        return any(call.thread == thread for call in self.calls)
 
     def _away(self) -> int:
         """How many parameters are at their frames."""

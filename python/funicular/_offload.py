@@ -324,8 +324,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     UsageError
         ``FN-E114`` if the model is not offloaded.
     StorageError
-        ``FN-E301``, ``FN-E302`` if weights on NVMe cannot be read; the model stays as it is. Weights in host memory can be taken
-        back after a failure too.
+        ``FN-E301``, ``FN-E302`` if weights or optimizer states on NVMe cannot be read; the model stays as it is. Called again,
+        it leaves such states behind. Weights in host memory can be taken back after a failure too.
     """
     session = session_of(model)
     if session is None:
@@ -372,7 +372,9 @@ def _take(ref: ParamRef) -> _Taken:
         if ref.states is not None:
             states = ref.states.taken()
     except Error as error:
-        if not ref.unit.session.engine.failed():
+        session = ref.unit.session
+        if not session.engine.failed() and not session.told_lost:
+            session.told_lost = True
             raise
         lost = error
     return _Taken(ref, value, grad, states, lost)

@@ -16,7 +16,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,8 +25,8 @@ from funicular._ahead import Ahead
 from funicular._clip import apply_pending
 from funicular._edits import Inside, refresh_frames, take_edits, take_frame_edits
 from funicular._ends import check_alive, leave, living
-from funicular._errors import Error
-from funicular._grads import bring_down, move_out
+from funicular._errors import BudgetError, Error
+from funicular._grads import Landing, bring_down, move_out
 from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
@@ -89,8 +88,7 @@ class Session:
         self.wants_norms = ""
         #: factors pending for the next step
         self.factors: dict[int, torch.Tensor] = {}
-        #: gradients on their way down, kept until their copies are over; the number of the copy comes second
-        self._landing: deque[list[Any]] = deque()
+        self.landing = Landing(engine)
         self._arrived: ParamRef | None = None
         self._task = -1
         self.closed = False
@@ -98,6 +96,8 @@ class Session:
         self.saving: Save | None = None
         #: why the model must not be used: a load that failed halfway
         self.partial = ""
+        #: the caller knows of optimizer states that cannot be read
+        self.told_lost = False
         living.add(self)
 
     def __del__(self) -> None:
@@ -252,8 +252,11 @@ class Session:
 
     @_locked
     def recover(self) -> None:
-        """Close what an interrupted forward left open."""
+        """Close what this thread left open: nothing of a forward or backward is under way in it."""
+        me = threading.get_ident()
         for unit in self.units:
+            if unit.calls:
+                unit.calls[:] = [call for call in unit.calls if call.thread != me]
             if unit.moving and unit.depth == 0:
                 self.close(unit, force=True)
         self.close_all()
@@ -344,7 +347,11 @@ class Session:
         self._make_room(units)
         for unit in missing:
             try:
-                self.engine.fault_in(unit.engine_id)
+                try:
+                    self.engine.fault_in(unit.engine_id)
+                except BudgetError:
+                    self.drop_unused(keep=units)
+                    self.engine.fault_in(unit.engine_id)
                 unit.shadow_filled = True
             except BaseException:
                 self.engine.discard_shadow(unit.engine_id)
@@ -405,23 +412,14 @@ class Session:
         ref, self._arrived = self._arrived, None
         if ref is None or ref.grad is None:
             return
-        if bring_down(self, ref, self._landing):
+        if bring_down(self, ref):
             self.ahead.arrived(ref)
-        self._reap()
+        self.landing.reap(self.stream())
 
     @_locked
     def move_out(self, ref: ParamRef) -> None:
         """Give a gradient memory of its own: its address is about to be taken."""
         move_out(ref)
-
-    def _reap(self) -> None:
-        while self._landing:
-            seq = self._landing[0][1]
-            if seq is None:  # interrupted; it may be under way
-                self.engine.wait_gradients(self.stream())
-            elif not self.engine.landed(seq):
-                return
-            self._landing.popleft()
 
     @_locked
     def backward_ended(self, task: int) -> None:
@@ -429,7 +427,7 @@ class Session:
         self._bring_down()
         if not _testing.broken("wrong_gate"):
             self.engine.wait_gradients(self.stream())
-        self._reap()
+        self.landing.reap(self.stream(), all_of_them=True)
         self._task = -1
         self.ahead.backward_ended(self.units)
         for unit in self.units:
@@ -444,7 +442,10 @@ class Session:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
         self.alive()
         self._bring_down()
-        self.close_all()
+        if in_backward():
+            self.close_all()
+        else:
+            self.recover()
         watched = []
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())
@@ -479,8 +480,9 @@ class Session:
         if ref.param.grad is ref.grad:
             self.access_grad(ref)
 
-    def drop_unused_states(self) -> None:
-        """Give back the memory of optimizer states that were read and are not held any more."""
+    def drop_unused(self, *, keep: Iterable[Unit] = ()) -> None:
+        """Give back the memory of all earlier reads, of weights and of optimizer states, that nobody looks at any more."""
+        self._make_room(keep)
         for unit in self.units:
             for ref in unit.params:
                 if ref.states is not None:

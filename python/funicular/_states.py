@@ -211,7 +211,7 @@ class ParamStates(MutableMapping[str, Any]):
             engine.lend(size)
             self._lent += size
         except BudgetError:
-            session.drop_unused_states()
+            session.drop_unused()
             engine.lend(size)
             self._lent += size
 

@@ -205,6 +205,11 @@ impl Engine {
         check(py, self.with(|rt| rt.landed(seq)))
     }
 
+    /// Makes `stream` wait for that gradient copy.
+    fn wait_landed(&self, py: Python<'_>, seq: u64, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.wait_landed(seq, stream, i)))
+    }
+
     /// Makes `stream` wait for all gradient copies.
     fn wait_gradients(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
         waiting(py, |i| self.with(|rt| rt.wait_gradients(stream, i)))

@@ -252,6 +252,14 @@ impl Runtime {
         self.shared()?.device.passed(Gate { role: device::Role::Down, seq })
     }
 
+    /// Makes `stream` (on the host: the caller) wait for the gradient copy of that number.
+    ///
+    /// # Errors
+    /// A failure of the device, or an interruption.
+    pub fn wait_landed(&self, seq: u64, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.wait_gate(stream, Gate { role: device::Role::Down, seq }, Cause::Grads, interrupted)
+    }
+
     /// Makes `stream` (on the host: the caller) wait for all gradient copies so far.
     ///
     /// # Errors
