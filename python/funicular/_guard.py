@@ -124,11 +124,17 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
     pair = refs[0].unit.session.leases.pair()
     if pair is None:
         return func(*args, **kwargs)
-    try:
-        push(*pair)
-        return func(*args, **kwargs)
-    finally:
-        pop()
+    for _ in range(1000):
+        try:
+            push(*pair)
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            # A step of another thread counted its edit while a weight was being saved, which torch takes for ours.
+            if "pack hook is modifying" not in str(error) or _written(func, args, kwargs):
+                raise
+        finally:
+            pop()
+    return func(*args, **kwargs)
 
 
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -163,6 +163,10 @@ class ParamRef:
         """Whether the parameter is at its frame; the caller has switched guards off."""
         return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
 
+    def at_home(self) -> bool:
+        """Whether the parameter is at its home; the caller has switched guards off."""
+        return self.param.untyped_storage().data_ptr() == self.unit.home_flats[torch.uint8].data_ptr()
+
 
 class Unit:
     """The parameters that are paged together, and the state of their window."""
@@ -176,6 +180,7 @@ class Unit:
         "engine_id",
         "exposed",
         "frame",
+        "frame_address",
         "frame_flats",
         "frame_idle",
         "frames_seen",
@@ -184,6 +189,7 @@ class Unit:
         "guess",
         "held",
         "home",
+        "home_address",
         "home_flats",
         "home_idle",
         "home_seen",
@@ -236,6 +242,8 @@ class Unit:
         self.frames_seen: list[int] | None = None
         self.frame: torch.UntypedStorage
         self.home: torch.UntypedStorage
+        self.frame_address = 0
+        self.home_address = 0
         self.frame_flats: dict[torch.dtype, torch.Tensor] = {}
         self.home_flats: dict[torch.dtype, torch.Tensor] = {}
         self.grad: torch.UntypedStorage | None = None

@@ -32,6 +32,7 @@ from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
+from funicular._places import check_places
 from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
 if TYPE_CHECKING:
@@ -193,12 +194,13 @@ class Session:
 
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
+        check_places(self, unit)
         unit.moving = True
         away = []
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
             for ref in unit.params:
-                if ref.numel == 0 or ref.param.untyped_storage().data_ptr() != unit.home_flats[torch.uint8].data_ptr():
+                if ref.numel == 0 or not ref.at_home():
                     away.append(ref)
                     inside.look(ref)
             for ref in inside.edited:
@@ -270,6 +272,7 @@ class Session:
         self.alive()
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
+            check_places(self, unit)
             if unit.moving:
                 self._go_home(unit)
         if in_backward() and not raw:
@@ -375,6 +378,7 @@ class Session:
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
+        check_places(self, unit)
         if unit.behind:
             self._catch_up(unit)
         take_edits(self, unit)
