@@ -54,13 +54,15 @@ codes! {
     UnsupportedParam = "FN-E112", Usage, "a parameter's type or layout cannot be paged";
     AliasedParam = "FN-E113", Usage, "parameters share storage in a way that cannot be paged";
     NotOffloaded = "FN-E114", Usage, "the model is not offloaded";
-    Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type or shape";
+    Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type, shape or memory";
     SparseGrad = "FN-E116", Usage, "sparse gradients are not supported";
     OptimizerOption = "FN-E117", Usage, "an optimizer option is not supported";
-    Scripted = "FN-E118", Usage, "a TorchScript module cannot be paged";
+    LostEdit = "FN-E118", Usage, "a weight was edited where the edit cannot count";
+    GradInUse = "FN-E119", Runtime, "something looks at an old gradient in a way that cannot be followed";
     BlockCut = "FN-E120", Usage, "what a block takes or gives cannot be cut along the batch";
     BlockEffect = "FN-E121", Usage, "a block in micro-batches does more than compute its outputs";
     BlockTwice = "FN-E122", Usage, "a block in micro-batches cannot be differentiated twice";
+    Scripted = "FN-E123", Usage, "a TorchScript module cannot be paged";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
     HostBudget = "FN-E202", Budget, "the host budget is too small";
     NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";

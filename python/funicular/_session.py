@@ -226,14 +226,6 @@ class Session:
             self.close(unit)
 
     @_locked
-    def touched(self, ref: ParamRef) -> None:
-        """Take note that the frame of a parameter is reached past its version counter."""
-        if ref.seen is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                ref.seen = digest(ref.frame)
-        ref.touched = True
-
-    @_locked
     def close_all(self) -> None:
         """Close what is not in use: before a step, and where nothing of a forward is left."""
         for unit in self.units:
@@ -294,19 +286,6 @@ class Session:
                 look_at_home(unit)
         return at_home
 
-    @_locked
-    def note(self, before: dict[ParamRef, int], *, writes: bool) -> None:
-        """After an operation outside of windows: take note of edits, and of new views of homes."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for ref, version in before.items():
-                # In a window of another thread a version may be that thread's own business.
-                elsewhere = ref.unit.is_open
-                if ref.param._version != (version if elsewhere else ref.version) and (writes or not elsewhere):
-                    self.edited(ref)
-        for unit in dict.fromkeys(ref.unit for ref in before):
-            if unit.home_aliased() and not (unit.on_nvme and not unit.shadow_filled):
-                look_at_home(unit)
-
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
         self.alive()
@@ -329,12 +308,6 @@ class Session:
             ref.version = ref.param._version
         renew_home(ref.unit, [ref])
         refresh_frames(self, ref.unit)
-
-    @_locked
-    def edited_in_place(self, ref: ParamRef) -> None:
-        """Note that a parameter was edited wherever it is; a window takes it home when it closes."""
-        if not ref.unit.is_open:
-            self.edited(ref)
 
     def _fault_in(self, units: Iterable[Unit]) -> None:
         """Read what lives on NVMe; what was read for earlier accesses makes room."""

@@ -45,7 +45,7 @@ def find_units(model: nn.Module, patterns: list[str], *, plan: bool = False) -> 
     Raises
     ------
     UsageError
-        ``FN-E118`` for TorchScript modules, ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that cannot be paged, ``FN-E113``
+        ``FN-E123`` for TorchScript modules, ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that cannot be paged, ``FN-E113``
         for parameters that share storage.
     """
     if not plan:
@@ -80,7 +80,7 @@ def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
             raise UsageError(
-                "FN-E118",
+                "FN-E123",
                 f"'{name or type(module).__name__}' is a TorchScript module, which uses its weights where no hook sees it. Offload "
                 "the module that it was made from, or keep it out of the model that is offloaded.",
             )
