@@ -24,6 +24,7 @@ __all__ = [
     "link",
     "outdate",
     "ref_of",
+    "storage_address",
     "storage_uses",
     "stream_of",
 ]
@@ -37,6 +38,12 @@ def in_backward() -> bool:
 def storage_uses(storage: torch.UntypedStorage) -> int:
     """How many tensors and handles share a storage."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Where a tensor's storage begins. Not by a method of the tensor: parameters in windows take note of such questions."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return int(torch.Tensor.untyped_storage(tensor).data_ptr())
 
 
 def stream_of(device: torch.device) -> int:
@@ -161,11 +168,11 @@ class ParamRef:
 
     def at_frame(self) -> bool:
         """Whether the parameter is at its frame; the caller has switched guards off."""
-        return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
+        return storage_address(self.param) == self.unit.frame_address
 
     def at_home(self) -> bool:
         """Whether the parameter is at its home; the caller has switched guards off."""
-        return self.param.untyped_storage().data_ptr() == self.unit.home_flats[torch.uint8].data_ptr()
+        return storage_address(self.param) == self.unit.home_address
 
 
 class Unit:
@@ -269,12 +276,18 @@ class Unit:
 
     def is_read(self) -> bool:
         """Whether an operation on the home is under way, in any thread."""
-        return any(self in use.units for use in list(UNDER_WAY))
+        return bool(UNDER_WAY) and any(self in use.units for use in list(UNDER_WAY))
 
     def is_used_by_others(self) -> bool:
         """Whether another thread's operation on the parameters themselves is under way, outside its windows."""
+        if not UNDER_WAY:
+            return False
         me = threading.get_ident()
         return any(use.thread != me and self in use.themselves for use in list(UNDER_WAY))
+
+    def has_others_inside(self) -> bool:
+        """Whether other threads may be using the parameters at their frames."""
+        return len(self.inside) > (threading.get_ident() in self.inside)
 
     def let_in(self) -> None:
         """Let this thread use the parameters at their frames."""

@@ -179,8 +179,7 @@ class Session:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if unit.frame_in_use() and in_backward():
                 return
-            others = any(thread != threading.get_ident() for thread in unit.inside)
-            if unit.is_used_by_others() or (others and not force):
+            if unit.is_used_by_others() or (unit.has_others_inside() and not force):
                 return
             self._go_home(unit)
         elif unit.held:
@@ -195,14 +194,12 @@ class Session:
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
         check_places(self, unit)
-        unit.moving = True
-        away = []
+        interrupted, unit.moving = unit.moving, True
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
-            for ref in unit.params:
-                if ref.numel == 0 or not ref.at_home():
-                    away.append(ref)
-                    inside.look(ref)
+            away = [ref for ref in unit.params if not interrupted or ref.numel == 0 or not ref.at_home()]
+            for ref in away:
+                inside.look(ref)
             for ref in inside.edited:
                 ref.edited = unit.dirty = True
             if unit.dirty and not inside.elsewhere:
