@@ -54,7 +54,7 @@ codes! {
     UnsupportedParam = "FN-E112", Usage, "a parameter's type or layout cannot be paged";
     AliasedParam = "FN-E113", Usage, "parameters share storage in a way that cannot be paged";
     NotOffloaded = "FN-E114", Usage, "the model is not offloaded";
-    Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type or shape";
+    Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type, shape or memory";
     SparseGrad = "FN-E116", Usage, "sparse gradients are not supported";
     OptimizerOption = "FN-E117", Usage, "an optimizer option is not supported";
     LostEdit = "FN-E118", Usage, "a weight was edited where the edit cannot count";

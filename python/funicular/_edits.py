@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from funicular._model import ParamRef, Unit
     from funicular._session import Session
 
-__all__ = ["Inside", "check_replacement", "refresh_frames", "replace_data", "take_edits", "take_frame_edits"]
+__all__ = [
+    "Inside",
+    "check_replacement",
+    "note",
+    "refresh_frames",
+    "replace_data",
+    "take_edits",
+    "take_frame_edits",
+    "touch",
+]
 
 _address: Any = torch.Tensor.data_ptr
 _data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -69,6 +78,28 @@ def refresh_frames(session: Session, unit: Unit) -> None:
     for ref in unit.params:
         if ref.seen is not None:
             ref.seen = digest(ref.frame)
+
+
+def note(session: Session, before: dict[ParamRef, int], *, writes: bool) -> None:
+    """After an operation outside of windows: take note of edits, and of new views of homes."""
+    with session.lock:
+        with torch._C.DisableTorchFunctionSubclass():
+            for ref, version in before.items():
+                # In a window of another thread a version may be that thread's own business.
+                elsewhere = ref.unit.is_open
+                if ref.param._version != (version if elsewhere else ref.version) and (writes or not elsewhere):
+                    session.edited(ref)
+        for unit in dict.fromkeys(ref.unit for ref in before):
+            if unit.home_aliased() and not (unit.on_nvme and not unit.shadow_filled):
+                look_at_home(unit)
+
+
+def touch(ref: ParamRef) -> None:
+    """Take note that the frame of a parameter is about to be reached past its version counter."""
+    with ref.unit.session.lock, torch._C.DisableTorchFunctionSubclass():
+        if ref.seen is None:
+            ref.seen = digest(ref.frame)
+        ref.touched = True
 
 
 def check_replacement(ref: ParamRef, data: torch.Tensor) -> None:

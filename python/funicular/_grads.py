@@ -51,7 +51,7 @@ def place_for(ref: ParamRef) -> torch.Tensor:
         ``FN-E119`` if something that cannot be moved still does.
     """
     # The attribute, the argument of getrefcount, and nobody else.
-    if sys.getrefcount(ref.grad) > 2 or any(view() is not None for view in ref.views):
+    if sys.getrefcount(ref.grad) > 2 or (ref.views and any(view() is not None for view in ref.views)):
         ref.unit.session.access_grad(ref)
         move_out(ref)
     unit = ref.unit
@@ -179,4 +179,5 @@ def _holders_of_a_new_one() -> tuple[int, int, int]:
 
 def _is_kept(found: tuple[int, int, int]) -> bool:
     """Whether anybody looks at a gradient besides its parameter and one variable."""
-    return any(now > new for now, new in zip(found, _holders_of_a_new_one(), strict=True))
+    new = _holders_of_a_new_one()
+    return found[0] > new[0] or found[1] > new[1] or found[2] > new[2]

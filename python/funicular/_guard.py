@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from funicular._clip import NOTHING, recognised
-from funicular._edits import check_replacement, replace_data
+from funicular._edits import check_replacement, note, replace_data, touch
 from funicular._errors import RuntimeFailure, UsageError
 from funicular._leases import pop, push
 from funicular._model import UNDER_WAY, Use, link, ref_of
@@ -124,11 +124,17 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
     pair = refs[0].unit.session.leases.pair()
     if pair is None:
         return func(*args, **kwargs)
-    try:
-        push(*pair)
-        return func(*args, **kwargs)
-    finally:
-        pop()
+    for _ in range(1000):
+        try:
+            push(*pair)
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            # A step of another thread counted its edit while a weight was being saved, which torch takes for ours.
+            if "pack hook is modifying" not in str(error) or _written(func, args, kwargs):
+                raise
+        finally:
+            pop()
+    return func(*args, **kwargs)
 
 
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,7 +201,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             result = _leased(refs, func, args, kwargs)
             writes = _count_writes(func, args, kwargs, before)
         for session in dict.fromkeys(ref.unit.session for ref in outside):
-            session.note({ref: before[ref] for ref in outside if ref.unit.session is session}, writes=writes)
+            note(session, {ref: before[ref] for ref in outside if ref.unit.session is session}, writes=writes)
         return _swapped(result, back) if back else result
     finally:
         UNDER_WAY.remove(use)
@@ -372,7 +378,7 @@ def _touch(p: torch.Tensor, *, by_address: bool) -> None:
         return
     session = ref.unit.session
     if not by_address or session.device.type == "cpu" or session.poison:
-        session.touched(ref)
+        touch(ref)
 
 
 def _touching(name: str) -> Any:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from funicular._model import storage_address
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -77,7 +79,9 @@ class LeaseHooks:
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         try:
-            return self.found.get(tensor.untyped_storage().data_ptr())
+            if type(tensor) is torch.Tensor:
+                return self.found.get(tensor.untyped_storage().data_ptr())
+            return self.found.get(storage_address(tensor))
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 

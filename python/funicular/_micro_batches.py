@@ -416,4 +416,4 @@ def _lent(module: nn.Module, params: list[nn.Parameter]) -> Iterator[list[nn.Par
 
 def _at_home(module: nn.Module) -> list[nn.Parameter]:
     """Return the weights that are used from their home: guarded, where the block would better see plain ones."""
-    return [p for p in module.parameters() if isinstance(p, GuardedParameter)]
+    return [p for p in module.parameters() if type(p) is GuardedParameter]

@@ -25,6 +25,7 @@ __all__ = [
     "link",
     "outdate",
     "ref_of",
+    "storage_address",
     "storage_uses",
     "stream_of",
 ]
@@ -38,6 +39,12 @@ def in_backward() -> bool:
 def storage_uses(storage: torch.UntypedStorage) -> int:
     """How many tensors and handles share a storage."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Where a tensor's storage begins. Not by a method of the tensor: parameters in windows take note of such questions."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return int(torch.Tensor.untyped_storage(tensor).data_ptr())
 
 
 def stream_of(device: torch.device) -> int:
@@ -162,7 +169,11 @@ class ParamRef:
 
     def at_frame(self) -> bool:
         """Whether the parameter is at its frame; the caller has switched guards off."""
-        return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
+        return storage_address(self.param) == self.unit.frame_address
+
+    def at_home(self) -> bool:
+        """Whether the parameter is at its home; the caller has switched guards off."""
+        return storage_address(self.param) == self.unit.home_address
 
 
 class Visit:
@@ -186,6 +197,7 @@ class Unit:
         "engine_id",
         "exposed",
         "frame",
+        "frame_address",
         "frame_flats",
         "frame_idle",
         "frames_seen",
@@ -194,6 +206,7 @@ class Unit:
         "guess",
         "held",
         "home",
+        "home_address",
         "home_flats",
         "home_idle",
         "home_seen",
@@ -246,6 +259,8 @@ class Unit:
         self.frames_seen: list[int] | None = None
         self.frame: torch.UntypedStorage
         self.home: torch.UntypedStorage
+        self.frame_address = 0
+        self.home_address = 0
         self.frame_flats: dict[torch.dtype, torch.Tensor] = {}
         self.home_flats: dict[torch.dtype, torch.Tensor] = {}
         self.grad: torch.UntypedStorage | None = None
@@ -271,12 +286,18 @@ class Unit:
 
     def is_read(self) -> bool:
         """Whether an operation on the home is under way, in any thread."""
-        return any(self in use.units for use in list(UNDER_WAY))
+        return bool(UNDER_WAY) and any(self in use.units for use in list(UNDER_WAY))
 
     def is_used_by_others(self) -> bool:
         """Whether another thread's operation on the parameters themselves is under way, outside its windows."""
+        if not UNDER_WAY:
+            return False
         me = threading.get_ident()
         return any(use.thread != me and self in use.themselves for use in list(UNDER_WAY))
+
+    def has_others_inside(self) -> bool:
+        """Whether other threads may be using the parameters at their frames."""
+        return len(self.inside) > (threading.get_ident() in self.inside)
 
     def let_in(self) -> None:
         """Let this thread use the parameters at their frames."""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.dlpack import from_dlpack
 
 from funicular import _core
 from funicular._activations import Activations
@@ -19,6 +18,7 @@ from funicular._guard import GuardedParameter
 from funicular._hooks import ModuleHooks, RootHooks
 from funicular._micro_batches import MicroBatches
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
+from funicular._places import tensor_over, view_of
 from funicular._resident import keep, resident_session, unkeep
 from funicular._session import Session
 from funicular._steps import watch_optimizers
@@ -149,39 +149,23 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     unit = Unit(session, index, found.name)
     unit.on_nvme = engine.homes(index)[0] == "nvme"
     unit.spare = engine.spare(index)
-    frame = from_dlpack(_Capsule(engine.frame_buffer(index)))
-    home = from_dlpack(_Capsule(engine.home_buffer(index, True)))
+    frame = tensor_over(engine.frame_buffer(index))
+    home = tensor_over(engine.home_buffer(index, True))
     unit.frame, unit.home = frame.untyped_storage(), home.untyped_storage()
     unit.frame_flats[torch.uint8] = frame
     unit.home_flats[torch.uint8] = home
+    unit.frame_address, unit.home_address = frame.data_ptr(), home.data_ptr()
     if any(p.requires_grad for _, p in found.params):
-        unit.grad = from_dlpack(_Capsule(engine.grad_buffer(index))).untyped_storage()
+        unit.grad = tensor_over(engine.grad_buffer(index)).untyped_storage()
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = ParamRef(p, name, unit, place)
-        ref.frame = _view(unit.flat(p.dtype, at_frames=True), ref, p)
+        ref.frame = view_of(unit.flat(p.dtype, at_frames=True), ref, p)
         ref.frame_address = ref.frame.data_ptr()
-        ref.home = _view(unit.flat(p.dtype, at_frames=False), ref, p)
+        ref.home = view_of(unit.flat(p.dtype, at_frames=False), ref, p)
         ref.trainable = p.requires_grad
         unit.trained += ref.trainable
         unit.params.append(ref)
     return unit
-
-
-class _Capsule:
-    """What ``torch.from_dlpack`` takes, around a capsule."""
-
-    def __init__(self, capsule: Any) -> None:
-        self.capsule = capsule
-
-    def __dlpack__(self, stream: int | None = None, **_: Any) -> Any:
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
-def _view(flat: torch.Tensor, ref: ParamRef, p: torch.Tensor) -> torch.Tensor:
-    return torch.as_strided(flat, p.size(), p.stride(), ref.offset // p.element_size())
 
 
 def _write_out(session: Session, unit: Unit) -> None:
@@ -228,7 +212,7 @@ def _move_in(session: Session, unit: Unit) -> None:
 def _copy_home(session: Session, unit: Unit) -> None:
     host = unit.home_flats[torch.uint8]
     if session.device.type != "cpu":
-        host = from_dlpack(_Capsule(session.engine.home_buffer(unit.engine_id, False)))
+        host = tensor_over(session.engine.home_buffer(unit.engine_id, False))
     for ref in unit.params:
         p = ref.param
         target = torch.as_strided(host.view(p.dtype), p.size(), p.stride(), ref.offset // p.element_size())

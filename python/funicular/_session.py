@@ -31,6 +31,7 @@ from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
+from funicular._places import check_places
 from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
 if TYPE_CHECKING:
@@ -178,8 +179,7 @@ class Session:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if unit.frame_in_use() and in_backward():
                 return
-            others = any(thread != threading.get_ident() for thread in unit.inside)
-            if unit.is_used_by_others() or (others and not force):
+            if unit.is_used_by_others() or (unit.has_others_inside() and not force):
                 return
             self._go_home(unit)
         elif unit.held:
@@ -193,14 +193,13 @@ class Session:
 
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
-        unit.moving = True
-        away = []
+        check_places(self, unit)
+        interrupted, unit.moving = unit.moving, True
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
-            for ref in unit.params:
-                if ref.numel == 0 or ref.param.untyped_storage().data_ptr() != unit.home_flats[torch.uint8].data_ptr():
-                    away.append(ref)
-                    inside.look(ref)
+            away = [ref for ref in unit.params if not interrupted or ref.numel == 0 or not ref.at_home()]
+            for ref in away:
+                inside.look(ref)
             for ref in inside.edited:
                 ref.edited = unit.dirty = True
             if unit.dirty and not inside.elsewhere:
@@ -222,14 +221,6 @@ class Session:
         """Close a window whose end found another thread's operation on the parameters under way."""
         if unit.is_open and not unit.inside and unit.depth == 0:
             self.close(unit)
-
-    @_locked
-    def touched(self, ref: ParamRef) -> None:
-        """Take note that the frame of a parameter is reached past its version counter."""
-        if ref.seen is None:
-            with torch._C.DisableTorchFunctionSubclass():
-                ref.seen = digest(ref.frame)
-        ref.touched = True
 
     @_locked
     def close_all(self) -> None:
@@ -273,6 +264,7 @@ class Session:
         self.alive()
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
+            check_places(self, unit)
             if unit.moving:
                 self._go_home(unit)
         if in_backward() and not raw:
@@ -293,19 +285,6 @@ class Session:
             for unit in units:
                 look_at_home(unit)
         return at_home
-
-    @_locked
-    def note(self, before: dict[ParamRef, int], *, writes: bool) -> None:
-        """After an operation outside of windows: take note of edits, and of new views of homes."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for ref, version in before.items():
-                # In a window of another thread a version may be that thread's own business.
-                elsewhere = ref.unit.is_open
-                if ref.param._version != (version if elsewhere else ref.version) and (writes or not elsewhere):
-                    self.edited(ref)
-        for unit in dict.fromkeys(ref.unit for ref in before):
-            if unit.home_aliased() and not (unit.on_nvme and not unit.shadow_filled):
-                look_at_home(unit)
 
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
@@ -329,12 +308,6 @@ class Session:
             ref.version = ref.param._version
         renew_home(ref.unit, [ref])
         refresh_frames(self, ref.unit)
-
-    @_locked
-    def edited_in_place(self, ref: ParamRef) -> None:
-        """Note that a parameter was edited wherever it is; a window takes it home when it closes."""
-        if not ref.unit.is_open:
-            self.edited(ref)
 
     def _fault_in(self, units: Iterable[Unit]) -> None:
         """Read what lives on NVMe; what was read for earlier accesses makes room."""
@@ -382,6 +355,7 @@ class Session:
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
+        check_places(self, unit)
         if unit.behind:
             self._catch_up(unit)
         take_edits(self, unit)

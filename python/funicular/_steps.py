@@ -36,7 +36,10 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
             if silent:
                 torch.autograd.graph.increment_version(ref.param)
         if silent:
-            ref.unit.session.edited_in_place(ref)
+            session = ref.unit.session
+            with session.lock:
+                if not ref.unit.is_open:  # a window takes it home when it closes
+                    session.edited(ref)
 
 
 _watching = False

@@ -60,9 +60,9 @@ def shown(kept):
 
 @pytest.mark.parametrize("clear", ["none", "zero"])
 @pytest.mark.parametrize("kind", KEEP)
-def test_kept(kind, clear, world):
+def test_kept(kind, clear, two_worlds):
     """Over ``zero_grad`` and later backwards: with ``set_to_none`` the old values, without it the same memory as ever."""
-    if world.device == "cuda" and any(part in kind for part in ("numpy", "np_", "asarray")):
+    if two_worlds.device == "cuda" and any(part in kind for part in ("numpy", "np_", "asarray")):
         pytest.skip("numpy sees only the CPU")
 
     def script(run: Run) -> None:
@@ -81,13 +81,13 @@ def test_kept(kind, clear, world):
             run.opt.zero_grad(set_to_none=clear == "none")
             run.record("kept", shown(kept))
 
-    compare(world, stack(), script)
+    compare(two_worlds, stack(), script)
 
 
 @pytest.mark.parametrize("kind", KEEP)
-def test_kept_and_edited(kind, world):
+def test_kept_and_edited(kind, host_world):
     """An edit through the alias is an edit of the gradient, until the gradient is another one."""
-    if world.device == "cuda" and any(part in kind for part in ("numpy", "np_", "asarray")):
+    if host_world.device == "cuda" and any(part in kind for part in ("numpy", "np_", "asarray")):
         pytest.skip("numpy sees only the CPU")
     if kind == "expand":
         pytest.skip("torch refuses edits of it")
@@ -115,7 +115,7 @@ def test_kept_and_edited(kind, world):
                 else:
                     alias *= 0.5
 
-    compare(world, stack(), script)
+    compare(host_world, stack(), script)
 
 
 REPLACED = {

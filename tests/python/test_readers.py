@@ -1,0 +1,192 @@
+"""Other threads look at the weights, or use the model, while one thread trains."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from models import WIDTH, stack
+from twin import Run, case, compare
+
+Check = Callable[[torch.Tensor], None]
+
+
+def detached(run: Run, see: Check) -> None:
+    for p in run.model.parameters():
+        see(p.detach())
+
+
+def itself(run: Run, see: Check) -> None:
+    for p in run.model.parameters():
+        see(p.square().sum())
+
+
+def without_grad(run: Run, see: Check) -> None:
+    with torch.no_grad():
+        for p in run.model.parameters():
+            see(p)
+        see(torch.stack(torch._foreach_norm(list(run.model.parameters()))))
+
+
+def snapshot(run: Run, see: Check) -> None:
+    for value in run.model.state_dict().values():
+        see(value.clone())
+
+
+def kept_for_a_while(run: Run, see: Check) -> None:
+    kept = [p.detach() for p in run.model.parameters()]
+    time.sleep(0.002)
+    for value in kept:
+        see(value)
+
+
+def evaluates(run: Run, see: Check) -> None:
+    with torch.no_grad():
+        see(run.model(torch.ones(4, WIDTH, device=run.device)))
+
+
+def differentiates(run: Run, see: Check) -> None:
+    """A step in its midst is an error in plain torch, too."""
+    try:
+        for p in run.model.parameters():
+            see(torch.autograd.grad((p * p).sum(), p)[0])
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+
+
+def of_the_model(run: Run, see: Check) -> None:
+    """As above; and torch takes a step at another time for something that a saved-tensor hook did."""
+    try:
+        for grad in torch.autograd.grad(
+            run.model(torch.ones(4, WIDTH, device=run.device)).square().mean(), list(run.model.parameters())
+        ):
+            see(grad)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error) and "pack hook" not in str(error):
+            raise
+
+
+READERS = [detached, itself, without_grad, snapshot, kept_for_a_while, evaluates, differentiates, of_the_model]
+
+
+def beside(run: Run, readers: list[Callable[..., None]], train: Callable[[], Any]) -> None:
+    """Train while others read; every number that they see is finite, though stale bytes are NaN here (``debug.poison``)."""
+    stop, wrong, reads = threading.Event(), [], [0] * len(readers)
+
+    def see(tensor: torch.Tensor) -> None:
+        if not bool(torch.isfinite(tensor.detach()).all()):
+            wrong.append("not finite")
+
+    def work(i: int) -> None:
+        try:
+            while not stop.is_set():
+                readers[i](run, see)
+                reads[i] += 1
+        except BaseException as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(readers))]
+    for thread in threads:
+        thread.start()
+    try:
+        while not all(reads) and not wrong:
+            time.sleep(0.001)
+        train()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong[:3]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_beside_training(reader, world):
+    """Readers see weights, and the training is, bit for bit, the one without them."""
+
+    def script(run: Run) -> None:
+        run.train(1)
+        if run.offloaded:
+            beside(run, [reader], lambda: run.train(4, look=False))
+        else:
+            run.train(4, look=False)
+
+    compare(world, stack(), script)
+
+
+def test_all_at_once(world):
+    def script(run: Run) -> None:
+        run.train(1)
+        if run.offloaded:
+            beside(run, READERS, lambda: run.train(3, look=False))
+        else:
+            run.train(3, look=False)
+
+    compare(world, stack(), script)
+
+
+@case(stack())
+def test_edited_by_another_thread(run: Run):
+    """Edits count wherever the training thread is, between its steps."""
+    for _ in range(3):
+        run.train(1)
+        thread = threading.Thread(target=halve, args=(run,))
+        thread.start()
+        thread.join()
+    run.train(1)
+
+
+def halve(run: Run) -> None:
+    with torch.no_grad():
+        for p in list(run.model.parameters())[::3]:
+            p.mul_(0.5)
+        run.model.layers[1].up.weight.data.add_(0.01)
+
+
+def test_edited_inside_the_window_of_another_thread(world):
+    """A weight edited by another thread while its module runs, before it is used: the run after has it, if not this one."""
+
+    def script(run: Run) -> None:
+        def edit(*_: Any) -> None:
+            thread = threading.Thread(target=halve, args=(run,))
+            thread.start()
+            thread.join()
+
+        run.train(1)
+        hook = run.model.layers[2].register_forward_pre_hook(edit)
+        with torch.no_grad():
+            run.model(run.data(4, WIDTH))
+        hook.remove()
+        run.record_weights()
+        run.train(2)
+
+    compare(world, stack(), script)
+
+
+@case(stack())
+def test_steps_while_another_thread_is_inside(run: Run):
+    """A step by one thread in the middle of another's evaluation: the training thread's next forward has the new weights."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is other:
+            inside.set()
+            assert go_on.wait(60)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            run.model(torch.ones(4, WIDTH, device=run.device))
+
+    run.train(1)
+    hook = run.model.layers[3].register_forward_pre_hook(wait)
+    other = threading.Thread(target=evaluate)
+    other.start()
+    assert inside.wait(60)
+    run.train(2)
+    go_on.set()
+    other.join()
+    hook.remove()
+    run.train(2)
