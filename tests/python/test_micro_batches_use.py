@@ -103,7 +103,7 @@ def test_memory_for_activations_does_not_grow(host_world):
         loss.backward()
         run.opt.step()
         run.opt.zero_grad()
-    assert funicular.stats(run.model).activations.reserved <= 1 << 20
+    assert funicular.stats(run.model).activations.reserved <= (64 if CUDA else 1) << 20
     assert loss is not None
 
 
