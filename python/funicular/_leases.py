@@ -77,7 +77,8 @@ class LeaseHooks:
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         try:
-            return self.found.get(tensor.untyped_storage().data_ptr())
+            # Past the method of parameters in windows, which takes note of who reaches their memory.
+            return self.found.get(torch.Tensor.untyped_storage(tensor).data_ptr())
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 

@@ -198,7 +198,10 @@ class Session:
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
             for ref in unit.params:
-                if ref.numel == 0 or ref.param.untyped_storage().data_ptr() != unit.home_flats[torch.uint8].data_ptr():
+                if (
+                    ref.numel == 0
+                    or torch.Tensor.untyped_storage(ref.param).data_ptr() != unit.home_flats[torch.uint8].data_ptr()
+                ):
                     away.append(ref)
                     inside.look(ref)
             for ref in inside.edited:
