@@ -161,7 +161,15 @@ class ParamRef:
 
     def at_frame(self) -> bool:
         """Whether the parameter is at its frame; the caller has switched guards off."""
-        return self.param.untyped_storage().data_ptr() == self.unit.frame_flats[torch.uint8].data_ptr()
+        return self._address() == self.unit.frame_flats[torch.uint8].data_ptr()
+
+    def at_home(self) -> bool:
+        """Whether it is at its home; the same holds."""
+        return self._address() == self.unit.home_flats[torch.uint8].data_ptr()
+
+    def _address(self) -> int:
+        # Past the method of parameters in windows, which takes note of who reaches their memory.
+        return int(torch.Tensor.untyped_storage(self.param).data_ptr())
 
 
 class Unit:

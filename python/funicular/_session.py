@@ -198,10 +198,7 @@ class Session:
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
             for ref in unit.params:
-                if (
-                    ref.numel == 0
-                    or torch.Tensor.untyped_storage(ref.param).data_ptr() != unit.home_flats[torch.uint8].data_ptr()
-                ):
+                if ref.numel == 0 or not ref.at_home():
                     away.append(ref)
                     inside.look(ref)
             for ref in inside.edited:
