@@ -94,11 +94,11 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def rope(self, seq: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all positions."""
+        """Cosines and sines of all positions, the same for every row: (1, seq, head)."""
         head = self.shape.head
         frequency = 10_000.0 ** (-torch.arange(0, head, 2, device=x.device, dtype=torch.float32) / head)
         angle = torch.arange(seq, device=x.device, dtype=torch.float32)[:, None] * frequency
-        angle = torch.cat((angle, angle), -1)
+        angle = torch.cat((angle, angle), -1)[None]
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
     def chunk_loss(self, h: Tensor, targets: Tensor) -> Tensor:

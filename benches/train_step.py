@@ -105,6 +105,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
     return {
         "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "links": links, "binding": stats.binding,
         "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "home_uses": stats.home_uses,
+        "activations": vars(stats.activations),
         "budgets_gib": {k: round(v.peak / 2**30, 2) for k, v in stats.budgets.items()},
     }  # fmt: skip
 
@@ -128,6 +129,9 @@ def offloaded(args: argparse.Namespace, **tiers: str) -> tuple[nn.Module, Any]:
         policy["optimizer"]["spare"] = args.spare
     if "nvme" in tiers.values():
         policy["nvme"] = {"paths": [tempfile.mkdtemp(dir=args.disk)]}
+    if args.micro_batch:
+        policy["activations"] = {"micro_batch": args.micro_batch, "tier": args.activations}
+        model.recompute = False  # blocks in micro-batches keep their inputs only
     if args.trace:
         policy["log"] = {"trace": args.trace, "trace_steps": [args.warmup + 1, args.warmup + 2]}
     funicular.offload(model, policy)
@@ -202,6 +206,8 @@ def main() -> None:
     parser.add_argument("--disk", default="/var/tmp", help="folder for what lives on NVMe")
     parser.add_argument("--trace", default="", help="file for a trace of two steps")
     parser.add_argument("--max-norm", type=float, default=1.0, help="what gradients are clipped to")
+    parser.add_argument("--micro-batch", type=int, default=0, help="rows that a block takes at a time; 0: checkpoints")
+    parser.add_argument("--activations", default="hbm", choices=["hbm", "host"], help="where block inputs wait then")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     args = parser.parse_args()
     args.vocab = SHAPES[args.size].vocab

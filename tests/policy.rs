@@ -406,10 +406,7 @@ fn what_is_not_built_is_refused_by_name() {
     for (text, key) in [
         ("[grads]\naccumulate = \"fp32\"", "grads.accumulate"),
         ("[grads]\ntier = \"nvme\"", "grads.tier"),
-        ("[optimizer]\ntier = \"hbm\"", "optimizer.tier"),
-        ("[optimizer]\nspare = \"1GiB\"", "optimizer.spare"),
         ("[optimizer]\nwhere = \"gpu\"", "optimizer.where"),
-        ("[[override]]\nmatch = \"*\"\noptimizer = \"hbm\"", "override.optimizer"),
         ("[debug]\nsync = true", "debug.sync"),
         ("[pressure]\naction = \"demote\"", "pressure.action"),
     ] {

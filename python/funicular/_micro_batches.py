@@ -19,9 +19,9 @@ from torch import nn
 from funicular import _testing
 from funicular._compiled import compilations, untraced
 from funicular._errors import UsageError
-from funicular._guard import GuardedParameter
+from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import check_version
-from funicular._model import Visit
+from funicular._model import Visit, link, ref_of
 from funicular._random import Autocast, Randomness
 from funicular._session import BACKWARD
 from funicular._slices import Outputs, arrange
@@ -398,10 +398,25 @@ class _Sum:
         return None if total is None else total.to(dtype)
 
 
+def _leaf(p: nn.Parameter) -> nn.Parameter:
+    """Return a leaf over a weight, of the class that weights have in their windows: graphs do not tell them apart."""
+    if type(p) is WindowParameter:
+        with torch._C.DisableTorchFunctionSubclass():
+            leaf = nn.Parameter(torch.Tensor.detach(p), p.requires_grad)
+    else:
+        leaf = nn.Parameter(p.detach(), p.requires_grad)
+    ref = ref_of(p)
+    if ref is not None:
+        link(leaf, ref)
+        leaf._funicular_inside = ref.unit.inside if type(p) is WindowParameter else {threading.get_ident(): 0}  # type: ignore[attr-defined]
+        leaf.__class__ = WindowParameter
+    return leaf
+
+
 @contextlib.contextmanager
 def _lent(module: nn.Module, params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Let a block compute with leaves of its own over some weights, whose gradients and hooks are not the weights'."""
-    lent = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in params}
+    lent = {id(p): _leaf(p) for p in params}
     places = [
         (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and id(p) in lent
     ]

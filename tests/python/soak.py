@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import faulthandler
 import gc
+import itertools
 import random
 import sys
 import tempfile
