@@ -197,7 +197,9 @@ def test_a_checkpoint_of_another_type(two_worlds: World, tmp_path: Path):
     source = begin(two_worlds, lambda: build(torch.float32))
     funicular.save(source.model, source.opt, tmp_path / "c")
     run = begin(two_worlds)
-    with pytest.raises(funicular.UsageError, match=r"FN-E407.*another type: embed\.weight F32 instead of BF16.* and 32 more"):
+    with pytest.raises(
+        funicular.UsageError, match=r"FN-E407.*another type: embed\.weight F32 instead of BF16.* and 32 more"
+    ):
         funicular.load(tmp_path / "c", run.model, run.opt)
     run.train(1, look=False)
 
@@ -280,7 +282,9 @@ def test_writes_fail(fault: str, engine: str, disk: str, io_uring: bool, tmp_pat
     code = "FN-E401" if "enospc" in fault else "FN-E403"
     for overwrite in (False, True):
         with pytest.raises(funicular.StorageError, match=rf"{code}.*\.safetensors") as info:
-            funicular.save(run.model, run.opt, tmp_path / ("c" if overwrite else "d"), shard_bytes=40_000, overwrite=overwrite)
+            funicular.save(
+                run.model, run.opt, tmp_path / ("c" if overwrite else "d"), shard_bytes=40_000, overwrite=overwrite
+            )
         assert info.value.errno == (28 if "enospc" in fault else 5)
     assert os.listdir(tmp_path) == ["c"]
     match(expected, seeded(run))
@@ -409,8 +413,11 @@ def test_killed():
     """Ten processes killed amid saves; ``make soak`` kills two hundred."""
     if DEVICE != "host":
         pytest.skip("forks before the device is used; the same code runs on the host")
-    code = "import sys; sys.path[:0] = [%r]; from kill_saves import campaign; print(campaign(10, 3))" % str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=110)
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path[:0] = [{here!r}]; from kill_saves import campaign; print(campaign(10, 3))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=110
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10 kills: ")
 
