@@ -143,6 +143,8 @@ soak: package
 	@[ -e tests/python/soak.py ] || { echo "error: tests/python/soak.py does not exist." >&2; exit 1; }
 	$(call say,simulation of the scheduler: $(SIM_SEEDS) seeds)
 	@FUNICULAR_SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --quiet --test sim
+	$(call say,soak: two hundred processes killed amid saves)
+	@$(PY) -W ignore tests/python/kill_saves.py 200
 	$(call say,soak: thousands of steps in which nothing may grow)
 	@$(PY) tests/python/soak.py $(SOAK_ARGS)
 

@@ -18,6 +18,7 @@ pub use plan::Loader;
 
 use crate::{
     bench::{self, Interrupt, Outputs, Progress},
+    checkpoint::{Control, cli as checkpoint},
     device::DeviceChoice,
     doctor,
     error::{Code, Error, Result},
@@ -53,6 +54,9 @@ enum Command {
     /// Check, show and import policy files.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// List, check and export checkpoints.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
     /// Lock memory for the device until that is refused, and print how many bytes it was.
     #[command(hide = true)]
     PageLock {
@@ -163,6 +167,33 @@ enum PolicyCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum CheckpointCommand {
+    /// List the checkpoints at a path: steps, sizes, whether they are complete. Exit code 1 if one is not.
+    Ls {
+        /// A checkpoint, or a directory of checkpoints.
+        path: PathBuf,
+    },
+    /// Read all of a checkpoint and compare it with its checksums. Exit code 1 if anything differs.
+    Verify {
+        /// A checkpoint.
+        path: PathBuf,
+    },
+    /// Write the weights alone, for other programs: safetensors as Hugging Face's loaders take them.
+    Export {
+        /// A checkpoint.
+        path: PathBuf,
+        /// A directory that does not exist yet.
+        target: PathBuf,
+        /// 16-bit parameters as their fp32 masters.
+        #[arg(long)]
+        fp32: bool,
+        /// Size of a file at most.
+        #[arg(long, value_name = "SIZE", value_parser = size, default_value = "5GB")]
+        shard: ByteCount,
+    },
+}
+
 #[derive(Args, Clone)]
 struct Sets {
     /// Set a key over the file and the environment; may be repeated.
@@ -220,11 +251,24 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString],
         Command::Doctor(arguments) => finish(examine(arguments, relaunch)),
         Command::Plan(arguments) => said(&plan::run(*arguments, loader)),
         Command::Policy(command) => said(&policy(command)),
+        Command::Checkpoint(command) => finish(checkpoints(command)),
         Command::PageLock { device, up_to } => finish(
             doctor::page_lock(device, ByteCount(up_to))
                 .and_then(|locked| print(&format!("{}\n", locked.0)).map(|()| 0)),
         ),
     }
+}
+
+fn checkpoints(command: CheckpointCommand) -> Result<i32> {
+    let (text, good) = match command {
+        CheckpointCommand::Ls { path } => checkpoint::list(&path)?,
+        CheckpointCommand::Verify { path } => checkpoint::verify(&path, &Control::default())?,
+        CheckpointCommand::Export { path, target, fp32, shard } => {
+            (checkpoint::export(&path, &target, fp32, shard.0, &Control::default())?, true)
+        }
+    };
+    print(&text)?;
+    Ok(i32::from(!good))
 }
 
 fn policy(command: PolicyCommand) -> Output {

@@ -95,7 +95,7 @@ class Checkpoint:
 def save(
     engine: Engine | None,
     place: tuple[str, bool, int | None],
-    tensors: list[tuple[str, str, list[int], bool, _Place, tuple[str, _Place | None] | None]],
+    tensors: list[tuple[str, str, tuple[int, ...], bool, _Place, tuple[str, _Place | None] | None]],
     aliases: list[tuple[str, str]],
     files: list[tuple[str, bytes]],
     training: str,

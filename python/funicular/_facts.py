@@ -76,7 +76,7 @@ def random_states() -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
-        states["numpy"] = encode([str(kind), [int(k) for k in keys], *rest], "numpy.random")
+        states["numpy"] = encode([str(kind), keys.tolist(), *rest], "numpy.random")
     return states
 
 

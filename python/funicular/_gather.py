@@ -84,10 +84,10 @@ def states_of(opt: torch.optim.Optimizer, p: torch.Tensor) -> tuple[int, Any]:
         ``FN-E408`` for states of another optimizer than AdamW.
     """
     states = opt.state.get(p)
-    if states is None or len(states) == 0:
-        return 0, {}
     if isinstance(states, ParamStates):
         return states.count, states
+    if not states:
+        return 0, {}
     unknown = set(states) - {"step", *MOMENTS, "master"}
     if unknown or "exp_avg" not in states:
         raise UsageError(
@@ -133,18 +133,19 @@ class Snapshot:
     def param(self, name: str, p: nn.Parameter) -> None:
         """List a parameter."""
         ref = ref_of(p)
-        dtype = _dtype(name, p)
+        like = p if ref is None else ref.home
+        dtype = _dtype(name, like)
         if ref is None:
             place = self._memory(name, p)
-        elif p.is_contiguous():
+        elif like.is_contiguous():
             place = _in_unit(ref, "param")
         else:
             place = self._memory(name, p, capture=True)
         master: Any = None
-        if self.fp32 and p.dtype in _HALVES:
-            self.dtypes[name] = _HALVES[p.dtype]
-            dtype, master = "F32", (_HALVES[p.dtype], self._rest(name, p, ref))
-        self.tensors.append((name, dtype, list(p.shape), False, place, master))
+        if self.fp32 and like.dtype in _HALVES:
+            self.dtypes[name] = _HALVES[like.dtype]
+            dtype, master = "F32", (_HALVES[like.dtype], self._rest(name, p, ref))
+        self.tensors.append((name, dtype, tuple(like.shape), False, place, master))
 
     def _rest(self, name: str, p: nn.Parameter, ref: ParamRef | None) -> _Place | None:
         """Return where a 16-bit parameter's master has what it has beyond the parameter; None where that is nothing."""
@@ -158,7 +159,7 @@ class Snapshot:
     def buffer(self, name: str, b: torch.Tensor) -> None:
         """List a buffer; those are small, and change in any forward."""
         place = self._memory(name, b, capture=self.capture)
-        self.tensors.append((name, _dtype(name, b), list(b.shape), False, place, None))
+        self.tensors.append((name, _dtype(name, b), tuple(b.shape), False, place, None))
 
     def states(self, name: str, p: nn.Parameter, count: int, states: Any) -> None:
         """List a parameter's states."""
@@ -167,22 +168,31 @@ class Snapshot:
         if count == 0:
             return
         ref = ref_of(p)
-        within = ref is not None and isinstance(states, ParamStates) and states.ref is ref
-        edited = isinstance(states, ParamStates) and states.edited
-        if isinstance(states, ParamStates):
+        ours = isinstance(states, ParamStates)
+        within = ref is not None and ours and states.ref is ref
+        like = p if ref is None else ref.home
+        edited = ours and states.edited
+        if ours:
             states.keep_edits()
         if edited:
             self.edited.append(name)
-        for kind in (*MOMENTS, "master"):
-            if kind not in states or (kind == "master" and (edited or self.fp32)):
-                continue
-            if within and p.is_contiguous():
+        half = like.dtype in _HALVES
+        kinds = (*MOMENTS, "master") if half and not edited and not self.fp32 else MOMENTS
+        packed = within and like.is_contiguous()
+        for kind in kinds:
+            key = f"{name}.{kind}"
+            if packed:
                 assert ref is not None
-                place, dtype = _in_unit(ref, kind), "I16" if (kind, p.dtype) == ("master", torch.bfloat16) else "F32"
-            else:
+                place, dtype = (
+                    _in_unit(ref, kind),
+                    "I16" if kind == "master" and like.dtype == torch.bfloat16 else "F32",
+                )
+            elif ours or kind in states:
                 tensor = states.fetched(kind) if within else states[kind]
-                place, dtype = self._memory(f"{name}.{kind}", tensor), _dtype(name, tensor)
-            self.tensors.append((f"{name}.{kind}", dtype, list(p.shape), True, place, None))
+                place, dtype = self._memory(key, tensor), _dtype(name, tensor)
+            else:
+                continue
+            self.tensors.append((key, dtype, tuple(like.shape), True, place, None))
 
     def groups(self, opt: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> list[Any]:
         """List the states of all groups; returns the groups' options, with parameters by name."""

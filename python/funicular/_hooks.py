@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from funicular._model import Unit
     from funicular._session import Session
 
-__all__ = ["ModuleHooks", "RootHooks"]
+__all__ = ["AssignHook", "ModuleHooks", "RootHooks"]
 
 _local = threading.local()
 
@@ -223,6 +223,40 @@ def _surround(session: Session, module: nn.Module) -> None:
         around = _Around(session, module)
         session.handles.append(around)
         module._compiled_call_impl = around
+
+
+class AssignHook(_Hook):
+    """``load_state_dict(assign=True)`` copies into paged parameters: replaced, they would leave the runtime unnoticed."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    @staticmethod
+    def install(session: Session, module: nn.Module) -> None:
+        """Register it."""
+        hooked: Any = module
+        session.handles.append(hooked._register_load_state_dict_pre_hook(AssignHook(session), with_module=True))
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        if not local_metadata.pop("assign_to_params_buffers", False):
+            return
+        for name, p in module._parameters.items():
+            given = state_dict.get(prefix + name)
+            if p is not None and isinstance(given, torch.Tensor) and given.dtype != p.dtype:
+                errors.append(
+                    f"FN-E115 '{prefix}{name}' is offloaded as {p.dtype} and cannot become {given.dtype}. Call "
+                    "funicular.unwrap(model) first."
+                )
 
 
 class _EnterRoot(_Hook):

@@ -15,7 +15,8 @@ from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
 from funicular._guard import GuardedParameter
-from funicular._hooks import ModuleHooks, RootHooks
+from funicular._hooks import AssignHook, ModuleHooks, RootHooks
+from funicular._meta import Weights
 from funicular._micro_batches import MicroBatches
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
 from funicular._places import tensor_over, view_of
@@ -37,7 +38,12 @@ _ATTRIBUTE = "_funicular_session"
 _TRIM_BYTES = 64 << 20
 
 
-def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None) -> nn.Module:
+def offload(
+    model: nn.Module,
+    policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> nn.Module:
     """Page a model's parameters, gradients and optimizer states, in place.
 
     Parameters
@@ -47,6 +53,10 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
         device they report that device. Buffers move to the compute device.
     policy : path, Policy, mapping or None
         What may be used and where things live (docs/policy.md); ``None`` decides everything from the machine.
+    checkpoint : path or None
+        A checkpoint, a directory of the model's safetensors (one file, or shards with an index), or one such file: the weights
+        are streamed from there to where they will live. The model may then be on the meta device, so that it never has
+        to fit into memory; its parameters become new objects, so make the optimizer afterwards.
 
     Returns
     -------
@@ -57,7 +67,8 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
     ------
     UsageError, BudgetError, StorageError
         Before anything is touched: bad policy (``FN-E50x``), budgets (``FN-E20x``), paths (``FN-E60x``), parameters that
-        cannot be paged (``FN-E11x``).
+        cannot be paged (``FN-E11x``); weights that are missing (``FN-E404``), damaged (``FN-E406``) or of another model
+        (``FN-E407``).
     """
     if session_of(model) is not None:
         raise UsageError(
@@ -70,6 +81,21 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
         if isinstance(p, GuardedParameter) or ref_of(p) is not None or resident_session(p) is not None:
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
     resolved = Policy.load(policy)
+    weights = None if checkpoint is None else Weights(model, checkpoint)
+    try:
+        if weights is not None:
+            weights.materialise()
+        session = _offload(model, resolved, weights)
+    except BaseException:
+        if weights is not None:
+            weights.undo()
+        raise
+    for note in session.engine.notes():
+        _log.warning("%s", note)
+    return model
+
+
+def _offload(model: nn.Module, resolved: Policy, weights: Weights | None) -> Session:
     found = find_units(model, resolved.unit_patterns())
     if torch.version.cuda is not None:
         tell_core()
@@ -80,25 +106,26 @@ def offload(model: nn.Module, policy: str | os.PathLike[str] | Policy | Mapping[
     devices = {id(p): p.device for p in model.parameters()}
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        _build(session, found)
+        _build(session, found, filled=weights is None)
         watch_optimizers()
         _move_buffers(model, session)
         _slice(session, found, resolved)
         _hook(model, session, found)
         model.__dict__[_ATTRIBUTE] = session
+        if weights is not None:
+            weights.fill(session)
     except BaseException:
         # As it was: nothing of a model is lost because it could not be offloaded.
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
-        taken = [t._replace(value=t.value.to(devices[id(t.ref.param)])) for t in _taken(session)]
+        values = None if weights is None else weights.values
+        taken = [t._replace(value=t.value.to(devices[id(t.ref.param)])) for t in _taken(session, values)]
         for p in session.residents:
-            p.data = p.data.to(devices[id(p)])
+            p.data = p.data.to(devices[id(p)]) if values is None else values.get(id(p), p.data)
         completed(lambda: _leave(model, session, taken))
         engine.close()
         raise
-    for note in engine.notes():
-        _log.warning("%s", note)
-    return model
+    return session
 
 
 def session_of(model: nn.Module) -> Session | None:
@@ -117,7 +144,7 @@ def describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
-def _build(session: Session, found: list[Found]) -> None:
+def _build(session: Session, found: list[Found], *, filled: bool) -> None:
     engine = session.engine
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
     session.waits = engine.shares_processor() and not streamed
@@ -128,12 +155,12 @@ def _build(session: Session, found: list[Found]) -> None:
         for index, unit in paged.items():
             unit.neighbours = [paged[v] for v in engine.neighbours(index)]
         for unit in session.units:
-            if unit.on_nvme:
+            if unit.on_nvme and filled:
                 _write_out(session, unit)
         # Everything that can fail has been done; from here parameters move.
         moved = 0
         for unit in session.units:
-            _move_in(session, unit)
+            _move_in(session, unit, filled=filled)
             moved += sum(ref.home.nbytes for ref in unit.params)
             if moved > _TRIM_BYTES:
                 _core.trim()
@@ -177,9 +204,9 @@ def _write_out(session: Session, unit: Unit) -> None:
     engine.discard_shadow(unit.engine_id)
 
 
-def _move_in(session: Session, unit: Unit) -> None:
-    """Copy the weights home and make the parameters views of it."""
-    if not unit.on_nvme:
+def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
+    """Copy the weights home, if there are any yet, and make the parameters views of it."""
+    if filled and not unit.on_nvme:
         _copy_home(session, unit)
     for ref in unit.params:
         p = ref.param
@@ -264,6 +291,9 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
             continue
         if units:
             ModuleHooks.install(session, module, units)
+    for module in model.modules():
+        if any(id(p) in unit_of for p in module.parameters(recurse=False)):
+            AssignHook.install(session, module)
     # Last, so that they run before all others.
     RootHooks.install(session, model)
 
@@ -341,9 +371,12 @@ class _Taken(NamedTuple):
     lost: Error | None
 
 
-def _taken(session: Session) -> list[_Taken]:
-    """Return copies of everything that has moved in."""
-    return [_take(ref) for unit in session.units for ref in unit.params if ref_of(ref.param) is ref]
+def _taken(session: Session, values: dict[int, torch.Tensor] | None = None) -> list[_Taken]:
+    """Return copies of everything that has moved in; or these values, as far as there are any."""
+    refs = [ref for unit in session.units for ref in unit.params if ref_of(ref.param) is ref]
+    if values is None:
+        return [_take(ref) for ref in refs]
+    return [_Taken(ref, values[id(ref.param)], ref.param.grad, {}, None) for ref in refs if id(ref.param) in values]
 
 
 def _take(ref: ParamRef) -> _Taken:

@@ -64,13 +64,14 @@ def _list(title: str, found: list[str]) -> list[str]:
     return [f"{title}: {', '.join(found[:5])}{more}"]
 
 
-def compare_model(source: Source, named: Named, *, exact: bool) -> None:
+def compare_model(source: Source, named: Named, *, exact: bool) -> str:
     """Compare names, shapes and types of the model's tensors.
 
     Parameters
     ----------
     exact : bool
-        Types must be those of the model (or their fp32 masters); else floating-point types are converted.
+        Types must be those of the model (or their fp32 masters), and nothing may be left over; else floating-point types are
+        converted, and what the model does not have is returned.
 
     Raises
     ------
@@ -93,14 +94,17 @@ def compare_model(source: Source, named: Named, *, exact: bool) -> None:
     unexpected = [
         n for n in source.model if n not in used and named.aliases.get(n) not in {*named.params, *named.buffers}
     ]
+    more = _list("unexpected", unexpected)
     said = [
         *_list("missing", missing),
-        *_list("unexpected", unexpected),
+        *(more if exact else []),
         *_list("of another shape", shaped),
         *_list("of another type", typed),
     ]
     if said:
+        said += [] if exact else more
         raise UsageError("FN-E407", f"{source.path} is of another model. {'; '.join(said)}. Nothing was loaded.")
+    return "".join(more)
 
 
 def _fits(found: str, own: str, master_of: str, dtype: torch.dtype, *, exact: bool) -> bool:

@@ -3,11 +3,13 @@
 //! C1: files hold tensors by name; nothing in them says where a tensor lived. C2: every byte is under a checksum. C3: what
 //! is under a checkpoint's name was durable before it got it. C4: memory is bounded by the frames of [`Means`].
 
+pub mod cli;
 mod contents;
 mod control;
 mod convert;
 mod directory;
 mod edges;
+mod export;
 mod layout;
 mod manifest;
 mod reader;

@@ -96,6 +96,16 @@ impl Job {
         Ok(Self { request, workspace, shards })
     }
 
+    /// The tensors.
+    pub fn tensors(&self) -> &[TensorSpec] {
+        &self.request.tensors
+    }
+
+    /// The tensors' indices, in the order in which those of one group are asked for.
+    pub fn order(&self) -> impl Iterator<Item = usize> + '_ {
+        self.shards.iter().flat_map(|s| s.tensors.iter().map(|&(i, _)| i))
+    }
+
     /// Writes everything and gives the checkpoint its name. What it returns is worth telling.
     ///
     /// # Errors
