@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 use crate::{
     bench::{
         Exercise,
-        disk::{Clock, fill_with_numbers},
+        clock::Clock,
+        disk::fill_with_numbers,
         kernels::{self, Five, Kernel},
         link::LinkHop,
         stats::Round,
