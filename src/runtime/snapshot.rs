@@ -220,12 +220,7 @@ impl Tiers for Plain {
 type ReadPlace<'a> = dyn FnMut(Place, u64, &mut [u8]) -> Result<()> + 'a;
 
 /// Bytes of a source from a place's bytes.
-fn fetch(
-    source: &Source,
-    at: u64,
-    out: &mut [u8],
-    read: &mut ReadPlace<'_>,
-) -> Result<()> {
+fn fetch(source: &Source, at: u64, out: &mut [u8], read: &mut ReadPlace<'_>) -> Result<()> {
     let Some((dtype, rest)) = source.master else { return read(source.place, at, out) };
     let rest_size = StateKind::Master.element_size(dtype);
     let (mut params, mut rests) = (vec![0; SCRATCH], vec![0; SCRATCH / 2 * rest_size]);

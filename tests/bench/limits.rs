@@ -1,6 +1,7 @@
 //! What only root can arrange: small and strange file systems, cgroups, a switched-off io_uring. Where it cannot be
 //! arranged, a test says why and checks nothing.
 
+#![expect(unsafe_code, reason = "moves child processes into mount namespaces and cgroups before they start")]
 #![expect(clippy::print_stderr, reason = "says why it checks nothing")]
 
 use std::{
