@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from funicular import _core
@@ -17,7 +18,12 @@ def main() -> int:
         The exit status: 0 on success.
     """
     tell_core()
-    return _core.cli(sys.argv)
+    # The core handles Ctrl-C itself; Python's handler would add a KeyboardInterrupt to its exit status.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return _core.cli(sys.argv)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ use crossbeam::channel::{Receiver, bounded};
 use crate::{
     bench::{
         Exercise, Interrupt,
+        clock::Clock,
         stats::{Round, as_f64},
     },
     doctor::drive::{self, Drive},
@@ -36,8 +37,6 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Free space that is left to others.
 const SPARE: u64 = 256 << 20;
-/// A warm-up is never cut short before this.
-const SHORT: Duration = Duration::from_millis(50);
 /// Bytes of one write while the files are filled.
 const FILL: usize = 4 << 20;
 
@@ -276,7 +275,7 @@ pub enum Mix {
     Read,
     /// Only writes.
     Write,
-    /// As many of each, alternating; reads run half a file ahead of writes.
+    /// As many of each; reads run half a file ahead of writes.
     Both,
 }
 
@@ -307,102 +306,80 @@ pub struct DiskHop {
     mix: Mix,
     block: usize,
     depth: usize,
-    /// Blocks submitted so far.
-    next: u64,
+    /// Reads and writes, in this order: submitted so far, and in flight.
+    submitted: [u64; 2],
+    in_flight: [usize; 2],
 }
 
 impl DiskHop {
     /// Blocks of `block` bytes in slots of `pool`, which lie in a region that `lane` was given.
     pub fn new(lane: Rc<Lane>, pool: SlotPool, mix: Mix, block: usize, depth: usize) -> Self {
-        Self { lane, pool, mix, block, depth, next: 0 }
+        Self { lane, pool, mix, block, depth, submitted: [0; 2], in_flight: [0; 2] }
+    }
+
+    /// Whether the next block is written. With both, half of the blocks in flight are reads; a direction that is faster
+    /// gets a few blocks ahead, and no further: a step reads as much as it writes.
+    fn writes_next(&self) -> bool {
+        match self.mix {
+            Mix::Read => false,
+            Mix::Write => true,
+            Mix::Both => {
+                let [read, written] = self.submitted;
+                let ahead = (self.depth as u64 / 4).max(1);
+                let fewer = self.in_flight[1] < self.in_flight[0];
+                if fewer { written < read + ahead } else { read >= written + ahead }
+            }
+        }
     }
 
     fn submit(&mut self, lease: SlotLease, parts: Vec<IoPart>) -> Result<()> {
+        let writes = self.writes_next();
         let half = self.lane.files * (self.lane.file_bytes / self.block as u64 / 2);
-        let (direction, number) = match self.mix {
-            Mix::Read => (Direction::Read, self.next),
-            Mix::Write => (Direction::Write, self.next),
-            Mix::Both if self.next.is_multiple_of(2) => (Direction::Read, self.next / 2),
-            Mix::Both => (Direction::Write, half + self.next / 2),
-        };
-        self.next += 1;
-        self.lane.submit(lease, parts, self.lane.part(direction, number, self.block))
+        let ahead = if self.mix == Mix::Both && writes { half } else { 0 };
+        let direction = if writes { Direction::Write } else { Direction::Read };
+        let part = self.lane.part(direction, ahead + self.submitted[usize::from(writes)], self.block);
+        self.lane.submit(lease, parts, part)?;
+        self.submitted[usize::from(writes)] += 1;
+        self.in_flight[usize::from(writes)] += 1;
+        Ok(())
     }
 }
 
 impl Exercise for DiskHop {
     /// The clock starts when as many blocks have ended as are in flight, and stops with the last block in time.
     fn round(&mut self, time: Duration) -> Result<Round> {
-        let mut in_flight = 0;
-        while in_flight < self.depth
+        self.in_flight = [0; 2];
+        while self.in_flight[0] + self.in_flight[1] < self.depth
             && let Some(lease) = self.pool.lease()
         {
             self.submit(lease, Vec::with_capacity(1))?;
-            in_flight += 1;
         }
-        let mut clock = Clock::new(in_flight, time);
-        while in_flight > 0 {
+        let mut clock = Clock::new(self.in_flight[0] + self.in_flight[1], time);
+        while self.in_flight != [0; 2] {
             let done = self.lane.wait()?;
+            let wrote = done.parts.first().is_some_and(|part| part.direction == Direction::Write);
+            self.in_flight[usize::from(wrote)] -= 1;
             if clock.ended(self.block as u64, 0, done.nanos) {
                 self.submit(done.lease, done.parts)?;
-            } else {
-                in_flight -= 1;
             }
         }
         Ok(clock.round)
     }
 }
 
-/// Measures a steady flow: what ends before the clock starts, or after its time, does not count.
-pub(super) struct Clock {
-    warm_up: usize,
-    time: Duration,
-    start: Instant,
-    began: Instant,
-    pub(super) round: Round,
-    over: bool,
-}
-
-impl Clock {
-    /// Starts after `warm_up` blocks, or with the first that ends after `time`.
-    pub(super) fn new(warm_up: usize, time: Duration) -> Self {
-        Self { warm_up, time, start: Instant::now(), began: Instant::now(), round: Round::default(), over: false }
-    }
-
-    /// Whether it runs.
-    pub(super) fn is_warm(&self) -> bool {
-        self.warm_up == 0
-    }
-
-    /// Notes that a block ended; true if another shall begin.
-    pub(super) fn ended(&mut self, bytes: u64, params: u64, nanos: u64) -> bool {
-        if self.warm_up > 0 {
-            self.warm_up = if self.began.elapsed() > self.time.max(SHORT) { 0 } else { self.warm_up - 1 };
-            self.start = Instant::now();
-            return true;
-        }
-        if self.over {
-            return false;
-        }
-        self.round.time = self.start.elapsed();
-        self.round.bytes += bytes;
-        self.round.params += params;
-        self.round.latencies.push(nanos);
-        self.over = self.round.time >= self.time;
-        !self.over
-    }
-}
-
 /// Fills memory with fp32 numbers between 0.5 and 1 that no drive can compress away, and that AdamW takes as states.
+/// They repeat only after more bytes than a drive looks at together.
 pub(super) fn fill_with_numbers(bytes: &mut [u8]) {
+    let (first, rest) = bytes.split_at_mut(bytes.len().min(FILL));
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for word in bytes.chunks_exact_mut(4) {
+    for word in first.chunks_exact_mut(4) {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         let bits = 0x3f00_0000 | (state >> 41) as u32;
         word.copy_from_slice(&bits.to_ne_bytes());
     }
+    rest.chunks_mut(FILL).for_each(|part| part.copy_from_slice(&first[..part.len()]));
 }
 
 #[cfg(test)]
@@ -410,12 +387,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clock_counts_the_steady_part_only() {
-        let mut clock = Clock::new(2, Duration::ZERO);
-        assert!(clock.ended(10, 1, 5) && clock.ended(10, 1, 5));
-        assert!(!clock.ended(10, 1, 7));
-        assert!(!clock.ended(10, 1, 5));
-        assert_eq!((clock.round.bytes, clock.round.params, clock.round.latencies.as_slice()), (10, 1, &[7][..]));
+    fn reads_and_writes_keep_step_and_the_slower_one_stays_busy() {
+        let dir = tempfile::tempdir_in(".").expect("a directory");
+        let Ok((disk, _)) = Disk::open(&[dir.path().to_path_buf()], 16 << 20) else { return };
+        let pool = SlotPool::new(8, ByteCount(4096), "a test").expect("maps");
+        let lane = disk.lane(&[0], EngineChoice::Threads, 4096, 8, &[]).expect("an engine");
+        let mut hop = DiskHop::new(Rc::new(lane), pool, Mix::Both, 4096, 8);
+        let mut step = |ends: Option<usize>| {
+            if let Some(ends) = ends {
+                hop.in_flight[ends] -= 1;
+            }
+            let writes = usize::from(hop.writes_next());
+            hop.submitted[writes] += 1;
+            hop.in_flight[writes] += 1;
+            (hop.submitted, hop.in_flight)
+        };
+        assert_eq!((0..8).map(|_| step(None)).last(), Some(([4, 4], [4, 4])));
+        // Writes end at once, reads do not: two writes get ahead, then more and more of those in flight are reads.
+        let after: Vec<_> = (0..5).map(|_| step(Some(1)).1).collect();
+        assert_eq!(after, [[4, 4], [4, 4], [5, 3], [5, 3], [6, 2]]);
+        // A read ends: now there may be a write.
+        assert_eq!(step(Some(0)), ([6, 8], [5, 3]));
     }
 
     #[test]

@@ -43,11 +43,13 @@ impl Fio {
             format!("--ramp_time={}ms", (time.as_millis() / 5).max(50)),
             format!("--runtime={}ms", time.as_millis()),
         ];
-        if *registered {
-            arguments.extend(["--fixedbufs=1".to_owned(), "--registerfiles=1".to_owned()]);
-        }
+
         arguments.extend(match *engine {
-            "io_uring" => vec!["--ioengine=io_uring".to_owned(), format!("--iodepth={depth}")],
+            // An engine's own options come after its name.
+            "io_uring" => ["--ioengine=io_uring".to_owned(), format!("--iodepth={depth}")]
+                .into_iter()
+                .chain(["--fixedbufs=1", "--registerfiles=1"].map(str::to_owned).into_iter().filter(|_| *registered))
+                .collect(),
             _ => vec![
                 "--ioengine=psync".to_owned(),
                 "--thread=1".to_owned(),
@@ -137,7 +139,7 @@ mod tests {
             "{command}"
         );
         assert!(command.contains("--rw=rw --bs=1048576 --size=2147483648 --direct=1"), "{command}");
-        assert!(command.contains("--fixedbufs=1 --registerfiles=1 --ioengine=io_uring --iodepth=32"), "{command}");
+        assert!(command.contains("--ioengine=io_uring --iodepth=32 --fixedbufs=1 --registerfiles=1"), "{command}");
         let threads = Fio { engine: "threads", registered: false, ..fio };
         assert!(threads.command(&[]).contains("--ioengine=psync --thread=1 --numjobs=16"));
     }

@@ -13,7 +13,7 @@ use std::{
 use crate::{
     bench::{
         Exercise,
-        disk::Clock,
+        clock::Clock,
         link::{Link, Way},
         memory::{ADAMW_TRAFFIC, PARAM_BYTES, States, hyper, nanos, span_at},
         stats::Round,

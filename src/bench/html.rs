@@ -31,6 +31,10 @@ pub fn page(report: &Report) -> String {
     out += "<div class=\"verdict\">";
     out += &report.verdict.iter().map(|sentence| format!("<p>{}</p>", escaped(sentence))).collect::<String>();
     out += "</div>\n";
+    if !report.notes.is_empty() {
+        let notes: String = report.notes.iter().map(|note| format!("<p>{}</p>", escaped(note))).collect();
+        out += &format!("<div class=\"notes soft\">{notes}</div>\n");
+    }
     out += &loads("What a step loads, with AdamW's states on NVMe", &report.with_nvme);
     out += &loads("What a step loads, with the states in host memory", &report.in_memory);
     out += &limits(&report.hops);
@@ -41,10 +45,6 @@ pub fn page(report: &Report) -> String {
     let commands: Vec<String> = report.hops.iter().filter_map(|hop| hop.fio.as_deref()).map(escaped).collect();
     if !commands.is_empty() {
         out += &format!("<h2>The same with fio</h2>\n<pre>{}</pre>\n", commands.join("\n"));
-    }
-    if !report.notes.is_empty() {
-        let notes: String = report.notes.iter().map(|note| format!("<p>{}</p>", escaped(note))).collect();
-        out += &format!("<h2>Notes</h2>\n<div class=\"soft\">{notes}</div>\n");
     }
     out + "</body></html>\n"
 }
@@ -176,7 +176,8 @@ fn plot(sweep: &Sweep) -> String {
         );
     }
     let mut key = String::new();
-    for (series, colour) in sweep.series.iter().zip(COLOURS.iter().cycle()) {
+    let drawable = sweep.series.iter().filter(|series| !series.points.is_empty());
+    for (series, colour) in drawable.zip(COLOURS.iter().cycle()) {
         let points: Vec<(f64, f64)> = series.points.iter().map(|&(value, rate)| (x(value), y(rate / 1e9))).collect();
         let path: Vec<String> = points.iter().map(|(x, y)| format!("{x:.1} {y:.1}")).collect();
         drawn += &format!("<path stroke=\"{colour}\" d=\"M{}\"/>", path.join(" L"));

@@ -12,12 +12,7 @@ use std::{
 };
 
 use crate::{
-    bench::{
-        Exercise,
-        disk::{Clock, fill_with_numbers},
-        memory::nanos,
-        stats::Round,
-    },
+    bench::{Exercise, clock::Clock, disk::fill_with_numbers, memory::nanos, stats::Round},
     device::{self, Device, DeviceChoice, DeviceKind, FrameSpan, Frames, Gate, StreamRef},
     error::{Code, Error, Result},
     memory::{HostRegion, SlotLease},

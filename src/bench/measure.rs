@@ -14,10 +14,13 @@ use crate::{
     error::Result,
 };
 
+/// A round is not planned shorter than this, nor longer than the other.
+const SHORTEST_ROUND: Duration = Duration::from_millis(50);
+const LONGEST_ROUND: Duration = Duration::from_secs(1);
 /// However slow the disk, there are as many.
 const FEWEST_ROUNDS: u32 = 2;
-/// The part of the whole time by which the rounds have to be over.
-const ROUNDS_UNTIL: f64 = 0.78;
+/// Percent of the whole time by which the rounds have to be over.
+const ROUNDS_UNTIL: u32 = 78;
 
 /// A hop and its rounds so far.
 pub(super) struct Planned {
@@ -43,6 +46,7 @@ impl Planned {
             depth: None,
             engine: None,
             direct: None,
+            line_rate: None,
             limit: None,
             fio: None,
             fio_bytes_per_second: None,
@@ -78,9 +82,14 @@ impl Bench<'_> {
         progress: &mut dyn Progress,
     ) -> Result<Vec<Hop>> {
         let runs = planned.iter().filter(|plan| plan.exercise.is_some()).count().max(1);
-        let rounds = self.options.rounds.max(1);
-        let time = (self.options.time / (rounds * u32::try_from(runs).unwrap_or(1))).min(Duration::from_secs(1));
-        let until = self.options.limit.mul_f64(ROUNDS_UNTIL);
+        let share = self.options.time / u32::try_from(runs).unwrap_or(1);
+        // Rounds that are too short say nothing: there are fewer of them then.
+        let in_time = u32::try_from(share.as_nanos() / SHORTEST_ROUND.as_nanos()).unwrap_or(u32::MAX);
+        let rounds = self.options.rounds.min(in_time.max(FEWEST_ROUNDS)).max(1);
+        let time = (share / rounds).min(LONGEST_ROUND);
+        let until = self.options.limit / 100 * ROUNDS_UNTIL;
+        // Filling the files has warmed a slow disk up, and took the time.
+        let is_slow = self.disk.as_ref().is_some_and(|disk| disk.file_bytes < self.options.file.0 >> 20 << 20);
         let (mut done, all) = (0, runs as u64 * u64::from(rounds));
         for round in 0..=rounds {
             if round > FEWEST_ROUNDS && self.began.elapsed() > until {
@@ -96,7 +105,9 @@ impl Bench<'_> {
                 let what = format!("{} {}", plan.hop.name, plan.hop.place);
                 progress.at(0.05 + 0.7 * as_f64(done) / as_f64(all), &what);
                 if round == 0 {
-                    exercise.round(time / 8)?;
+                    if !is_slow {
+                        exercise.round(time / 8)?;
+                    }
                     continue;
                 }
                 plan.rounds.push(exercise.round(time)?);

@@ -1,6 +1,6 @@
 //! The hops of host memory alone: its bandwidth, AdamW on the processor, and AdamW while copies run.
 //!
-//! The bandwidth is that of the fastest of several [`Kernel`]s. AdamW updates in place: what it writes it has read anyway.
+//! The bandwidth is that of the fastest of several kernels. AdamW updates in place: what it writes it has read anyway.
 #![expect(unsafe_code, reason = "gives AdamW the addresses of arrays that it owns")]
 
 use std::{
@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 use crate::{
     bench::{
         Exercise,
-        disk::{Clock, fill_with_numbers},
+        clock::Clock,
+        disk::fill_with_numbers,
         kernels::{self, Five, Kernel},
         link::LinkHop,
         stats::Round,

@@ -4,6 +4,7 @@
 //! B2: the limit of a pipeline was measured in the same run. B3: a figure that could be a cache's is not given.
 //! B4: files are made by [`disk`] only, have no name, and are gone with the process.
 
+mod clock;
 pub mod disk;
 pub mod fio;
 pub mod gpu;
@@ -15,6 +16,7 @@ pub mod memory;
 mod outputs;
 pub mod pipeline;
 mod plan;
+mod quiet;
 pub mod report;
 mod setup;
 pub mod stats;
@@ -82,7 +84,7 @@ impl Options {
     pub fn new(paths: Vec<PathBuf>, quick: bool) -> Self {
         let nvme = crate::policy::Policy::default().nvme;
         let (file, rounds, time, point, limit) =
-            if quick { (512, 5, 7_000, 60, 16) } else { (2048, 15, 56_000, 250, 108) };
+            if quick { (512, 9, 7_000, 60, 16) } else { (2048, 15, 56_000, 250, 108) };
         Self {
             paths,
             device: DeviceChoice::Auto,

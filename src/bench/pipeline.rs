@@ -14,7 +14,8 @@ use std::{
 use crate::{
     bench::{
         Exercise,
-        disk::{Clock, Lane},
+        clock::Clock,
+        disk::Lane,
         link::{HostMemory, Lent, Link, Way},
         memory::{STATE_BYTES, States, nanos},
         stats::Round,
@@ -185,12 +186,13 @@ impl Exercise for AdamwNvme {
             pieces += 1;
         }
         let params = self.params() as u64;
-        let per_param = 2 * STATE_BYTES + if self.traffic { UP_BYTES + DOWN_BYTES } else { 0 };
+        let copied = if self.traffic { UP_BYTES + DOWN_BYTES } else { 0 };
         // Reads run ahead at first; after as many pieces again, reads and writes are in balance.
         let mut clock = Clock::new(2 * pieces, time);
         while pieces > 0 {
             let done = self.parts.lane.wait()?;
             if done.parts.first().is_some_and(|part| part.direction == Direction::Read) {
+                clock.moved(params * STATE_BYTES);
                 self.update(done.lease, done.parts)?;
                 continue;
             }
@@ -198,7 +200,7 @@ impl Exercise for AdamwNvme {
             for gate in std::mem::replace(&mut self.copies[slot], [Gate::OPEN; 2]) {
                 self.parts.link.wait(gate)?;
             }
-            if clock.ended(params * per_param, params, nanos(self.begun[slot])) {
+            if clock.ended(params * (STATE_BYTES + copied), params, nanos(self.begun[slot])) {
                 self.read(done.lease, done.parts)?;
             } else {
                 pieces -= 1;

@@ -12,8 +12,10 @@ use crate::{
         measure::Planned,
         memory::{AdamwAndCopies, AdamwCpu, Bandwidth, STATE_BYTES},
         pipeline::{AdamwNvme, Parts, Relay, params_of},
+        quiet,
         report::{Group, MARK, Report},
         setup::{Bench, LINK_BLOCK},
+        stats::as_f64,
         verdict,
     },
     device::DeviceKind,
@@ -34,10 +36,12 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
     let planned = bench.hops()?;
     let mut hops = bench.measure(planned, interrupt, progress)?;
     let sweeps = if options.point.is_zero() { Vec::new() } else { bench.sweeps(interrupt, progress)? };
-    verdict::set_limits(&mut hops, &bench.machine);
+    verdict::set_limits(&mut hops);
     let (with_nvme, in_memory) = verdict::loads(&hops);
     let verdict = verdict::sentences(&hops, &sweeps, &with_nvme, &in_memory, options);
+    let others = bench.watch.others();
     let mut notes = std::mem::take(&mut bench.notes);
+    notes.extend(quiet::note(others, bench.machine.cpus));
     notes.sort();
     notes.dedup();
     Ok(Report {
@@ -45,6 +49,7 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
         version: env!("CARGO_PKG_VERSION"),
         date: machine::utc_now(),
         machine: bench.machine.clone(),
+        others_cpus: others,
         hops,
         sweeps,
         with_nvme,
@@ -127,6 +132,9 @@ impl Bench<'_> {
         let hop = DiskHop::new(Rc::clone(lane), blocks, mix, block, depth);
         let mut plan = Planned::new(mix.name(), place, Group::Nvme, hop).blocks(block as u64, depth).through(lane);
         plan.hop.fio = Some(fio.command(&dirs));
+        // All drives together; reads and writes each have their direction.
+        let lines: Option<u64> = which.iter().map(|&n| disk.paths[n].drive.line_rate).sum();
+        plan.hop.line_rate = lines.map(|line| as_f64(line * if mix == Mix::Both { 2 } else { 1 }));
         plan.fio = with_fio.then(|| (fio, disk.links(which)));
         plan
     }
@@ -168,7 +176,9 @@ impl Bench<'_> {
         let block = self.link.block(LINK_BLOCK as usize);
         let mut add = |name, place: &str, ways, memory| {
             let hop = LinkHop::new(Rc::clone(&self.link), ways, memory, block);
-            planned.push(Planned::new(name, place, Group::Link, hop).blocks(block as u64, DEPTH));
+            let mut plan = Planned::new(name, place, Group::Link, hop).blocks(block as u64, DEPTH);
+            plan.hop.line_rate = self.machine.link_line_rate.map(|line| as_f64(line * ways.len() as u64));
+            planned.push(plan);
         };
         if self.link.has_pageable() {
             let pageable = format!("{device}, pageable");

@@ -102,6 +102,8 @@ pub struct Hop {
     pub engine: Option<String>,
     /// Whether around the page cache.
     pub direct: Option<bool>,
+    /// Bytes per second that the PCIe link underneath could carry, as negotiated.
+    pub line_rate: Option<f64>,
     /// Its limit, if one is known.
     pub limit: Option<Limit>,
     /// The equivalent fio command.
@@ -176,6 +178,8 @@ pub struct Report {
     pub date: String,
     /// Where.
     pub machine: Machine,
+    /// How many CPUs others kept busy meanwhile, on average.
+    pub others_cpus: f64,
     /// Hops and pipelines.
     pub hops: Vec<Hop>,
     /// Sweeps.

@@ -8,6 +8,7 @@ use crate::{
         disk::{Disk, Lane, fill_with_numbers},
         link::{DEPTH, Link},
         memory::{Arrays, States},
+        quiet::Watch,
     },
     doctor::machine::{self, Machine},
     error::{Code, Error, Result},
@@ -28,6 +29,8 @@ pub(super) const IN_FLIGHT: u64 = 256 << 20;
 pub(super) const LINK_BLOCK: u64 = 64 << 20;
 /// Arrays in memory are so many times as large as the caches.
 const BEYOND_CACHES: u64 = 4;
+/// Less memory than this is an error before anything is allocated.
+const LEAST_MEMORY: ByteCount = ByteCount::mib(384);
 /// Filling the files may take this part of the whole time.
 const FILLING: u32 = 8;
 
@@ -37,6 +40,7 @@ pub(super) struct Bench<'a> {
     pub(super) machine: Machine,
     /// When it all began.
     pub(super) began: Instant,
+    pub(super) watch: Watch,
     pub(super) disk: Option<Disk>,
     pub(super) link: Rc<Link>,
     /// For the NVMe hops.
@@ -58,10 +62,11 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// Those of the options, the device, the paths and the engines.
     pub(super) fn new(options: &'a Options, interrupt: &Interrupt, progress: &mut dyn Progress) -> Result<Self> {
-        let began = Instant::now();
+        let (began, watch) = (Instant::now(), Watch::start());
         check(options)?;
         progress.at(0.0, "looking at the paths");
         let machine = Machine::read(machine::chosen(options.device)?)?;
+        has_room(machine.available)?;
         let (mut disk, mut notes) = if options.paths.is_empty() {
             (None, vec!["no path was given: nothing that needs a disk was measured.".to_owned()])
         } else {
@@ -94,6 +99,7 @@ impl<'a> Bench<'a> {
         Ok(Self {
             options,
             began,
+            watch,
             disk,
             link: Rc::new(link),
             blocks,
@@ -149,6 +155,15 @@ fn check(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// What is allocated depends on what is there, down to this.
+fn has_room(available: u64) -> Result<()> {
+    if available >= LEAST_MEMORY.0 {
+        return Ok(());
+    }
+    let message = format!("the benchmark needs {LEAST_MEMORY} of memory, {} are available.", ByteCount(available));
+    Err(Error::new(Code::HostAlloc, message).action("End other processes, or raise the container's memory limit."))
+}
+
 /// How many slots of `len` bytes to have, at least one.
 fn fit(len: u64, count: u64, most: u64) -> u32 {
     let count = count.min(IN_FLIGHT.max(len) / len).min(most / len).clamp(1, 4096);
@@ -159,4 +174,25 @@ fn fit(len: u64, count: u64, most: u64) -> u32 {
 pub(super) fn fill_slots(pool: &SlotPool) {
     let mut leases: Vec<_> = std::iter::from_fn(|| pool.lease()).collect();
     leases.iter_mut().for_each(|lease| fill_with_numbers(lease.bytes()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_is_an_error_before_anything_is_allocated() {
+        has_room(8 << 30).expect("enough");
+        let e = has_room(95 << 20).expect_err("too little");
+        assert_eq!(e.code(), Code::HostAlloc);
+        assert!(e.to_string().contains("384") && e.to_string().contains("95"), "{e}");
+    }
+
+    #[test]
+    fn slots_fit_what_is_there() {
+        assert_eq!(fit(1 << 20, 32, 4 << 30), 32);
+        assert_eq!(fit(1 << 20, 4000, 4 << 30), 256);
+        assert_eq!(fit(1 << 20, 32, 8 << 20), 8);
+        assert_eq!(fit(1 << 30, 4, 1 << 20), 1);
+    }
 }

@@ -35,6 +35,7 @@ impl Bench<'_> {
         if self.is_late() {
             self.notes.push("The sweeps were cut short: the time was up.".to_owned());
         }
+        sweeps.retain(|sweep| sweep.series.iter().any(|series| !series.points.is_empty()));
         Ok(sweeps)
     }
 

@@ -8,7 +8,6 @@ use crate::{
         report::{Hop, Load, Sweep, fastest, find},
         stats::as_f64,
     },
-    doctor::machine::Machine,
     policy::format_size,
     units::ByteCount,
 };
@@ -17,7 +16,7 @@ use crate::{
 const TRAFFIC: u64 = 2 * STATE_BYTES + UP_BYTES + DOWN_BYTES;
 
 /// Sets the limit of every hop that has one.
-pub(super) fn set_limits(hops: &mut [Hop], machine: &Machine) {
+pub(super) fn set_limits(hops: &mut [Hop]) {
     let (with_nvme, _) = loads(hops);
     let mut limits: Vec<(&str, String, Vec<f64>)> = Vec::new();
     for (name, by) in [
@@ -38,9 +37,10 @@ pub(super) fn set_limits(hops: &mut [Hop], machine: &Machine) {
             limits.push(("adamw_nvme", load.hop.clone(), in_bytes(2 * STATE_BYTES)));
         }
     }
-    if let Some(line) = machine.link_line_rate {
-        for (name, directions) in [("host_to_device", 1.0), ("device_to_host", 1.0), ("bidirectional", 2.0)] {
-            limits.push((name, "PCIe line rate".to_owned(), vec![directions * as_f64(line)]));
+    if on_host(hops) {
+        // A copy by the processor reads a byte and writes one.
+        for name in ["host_to_device", "device_to_host", "bidirectional"] {
+            limits.extend(measured(hops, "host_memory").map(|hop| (name, "host_memory".to_owned(), hop.rates(0.5))));
         }
     }
     for hop in hops {
@@ -49,10 +49,18 @@ pub(super) fn set_limits(hops: &mut [Hop], machine: &Machine) {
                 hop.limited(by.as_str(), rates);
             }
         }
+        if let Some(line) = hop.line_rate {
+            hop.limited("PCIe line rate", &[line]);
+        }
         let fio = std::mem::take(&mut hop.fio_rates);
         hop.limited("fio", &fio);
         hop.fio_rates = fio;
     }
+}
+
+/// Whether the device is the processor.
+fn on_host(hops: &[Hop]) -> bool {
+    find(hops, "host_to_device").is_some_and(|hop| hop.place.starts_with("host"))
 }
 
 /// The hop that stands for a name: memory is as fast as the fastest way to use it.
@@ -62,9 +70,8 @@ fn measured<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
 
 /// What a step loads, slowest first: with states on NVMe, and with states in host memory.
 pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
-    // On the host device a copy is made by the processor: a byte is read, its place is read, and it is written.
-    let on_host = find(hops, "host_to_device").is_some_and(|hop| hop.place.starts_with("host"));
-    let copies = (UP_BYTES + DOWN_BYTES) * if on_host { 3 } else { 1 };
+    // On the host device a copy is made by the processor: a byte is read and one is written.
+    let copies = (UP_BYTES + DOWN_BYTES) * if on_host(hops) { 2 } else { 1 };
     let load = |hop: &str, bytes: u64| {
         let rate = measured(hops, hop)?.rate();
         Some(Load { hop: hop.to_owned(), bytes, params_per_second: rate / as_f64(bytes) })
@@ -196,24 +203,11 @@ pub(super) mod tests {
             depth: Some(32),
             engine: None,
             direct: None,
+            line_rate: None,
             limit: None,
             fio: None,
             fio_bytes_per_second: None,
             fio_rates: Vec::new(),
-        }
-    }
-
-    fn machine() -> Machine {
-        Machine {
-            host: "test".to_owned(),
-            cpu: "CPU".to_owned(),
-            cpus: 2,
-            memory: 1,
-            available: 1,
-            cache: 1,
-            kernel: "6".to_owned(),
-            device: "GPU".to_owned(),
-            link_line_rate: Some(63_000_000_000),
         }
     }
 
@@ -235,7 +229,8 @@ pub(super) mod tests {
     #[test]
     fn a_pipeline_is_limited_by_its_slowest_hop() {
         let mut hops = all();
-        set_limits(&mut hops, &machine());
+        hops.iter_mut().filter(|hop| hop.name == "host_to_device").for_each(|hop| hop.line_rate = Some(63e9));
+        set_limits(&mut hops);
         let limit = |name: &str| find(&hops, name).and_then(|hop| hop.limit.clone()).expect("a limit");
         let relay = limit("nvme_to_device");
         assert_eq!((relay.by.as_str(), relay.bytes_per_second), ("nvme_read", 7e9));

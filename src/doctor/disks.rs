@@ -90,11 +90,13 @@ pub(super) fn io_uring() -> Check {
         Ok(_) => Check::okay("io_uring", "works (written and read through a ring)"),
         Err(e) => {
             let action = e.next_action().unwrap_or_default().trim_end_matches("Or set io.engine = \"auto\".").trim();
-            Check::warn(
-                "io_uring",
-                format!("{} The engine `threads` is used instead.", e.message()),
-                format!("{action} `funicular doctor --write-seccomp FILE` writes such a profile."),
-            )
+            let profile = if action.contains("seccomp") {
+                " `funicular doctor --write-seccomp FILE` writes such a profile."
+            } else {
+                ""
+            };
+            let found = format!("{} The engine `threads` is used instead.", e.message());
+            Check::warn("io_uring", found, format!("{action}{profile}"))
         }
     }
 }

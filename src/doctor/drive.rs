@@ -7,6 +7,8 @@ use std::{
 
 use serde::Serialize;
 
+use crate::doctor::machine;
+
 /// A block device. Empty where the kernel does not tell: layered and network file systems have none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Drive {
@@ -24,6 +26,8 @@ pub struct Drive {
     pub in_memory: String,
     /// Smallest transfer in bytes; 0 if unknown.
     pub logical_block: u64,
+    /// Bytes per second of its PCIe link in one direction, as negotiated; none where it has no link of its own.
+    pub line_rate: Option<u64>,
     /// Largest transfer the kernel makes of it, in bytes; 0 if unknown.
     pub max_transfer: u64,
 }
@@ -86,6 +90,11 @@ fn described(disk: &Path, file_system: String) -> Drive {
         rotational: number("queue/rotational") == 1 && !["vd", "loop"].iter().any(|prefix| name.starts_with(prefix)),
         is_virtual: ["vd", "xvd", "nbd"].iter().any(|prefix| name.starts_with(prefix)),
         logical_block: number("queue/logical_block_size"),
+        // An NVMe namespace's device is its controller, whose device is the PCIe function.
+        line_rate: read("device/device/current_link_width")
+            .parse()
+            .ok()
+            .and_then(|width| machine::line_rate(&read("device/device/current_link_speed"), width)),
         max_transfer: number("queue/max_sectors_kb") << 10,
         name,
     }
@@ -125,14 +134,20 @@ mod tests {
     fn a_disk_is_described_from_its_folder() {
         let dir = tempfile::tempdir().expect("a directory");
         let disk = dir.path().join("nvme7n1");
-        for (file, text) in [("device/model", "ACME 9000 "), ("queue/max_sectors_kb", "512"), ("queue/rotational", "0")]
-        {
+        for (file, text) in [
+            ("device/model", "ACME 9000 "),
+            ("queue/max_sectors_kb", "512"),
+            ("queue/rotational", "0"),
+            ("device/device/current_link_speed", "16.0 GT/s PCIe"),
+            ("device/device/current_link_width", "4"),
+        ] {
             std::fs::create_dir_all(disk.join(file).parent().expect("a parent")).expect("makes");
             std::fs::write(disk.join(file), text).expect("writes");
         }
         let drive = described(&disk, "xfs".to_owned());
         assert_eq!(drive.describe(), "xfs on nvme7n1 (ACME 9000)");
         assert_eq!((drive.max_transfer, drive.rotational, drive.is_virtual), (512 << 10, false, false));
+        assert_eq!(drive.line_rate.map(|rate| rate / 100_000_000), Some(78));
         assert!(drive.in_memory.is_empty());
         let looped = dir.path().join("loop3");
         std::fs::create_dir_all(looped.join("loop")).expect("makes");

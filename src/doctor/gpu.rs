@@ -46,7 +46,8 @@ fn described(ordinal: u32) -> Vec<Check> {
     };
     let mut checks = vec![
         Check::okay(format!("GPU {ordinal}"), format!("{}, {} of {} free", info.name, info.free, info.total)),
-        Check::okay("CUDA driver", format!("CUDA {}.{}", info.driver.0, info.driver.1)),
+        driver(info.driver, &machine::text("/proc/driver/nvidia/version")),
+        kernels(ordinal),
     ];
     let Some(link) = info.pcie else {
         checks.push(Check::okay("  PCIe", "the system does not tell"));
@@ -65,6 +66,27 @@ fn described(ordinal: u32) -> Vec<Check> {
         checks.push(near(node, &machine::text(format!("/sys/devices/system/node/node{node}/cpulist"))));
     }
     checks
+}
+
+/// The driver's own version, where its kernel module tells, and the newest CUDA that it serves.
+#[cfg(feature = "cuda")]
+fn driver(cuda: (u32, u32), module: &str) -> Check {
+    let is_version = |word: &&str| word.contains('.') && word.split('.').all(|n| n.parse::<u32>().is_ok());
+    let version = module.lines().next().and_then(|line| line.split_whitespace().find(is_version));
+    let version = version.map_or_else(String::new, |version| format!("{version}, "));
+    Check::okay("CUDA driver", format!("{version}CUDA {}.{}", cuda.0, cuda.1))
+}
+
+/// Whether the update can run on the device: by compiling and loading it.
+#[cfg(feature = "cuda")]
+fn kernels(ordinal: u32) -> Check {
+    match device::open(DeviceChoice::Cuda(ordinal)).and_then(|device| device.prepare_updates()) {
+        Ok(()) => Check::okay("  kernels", "compiled and loaded"),
+        Err(e) => {
+            let action = e.next_action().unwrap_or("See docs/errors.md for this code.").to_owned();
+            Check::warn("  kernels", format!("{} {}", e.code().as_str(), e.message()), action)
+        }
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -93,6 +115,9 @@ fn page_lock_limit(options: &Options, kind: DeviceKind) -> Check {
     const NAME: &str = "page-lock limit";
     let available = HostLimits::read().map_or(0, |limits| limits.available().0);
     let up_to = ByteCount((available / 4).min(ENOUGH.0) / STEP.0 * STEP.0);
+    if up_to.0 == 0 {
+        return Check::okay(NAME, format!("not tried: {} of memory are available", ByteCount(available)));
+    }
     let Some((program, first)) = options.relaunch.split_first() else {
         return Check::okay(NAME, "not tried: this program cannot start itself again");
     };
@@ -144,4 +169,16 @@ pub fn page_lock(choice: DeviceChoice, up_to: ByteCount) -> Result<ByteCount> {
         regions.push(region);
     }
     Ok(ByteCount(regions.len() as u64 * STEP.0))
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drivers_version_is_found_in_its_line() {
+        let line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs@x)  Mon\nGCC version: 13.2";
+        assert_eq!(driver((13, 0), line).found, "580.65.06, CUDA 13.0");
+        assert_eq!(driver((12, 8), "").found, "CUDA 12.8");
+    }
 }

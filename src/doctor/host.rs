@@ -52,7 +52,13 @@ fn limited(limits: &HostLimits) -> Vec<Check> {
     } else {
         Check::okay("memory", memory)
     };
-    vec![cpus(limits.cpus, online()), memory, cgroup, memlock(limits.memlock, can_lock_anything())]
+    vec![
+        cpus(limits.cpus, online()),
+        threads(limits.cpus, &allowed_cpus(), &openmp()),
+        memory,
+        cgroup,
+        memlock(limits.memlock, can_lock_anything()),
+    ]
 }
 
 fn cpus(usable: u32, online: u32) -> Check {
@@ -61,6 +67,36 @@ fn cpus(usable: u32, online: u32) -> Check {
         return Check::okay("CPUs", found);
     }
     Check::warn("CPUs", found, "Give it more (docker run --cpus, taskset): AdamW, copies and I/O share this one.")
+}
+
+/// What the process may run on, and whether torch's threads are limited apart from that.
+fn threads(usable: u32, allowed: &[u32], openmp: &str) -> Check {
+    let affinity = format!("AdamW uses {usable}; allowed CPUs: {}", ranges(allowed));
+    match openmp.trim().parse::<u32>() {
+        Ok(torch) if torch < usable => Check::warn(
+            "threads",
+            format!("{affinity}; OMP_NUM_THREADS={torch} holds torch's own to fewer"),
+            format!("Unset OMP_NUM_THREADS, or set it to {usable}, where the model computes on the processor."),
+        ),
+        _ => Check::okay("threads", affinity),
+    }
+}
+
+fn openmp() -> String {
+    std::env::var("OMP_NUM_THREADS").unwrap_or_default()
+}
+
+/// `0-3,8`: the opposite of [`cpu_list`].
+fn ranges(cpus: &[u32]) -> String {
+    let mut parts: Vec<(u32, u32)> = Vec::new();
+    for &cpu in cpus {
+        match parts.last_mut() {
+            Some((_, last)) if *last + 1 == cpu => *last = cpu,
+            _ => parts.push((cpu, cpu)),
+        }
+    }
+    let text = |&(first, last): &(u32, u32)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    parts.iter().map(text).collect::<Vec<_>>().join(",")
 }
 
 fn online() -> u32 {
@@ -77,7 +113,6 @@ pub(super) fn cpu_list(text: &str) -> Vec<u32> {
 }
 
 /// CPUs this process may run on.
-#[cfg(feature = "cuda")]
 pub(super) fn allowed_cpus() -> Vec<u32> {
     let status = text("/proc/self/status");
     status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(cpu_list).unwrap_or_default()
@@ -143,6 +178,10 @@ mod tests {
         assert_eq!(huge_pages("always [madvise] never").found, "madvise");
         assert_eq!(huge_pages("always madvise [never]").status, Status::Warn);
         assert_eq!(cpus(1, 64).status, Status::Warn);
+        assert_eq!(ranges(&cpu_list("0-3,8,10-11")), "0-3,8,10-11");
+        assert_eq!(threads(4, &[0, 1, 2, 3], "").found, "AdamW uses 4; allowed CPUs: 0-3");
+        assert_eq!(threads(4, &[0, 1, 2, 3], "1").status, Status::Warn);
+        assert_eq!(threads(4, &[0, 1, 2, 3], "8,2").status, Status::Okay);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The machine in a few facts, from the kernel's texts.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::Path,
     time::{SystemTime, UNIX_EPOCH},
@@ -28,7 +29,7 @@ pub struct Machine {
     pub memory: u64,
     /// Bytes that this process may still allocate.
     pub available: u64,
-    /// Bytes of the largest cache; 0 if unknown.
+    /// Bytes of the caches of the last level, all together; 0 if unknown.
     pub cache: u64,
     /// The kernel.
     pub kernel: String,
@@ -52,7 +53,7 @@ impl Machine {
             cpus: limits.cpus,
             memory: limits.mem_total.0,
             available: limits.available().0,
-            cache: largest_cache(Path::new("/sys/devices/system/cpu/cpu0/cache")),
+            cache: last_caches(Path::new("/sys/devices/system/cpu")),
             kernel: text("/proc/sys/kernel/osrelease"),
             device,
             link_line_rate,
@@ -115,7 +116,7 @@ pub(super) fn cuda_count() -> Result<u32> {
 }
 
 /// A file of the kernel's, trimmed; empty if it cannot be read.
-pub(super) fn text(path: impl AsRef<Path>) -> String {
+pub(crate) fn text(path: impl AsRef<Path>) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
@@ -125,11 +126,20 @@ fn cpu_model(cpuinfo: &str) -> String {
     of("model name").or_else(|| of("Model")).unwrap_or(std::env::consts::ARCH).to_owned()
 }
 
-/// Bytes of the largest cache that a CPU's `cache` folder lists.
-fn largest_cache(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let sizes = entries.filter_map(|entry| parse_cache_size(&text(entry.path().join("size"))));
-    sizes.max().unwrap_or(0)
+/// Bytes of the caches of the last level: each counts once, however many CPUs share it.
+fn last_caches(cpus: &Path) -> u64 {
+    let mut caches: BTreeMap<(u32, String), u64> = BTreeMap::new();
+    let folders = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    for cpu in folders(cpus) {
+        for cache in folders(&cpu.join("cache")) {
+            let level = text(cache.join("level")).parse();
+            if let (Ok(level), Some(size)) = (level, parse_cache_size(&text(cache.join("size")))) {
+                caches.insert((level, text(cache.join("shared_cpu_list"))), size);
+            }
+        }
+    }
+    let last = caches.keys().map(|(level, _)| *level).max();
+    caches.iter().filter(|((level, _), _)| Some(*level) == last).map(|(_, size)| size).sum()
 }
 
 /// `32768K` and the like, in bytes.
@@ -187,5 +197,21 @@ mod tests {
         assert_eq!(parse_cache_size("32768K"), Some(32 << 20));
         assert_eq!(parse_cache_size("1M"), Some(1 << 20));
         assert_eq!(parse_cache_size(""), None);
+    }
+
+    #[test]
+    fn caches_of_the_last_level_are_added_up() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (cpu, shared) in [("cpu0", "0-1"), ("cpu1", "0-1"), ("cpu2", "2-3"), ("cpu3", "2-3")] {
+            for (index, level, size, of) in [("index0", "1", "32K", cpu), ("index3", "3", "16M", shared)] {
+                let folder = dir.path().join(cpu).join("cache").join(index);
+                fs::create_dir_all(&folder).expect("makes");
+                for (file, text) in [("level", level), ("size", size), ("shared_cpu_list", of)] {
+                    fs::write(folder.join(file), text).expect("writes");
+                }
+            }
+        }
+        assert_eq!(last_caches(dir.path()), 32 << 20);
+        assert_eq!(last_caches(&dir.path().join("none")), 0);
     }
 }

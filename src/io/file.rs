@@ -131,7 +131,7 @@ pub struct DirectoryProbe {
 /// Writes to a file in `dir`, reads it back, compares and removes it, through direct I/O where wanted.
 ///
 /// # Errors
-/// `FN-E604` a path that is missing, no directory, or not writable; `FN-E603` a file system in memory; `FN-E602` direct
+/// `FN-E604` a path that is missing, no directory, or not writable; `FN-E605` a full disk; `FN-E603` a file system in memory; `FN-E602` direct
 /// I/O required and not working; `FN-E302` bytes read back differ.
 pub fn probe_directory(dir: &Path, wanted: DirectIo) -> Result<DirectoryProbe> {
     let metadata = std::fs::metadata(dir).map_err(|e| unusable(dir, &e))?;
@@ -197,8 +197,13 @@ fn write_and_read_back(dir: &Path, direct: bool) -> Result<std::result::Result<(
     }
     let attempt = |buffer: &mut [u8]| -> std::result::Result<(), OsError> {
         let file = unlinked_file(dir, direct)?;
-        if direct && alignment(&file).is_some_and(|needed| needed == 0 || !ALIGNMENT.is_multiple_of(needed)) {
-            return Err(OsError::other("the file system needs another alignment than 4096"));
+        match alignment(&file).filter(|_| direct) {
+            // Opening works, and so do reads and writes: through the page cache (ext4 with data=journal, for one).
+            Some(0) => return Err(OsError::other("the file system sends it through the page cache")),
+            Some(needed) if !ALIGNMENT.is_multiple_of(needed) => {
+                return Err(OsError::other(format!("it needs an alignment of {needed}, not 4096")));
+            }
+            _ => {}
         }
         file.write_all_at(buffer, 0)?;
         buffer.fill(0);
@@ -327,8 +332,11 @@ pub(crate) fn disk_full(dir: &Path, need: u64, free: u64) -> Error {
         .action("Free some space, add another path to nvme.paths, or keep more in host memory.")
 }
 
-/// `FN-E604` with its cause.
+/// `FN-E604` with its cause; `FN-E605` if that is a full disk.
 pub(crate) fn unusable(dir: &Path, e: &OsError) -> Error {
+    if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) {
+        return disk_full(dir, PROBE_BYTES as u64, free_bytes(dir).unwrap_or(0));
+    }
     let action = match e.kind() {
         ErrorKind::NotFound => "Create the directory, or correct nvme.paths.",
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => "Use a directory this user can write to.",

@@ -1,6 +1,8 @@
 //! The program itself: `funicular bench` and `funicular doctor`, on a small scale, and in the situations that go wrong.
 #![expect(unsafe_code, reason = "lowers limits of child processes before they start")]
 
+mod limits;
+
 use std::{
     io::{self, Read},
     os::unix::process::CommandExt,
@@ -43,7 +45,7 @@ fn entries(dir: &Path) -> Vec<String> {
 }
 
 /// What the child does to itself before it becomes the program.
-fn before(command: &mut Command, what: fn() -> io::Result<()>) -> &mut Command {
+fn before(command: &mut Command, what: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> &mut Command {
     // SAFETY: what the tests pass makes system calls only, as is allowed between fork and exec.
     unsafe { command.pre_exec(what) }
 }
@@ -110,11 +112,16 @@ fn everything_is_measured_and_every_output_is_whole() {
 
     let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).expect(name);
     let report: Value = serde_json::from_str(&read("r.json")).expect("JSON");
-    let measured = ["host_to_device", "device_to_host", "bidirectional", "host_memory", "adamw_cpu"];
+    let measured =
+        ["host_to_device", "device_to_host", "bidirectional", "host_memory", "adamw_cpu", "adamw_and_copies"];
     for name in measured {
-        assert!(hop(&report, name)["figure"]["bytes_per_second"].as_f64().expect(name) > 0.0);
-        assert!(out.contains(name), "{out}");
+        let figure = &hop(&report, name)["figure"];
+        let median = figure["bytes_per_second"].as_f64().expect(name);
+        let rates: Vec<f64> = figure["rates"].as_array().expect(name).iter().filter_map(Value::as_f64).collect();
+        assert!(median > 0.0 && rates.len() == 2 && out.contains(name), "{figure:#} {out}");
+        assert!(figure["low"].as_f64() <= Some(median) && Some(median) <= figure["high"].as_f64());
     }
+    assert!(hop(&report, "adamw_and_copies")["figure"]["copied_per_second"].as_f64().expect("copies") > 0.0);
     let direct = hop(&report, "nvme_read")["skipped"].is_null();
     for name in ["nvme_read", "nvme_write", "nvme_read_write"] {
         let hop = hop(&report, name);
@@ -129,14 +136,21 @@ fn everything_is_measured_and_every_output_is_whole() {
         }
         let profile = Profile::read(&dir.path().join("p.toml")).expect("a profile");
         assert_eq!(profile.paths.len(), 1);
-        assert!(profile.paths[0].read > 0.0 && profile.nvme.read_write > 0.0 && profile.memory.adamw_params > 0.0);
+        let (path, nvme, memory, device) = (&profile.paths[0], &profile.nvme, &profile.memory, &profile.device);
+        let all = [
+            [path.read, path.write, path.read_write],
+            [nvme.read, nvme.write, nvme.read_write],
+            [memory.bandwidth, memory.adamw_params, memory.adamw_params_beside_copies],
+            [device.host_to_device, device.device_to_host, device.bidirectional],
+        ];
+        assert!(all.as_flattened().iter().all(|&rate| rate > 0.0), "{profile:?}");
     }
     assert!(report["verdict"][0].as_str().expect("a verdict").contains("bound by"));
 
     let csv = read("r.csv");
     let columns = csv.lines().next().expect("a header").split(',').count();
     assert!(csv.lines().filter(|line| !line.contains('"')).all(|line| line.split(',').count() == columns), "{csv}");
-    assert!(csv.contains("\nsweep,host_memory,"), "{csv}");
+    assert!(csv.contains("\nsweep,adamw_cpu,"), "{csv}");
 
     let page = read("r.html");
     assert!(page.starts_with("<!doctype html>") && page.ends_with("</html>\n"));
@@ -229,6 +243,19 @@ fn without_direct_io_no_figure_of_a_disk_is_given() {
 }
 
 #[test]
+fn a_gpu_that_is_not_there_is_an_error_and_not_the_processor() {
+    let dir = disk();
+    // No machine has so many.
+    let (code, out, err) = run(&mut funicular(&["bench", "--quick", "--device", "cuda:99"], dir.path()));
+    assert!(code == Some(1) && out.is_empty(), "{out}");
+    assert!(err.contains(Code::NoCuda.as_str()), "{err}");
+    assert!(entries(dir.path()).is_empty());
+    let (code, checks) = examined(&mut funicular(&["doctor", "--json", "--device", "cuda:99"], dir.path()));
+    assert_eq!(code, Some(2));
+    assert_eq!(check(&checks, "GPU 99")["status"], "FAIL");
+}
+
+#[test]
 fn with_little_locked_memory_everything_runs() {
     let dir = disk();
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
@@ -312,7 +339,9 @@ fn the_doctor_names_an_action_for_every_complaint() {
     }
     let worst = |status: &str| checks.iter().any(|check| check["status"] == status);
     assert_eq!(code, Some(if worst("FAIL") { 2 } else { i32::from(worst("WARN")) }));
-    for name in ["kernel", "CPUs", "memory", "cgroup memory", "memlock", "huge pages", "NUMA", "page-lock limit"] {
+    for name in
+        ["kernel", "CPUs", "threads", "memory", "cgroup memory", "memlock", "huge pages", "NUMA", "page-lock limit"]
+    {
         check(&checks, name);
     }
     assert_eq!(check(&checks, &format!("path {}", dir.path().display()))["status"], "OKAY");

@@ -1,0 +1,74 @@
+//! Whether the machine was quiet: what other processes, and other machines on the same processor, took meanwhile.
+
+use std::time::Instant;
+
+use crate::{bench::stats::as_f64, doctor::machine::text};
+
+/// Ticks in a second, as the kernel shows them to programs whatever its own are.
+const TICKS: f64 = 100.0;
+
+/// A moment, and what had been used by then.
+pub(super) struct Watch {
+    since: Instant,
+    all: u64,
+    own: u64,
+}
+
+impl Watch {
+    pub(super) fn start() -> Self {
+        Self { since: Instant::now(), all: busy(&text("/proc/stat")), own: own(&text("/proc/self/stat")) }
+    }
+
+    /// How many CPUs others kept busy since then, on average; 0 where the kernel does not tell.
+    pub(super) fn others(&self) -> f64 {
+        let now = Self::start();
+        let ticks = (now.all - self.all.min(now.all)).saturating_sub(now.own - self.own.min(now.own));
+        as_f64(ticks) / TICKS / self.since.elapsed().as_secs_f64().max(1.0 / TICKS)
+    }
+}
+
+/// A line for the user, if others were in the way.
+pub(super) fn note(others: f64, cpus: u32) -> Option<String> {
+    (others > f64::from(cpus) / 10.0).then(|| {
+        format!(
+            "Others kept {others:.1} CPUs busy meanwhile ({cpus} are ours): a quiet machine is faster, and steadier."
+        )
+    })
+}
+
+/// Ticks of user, nice, system and stolen time in `/proc/stat`. Interrupts are left out: they are mostly our own.
+fn busy(stat: &str) -> u64 {
+    let numbers: Vec<u64> =
+        stat.lines().next().unwrap_or_default().split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    [0, 1, 2, 7].iter().filter_map(|&at| numbers.get(at)).sum()
+}
+
+/// Ticks of this process and its children that ended, in `/proc/self/stat`.
+fn own(stat: &str) -> u64 {
+    // After the name, which may hold anything, comes the third field.
+    let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+    after.split_whitespace().skip(11).take(4).filter_map(|word| word.parse::<u64>().ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_read_from_the_kernels_texts() {
+        assert_eq!(busy("cpu  10 2 30 400 5 6 7 80 9 0\ncpu0 1 1 1 1"), 122);
+        assert_eq!(busy(""), 0);
+        assert_eq!(own("42 (a ) b) S 1 2 3 4 5 6 7 8 9 10 100 20 3 4 20 0"), 127);
+        assert_eq!(own(""), 0);
+    }
+
+    #[test]
+    fn only_what_matters_is_said() {
+        assert_eq!(note(0.1, 2), None);
+        assert!(note(1.4, 2).is_some_and(|note| note.contains("1.4 CPUs")));
+        // Spinning here is no work of others.
+        let watch = Watch::start();
+        while watch.since.elapsed().as_millis() < 50 {}
+        assert!(watch.others() >= 0.0);
+    }
+}
