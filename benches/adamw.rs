@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench adamw` for everything; benches/adamw_vs_torch.py compares with torch's fused AdamW.
 //! Environment: `ADAMW_MI` elements in Mi (64), `ADAMW_THREADS` (all processors), `ADAMW_LINE=1`: instead of criterion,
-//! answer each line `<dtype>` on stdin with the seconds of one parallel step, for interleaved comparisons.
+//! answer each line `<dtype>`, or `into <dtype>` for out of place, on stdin with the seconds of one parallel step, for interleaved comparisons.
 #![expect(unsafe_code, reason = "cuts raw buffers out of a host region")]
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a program, not a library")]
 
@@ -12,7 +12,10 @@ use criterion::{Criterion, Throughput};
 use funicular::{
     dtype::{DType, StateKind},
     memory::HostRegion,
-    optim::{AdamWOptions, Hyper, Isa, Pool, Span, Update, adamw_parallel, adamw_with, norm_blocks, norm_sq_parallel},
+    optim::{
+        AdamWOptions, Hyper, Isa, Pool, Span, Target, Update, adamw_into_parallel, adamw_parallel, adamw_with,
+        norm_blocks, norm_sq_parallel,
+    },
     units::ByteCount,
 };
 
@@ -56,6 +59,13 @@ fn step(pool: &Pool, span: Span) {
     unsafe { adamw_parallel(pool, &[Update { span, hyper: hyper() }]) }.unwrap();
 }
 
+/// Out of place: `spare` has room for any type.
+fn step_into(pool: &Pool, span: Span, spare: &Span) {
+    let to = Target { param: spare.param, master: spare.master, exp_avg: spare.exp_avg, exp_avg_sq: spare.exp_avg_sq };
+    // SAFETY: as in `step`; the target's buffers are another region's.
+    unsafe { adamw_into_parallel(pool, &[(Update { span, hyper: hyper() }, to)]) }.unwrap();
+}
+
 fn with_criterion(len: usize, pool: &Pool) {
     let mut criterion = Criterion::default().configure_from_args().sample_size(10);
     for (name, dtype) in DTYPES {
@@ -84,12 +94,18 @@ fn with_criterion(len: usize, pool: &Pool) {
 
 fn by_line(len: usize, pool: &Pool) {
     let all = DTYPES.map(|(name, dtype)| (name, buffers(dtype, len)));
+    let (_region, spare) = buffers(DType::F16, len);
     println!("isa {} threads {} len {len}", funicular::optim::isa(), pool.threads());
     for line in std::io::stdin().lock().lines() {
         let line = line.unwrap();
-        let (_, (_, span)) = all.iter().find(|(name, _)| *name == line.trim()).unwrap();
+        let (place, name) = line.trim().split_once(' ').unwrap_or(("in", line.trim()));
+        let (_, (_, span)) = all.iter().find(|(known, _)| *known == name).unwrap();
         let start = Instant::now();
-        step(pool, *span);
+        if place == "into" {
+            step_into(pool, *span, &spare)
+        } else {
+            step(pool, *span)
+        }
         println!("{}", start.elapsed().as_secs_f64());
     }
 }

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Elements of one piece: a few milliseconds, for which a step may have to wait.
-const PIECE: u64 = 4 << 20;
+const PIECE: u64 = 16 << 20;
 /// Bytes of one piece of a copy home.
 const COPY: usize = 1 << 20;
 
