@@ -84,7 +84,7 @@ impl Options {
     pub fn new(paths: Vec<PathBuf>, quick: bool) -> Self {
         let nvme = crate::policy::Policy::default().nvme;
         let (file, rounds, time, point, limit) =
-            if quick { (512, 9, 7_000, 60, 16) } else { (2048, 15, 56_000, 250, 108) };
+            if quick { (512, 9, 7_000, 60, 17) } else { (2048, 15, 56_000, 250, 108) };
         Self {
             paths,
             device: DeviceChoice::Auto,

@@ -1,11 +1,14 @@
 //! Whether the machine was quiet: what other processes, and other machines on the same processor, took meanwhile.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::{bench::stats::as_f64, doctor::machine::text};
 
 /// Ticks in a second, as the kernel shows them to programs whatever its own are.
 const TICKS: f64 = 100.0;
+
+/// Nobody waits so long for a program to start.
+const OTHER_THINGS: Duration = Duration::from_secs(15);
 
 /// A moment, and what had been used by then.
 pub(super) struct Watch {
@@ -25,6 +28,20 @@ impl Watch {
         let ticks = (now.all - self.all.min(now.all)).saturating_sub(now.own - self.own.min(now.own));
         as_f64(ticks) / TICKS / self.since.elapsed().as_secs_f64().max(1.0 / TICKS)
     }
+}
+
+/// How long ago this process was started for this benchmark: the time that Python and torch took counts for the user, too.
+/// Zero in a process that did other things before.
+pub(super) fn start_up() -> Duration {
+    let age = age(&text("/proc/uptime"), &text("/proc/self/stat")).unwrap_or_default();
+    if age > OTHER_THINGS { Duration::ZERO } else { age }
+}
+
+/// From the seconds since the system started, and the ticks at which the process did.
+fn age(uptime: &str, stat: &str) -> Option<Duration> {
+    let now: f64 = uptime.split_whitespace().next()?.parse().ok()?;
+    let start: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    Duration::try_from_secs_f64(now - as_f64(start) / TICKS).ok()
 }
 
 /// A line for the user, if others were in the way.
@@ -60,6 +77,9 @@ mod tests {
         assert_eq!(busy(""), 0);
         assert_eq!(own("42 (a ) b) S 1 2 3 4 5 6 7 8 9 10 100 20 3 4 20 0"), 127);
         assert_eq!(own(""), 0);
+        let stat = "42 (a ) b) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 950 20";
+        assert_eq!(age("12.50 3.00", stat), Some(Duration::from_secs(3)));
+        assert_eq!(age("1.0 0.0", stat), None);
     }
 
     #[test]

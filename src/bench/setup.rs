@@ -8,7 +8,7 @@ use crate::{
         disk::{Disk, Lane, fill_with_numbers},
         link::{DEPTH, Link},
         memory::{Arrays, States},
-        quiet::Watch,
+        quiet::{self, Watch},
     },
     doctor::machine::{self, Machine},
     error::{Code, Error, Result},
@@ -38,7 +38,7 @@ const FILLING: u32 = 8;
 pub(super) struct Bench<'a> {
     pub(super) options: &'a Options,
     pub(super) machine: Machine,
-    /// When it all began.
+    /// When it all began, the start of the program included.
     pub(super) began: Instant,
     pub(super) watch: Watch,
     pub(super) disk: Option<Disk>,
@@ -62,7 +62,8 @@ impl<'a> Bench<'a> {
     /// # Errors
     /// Those of the options, the device, the paths and the engines.
     pub(super) fn new(options: &'a Options, interrupt: &Interrupt, progress: &mut dyn Progress) -> Result<Self> {
-        let (began, watch) = (Instant::now(), Watch::start());
+        let (now, watch) = (Instant::now(), Watch::start());
+        let began = now.checked_sub(quiet::start_up()).unwrap_or(now);
         check(options)?;
         progress.at(0.0, "looking at the paths");
         let machine = Machine::read(machine::chosen(options.device)?)?;

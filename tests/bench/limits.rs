@@ -71,8 +71,16 @@ impl Ext4 {
 }
 
 impl Drop for Ext4 {
+    /// The kernel lets go of a ring's files a moment after the process that had it is gone.
     fn drop(&mut self) {
-        well("umount", &[text(&self.at)]);
+        let unmounted = || Command::new("umount").arg(&self.at).output().is_ok_and(|output| output.status.success());
+        for _ in 0..500 {
+            if unmounted() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        well("umount", &["--lazy", text(&self.at)]);
     }
 }
 
