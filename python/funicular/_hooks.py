@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from funicular._model import Unit
     from funicular._session import Session
 
-__all__ = ["AssignHook", "ModuleHooks", "RootHooks"]
+__all__ = ["AssignHook", "ModuleHooks", "RootHooks", "remove_hooks"]
 
 _local = threading.local()
 
@@ -31,6 +31,8 @@ def _inert(*args: Any, **kwargs: Any) -> None:
 
 class _Hook:
     """A callable bound to a session; a copied or pickled model gets one that does nothing."""
+
+    session: Session
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _inert
@@ -259,6 +261,21 @@ class AssignHook(_Hook):
                 )
 
 
+def remove_hooks(session: Session, model: nn.Module) -> None:
+    """Remove what a session hung on modules, also what an interruption kept out of its list of handles."""
+    for module in model.modules():
+        for hooks, others in (
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+            (module._load_state_dict_pre_hooks, ()),
+        ):
+            for key, hook in list(hooks.items()):
+                hook = getattr(hook, "hook", hook)  # torch wraps some
+                if isinstance(hook, _Hook) and hook.session is session:
+                    for marks in (hooks, *others):
+                        marks.pop(key, None)
+
+
 class _EnterRoot(_Hook):
     def __init__(self, session: Session, model: nn.Module) -> None:
         self.session = session
@@ -289,7 +306,7 @@ def _has_window(module: nn.Module) -> bool:
 
 class _LeaveRoot(_Hook):
     def __init__(self, enter: _EnterRoot) -> None:
-        self.enter = enter
+        self.session, self.enter = enter.session, enter
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.enter.running.depth = 0

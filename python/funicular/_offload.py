@@ -15,7 +15,7 @@ from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
 from funicular._guard import GuardedParameter
-from funicular._hooks import AssignHook, ModuleHooks, RootHooks
+from funicular._hooks import AssignHook, ModuleHooks, RootHooks, remove_hooks
 from funicular._meta import Weights
 from funicular._micro_batches import MicroBatches
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
@@ -189,6 +189,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
         ref.frame = view_of(unit.flat(p.dtype, at_frames=True), ref, p)
         ref.frame_address = ref.frame.data_ptr()
         ref.home = view_of(unit.flat(p.dtype, at_frames=False), ref, p)
+        ref.home_address = ref.home.data_ptr()
         ref.trainable = p.requires_grad
         unit.trained += ref.trainable
         unit.params.append(ref)
@@ -218,14 +219,13 @@ def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
         grad = None if p.grad is None else p.grad.to(session.device)
         link(p, ref)
         p._funicular_inside = unit.inside  # type: ignore[attr-defined]
-        ref.home_address = ref.home.data_ptr()
         ref.version_before = p._version
         # Nothing is called in between: an interruption finds all of it or nothing.
         p.grad = None
         p.data = ref.home
         p.grad = grad
-        p.__class__ = GuardedParameter
         ref.version = p._version
+        p.__class__ = GuardedParameter
         with torch._C.DisableTorchFunctionSubclass():
             ref.home = p.detach()
     session.leases.add(unit)
@@ -263,11 +263,20 @@ class _BeforeAccumulate:
 
     def __init__(self, ref: ParamRef) -> None:
         self.ref = weakref.ref(ref)
+        self.session = weakref.ref(ref.unit.session)
 
     def __call__(self, grad: torch.Tensor) -> None:
         ref = self.ref()
         if ref is not None:
             ref.unit.session.before_accumulate(ref)
+
+
+def _remove_hooks(session: Session, p: Any) -> None:
+    """Remove what a session hung on a parameter, also what an interruption kept out of its list of handles."""
+    for hooks in (p._post_accumulate_grad_hooks, p._backward_hooks):
+        for key, hook in list((hooks or {}).items()):
+            if isinstance(hook, (_Arrived, _BeforeAccumulate)) and hook.session() is session:
+                del hooks[key]
 
 
 def _move_buffers(model: nn.Module, session: Session) -> None:
@@ -411,6 +420,9 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
         p.__dict__.pop("_funicular_inside", None)
     for handle in session.handles:
         handle.remove()
+    remove_hooks(session, model)
+    for p in model.parameters():
+        _remove_hooks(session, p)
     MicroBatches.remove(model)
     session.activations = None
     unkeep(session)

@@ -103,6 +103,8 @@ class Session:
 
     def __del__(self) -> None:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
+        if "closed" not in self.__dict__:
+            return  # interrupted while it was made
         if not self.closed and os.getpid() == self.pid:
             with contextlib.suppress(Error):
                 _core.saved(self.engine)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
+import gc
 import random
 import signal
 import sys
@@ -309,6 +310,56 @@ def reads(world: World, every: bool) -> int:
     agree(runs, torch.float32)
     at_every_point(counter.visits, every, strike)
     return len(counter.visits)
+
+
+def offload_and_unwrap(world: World, every: bool) -> int:
+    """Struck in the midst, a model is offloaded as a whole or ordinary as a whole, and nothing of it is lost."""
+    model = Stack(depth=3).to(world.torch_device)
+    opt = funicular.AdamW(model.parameters())
+    x = torch.ones(4, WIDTH, device=world.torch_device)
+    model(x).square().mean().backward()
+    opt.step()
+    params = list(model.parameters())
+    # On the device of the parameter, both; and the moments, which move in and out with it.
+    kept = [(p.detach().clone(), p.grad.clone(), opt.state[p]["exp_avg"].clone()) for p in params]
+
+    states = opt.state_dict()
+
+    def ready() -> None:
+        funicular.offload(model, world.policy(model))
+        opt.load_state_dict(states)  # the moments move in
+
+    def action() -> None:
+        funicular.unwrap(model)
+        funicular.offload(model, world.policy(model))
+
+    def strike(point: Point, visit: int) -> bool:
+        ready()
+        struck = interrupted(Strike(point, visit), action)
+        if hasattr(model, "_funicular_session"):
+            model(x).square().mean()
+            funicular.unwrap(model)
+        for p, (weight, grad, moment) in zip(params, kept):
+            assert type(p) is torch.nn.Parameter
+            assert torch.equal(p.detach(), weight)
+            assert torch.equal(p.grad, grad)
+            assert torch.equal(opt.state[p]["exp_avg"], moment)
+        model(x).square().mean().backward()  # nothing of the runtime hangs on it
+        for p, (_, grad, _) in zip(params, kept):
+            p.grad = grad.clone()
+        gc.collect()
+        assert not facts.files(world.paths[0])
+        assert facts.saved_tensor_hooks() == 0
+        return struck
+
+    ready()
+    counter = Strike()
+    interrupted(counter, action)
+    funicular.unwrap(model)
+    # Each takes two engines: one point in seven is enough for every day.
+    points = list(counter.visits.items())[:: 1 if every else 7]
+    at_every_point(Counter(dict(points)), False, strike)
+    return len(points)
 
 
 def count(run: Run) -> int:

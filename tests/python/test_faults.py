@@ -94,10 +94,18 @@ def test_fatal(fault: str, disk_world: World, disk: str):
     assert not facts.files(disk)
 
 
+@pytest.fixture(params=["threads", "io_uring"])
+def engine(request: pytest.FixtureRequest, io_uring: bool) -> str:
+    """Both I/O engines."""
+    if request.param == "io_uring" and not io_uring:
+        pytest.skip("io_uring does not work here")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("fault", ["reads fail", "writes fail", "disk full", "one bit flips"])
-def test_weights_in_host_memory_survive(fault: str, disk: str):
+def test_weights_in_host_memory_survive(fault: str, engine: str, disk: str):
     """Each parameter can be read, and holds its value before or after the step that failed; unwrap works."""
-    world = World(DEVICE, (disk,), "host", "nvme")
+    world = World(DEVICE, (disk,), "host", "nvme", engine)
     runs = []
     for offloaded in (False, True):
         run = Run(world, offloaded)
@@ -121,6 +129,23 @@ def test_weights_in_host_memory_survive(fault: str, disk: str):
     paged.train(1, look=False)
 
 
+def test_states_that_are_lost_are_missed(engine: str, disk: str):
+    """Unwrapped after a failure, the optimizer does not go on with blank moments; a new one does."""
+    run = Run(World(DEVICE, (disk,), "host", "nvme", engine), True)
+    run.model = run.wrap(Stack(), debug={"faults": FATAL["reads fail"][0]})
+    run.opt = run.adamw()
+    until_it_fails(run)
+    funicular.unwrap(run.model)
+    run.opt.zero_grad()
+    with pytest.raises(funicular.StorageError, match="FN-E301"):
+        run.train(1, look=False)
+    with pytest.raises(funicular.StorageError, match="FN-E301"):
+        run.opt.state_dict()
+    run.opt = run.adamw()
+    run.opt.zero_grad()
+    run.train(1, look=False)
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
@@ -131,9 +156,9 @@ def assert_each_is_one_of(found: dict[str, torch.Tensor], allowed: list[dict[str
 
 
 @pytest.mark.parametrize("fault", ["read:eio@1x1000", "write:eio@1x1000", "write:enospc@3x1000"])
-def test_while_offloading(fault: str, disk: str):
+def test_while_offloading(fault: str, engine: str, disk: str):
     """The very first bytes fail: either the call does, with the model as it was, or a later one by name."""
-    world = World(DEVICE, (disk,), "nvme", "nvme")
+    world = World(DEVICE, (disk,), "nvme", "nvme", engine)
     model = Stack()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = torch.ones(4, WIDTH).to(world.torch_device)
@@ -153,9 +178,9 @@ def test_while_offloading(fault: str, disk: str):
 
 
 @pytest.mark.parametrize("what", ["weights", "states", "gradients"])
-def test_read_outside_a_step(what: str, disk: str):
+def test_read_outside_a_step(what: str, engine: str, disk: str):
     """A stray read that fails is an error there and then, not stale memory."""
-    world = World(DEVICE, (disk,), "nvme", "nvme")
+    world = World(DEVICE, (disk,), "nvme", "nvme", engine)
     run = Run(world, True)
     run.model = run.wrap(Stack(), debug={"faults": f"read:eio@200x{FOREVER}"})
     run.opt = run.adamw()
@@ -245,14 +270,14 @@ print("exact")
 """
 
 
-def test_interrupted_in_user_code(disk: str):
+def test_interrupted_in_user_code(engine: str, disk: str):
     """Ctrl-C in a slow module, in forward and in backward: KeyboardInterrupt, then exact training."""
     body = "FAULTS, HOOK = '', True\n" + INTERRUPTED
-    lines = children.succeed(body, disk, PLACEMENTS["nvme-threads"], DEVICE)
+    lines = children.succeed(body, disk, PLACEMENTS[f"nvme-{engine}"], DEVICE)
     assert lines == ["forward in time", "backward in time", "exact"]
 
 
-def test_interrupted_while_waiting_for_the_disk(disk: str):
+def test_interrupted_while_waiting_for_the_disk(engine: str, disk: str):
     """Ctrl-C while a page-in hangs for seconds: the wait ends at once, the read when it can; then exact training."""
     body = """
     from twin import compare
@@ -284,11 +309,11 @@ def test_interrupted_while_waiting_for_the_disk(disk: str):
     compare(world, None, script)
     print("exact")
     """
-    lines = children.succeed(body, disk, PLACEMENTS["nvme-threads"], DEVICE)
+    lines = children.succeed(body, disk, PLACEMENTS[f"nvme-{engine}"], DEVICE)
     assert lines == ["in time", "exact"]
 
 
-def test_process_ends_after_a_failure(disk: str):
+def test_process_ends_after_a_failure(engine: str, disk: str):
     """The error is printed, and the process ends by itself soon after."""
     body = f"""
     sys.excepthook = lambda kind, error, where: print(error.code, flush=True)
@@ -299,7 +324,7 @@ def test_process_ends_after_a_failure(disk: str):
         model(torch.ones(4, WIDTH).to(world.torch_device)).mean().backward()
         opt.step()
     """
-    process = children.start(body, disk, PLACEMENTS["nvme-threads"], DEVICE)
+    process = children.start(body, disk, PLACEMENTS[f"nvme-{engine}"], DEVICE)
     assert process.stdout.readline() == "FN-E301\n"
     status, _, err = children.finish(process, 10)
     assert status == 1, err

@@ -15,7 +15,7 @@ from conftest import DEVICE, PLACEMENTS
 
 SCENARIOS = {
     "host": ["forward_and_backward", "step_and_zero_grad"],
-    "nvme-threads": ["forward_and_backward", "step_and_zero_grad", "reads", "reads_and_edits"],
+    "nvme-threads": ["forward_and_backward", "step_and_zero_grad", "reads", "reads_and_edits", "offload_and_unwrap"],
     "nvme-io_uring": ["reads"],
 }
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import children
 import facts
 import funicular
+from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, case
 
@@ -311,3 +313,19 @@ def test_no_policy_at_all(run: Run):
         assert funicular.offload(run.model) is run.model
     run.opt = run.adamw()
     run.train(2)
+
+
+def test_process_that_never_unwraps(disk: str):
+    """It ends without a word."""
+    body = """
+    model = Stack()
+    funicular.offload(model, world.policy(model))
+    opt = funicular.AdamW(model.parameters())
+    model(torch.ones(4, WIDTH).to(world.torch_device)).mean().backward()
+    opt.step()
+    kept = list(model.parameters())[0]
+    model.itself = [model]  # not even the collector frees it before the end
+    """
+    status, out, err = children.finish(children.start(body, disk, PLACEMENTS["nvme-threads"], DEVICE))
+    assert (status, out, err) == (0, "", "")
+    assert not facts.files(disk)

@@ -1,0 +1,104 @@
+//! In steady state whole steps of the runtime allocate nothing. Alone in its process: it counts every allocation.
+#![expect(unsafe_code, reason = "an allocator that counts, and a gradient's address")]
+#![expect(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+use std::{
+    alloc::{GlobalAlloc, Layout as Shape, System},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use funicular::{
+    dtype::DType,
+    model::{Layout, ParamSpec, UnitSpec},
+    optim::{AdamWOptions, Hyper},
+    policy::Policy,
+    runtime::{JobSpan, Runtime, StepHyper, UnitUpdate},
+    schedule::Phase,
+    units::{ByteCount, UnitId},
+};
+
+struct Counting;
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: passes everything on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, shape: Shape) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(shape) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, shape: Shape) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(at, shape) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+const UNITS: u32 = 6;
+const ELEMS: u64 = 1 << 16;
+
+fn open(params: &str, optimizer: &str, engine: &str, dir: &std::path::Path) -> funicular::error::Result<Runtime> {
+    let unit = |n: u32| UnitSpec {
+        name: format!("unit {n}"),
+        params: vec![ParamSpec { name: format!("{n}.w"), numel: ELEMS, dtype: DType::Bf16, trainable: true }],
+    };
+    let policy = format!(
+        r#"{{"device": "host", "budget": {{"host": "64MiB", "hbm": "384KiB"}}, "params": {{"tier": "{params}"}},
+            "optimizer": {{"tier": "{optimizer}"}}, "nvme": {{"paths": [{dir:?}], "engine": "{engine}"}}}}"#
+    );
+    let layout = Layout::new(&(0..UNITS).map(unit).collect::<Vec<_>>()).unwrap();
+    Runtime::open(layout, &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0))
+}
+
+/// One step: forward, backward with a gradient per unit, update, end of all updates.
+fn step(rt: &Runtime, updates: &[UnitUpdate], hypers: &[StepHyper], gradient: &[u16]) {
+    let interrupted = &mut || false;
+    let units = (0..UNITS).map(UnitId);
+    for unit in units.clone() {
+        assert!(rt.open_window(unit, Phase::Forward, 0, interrupted).unwrap());
+        rt.release(unit, 0).unwrap();
+    }
+    for unit in units.rev() {
+        assert!(rt.open_window(unit, Phase::Backward, 0, interrupted).unwrap());
+        // SAFETY: the gradient outlives the copy, which is waited for below.
+        unsafe { rt.gradient(unit, 0, gradient.as_ptr() as u64, ELEMS * 2, 0, interrupted).unwrap() };
+        rt.release(unit, 0).unwrap();
+    }
+    rt.wait_gradients(0, interrupted).unwrap();
+    // SAFETY: there are no residents.
+    unsafe { rt.update(updates, hypers, &[], 0, false, interrupted).unwrap() };
+    rt.settle_all(interrupted).unwrap();
+}
+
+#[test]
+fn steady_steps_allocate_nothing() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let o = AdamWOptions { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, maximize: false };
+    let hypers = [StepHyper { hyper: Hyper::new(&o, 1, 1.0), clip: None }];
+    let span = JobSpan { section: 0, start: 0, len: ELEMS, hyper: 0, reset_master: false };
+    let updates: Vec<_> =
+        (0..UNITS).map(|n| UnitUpdate { unit: UnitId(n), spans: vec![span], guessed: false }).collect();
+    let gradient = vec![0x3f80; ELEMS as usize];
+    for (params, optimizer, engine) in [
+        ("host", "host", "threads"),
+        ("host", "nvme", "threads"),
+        ("nvme", "nvme", "threads"),
+        ("nvme", "nvme", "io_uring"),
+    ] {
+        let rt = match open(params, optimizer, engine, dir.path()) {
+            Ok(rt) => rt,
+            Err(e) if e.code().as_str() == "FN-E601" => {
+                eprintln!("skipped: {e}");
+                continue;
+            }
+            Err(e) => panic!("{e}"),
+        };
+        (0..20).for_each(|_| step(&rt, &updates, &hypers, &gradient));
+        let before = COUNT.load(Ordering::Relaxed);
+        assert!(before > 0, "the allocator counts");
+        (0..50).for_each(|_| step(&rt, &updates, &hypers, &gradient));
+        assert_eq!(COUNT.load(Ordering::Relaxed) - before, 0, "{params}, {optimizer}, {engine}");
+    }
+}
