@@ -405,7 +405,9 @@ impl Runtime {
             Tier::Host => {
                 let staging = shared.disk.as_ref().map_or(0, Disk::staging_bytes);
                 let (now, peak) = shared.stats.shadows();
-                let fixed = shared.homes.bytes() + staging;
+                // Without a bound of its own the compute tier is the host's memory.
+                let compute = if self.budgets.hbm.is_none() { plan.hbm_bytes } else { 0 };
+                let fixed = shared.homes.bytes() + staging + compute;
                 (fixed + now, fixed + peak)
             }
             Tier::Nvme => {
