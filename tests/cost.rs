@@ -48,6 +48,7 @@ fn rates() -> Rates {
         nvme_write: 4.0 * GIB,
         nvme_both: 6.0 * GIB,
         update: 100.0 * GIB,
+        update_beside: 70.0 * GIB,
         device_update: 1e11,
         shared: None,
     }
@@ -102,12 +103,20 @@ fn what_binds_is_named() {
     let layout = layout(16, 8 << 20, 0);
     let host = placed(&layout, HOST, Some(64 << 20), 8 << 30, Some(0));
     let nvme = placed(&layout, NVME, Some(64 << 20), 8 << 30, Some(0));
-    let fast =
-        Rates { up: 1e15, down: 1e15, update: 1e15, nvme_read: 1e15, nvme_write: 1e15, nvme_both: 1e15, ..rates() };
+    let fast = Rates {
+        up: 1e15,
+        down: 1e15,
+        update: 1e15,
+        update_beside: 1e15,
+        nvme_read: 1e15,
+        nvme_write: 1e15,
+        nvme_both: 1e15,
+        ..rates()
+    };
     let cases = [
         (Resource::Up, &host, Rates { up: 1e9, ..fast }),
         (Resource::Down, &host, Rates { down: 1e9, ..fast }),
-        (Resource::Update, &host, Rates { update: 1e9, ..fast }),
+        (Resource::Update, &host, Rates { update: 1e9, update_beside: 1e9, ..fast }),
         (Resource::Nvme, &nvme, Rates { nvme_read: 1e9, nvme_both: 1e9, ..fast }),
     ];
     for (expected, plan, rates) in cases {
@@ -121,7 +130,8 @@ fn what_binds_is_named() {
 #[test]
 fn updates_ahead_of_the_step_hide_behind_the_backward() {
     let layout = layout(16, 8 << 20, 0);
-    let slow = Rates { update: 26.0 * 16.0 * 8388608.0 / 0.3, ..rates() };
+    let update = 26.0 * 16.0 * 8388608.0 / 0.3;
+    let slow = Rates { update, update_beside: 0.7 * update, ..rates() };
     let work = work(16, 1, 0.01);
     let behind = predict(&layout, &placed(&layout, HOST, Some(64 << 20), 8 << 30, Some(0)), &slow, &work);
     let ahead = predict(&layout, &placed(&layout, HOST, Some(64 << 20), 8 << 30, None), &slow, &work);
@@ -152,6 +162,7 @@ proptest! {
             up: base.up * s[0],
             down: base.down * s[1],
             update: base.update * s[2],
+            update_beside: base.update_beside * s[2],
             nvme_read: base.nvme_read * s[3],
             nvme_write: base.nvme_write * s[4],
             nvme_both: base.nvme_both * s[5],

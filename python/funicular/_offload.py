@@ -106,7 +106,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None) -> Ses
     devices = {id(p): p.device for p in model.parameters()}
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
-        _build(session, found, filled=weights is None)
+        _build(session, found, filled=weights is None, sync=resolved.debug.sync)
         watch_optimizers()
         _move_buffers(model, session)
         _slice(session, found, resolved)
@@ -144,10 +144,10 @@ def describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
     return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
 
 
-def _build(session: Session, found: list[Found], *, filled: bool) -> None:
+def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) -> None:
     engine = session.engine
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
-    session.waits = engine.shares_processor() and not streamed
+    session.waits = sync or (engine.shares_processor() and not streamed)
     with torch.inference_mode(mode=False), torch.no_grad():
         residents = [engine.homes(index)[0] == "hbm" for index in range(len(found))]
         paged = {i: _build_unit(session, i, f) for i, f in enumerate(found) if not residents[i]}

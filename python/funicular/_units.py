@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
+from funicular import _core
 from funicular._errors import UsageError
 
 if TYPE_CHECKING:
@@ -165,9 +165,10 @@ def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _named_blocks(model: nn.Module, patterns: list[str]) -> list[tuple[str, nn.Module]]:
     blocks: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    named = list(model.named_modules())
+    for (name, module), matches in zip(named, _core.match_names(patterns, [name for name, _ in named]), strict=True):
         inside = any(name.startswith(f"{outer}.") for outer, _ in blocks)
-        if name and not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        if name and not inside and matches:
             blocks.append((name, module))
     if not blocks:
         raise UsageError(

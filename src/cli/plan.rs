@@ -138,16 +138,20 @@ fn machine(arguments: &PlanArguments, policy: &Policy) -> Result<Machine> {
         limits = HostLimits { mem_total: ram, mem_available: ram, cgroup: None, ..limits };
     }
     limits.cpus = arguments.cpus.unwrap_or(limits.cpus);
-    let gpu = match arguments.gpu.as_deref() {
-        Some("none") => None,
-        Some(text) => Some(size(text).map_err(|e| Error::new(Code::PolicyValue, format!("--gpu: {e}.")))?),
-        None if elsewhere => policy.budget.hbm.given(),
-        None => crate::device::open(plan::device_here(policy))?.free_memory()?,
-    };
     let profile = match &arguments.profile {
         Some(file) => Some(Profile::read(file)?),
         None if elsewhere => None,
         None => Profile::default_path().filter(|f| f.exists()).map(|f| Profile::read(&f)).transpose()?,
+    };
+    let gpu = match arguments.gpu.as_deref() {
+        Some("none") => None,
+        Some(text) => Some(size(text).map_err(|e| Error::new(Code::PolicyValue, format!("--gpu: {e}.")))?),
+        None if elsewhere => {
+            let on_host = policy.device == crate::policy::DeviceChoice::Host
+                || profile.as_ref().is_some_and(|p| p.device.name == "host");
+            policy.budget.hbm.given().filter(|_| !on_host)
+        }
+        None => crate::device::open(plan::device_here(policy))?.free_memory()?,
     };
     Ok(Machine { gpu, limits, disk: arguments.disk, profile })
 }

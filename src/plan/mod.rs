@@ -166,9 +166,13 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let config = Config::resolve_on(policy, &layout, machine.gpu, &machine.limits)?;
     let granularity = if machine.gpu.is_some() { GPU_GRANULARITY } else { HOST_GRANULARITY };
     let limits = config.limits(granularity);
-    let placed = placement::place(&layout, &config.tiers, &config.budgets, &limits);
+    let placed = advice::place_or_demote(&layout, &config.tiers, &config.budgets, &limits, config.demote);
+    let mut notes = notes(machine, compute);
     let (refusal, budgets, placed) = match placed {
-        Ok(placed) => (None, config.budgets, placed),
+        Ok((placed, demoted)) => {
+            notes.extend(demoted);
+            (None, config.budgets, placed)
+        }
         Err(error) => {
             let raised = advice::least_budgets(&layout, &config.tiers, &config.budgets, &limits)?;
             (Some(error), raised.0, raised.1)
@@ -206,7 +210,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         ],
         wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
         step,
-        notes: notes(machine, compute),
+        notes,
     })
 }
 
@@ -338,7 +342,8 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
     }
     // A processor's memory is saturated by fewer threads than it has; fewer than measured are slower in proportion.
     let share = (f64::from(threads) / f64::from(profile.memory.threads.max(1))).min(1.0);
-    let nvme = |rate: f64| if rate > 0.0 { rate } else { f64::MIN_POSITIVE };
+    let known = |rate: f64, else_| if rate > 0.0 { rate } else { else_ };
+    let nvme = |rate: f64| known(rate, f64::MIN_POSITIVE);
     Some(Rates {
         up: profile.device.host_to_device,
         down: profile.device.device_to_host,
@@ -346,7 +351,13 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
         nvme_write: nvme(profile.nvme.write),
         nvme_both: nvme(profile.nvme.read_write),
         update: profile.memory.adamw_params * BF16_TRAFFIC * share,
-        device_update: if on_host { profile.memory.adamw_params * share } else { DEVICE_UPDATE },
+        update_beside: known(profile.memory.adamw_params_beside_copies, 0.7 * profile.memory.adamw_params)
+            * BF16_TRAFFIC
+            * share,
+        device_update: match on_host {
+            true => profile.memory.adamw_params * share,
+            false => known(profile.device.adamw_params, DEVICE_UPDATE),
+        },
         shared: on_host.then_some(threads.max(1)),
     })
 }

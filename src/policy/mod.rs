@@ -31,9 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use glob::Pattern;
 pub use values::{Auto, DeviceChoice, MicroBatch, Setting, format_size, parse_size};
-pub use words::{
-    Accumulate, ActivationsTier, Direct, Engine, GradsTier, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn,
-};
+pub use words::{Accumulate, ActivationsTier, Direct, Engine, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn};
 
 use crate::{
     error::{Code, Error, Result},
@@ -169,8 +167,6 @@ pub struct Params {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a section: write [grads] and its keys below")]
 pub struct Grads {
-    /// Their home between backward and step.
-    pub tier: GradsTier,
     /// Number format of their sum over several backwards.
     pub accumulate: Accumulate,
 }

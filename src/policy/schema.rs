@@ -101,7 +101,6 @@ pub const KEYS: &[Key] = &[
         Kind::Word(words::ParamsTier::WORDS),
         "Home of the parameters. `auto`: host memory while it lasts, then NVMe.",
     ),
-    key("grads.tier", Kind::Word(words::GradsTier::WORDS), "Home of the gradients between backward and step."),
     key(
         "grads.accumulate",
         Kind::Word(words::Accumulate::WORDS),
@@ -146,7 +145,11 @@ pub const KEYS: &[Key] = &[
         "Where the inputs of blocks that run in micro-batches wait for their backward.",
     ),
     key("debug.poison", Kind::Bool, "Fill released memory with NaN, so that a stale read cannot go unnoticed."),
-    key("debug.sync", Kind::Bool, "Wait for every transfer at once: slow, for looking for faults."),
+    key(
+        "debug.sync",
+        Kind::Bool,
+        "Nothing runs ahead: every transfer and update has ended when its call returns. Slow, for looking for faults.",
+    ),
     key("debug.faults", Kind::Text, "Faults to inject, for tests only."),
     key("log.level", Kind::Word(words::Level::WORDS), "How much goes to the logger `funicular`."),
     key("log.every", Kind::Count, "One line of facts every so many steps; 0: none."),
@@ -155,7 +158,7 @@ pub const KEYS: &[Key] = &[
     key(
         "pressure.action",
         Kind::Word(words::Pressure::WORDS),
-        "When a budget is short during a run: `demote` moves states to a slower tier, `refuse` stops with an error.",
+        "When a budget does not hold what the tiers ask for: `refuse` stops with an error before anything is taken, `demote` places what does not fit one tier lower and says so.",
     ),
 ];
 

@@ -2,7 +2,7 @@
 
 use super::{
     MicroBatch, Policy,
-    words::{Accumulate, ActivationsTier, GradsTier, OptimizerTier, ParamsTier, Pressure, UpdateOn},
+    words::{Accumulate, ActivationsTier, OptimizerTier, ParamsTier, UpdateOn},
 };
 use crate::error::{Code, Error, Result};
 
@@ -12,10 +12,7 @@ type Pending = (&'static str, &'static str, fn(&Policy) -> bool);
 /// Shrinks as things land.
 const PENDING: &[Pending] = &[
     ("grads.accumulate", "fp32", |p| p.grads.accumulate == Accumulate::Fp32),
-    ("grads.tier", "nvme", |p| p.grads.tier != GradsTier::Host),
     ("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu),
-    ("debug.sync", "true", |p| p.debug.sync),
-    ("pressure.action", "demote", |p| p.pressure.action == Pressure::Demote),
 ];
 
 impl Policy {
@@ -63,9 +60,6 @@ impl Policy {
     fn wants_nvme(&self) -> Option<String> {
         if self.params.tier == ParamsTier::Nvme {
             return Some("params.tier".to_owned());
-        }
-        if self.grads.tier == GradsTier::Nvme {
-            return Some("grads.tier".to_owned());
         }
         if self.optimizer.tier == OptimizerTier::Nvme {
             return Some("optimizer.tier".to_owned());

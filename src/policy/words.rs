@@ -45,13 +45,6 @@ words! {
         /// Files on NVMe drives.
         Nvme = "nvme",
     }
-    /// Home of the gradients between backward and step.
-    GradsTier {
-        /// Page-locked host memory.
-        #[default] Host = "host",
-        /// Files on NVMe drives.
-        Nvme = "nvme",
-    }
     /// Number format in which gradients of several backwards are summed.
     Accumulate {
         /// The parameter's.
@@ -97,9 +90,9 @@ words! {
         /// What did go wrong.
         Error = "error",
     }
-    /// What to do when a budget is short during a run.
+    /// What to do when a budget does not hold what the tiers ask for.
     Pressure {
-        /// Move states to a slower tier and go on.
+        /// Place what does not fit one tier lower, and go on.
         Demote = "demote",
         /// Stop with an error that names the budget.
         #[default] Refuse = "refuse",

@@ -16,6 +16,7 @@ use pyo3::prelude::*;
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<engine::Engine>()?;
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;
+    m.add_function(wrap_pyfunction!(policies::match_names, m)?)?;
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(trim, m)?)?;

@@ -4,8 +4,8 @@ use pyo3::prelude::*;
 
 use super::failures::check;
 use crate::{
-    error::{Code, Result},
-    policy::{Policy, schema},
+    error::{Code, Error, Result},
+    policy::{Pattern, Policy, schema},
 };
 
 /// Reads a policy: `form` is "file", "toml", "json" or "preset". Environment variables and overrides come on top.
@@ -34,6 +34,14 @@ pub(crate) fn resolve_policy(
         Ok(json(&policy))
     };
     check(py, resolved())
+}
+
+/// For each name, whether one of the patterns matches the whole of it.
+#[pyfunction]
+pub(crate) fn match_names(py: Python<'_>, patterns: Vec<String>, names: Vec<String>) -> PyResult<Vec<bool>> {
+    let read = |text: &String| Pattern::new(text).map_err(|why| Error::new(Code::PolicyValue, format!("{why}.")));
+    let patterns = check(py, patterns.iter().map(read).collect::<Result<Vec<_>>>())?;
+    Ok(names.iter().map(|name| patterns.iter().any(|p| p.matches(name))).collect())
 }
 
 /// The JSON Schema of policies.

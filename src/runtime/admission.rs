@@ -16,7 +16,7 @@ use crate::{
     io::random,
     model::Layout,
     runtime::config::Config,
-    schedule::{Placement, advice, placement},
+    schedule::{Placement, advice},
     units::ByteCount,
 };
 
@@ -30,6 +30,8 @@ pub(crate) struct Running {
     others: Vec<Other>,
     mine: u64,
     available: u64,
+    /// What had to live one tier lower than asked.
+    demoted: Option<String>,
 }
 
 /// Another run on this machine.
@@ -49,7 +51,8 @@ struct Other {
 pub(crate) fn admit(layout: &Layout, config: &Config, granularity: u64, on_host: bool) -> Result<(Placement, Running)> {
     let limits = config.limits(granularity);
     let ways = || advice::ways(layout, &config.tiers, &config.budgets, &limits);
-    let plan = placement::place(layout, &config.tiers, &config.budgets, &limits).map_err(|error| {
+    let placed = advice::place_or_demote(layout, &config.tiers, &config.budgets, &limits, config.demote);
+    let (plan, demoted) = placed.map_err(|error| {
         let need = error.needs().unwrap_or_default();
         if error.code() != Code::HostBudget {
             return error;
@@ -62,7 +65,8 @@ pub(crate) fn admit(layout: &Layout, config: &Config, granularity: u64, on_host:
     })?;
     let frames = if on_host && config.budgets.hbm.is_some() { plan.hbm_bytes } else { 0 };
     let need = plan.host_bytes + plan.widest_on_nvme(layout) + frames;
-    let running = Running::begin(Path::new(FOLDER), need, config.machine.available().0);
+    let mut running = Running::begin(Path::new(FOLDER), need, config.machine.available().0);
+    running.demoted = demoted;
     let coming: u64 = running.others.iter().map(|o| o.coming).sum();
     if need + coming > running.available {
         let mut error =
@@ -94,21 +98,22 @@ impl Running {
         let _ = fs::DirBuilder::new().mode(0o700).create(&folder);
         let others = others(&folder);
         let note = leave(&folder, mine).ok();
-        Self { note, others, mine, available }
+        Self { note, others, mine, available, demoted: None }
     }
 
-    /// A line where the plans of all runs are more than there is.
+    /// What was demoted, and a line where the plans of all runs are more than there is.
     pub(crate) fn notes(&self) -> Vec<String> {
         let planned: u64 = self.others.iter().map(|o| o.planned).sum();
         let taken: u64 = self.others.iter().map(|o| o.planned - o.coming).sum();
         if self.others.is_empty() || self.mine + planned <= (self.available + taken) / 100 * 90 {
-            return Vec::new();
+            return self.demoted.iter().cloned().collect();
         }
-        vec![format!(
+        let shared = format!(
             "FN-W208 {} Together with this run's {} that is nearly all there is.",
             self.describe(),
             ByteCount(self.mine)
-        )]
+        );
+        self.demoted.iter().cloned().chain([shared]).collect()
     }
 
     fn describe(&self) -> String {

@@ -40,6 +40,10 @@ pub struct Config {
     pub window: Option<ByteCount>,
     /// Fill released frames with NaN.
     pub poison: bool,
+    /// Nothing runs ahead.
+    pub sync: bool,
+    /// Whether what does not fit where it is wished goes one tier lower.
+    pub demote: bool,
     /// Faults to inject.
     pub faults: Arc<Faults>,
     /// The machine that budgets were resolved on.
@@ -95,7 +99,12 @@ impl Config {
                 host,
                 nvme: policy.budget.nvme.or(ByteCount(u64::MAX)),
                 // Where updates and compute share a processor, an update ahead of the step only takes its time.
-                spare: policy.optimizer.spare.given().or(device_free.is_none().then_some(ByteCount(0))),
+                spare: policy
+                    .optimizer
+                    .spare
+                    .given()
+                    .filter(|_| !policy.debug.sync)
+                    .or((device_free.is_none() || policy.debug.sync).then_some(ByteCount(0))),
             },
             tiers: layout.units.iter().map(|u| tiers(policy, u)).collect(),
             paths: policy.nvme.paths.clone(),
@@ -113,8 +122,15 @@ impl Config {
             },
             checksums: policy.nvme.checksums,
             threads: threads(machine, policy, device_free.is_some()),
-            window: policy.prefetch.window.given(),
+            window: policy
+                .prefetch
+                .window
+                .given()
+                .filter(|_| !policy.debug.sync)
+                .or(policy.debug.sync.then_some(ByteCount(0))),
             poison: policy.debug.poison,
+            sync: policy.debug.sync,
+            demote: policy.pressure.action == policy::Pressure::Demote,
             faults: Arc::new(Faults::parse(&policy.debug.faults)?),
             machine: machine.clone(),
             host_is_auto: policy.budget.host.given().is_none(),

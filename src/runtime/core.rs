@@ -84,6 +84,7 @@ pub(crate) struct Shared {
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,
     pub(crate) poison: bool,
+    pub(crate) sync: bool,
     pub(crate) inner: Mutex<Inner>,
     pub(crate) changed: Condvar,
     pub(crate) service: Mutex<()>,

@@ -176,7 +176,13 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption; the window is not open then.
     pub fn open_window(&self, unit: UnitId, phase: Phase, stream: u64, interrupted: Interrupted<'_>) -> Result<bool> {
-        self.shared()?.open(unit, phase, stream, interrupted)
+        let shared = self.shared()?;
+        let opened = shared.open(unit, phase, stream, interrupted)?;
+        if shared.sync {
+            let gate = shared.lock()?.gates[unit.index()].fill;
+            shared.block_gate(gate, Cause::Copy, interrupted)?;
+        }
+        Ok(opened)
     }
 
     /// Ends a window.
@@ -184,7 +190,14 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure.
     pub fn release(&self, unit: UnitId, stream: u64) -> Result<()> {
-        self.shared()?.release(unit, stream)
+        let shared = self.shared()?;
+        shared.release(unit, stream)?;
+        if shared.sync {
+            // A fault of the window's own kernels shows here, not somewhere later.
+            let gate = shared.lock()?.gates[unit.index()].release;
+            shared.block_gate(gate, Cause::Copy, &mut || false)?;
+        }
+        Ok(())
     }
 
     /// The home was edited by work enqueued on `stream`: the frames are out of date.
@@ -241,6 +254,10 @@ impl Runtime {
         let gate = shared.device.record(StreamRef::Down)?;
         inner.last_down = gate;
         shared.send(&shared.to_down, Landing { gate, unit, lease: None, start, bytes: len })?;
+        drop(inner);
+        if shared.sync {
+            shared.block_gate(gate, Cause::Grads, interrupted)?;
+        }
         Ok(gate.seq)
     }
 

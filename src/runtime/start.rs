@@ -108,6 +108,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         stats: Stats::default(),
         trace: Trace::default(),
         poison: config.poison,
+        sync: config.sync,
         changed: Condvar::new(),
         service: Mutex::new(()),
         saves: Saves::default(),

@@ -5,7 +5,7 @@ use crate::{
     model::Layout,
     schedule::{
         Budgets, Limits, Placement, Tiers,
-        placement::{at_least, place},
+        placement::{Homes, at_least, place},
     },
     units::{ByteCount, Tier},
 };
@@ -47,6 +47,45 @@ pub fn least_budgets(
         }
         last = Some(error.code());
     }
+}
+
+/// Places a model; with `demote`, what does not fit in the tier that it is wished in goes one tier lower. Then a line says how
+/// much that was.
+///
+/// # Errors
+/// Those of [`place`], as it was wished.
+pub fn place_or_demote(
+    layout: &Layout,
+    tiers: &[Tiers],
+    budgets: &Budgets,
+    limits: &Limits,
+    demote: bool,
+) -> Result<(Placement, Option<String>), Error> {
+    let error = match place(layout, tiers, budgets, limits) {
+        Ok(plan) => return Ok((plan, None)),
+        Err(error) => error,
+    };
+    if !demote || !matches!(error.code(), Code::HbmBudget | Code::HostBudget) {
+        return Err(error);
+    }
+    let loose = |tier: Option<Tier>| tier.filter(|&t| t == Tier::Nvme);
+    let loosened: Vec<Tiers> =
+        tiers.iter().map(|t| Tiers { params: loose(t.params), optimizer: loose(t.optimizer) }).collect();
+    // Lower, not higher: what is wished on the host does not become resident on the device.
+    let residents = limits.residents && !tiers.iter().any(|t| [t.params, t.optimizer].contains(&Some(Tier::Host)));
+    let Ok(plan) = place(layout, &loosened, budgets, &Limits { residents, ..*limits }) else { return Err(error) };
+    let lower = |wish: Option<Tier>, home: Tier| wish.is_some_and(|w| w < home);
+    let count = |of: fn(&Tiers) -> Option<Tier>, home: fn(&Homes) -> Tier| {
+        tiers.iter().zip(&plan.homes).filter(|(t, h)| lower(of(t), home(h))).count()
+    };
+    let note = format!(
+        "FN-W209 pressure.action is demote: of {} units, parameters of {} and states of {} live one tier lower than asked. {}",
+        tiers.len(),
+        count(|t| t.params, |h| h.params),
+        count(|t| t.optimizer, |h| h.optimizer),
+        error.message()
+    );
+    Ok((plan, Some(note)))
 }
 
 /// Changes of tiers that make a model fit which does not fit the host's budget as it is wished, the mildest first.

@@ -25,8 +25,10 @@ pub struct Rates {
     pub nvme_write: f64,
     /// Both at once, together.
     pub nvme_both: f64,
-    /// Host memory moved by AdamW on the processor.
+    /// Host memory moved by AdamW on the processor, alone.
     pub update: f64,
+    /// The same beside copies both ways: they share the host's memory.
+    pub update_beside: f64,
     /// Parameters updated by the device where their states live there.
     pub device_update: f64,
     /// Set where device and processor are the same, to the number of its threads: compute, copies and updates share it.
@@ -92,10 +94,6 @@ pub struct Cost {
     pub traffic: Traffic,
 }
 
-/// An update beside the forward's page-ins, and beside a backward's traffic both ways, as a part of its rate alone: host
-/// memory is shared. Measured on one machine (H200, 16 cores: 4.4 Gparam/s alone, 3.7 and 3.05).
-const BESIDE_UP: f64 = 0.84;
-const BESIDE_BOTH: f64 = 0.69;
 /// What the hooks around a window cost the training thread.
 const WINDOW_SECONDS: f64 = 40e-6;
 /// Steps played before one is believed.
@@ -151,7 +149,9 @@ pub fn gains(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) -> V
                 }
                 Resource::Up => rates.up *= 2.0,
                 Resource::Down => rates.down *= 2.0,
-                Resource::Update => rates.update *= 2.0,
+                Resource::Update => {
+                    (rates.update, rates.update_beside) = (rates.update * 2.0, rates.update_beside * 2.0);
+                }
                 Resource::Nvme => {
                     (rates.nvme_read, rates.nvme_write) = (rates.nvme_read * 2.0, rates.nvme_write * 2.0);
                     rates.nvme_both *= 2.0;
@@ -274,7 +274,7 @@ impl Clocks<'_> {
         self.steal(copy);
         self.landed[u] = self.take(Resource::Down, self.free[Resource::Compute as usize], copy);
         if last_pass && self.plan.spare[u] {
-            let update = self.on_processor(u, BESIDE_BOTH);
+            let update = self.on_processor(u, self.rates.update_beside);
             self.home[u] = self.take(Resource::Update, self.landed[u], update);
             if self.rates.shared.is_some() {
                 self.free[Resource::Compute as usize] += update;
@@ -289,9 +289,10 @@ impl Clocks<'_> {
         }
     }
 
+    /// An update at a rate beside copies; where those are made by the processor itself, they have taken their time already.
     fn on_processor(&self, u: usize, beside: f64) -> f64 {
-        let beside = if self.rates.shared.is_some() { 1.0 } else { beside };
-        seconds(self.units[u].update, self.rates.update * beside)
+        let rate = if self.rates.shared.is_some() { self.rates.update } else { beside };
+        seconds(self.units[u].update, rate)
     }
 
     /// The updates of a step, in forward order: the device's at once, the processor's while the next forward begins.
@@ -314,7 +315,7 @@ impl Clocks<'_> {
                 self.home[u] = self.home[u].max(step);
                 continue;
             }
-            let update = self.on_processor(u, BESIDE_UP);
+            let update = self.on_processor(u, (self.rates.update + self.rates.update_beside) / 2.0);
             let moved = seconds(one.nvme_read + one.nvme_write, self.rates.nvme_both);
             let disk = self.take(Resource::Nvme, step, moved);
             let end = self.take(Resource::Update, step, update);
