@@ -34,7 +34,9 @@ SHAPE = "FUNICULAR_TRUTH_SHAPE"
 def build() -> nn.Module:
     """The model, also for ``funicular plan``, which calls this on the meta device."""
     vocab, dim, layers, dtype = os.environ[SHAPE].split(",")
-    config = Config(vocab=int(vocab), dim=int(dim), layers=int(layers), heads=max(1, int(dim) // 64), hidden=3 * int(dim))
+    config = Config(
+        vocab=int(vocab), dim=int(dim), layers=int(layers), heads=max(1, int(dim) // 64), hidden=3 * int(dim)
+    )
     return Transformer(config).to(getattr(torch, dtype))
 
 
@@ -113,7 +115,9 @@ def planned(policy: Path, profile: Path, seconds: float, args: argparse.Namespac
     return plan
 
 
-def ran(policy: dict[str, Any], args: argparse.Namespace, device: torch.device) -> tuple[float, dict[str, int], dict[str, int]]:
+def ran(
+    policy: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> tuple[float, dict[str, int], dict[str, int]]:
     """Step time, peaks by tier, and bytes per step by link of a run."""
     model = funicular.offload(build(), policy)
     opt = funicular.AdamW(model.parameters(), lr=1e-5)
@@ -158,7 +162,9 @@ def main() -> int:
             subprocess.run(bench, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         sizes = [sum(p.nbytes for p in block.parameters()) for block in build().blocks]
         all_params = sum(p.nbytes for p in build().parameters())
-        print(f"{'policy':28}{'seconds':>9}{'planned':>9}{'off':>7}   peaks in MiB, run / planned; bytes per step, run / planned")
+        print(
+            f"{'policy':28}{'seconds':>9}{'planned':>9}{'off':>7}   peaks in MiB, run / planned; bytes per step, run / planned"
+        )
         wrong = 0
         for name, policy in policies(all_params, max(sizes), folder).items():
             if args.only and args.only not in name:
@@ -187,7 +193,9 @@ def report(name: str, seconds: float, peaks: dict[str, int], links: dict[str, in
         wrong += not true
         cells.append(f"{tier['tier']} {peak / 2**20:.1f}/{most / 2**20:.1f}{'' if true else ' WRONG'}")
     moved = dict(plan["traffic"])
-    cells += [f"{link} {links[link] / 2**20:.1f}/{moved[link] / 2**20:.1f}" for link in links if links[link] or moved[link]]
+    cells += [
+        f"{link} {links[link] / 2**20:.1f}/{moved[link] / 2**20:.1f}" for link in links if links[link] or moved[link]
+    ]
     predicted = plan["step"]["seconds"]
     off = predicted / seconds - 1
     wrong += abs(off) > 0.15

@@ -135,7 +135,9 @@ def test_times_need_rates_and_name_what_binds(tmp_path: Path) -> None:
     assert step["binding"] in {"nvme", "cpu_update"}
     assert timed["wear"]["days"] > 0
     # The planner here is the one for a machine with a GPU; rates of a processor are not its rates.
-    (tmp_path / "host.toml").write_text('version = 1\n[device]\nname = "host"\nhost_to_device = 1e9\n[memory]\nadamw_params = 1e9\n')
+    (tmp_path / "host.toml").write_text(
+        'version = 1\n[device]\nname = "host"\nhost_to_device = 1e9\n[memory]\nadamw_params = 1e9\n'
+    )
     other = plan(*model, "--profile", str(tmp_path / "host.toml"), "--tokens", "1", "--flops", "1")
     assert other["step"] is None
     assert any("'host'" in note for note in other["notes"])

@@ -35,7 +35,9 @@ def test_the_types_are_the_schema() -> None:
 
 def test_policies_are_values() -> None:
     one = Policy(budget=Budget(hbm="12 GiB"), optimizer=Optimizer(tier="nvme"), nvme=Nvme(paths=("/mnt/a",)))
-    same = Policy.from_mapping({"budget": {"hbm": "12288MiB"}, "optimizer": {"tier": "nvme"}, "nvme": {"paths": ["/mnt/a"]}})
+    same = Policy.from_mapping(
+        {"budget": {"hbm": "12288MiB"}, "optimizer": {"tier": "nvme"}, "nvme": {"paths": ["/mnt/a"]}}
+    )
     assert one.budget.hbm == "12GiB", "in the core's spelling"
     assert one == same
     assert hash(one) == hash(same)
