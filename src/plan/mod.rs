@@ -168,6 +168,9 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let limits = config.limits(granularity);
     let placed = advice::place_or_demote(&layout, &config.tiers, &config.budgets, &limits, config.demote);
     let mut notes = notes(machine, compute);
+    if policy.activations.tier == crate::policy::ActivationsTier::Host {
+        notes.push("Inputs of blocks that wait in host memory take of what budget.host leaves.".to_owned());
+    }
     let (refusal, budgets, placed) = match placed {
         Ok((placed, demoted)) => {
             notes.extend(demoted);
