@@ -13,6 +13,11 @@ use funicular::{
 };
 use proptest::prelude::*;
 
+/// What a save or a load finds always.
+fn checkpoint(plan: &Placement) -> u64 {
+    (256 << 10) + if plan.nvme_bytes > 0 { 2 * plan.chunk_on_nvme() } else { 0 }
+}
+
 #[derive(Clone, Debug)]
 struct Case {
     layout: Layout,
@@ -148,12 +153,13 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     let sum = recount(case, plan);
     prop_assert_eq!((sum.hbm, sum.host, sum.nvme), (plan.hbm_bytes, plan.host_bytes, plan.nvme_bytes));
     prop_assert!(sum.host + plan.shadow_bytes <= case.budgets.host.0, "P1 host");
+    prop_assert!(plan.host_bytes + plan.checkpoint_bytes() <= case.budgets.host.0, "P1 checkpoint");
     prop_assert!(sum.nvme <= case.budgets.nvme.0, "P1 nvme");
     prop_assert!(case.budgets.hbm.is_none_or(|b| sum.hbm <= b.0), "P1 hbm");
     prop_assert!(case.budgets.spare.is_none_or(|b| sum.spare <= b.0), "P1 spare");
     let units = || case.layout.units.iter().zip(&plan.homes);
     let widest = units().filter(|(_, h)| h.params == Tier::Nvme).map(|(u, _)| u.param_bytes()).max().unwrap_or(0);
-    prop_assert!(plan.shadow_bytes >= widest, "any unit can be read outside its window");
+    prop_assert!(plan.shadow_bytes >= widest + checkpoint(plan), "any unit can be read outside its window");
     prop_assert!(widest == 0 || (plan.page_slots.0 >= 1 && plan.page_slots.1 >= widest), "it fits a page slot");
     // The machine leaves one update slot to the runtime.
     prop_assert!(sum.nvme == 0 || plan.update_slots.0 >= 2);
@@ -227,7 +233,7 @@ fn spares_are_left_over(case: &Case, plan: &Placement) -> Result<(), TestCaseErr
             case.layout.ids().filter(|&u| u < first && may(u)).map(|u| spare_bytes(case.layout.unit(u))).sum();
         let widest = case.layout.ids().filter(|&u| plan.homes[u.index()].params == Tier::Nvme);
         let shadow = widest.map(|u| case.layout.unit(u).param_bytes()).max().unwrap_or(0);
-        let room = case.budgets.host.0 - (plan.host_bytes - taken) - shadow;
+        let room = case.budgets.host.0 - (plan.host_bytes - taken) - shadow - checkpoint(plan);
         let room = case.budgets.spare.map_or(room / 2, |b| b.0.min(room));
         prop_assert!(before + spare_bytes(case.layout.unit(first)) > room, "there was room for {first}");
     }
@@ -333,7 +339,7 @@ fn placed(tiers: Tiers, hbm: Option<u64>, host: u64) -> Result<Placement, Error>
 #[test]
 fn a_model_that_fits_is_left_alone() {
     // 2 + 2 + 10 MiB each, and no ring.
-    let plan = placed(Tiers::default(), Some(168), 0).unwrap();
+    let plan = placed(Tiers::default(), Some(168), 1).unwrap();
     assert!(plan.homes.iter().all(|h| h.params == Tier::Hbm));
     assert_eq!((plan.ring_chunks, plan.hbm_bytes, plan.host_bytes, plan.nvme_bytes), (0, 168 << 20, 0, 0));
     // One byte less: a ring, and eleven at home.
@@ -341,16 +347,16 @@ fn a_model_that_fits_is_left_alone() {
     let resident = plan.homes.iter().filter(|h| h.params == Tier::Hbm).count();
     assert_eq!((resident, plan.ring_chunks), (11, 1));
     // Without a budget of its own the compute tier is the host's memory.
-    let plan = placed(Tiers::default(), None, 168).unwrap();
+    let plan = placed(Tiers::default(), None, 169).unwrap();
     assert_eq!((plan.ring_chunks, plan.hbm_bytes, plan.host_bytes), (0, 168 << 20, 168 << 20));
-    let plan = placed(Tiers::default(), None, 167).unwrap();
-    assert!(plan.homes.iter().all(|h| h.params != Tier::Hbm) && plan.host_bytes <= 167 << 20);
+    let plan = placed(Tiers::default(), None, 168).unwrap();
+    assert!(plan.homes.iter().all(|h| h.params != Tier::Hbm) && plan.host_bytes <= 168 << 20);
 }
 
 #[test]
 fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
     let here = |params| Tiers { params, optimizer: Some(Tier::Hbm) };
-    assert_eq!(placed(here(None), Some(168), 0).unwrap().ring_chunks, 0);
+    assert_eq!(placed(here(None), Some(168), 1).unwrap().ring_chunks, 0);
     let error = placed(here(None), Some(167), 1000).unwrap_err();
     assert_eq!(error.code(), Code::HbmBudget);
     assert!(error.to_string().contains("Raise budget.hbm to 168MiB"), "{error}");

@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use funicular::{
     Code, Error,
     policy::{
-        Accumulate, Activations, ActivationsTier, Auto, Budget, Debugging, DeviceChoice, Direct, Engine, Grads, Level,
-        Log, MicroBatch, Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsTier, Pattern, Policy,
-        Prefetch, Pressure, UnderPressure, Units, UpdateOn, schema,
+        Activations, ActivationsTier, Auto, Budget, Debugging, DeviceChoice, Direct, Engine, Level, Log, MicroBatch,
+        Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsTier, Pattern, Policy, Prefetch, Pressure,
+        UnderPressure, Units, UpdateOn, schema,
     },
     units::ByteCount,
 };
@@ -403,12 +403,8 @@ fn environment_overrides() {
 
 #[test]
 fn what_is_not_built_is_refused_by_name() {
-    for (text, key) in
-        [("[grads]\naccumulate = \"fp32\"", "grads.accumulate"), ("[optimizer]\nwhere = \"gpu\"", "optimizer.where")]
-    {
-        let error = Policy::from_toml_str(text, "p").unwrap().check_supported().unwrap_err();
-        assert_error(&error, Code::PolicyValue, &[key, "is not supported yet"]);
-    }
+    let error = Policy::from_toml_str("[optimizer]\nwhere = \"gpu\"", "p").unwrap().check_supported().unwrap_err();
+    assert_error(&error, Code::PolicyValue, &["optimizer.where", "is not supported yet"]);
     Policy::default().check_supported().unwrap();
 }
 
@@ -584,7 +580,6 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             trace_steps,
             update_on,
         ) = rest;
-        let accumulate = if flags[3] { Accumulate::Fp32 } else { Accumulate::Param };
         let tier = if flags[4] { ActivationsTier::Host } else { ActivationsTier::Hbm };
         let action = if flags[2] { Pressure::Demote } else { Pressure::Refuse };
         Policy {
@@ -593,7 +588,6 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             budget,
             nvme,
             params: Params { tier: params },
-            grads: Grads { accumulate },
             optimizer: Optimizer { tier: states, spare, update_on },
             units: Units { patterns: units },
             overrides,

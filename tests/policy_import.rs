@@ -162,7 +162,7 @@ fn what_is_computed_differently_needs_a_decision() {
     let i = load("twin_flow.json");
     for (key, part) in [
         ("optimizer", "'Lion' has no kernel"),
-        ("data_types.grad_accum_dtype", "not supported yet"),
+        ("data_types.grad_accum_dtype", "sums in fp32"),
         ("zero_optimization.offload_optimizer.ratio", "on the GPU"),
         ("zero_optimization.offload_optimizer.super_offload", "no such mode"),
         ("zero_optimization.offload_optimizer.cpuadam_cores_perc", "0.9 of the CPUs"),

@@ -15,7 +15,6 @@ __all__ = [
     "Activations",
     "Budget",
     "Debug",
-    "Grads",
     "Log",
     "Nvme",
     "Optimizer",
@@ -58,13 +57,6 @@ class Params:
     """Home of the parameters."""
 
     tier: Literal["auto", "host", "nvme"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grads:
-    """Gradients."""
-
-    accumulate: Literal["param", "fp32"] = "param"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +129,6 @@ _SECTIONS: dict[str, Any] = {
     "budget": Budget,
     "nvme": Nvme,
     "params": Params,
-    "grads": Grads,
     "optimizer": Optimizer,
     "units": Units,
     "prefetch": Prefetch,
@@ -166,7 +157,6 @@ class Policy:
     budget: Budget = field(default_factory=Budget)
     nvme: Nvme = field(default_factory=Nvme)
     params: Params = field(default_factory=Params)
-    grads: Grads = field(default_factory=Grads)
     optimizer: Optimizer = field(default_factory=Optimizer)
     units: Units = field(default_factory=Units)
     override: tuple[Override, ...] = ()

@@ -168,6 +168,9 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let limits = config.limits(granularity);
     let placed = advice::place_or_demote(&layout, &config.tiers, &config.budgets, &limits, config.demote);
     let mut notes = notes(machine, compute);
+    if policy.activations.tier == crate::policy::ActivationsTier::Host {
+        notes.push("Inputs of blocks that wait in host memory take of what budget.host leaves.".to_owned());
+    }
     let (refusal, budgets, placed) = match placed {
         Ok((placed, demoted)) => {
             notes.extend(demoted);
@@ -246,13 +249,14 @@ impl Sight<'_> {
         let staging = [plan.page_slots, plan.update_slots].iter().map(|(n, b)| u64::from(*n) * b).sum();
         let shared = if self.budgets.hbm.is_none() { plan.hbm_bytes } else { 0 };
         let read = plan.widest_on_nvme(self.layout);
-        let flat = |tier, budget: Option<u64>, bytes, more, holds: Vec<(&'static str, u64)>| TierPlan {
+        let save = plan.checkpoint_bytes();
+        let flat = |tier, budget: Option<u64>, bytes, (more, save), holds: Vec<(&'static str, u64)>| TierPlan {
             tier,
             budget,
             steady: bytes,
             init: bytes + more,
             step: bytes,
-            checkpoint: bytes,
+            checkpoint: bytes + save,
             holds: holds.into_iter().filter(|(_, b)| *b > 0).collect(),
         };
         let resident = plan.hbm_bytes - plan.ring_bytes();
@@ -270,15 +274,15 @@ impl Sight<'_> {
                 "hbm",
                 allowed.hbm.map(|b| b.0),
                 plan.hbm_bytes,
-                0,
+                (0, 0),
                 vec![("ring", plan.ring_bytes()), ("resident", resident)],
             ),
-            flat("host", Some(allowed.host.0), plan.host_bytes, read, host),
+            flat("host", Some(allowed.host.0), plan.host_bytes, (read, save), host),
             flat(
                 "nvme",
                 nvme,
                 plan.nvme_bytes,
-                0,
+                (0, 0),
                 vec![("params", params(Tier::Nvme)), ("states", states(Tier::Nvme))],
             ),
         ]

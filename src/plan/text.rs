@@ -110,7 +110,8 @@ fn times(step: &StepPlan) -> String {
         &mut out,
         format_args!("A step takes about {:.3} s, bound by {}: {}.", step.seconds, step.binding, parts.join("; ")),
     );
-    if let Some((name, seconds)) = step.twice_as_fast.first() {
+    let gains = &step.twice_as_fast;
+    if let Some((name, seconds)) = gains.iter().find(|(name, _)| *name == step.binding).or(gains.first()) {
         line(&mut out, format_args!("{name} twice as fast would save {seconds:.3} s."));
     }
     if let Some((change, seconds)) = &step.more_memory {

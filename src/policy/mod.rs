@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use glob::Pattern;
 pub use values::{Auto, DeviceChoice, MicroBatch, Setting, format_size, parse_size};
-pub use words::{Accumulate, ActivationsTier, Direct, Engine, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn};
+pub use words::{ActivationsTier, Direct, Engine, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn};
 
 use crate::{
     error::{Code, Error, Result},
@@ -64,8 +64,6 @@ pub struct Policy {
     pub nvme: Nvme,
     /// Parameters.
     pub params: Params,
-    /// Gradients.
-    pub grads: Grads,
     /// The optimizer's states and its update.
     pub optimizer: Optimizer,
     /// What is paged as a whole.
@@ -93,7 +91,6 @@ impl Default for Policy {
             budget: Budget::default(),
             nvme: Nvme::default(),
             params: Params::default(),
-            grads: Grads::default(),
             optimizer: Optimizer::default(),
             units: Units::default(),
             overrides: Vec::new(),
@@ -161,14 +158,6 @@ impl Default for Nvme {
 pub struct Params {
     /// Their home.
     pub tier: ParamsTier,
-}
-
-/// Gradients.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a section: write [grads] and its keys below")]
-pub struct Grads {
-    /// Number format of their sum over several backwards.
-    pub accumulate: Accumulate,
 }
 
 /// The optimizer's states and its update.

@@ -102,11 +102,6 @@ pub const KEYS: &[Key] = &[
         "Home of the parameters. `auto`: host memory while it lasts, then NVMe.",
     ),
     key(
-        "grads.accumulate",
-        Kind::Word(words::Accumulate::WORDS),
-        "Number format in which gradients of several backwards are summed: the parameter's, or fp32.",
-    ),
-    key(
         "optimizer.tier",
         Kind::Word(words::OptimizerTier::WORDS),
         "Home of the optimizer's states. `auto`: the fastest tier with room. `hbm` keeps the whole unit on the compute device.",

@@ -2,7 +2,7 @@
 
 use super::{
     MicroBatch, Policy,
-    words::{Accumulate, ActivationsTier, OptimizerTier, ParamsTier, UpdateOn},
+    words::{ActivationsTier, OptimizerTier, ParamsTier, UpdateOn},
 };
 use crate::error::{Code, Error, Result};
 
@@ -10,10 +10,7 @@ use crate::error::{Code, Error, Result};
 type Pending = (&'static str, &'static str, fn(&Policy) -> bool);
 
 /// Shrinks as things land.
-const PENDING: &[Pending] = &[
-    ("grads.accumulate", "fp32", |p| p.grads.accumulate == Accumulate::Fp32),
-    ("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu),
-];
+const PENDING: &[Pending] = &[("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu)];
 
 impl Policy {
     /// Refuses settings that the runtime does not act on yet.

@@ -45,13 +45,6 @@ words! {
         /// Files on NVMe drives.
         Nvme = "nvme",
     }
-    /// Number format in which gradients of several backwards are summed.
-    Accumulate {
-        /// The parameter's.
-        #[default] Param = "param",
-        /// 32-bit floats.
-        Fp32 = "fp32",
-    }
     /// Home of the optimizer's states.
     OptimizerTier {
         /// What fits, fastest first.

@@ -152,8 +152,7 @@ fn open_disk(
     let update_pool = SlotPool::new(count, ByteCount(bytes), "states from NVMe")?;
     let mut regions = vec![Arc::clone(update_pool.region())];
     regions.extend(page_pool.as_ref().map(|p| Arc::clone(p.region())));
-    // Two bytes per element is the narrowest kind; every kind's piece is then whole chunks.
-    let chunk_bytes = (plan.update_elems * 2).min(1 << 20);
+    let chunk_bytes = plan.chunk_on_nvme();
     let spec = StoreSpec {
         paths: config.paths.clone(),
         chunk_bytes,

@@ -114,7 +114,7 @@ pub fn predict(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) ->
         units: &units,
         windows: &windows,
         free: [0.0; 5],
-        home: vec![0.0; units.len()],
+        home: vec![(0.0, Resource::Update); units.len()],
         landed: vec![0.0; units.len()],
         frames: vec![0.0; plan.ring_chunks as usize],
         busy: [0.0; 5],
@@ -173,8 +173,8 @@ struct Clocks<'a> {
     units: &'a [UnitTraffic],
     windows: &'a [Window],
     free: [f64; 5],
-    /// The unit's home holds the result of its last update.
-    home: Vec<f64>,
+    /// The unit's home holds the result of its last update, and what that waited for.
+    home: Vec<(f64, Resource)>,
     /// Its last gradient is in host memory.
     landed: Vec<f64>,
     /// The last window over a chunk of the ring has ended.
@@ -249,8 +249,7 @@ impl Clocks<'_> {
     fn page_in(&mut self, unit: UnitId) -> (f64, Resource) {
         let u = unit.index();
         let bytes = self.units[u].params;
-        let mut ready = self.home[u];
-        let mut cause = Resource::Update;
+        let (mut ready, mut cause) = self.home[u];
         if self.plan.homes[u].params == Tier::Nvme {
             let end = self.take(Resource::Nvme, ready, seconds(bytes, self.rates.nvme_read));
             (ready, cause) = (end, Resource::Nvme);
@@ -275,7 +274,7 @@ impl Clocks<'_> {
         self.landed[u] = self.take(Resource::Down, self.free[Resource::Compute as usize], copy);
         if last_pass && self.plan.spare[u] {
             let update = self.on_processor(u, self.rates.update_beside);
-            self.home[u] = self.take(Resource::Update, self.landed[u], update);
+            self.home[u] = (self.take(Resource::Update, self.landed[u], update), Resource::Update);
             if self.rates.shared.is_some() {
                 self.free[Resource::Compute as usize] += update;
             }
@@ -312,14 +311,14 @@ impl Clocks<'_> {
             }
             if self.plan.spare[u] {
                 // Only the commit is left, of what ran ahead.
-                self.home[u] = self.home[u].max(step);
+                self.home[u].0 = self.home[u].0.max(step);
                 continue;
             }
             let update = self.on_processor(u, (self.rates.update + self.rates.update_beside) / 2.0);
             let moved = seconds(one.nvme_read + one.nvme_write, self.rates.nvme_both);
             let disk = self.take(Resource::Nvme, step, moved);
             let end = self.take(Resource::Update, step, update);
-            self.home[u] = if moved > 0.0 { end.max(disk) } else { end };
+            self.home[u] = if moved > 0.0 && disk > end { (disk, Resource::Nvme) } else { (end, Resource::Update) };
             // Pieces pass through both; the processor waits for the drive, not the drive for it.
             if moved > 0.0 {
                 let update = &mut self.free[Resource::Update as usize];
@@ -331,7 +330,7 @@ impl Clocks<'_> {
         }
         if self.rates.shared.is_some() && !streams {
             // The step waits for updates that would compete with the forward for the same cores.
-            let end = self.home.iter().copied().fold(0.0, f64::max);
+            let end = self.home.iter().map(|h| h.0).fold(0.0, f64::max);
             self.await_for(Resource::Update, end);
         }
     }

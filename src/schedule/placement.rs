@@ -91,6 +91,10 @@ pub struct Placement {
     pub nvme_bytes: u64,
 }
 
+/// Frames of a save, and the largest of one.
+const SAVE_FRAMES: u64 = 4;
+const SAVE_FRAME: u64 = 4 << 20;
+
 /// Places a model.
 ///
 /// # Errors
@@ -321,6 +325,12 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, device: &Device, h
     Ok(())
 }
 
+/// Bytes of one chunk of a segment on NVMe. Two bytes per element is the narrowest kind; every kind's piece is then whole
+/// chunks.
+fn chunk_on_nvme(update_elems: u64) -> u64 {
+    (update_elems * 2).min(1 << 20)
+}
+
 /// A size as a policy spells it, rounded up: enough.
 pub(crate) fn at_least(bytes: u64) -> String {
     let (unit, name) = if bytes < 16 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") };
@@ -349,6 +359,20 @@ impl Placement {
     pub fn widest_on_nvme(&self, layout: &Layout) -> u64 {
         let on_nvme = layout.units.iter().zip(&self.homes).filter(|(_, h)| h.params == Tier::Nvme);
         on_nvme.map(|(u, _)| u.param_bytes()).max().unwrap_or(0)
+    }
+
+    /// Host memory that a save or a load takes besides: frames of its writer, from at most half of what is left, and two
+    /// chunks of what it reads from NVMe.
+    pub fn checkpoint_bytes(&self) -> u64 {
+        let read = if self.nvme_bytes > 0 { 2 * self.chunk_on_nvme() } else { 0 };
+        let frame =
+            (self.shadow_bytes.saturating_sub(read) / 2 / SAVE_FRAMES).min(SAVE_FRAME) / SECTION_ALIGN * SECTION_ALIGN;
+        SAVE_FRAMES * frame + read
+    }
+
+    /// Bytes of one chunk of a segment on NVMe.
+    pub fn chunk_on_nvme(&self) -> u64 {
+        chunk_on_nvme(self.update_elems)
     }
 
     /// Bytes of the ring.

@@ -73,7 +73,7 @@ impl Import<'_> {
                 ("grad_accum_dtype", Value::Text(t)) if t == "fp32" && self.element == 2 => {
                     self.undecided(
                         found,
-                        "grads.accumulate = \"fp32\" is not supported yet; sums are in the parameter's number format",
+                        "several backwards are summed in the parameter's number format, as in plain PyTorch; activations.micro_batch sums in fp32",
                     );
                 }
                 _ => self.ignored(found, LOOP),
