@@ -433,7 +433,7 @@ def test_within_a_container(disk: str):
     out = Path(disk) / "out"
     out.mkdir()
     try:
-        line = children.succeed(MEMORY.format(group=str(group), out=str(out)), disk, PLACEMENTS["host"], DEVICE)[0]
+        line = children.succeed(MEMORY.format(group=str(group), out=str(out)), disk, PLACEMENTS["host"], "host")[0]
     finally:
         facts.eventually(lambda: not (group / "cgroup.procs").read_text().strip())
         group.rmdir()
