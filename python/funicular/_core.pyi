@@ -107,6 +107,7 @@ def restore(
     engine: Engine,
     checkpoint: Checkpoint,
     items: list[tuple[int, int, str, int, int, bool, str | None, bool]],
+    stream: int,
     told: Callable[[int], None] | None,
 ) -> None: ...
 def preserve(engine: Engine, unit: int) -> None: ...

@@ -268,7 +268,7 @@ class Loader:
         """Fill everything that was listed."""
         if self.items:
             assert self.session is not None
-            _core.restore(self.session.engine, self.source.core, self.items, told)
+            _core.restore(self.session.engine, self.source.core, self.items, self.session.stream(), told)
             refs = [ref for p in self.named.params.values() if (ref := ref_of(p)) is not None]
             homes_changed(self.session, refs)
         batch: list[tuple[_Ordinary, torch.Tensor]] = []

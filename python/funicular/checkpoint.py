@@ -36,6 +36,10 @@ _TELL = 5.0
 
 #: the last save of each model
 _last: weakref.WeakKeyDictionary[nn.Module, SaveHandle] = weakref.WeakKeyDictionary()
+#: what makes an optimizer's steps wait
+_hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, torch.utils.hooks.RemovableHandle] = (
+    weakref.WeakKeyDictionary()
+)
 _running: set[_core.Save] = set()
 _pid = os.getpid()
 
@@ -266,14 +270,17 @@ def _begin(
 
 
 def _step_after(opt: torch.optim.Optimizer, read: threading.Event, core: _core.Save) -> None:
-    """Have the next step wait until ordinary tensors were read."""
+    """Have the next steps wait until ordinary tensors were read."""
 
     def hook(*_: Any) -> None:
         while not read.wait(0.05) and not core.done():
             pass
-        handle.remove()
 
-    handle = opt.register_step_pre_hook(hook)
+    # Removed by the next save: a hook that removes itself would disturb those that come after it.
+    before = _hooks.pop(opt, None)
+    if before is not None:
+        before.remove()
+    _hooks[opt] = opt.register_step_pre_hook(hook)
 
 
 def load(

@@ -10,7 +10,7 @@ use crate::{
         control::Control,
         convert::{Conversion, master},
         layout::TensorSpec,
-        save::{Job, Request, Tiers},
+        save::{GRAIN, Job, Request, Tiers},
         tensors::TensorReader,
         writer::Means,
     },
@@ -150,6 +150,10 @@ impl Tiers for Tensors<'_> {
             }
         }
         Ok(())
+    }
+
+    fn grain(&self, _tensor: usize) -> usize {
+        GRAIN
     }
 
     fn copied(&mut self, _group: u32) -> Result<()> {

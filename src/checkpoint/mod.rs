@@ -25,6 +25,6 @@ pub use layout::TensorSpec;
 pub use manifest::{FileFacts, MANIFEST, Manifest, PIECE, ShardFacts, VERSION};
 pub use reader::{Range, Reader};
 pub use safetensors::Dtype;
-pub use save::{Job, Request, Tiers};
+pub use save::{GRAIN, Job, Request, Tiers};
 pub use tensors::{TensorReader, verify};
 pub use writer::{Means, Writer};

@@ -37,6 +37,9 @@ pub struct Request {
     pub shard: u64,
 }
 
+/// Bytes that are copied and then summed: they stay in a core's own cache.
+pub const GRAIN: usize = 256 << 10;
+
 /// Where the bytes come from. Tensors are asked for group by group, each tensor from its begin to its end.
 pub trait Tiers {
     /// The group to be written next, once it may be read; none when all were.
@@ -50,6 +53,9 @@ pub trait Tiers {
     /// # Errors
     /// From the tier.
     fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()>;
+
+    /// Bytes of a tensor that are best fetched at a time: what lies in memory is summed while it is still in the cache.
+    fn grain(&self, tensor: usize) -> usize;
 
     /// All bytes of the group were fetched: it may be overwritten.
     ///
@@ -176,10 +182,10 @@ fn write_tensor(
 ) -> Result<Vec<u64>> {
     let mut pieces = Pieces::new(PIECE);
     writer.seek(file, offset)?;
-    let mut at = 0;
+    let (mut at, grain) = (0, tiers.grain(tensor));
     while at < bytes {
         let room = writer.room()?;
-        let n = room.len().min((bytes - at) as usize);
+        let n = room.len().min((bytes - at) as usize).min(grain);
         tiers.fetch(tensor, at, &mut room[..n])?;
         pieces.feed(&room[..n]);
         writer.advance(n);

@@ -10,6 +10,7 @@ use crate::{
         control::Control,
         convert::Conversion,
         reader::{Range, Reader, damaged},
+        save::GRAIN,
         writer::Means,
     },
     error::{Code, Error, Result},
@@ -116,7 +117,7 @@ impl<'a> TensorReader<'a> {
         let tensor = self.tensor()?;
         let mut at = 0;
         while at < out.len() {
-            let bytes = self.reader.take(out.len() - at)?;
+            let bytes = self.reader.take((out.len() - at).min(GRAIN))?;
             if bytes.is_empty() {
                 return Err(damaged(format!("'{}' ends too early.", tensor.name)));
             }

@@ -124,7 +124,7 @@ impl Checkpoint {
     /// Reads everything and compares it with the checksums.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         let control = Control::default();
-        let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 4 << 20 };
+        let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
         waiting(py, |i| {
             crate::runtime::aside(&control, i, || {
                 let all: Vec<&Found> = self.contents.model.values().chain(self.contents.optimizer.values()).collect();
@@ -220,6 +220,7 @@ pub(crate) fn restore(
     engine: &Engine,
     checkpoint: &Checkpoint,
     items: Vec<ItemTuple>,
+    stream: u64,
     told: Option<Py<PyAny>>,
 ) -> PyResult<()> {
     let given: Result<Vec<Item>> = items
@@ -239,7 +240,7 @@ pub(crate) fn restore(
     };
     waiting(py, |i| {
         engine.with(|rt| {
-            rt.restore(&checkpoint.contents, given, &control, &mut || {
+            rt.restore(&checkpoint.contents, given, &control, stream, &mut || {
                 tell(&control);
                 i()
             })

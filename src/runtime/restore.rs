@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::{
     checkpoint::{Contents, Control, Conversion, Dtype, Found, Means, TensorReader},
+    device::StreamRef,
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     io::{Direction, EngineOptions},
@@ -12,6 +13,7 @@ use crate::{
         Interrupted, Runtime,
         core::{Disk, Shared},
         saves::group_of,
+        stats::Cause,
     },
     units::UnitId,
 };
@@ -65,7 +67,7 @@ struct Fill<'a> {
 }
 
 impl Runtime {
-    /// Loads states; the units' updates are over and their windows closed. `control` tells how far it is.
+    /// Loads states, after the work on `stream`; the units' windows are closed. `control` tells how far it is.
     ///
     /// # Errors
     /// `FN-E407` before anything is touched; later `FN-E406`, the runtime's first failure, or an interruption: then some
@@ -75,6 +77,7 @@ impl Runtime {
         contents: &Contents,
         items: Vec<Item>,
         control: &Control,
+        stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
         let shared = self.shared()?;
@@ -84,6 +87,11 @@ impl Runtime {
             shared.settle(unit, interrupted)?;
             shared.saves.preserve(group_of(unit), interrupted)?;
             shared.drop_ahead(unit);
+        }
+        // Kernels may still read a home, and copies up and down may be on their way.
+        for on in [StreamRef::Compute(stream), StreamRef::Down, StreamRef::Up] {
+            let gate = shared.device.record(on)?;
+            shared.block_gate(gate, Cause::Copy, interrupted)?;
         }
         let means = shared.means(0)?;
         let result = aside(control, interrupted, || shared.fill(contents, &fills, &means, control));
@@ -105,7 +113,7 @@ pub unsafe fn read_buffers(
     control: &Control,
     interrupted: Interrupted<'_>,
 ) -> Result<()> {
-    let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 4 << 20 };
+    let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
     let mut work = Vec::new();
     for buffer in buffers {
         let found = find(contents, &buffer.tensor, buffer.optimizer)?;

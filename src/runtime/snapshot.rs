@@ -4,7 +4,7 @@
 use std::{collections::HashSet, sync::Arc};
 
 use crate::{
-    checkpoint::{Control, Job, Means, Request, Tiers, master},
+    checkpoint::{Control, GRAIN, Job, Means, Request, Tiers, master},
     device::{Gate, StreamRef},
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
@@ -14,12 +14,12 @@ use crate::{
         core::Shared,
         saves::{Next, PLAIN, group_of},
     },
-    units::{ByteCount, UnitId},
+    units::{ByteCount, Tier, UnitId},
 };
 
 /// Frames of a save, and the bytes of one.
 const FRAMES: u32 = 4;
-const LARGEST_FRAME: u64 = 4 << 20;
+const LARGEST_FRAME: u64 = 8 << 20;
 const SMALLEST_FRAME: u64 = 16 << 10;
 /// Elements are widened through this many bytes.
 const SCRATCH: usize = 64 << 10;
@@ -211,6 +211,10 @@ impl Tiers for Plain {
         })
     }
 
+    fn grain(&self, _tensor: usize) -> usize {
+        GRAIN
+    }
+
     fn copied(&mut self, _group: u32) -> Result<()> {
         (self.unchanged)()
     }
@@ -387,6 +391,18 @@ impl Tiers for Snapshot<'_> {
         // Whoever waits for an update that waits for this save sees that something moves.
         shared.inner.lock().events += 1;
         Ok(())
+    }
+
+    fn grain(&self, tensor: usize) -> usize {
+        let on_disk = |place: Place| match place {
+            Place::Unit { unit, kind, .. } => {
+                let homes = self.shared.placement.homes[unit.index()];
+                (if kind == StateKind::Param { homes.params } else { homes.optimizer }) == Tier::Nvme
+            }
+            Place::Memory { on_device, .. } => on_device,
+        };
+        // A disk, or a device, is asked for as much as there is room for.
+        if on_disk(self.sources[tensor].place) { usize::MAX } else { GRAIN }
     }
 
     fn copied(&mut self, group: u32) -> Result<()> {

@@ -1,6 +1,5 @@
 """Everything that can go wrong around a checkpoint: an error with a name, nothing lost, and training goes on."""
 
-import json
 import os
 import random
 import shutil
@@ -18,8 +17,11 @@ import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Stack
-from test_checkpoint import assert_same_files, begin, build, go_on
+from test_checkpoint import begin, build, go_on
+from test_checkpoint_cli import bad_bit, saved, truncate
 from twin import Run, World, match
+
+__all__ = ["saved"]
 
 FOREVER = 10**9
 
@@ -29,26 +31,7 @@ def seeded(run: Run) -> list[tuple[str, Any]]:
     return go_on(run)
 
 
-@pytest.fixture
-def saved(two_worlds: World, tmp_path: Path) -> Path:
-    """A checkpoint after two steps, in several files."""
-    run = begin(two_worlds)
-    run.train(2, look=False)
-    funicular.save(run.model, run.opt, tmp_path / "c", shard_bytes=100_000)
-    return tmp_path / "c"
-
-
 # ---------------------------------------------------------------------- damage
-
-
-def bad_bit(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at % len(data)] ^= 1 << (at % 8)
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 3)
 
 
 def lengthen(path: Path) -> None:
@@ -397,18 +380,6 @@ def test_a_directory_of_somebody_else(disk: str):
     assert end == "[]"
 
 
-def test_left_behind(host_world: World, tmp_path: Path):
-    """What killed saves left is removed by the next save beside it, and by nobody else."""
-    dead = tmp_path / ".funicular-save-vm-1-0123456789abcdef"
-    dead.mkdir()
-    (dead / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".other").mkdir()
-    run = begin(host_world, Stack)
-    assert "left behind" in cli("ls", tmp_path)[1]
-    funicular.save(run.model, run.opt, tmp_path / "c")
-    assert sorted(os.listdir(tmp_path)) == [".other", "c"]
-
-
 def test_killed():
     """Ten processes killed amid saves; ``make soak`` kills two hundred."""
     if DEVICE != "host":
@@ -462,64 +433,9 @@ def test_within_a_container(disk: str):
     out = Path(disk) / "out"
     out.mkdir()
     try:
-        line = children.succeed(MEMORY.format(group=str(group), out=str(out)), disk, PLACEMENTS["host"], DEVICE)[0]
+        line = children.succeed(MEMORY.format(group=str(group), out=str(out)), disk, PLACEMENTS["host"], "host")[0]
     finally:
         facts.eventually(lambda: not (group / "cgroup.procs").read_text().strip())
         group.rmdir()
     assert line.startswith("survived")
     assert int(line.split()[1]) > 500
-
-
-# ---------------------------------------------------------------------- the command line
-
-
-def cli(*words: Any) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "funicular", "checkpoint", *map(str, words)], capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-def test_ls_and_verify(saved: Path):
-    status, text = cli("ls", saved.parent)
-    assert status == 0
-    head, row = text.splitlines()
-    assert head.split()[:2] == ["name", "step"]
-    assert row.split()[:2] == ["c", "2"]
-    assert row.endswith("complete")
-    assert cli("ls", saved)[1].splitlines()[1].startswith("c")
-    status, text = cli("verify", saved)
-    assert status == 0
-    assert "all checksums agree" in text
-    names = sorted(p for p in saved.iterdir() if p.suffix == ".safetensors")
-    for name in names[:2]:
-        bad_bit(name, name.stat().st_size - 1)
-    status, text = cli("verify", saved)
-    assert status == 1
-    assert text.count("FN-E406") == 2
-    assert "2 damaged" in text
-    truncate(names[0])
-    status, text = cli("ls", saved.parent)
-    assert status == 1
-    assert names[0].name in text
-    assert cli("verify", saved.parent / "nowhere")[0] == 1
-    assert "FN-E404" in cli("ls", saved.parent / "nowhere")[1]
-
-
-@pytest.mark.parametrize("kept", ["param", "fp32"])
-@pytest.mark.parametrize("wanted", ["param", "fp32"])
-def test_export(kept: str, wanted: str, two_worlds: World, tmp_path: Path):
-    """The weights alone, in either form from either form: the same files as a save of that form."""
-    run = begin(two_worlds)
-    run.train(3, look=False)
-    for weights in ("param", "fp32"):
-        funicular.save(run.model, run.opt, tmp_path / weights, weights=weights)
-    options = ["--fp32"] if wanted == "fp32" else []
-    status, text = cli("export", tmp_path / kept, tmp_path / "out", *options)
-    assert status == 0, text
-    assert "FN-E402" in cli("export", tmp_path / kept, tmp_path / "out")[1]
-    for file in tmp_path.glob("*/optimizer*.safetensors"):
-        file.unlink()
-    assert_same_files(tmp_path / wanted, tmp_path / "out")
-    manifest = json.loads((tmp_path / "out" / "funicular.json").read_text())
-    assert manifest["training"]["exported_from"].endswith(kept)

@@ -15,7 +15,7 @@ from torch import nn
 import children
 import facts
 import funicular
-from conftest import DEVICE, PLACEMENTS
+from conftest import PLACEMENTS
 from models import WIDTH, Decoder, Stack
 from test_checkpoint import begin, build, go_on
 from test_transformers import MODELS, VOCAB
@@ -383,8 +383,8 @@ def test_the_model_never_has_to_fit(disk: str, tmp_path: Path):
     path = str(Path(disk).parent / f"{Path(disk).name}-weights")
     try:
         placement = PLACEMENTS["nvme-threads"]
-        assert children.succeed(MEMORY.format(path=path), disk, placement, DEVICE) == []
-        total, peak, wrong = children.succeed(MEMORY.format(path=path), disk, placement, DEVICE)[0].split(" ", 2)
+        assert children.succeed(MEMORY.format(path=path), disk, placement, "host") == []
+        total, peak, wrong = children.succeed(MEMORY.format(path=path), disk, placement, "host")[0].split(" ", 2)
     finally:
         shutil.rmtree(path, ignore_errors=True)
     assert wrong == "[]"
