@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,6 +242,14 @@ def lazy() -> nn.Module:
     return model
 
 
+def scripted() -> nn.Module:
+    model = Stack()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of TorchScript
+        model.layers[1].extra = torch.jit.script(nn.Linear(4, 4))
+    return model
+
+
 def meta_block() -> nn.Module:
     model = Stack()
     model.layers[3].to("meta")
@@ -277,6 +286,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
         ("layers.1.extra", "layers.2.up.weight", "clone"),
     ),
     "the same data twice": (data_shared, "FN-E113", ("layers.1.up.weight", "layers.2.up.weight", "Tie")),
+    "scripted": (scripted, "FN-E123", ("layers.1.extra", "TorchScript", "made from")),
     "lazy": (lazy, "FN-E112", ("late.weight", "not initialised", "forward")),
 }
 
