@@ -8,6 +8,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from funicular._errors import UsageError
+from funicular._model import storage_address
 
 if TYPE_CHECKING:
     from funicular._model import ParamRef, Unit
@@ -60,7 +61,9 @@ def check_places(session: Session, unit: Unit) -> None:
 
 
 def _renew(session: Session, unit: Unit) -> None:
-    away = [ref for ref in unit.params if ref.at_frame()]
+    # By where the frames' storage is now.
+    moved = unit.frame_flats[torch.uint8].data_ptr()
+    away = [ref for ref in unit.params if storage_address(ref.param) == moved]
     frame = tensor_over(session.engine.frame_buffer(unit.engine_id))
     home = tensor_over(session.engine.home_buffer(unit.engine_id, True))
     unit.frame, unit.frame_flats = frame.untyped_storage(), {torch.uint8: frame}

@@ -39,6 +39,15 @@ def test_there_are_lines():
     assert len(lines()) > 25
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_block(host_world):
+    model = Stack()
+    model.layers[2] = torch.jit.script(nn.Linear(WIDTH, WIDTH))
+    with pytest.raises(funicular.UsageError, match="FN-E123"):
+        funicular.offload(model, host_world.policy(Stack()))
+    assert all(type(p) is nn.Parameter for p in model.layers[0].parameters())
+
+
 class UsesFunc(Block):
     def forward(self, x):
         slope = torch.func.grad(lambda w: (w**2).sum())(self.up.weight)
