@@ -468,10 +468,11 @@ class GuardedGrad(torch.Tensor):
 
 
 def _known_to_foreach() -> None:
-    """Let torch take its foreach paths for guarded tensors, so that norms over them have the bits of ordinary ones."""
-    known = getattr(torch.utils._foreach_utils, "_foreach_supported_types", None)
-    if isinstance(known, list):
-        known.extend(cls for cls in (GuardedParameter, WindowParameter, GuardedGrad) if cls not in known)
+    """Let torch take its foreach paths for guarded tensors: norms and steps of its optimizers have the bits of ordinary ones."""
+    for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+        known = getattr(sys.modules.get(name), "_foreach_supported_types", None)
+        if isinstance(known, list):
+            known.extend(cls for cls in (GuardedParameter, WindowParameter, GuardedGrad) if cls not in known)
 
 
 _known_to_foreach()

@@ -44,11 +44,18 @@ struct Other {
     coming: u64,
 }
 
-/// Places a model and admits the plan, before anything is allocated.
+/// Places a model and admits the plan, before anything is allocated. `freed` bytes of this process will be given back as the model
+/// moves in.
 ///
 /// # Errors
 /// `FN-E20x` with the numbers and the ways out.
-pub(crate) fn admit(layout: &Layout, config: &Config, granularity: u64, on_host: bool) -> Result<(Placement, Running)> {
+pub(crate) fn admit(
+    layout: &Layout,
+    config: &Config,
+    granularity: u64,
+    on_host: bool,
+    freed: ByteCount,
+) -> Result<(Placement, Running)> {
     let limits = config.limits(granularity);
     let ways = || advice::ways(layout, &config.tiers, &config.budgets, &limits);
     let placed = advice::place_or_demote(layout, &config.tiers, &config.budgets, &limits, config.demote);
@@ -65,7 +72,7 @@ pub(crate) fn admit(layout: &Layout, config: &Config, granularity: u64, on_host:
     })?;
     let frames = if on_host && config.budgets.hbm.is_some() { plan.hbm_bytes } else { 0 };
     let need = plan.host_bytes + plan.widest_on_nvme(layout) + frames;
-    let mut running = Running::begin(Path::new(FOLDER), need, config.machine.available().0);
+    let mut running = Running::begin(Path::new(FOLDER), need, config.machine.available().0, freed.0);
     running.demoted = demoted;
     let coming: u64 = running.others.iter().map(|o| o.coming).sum();
     if need + coming > running.available {
@@ -92,12 +99,13 @@ fn short(need: u64, available: u64) -> Error {
 
 impl Running {
     /// Leaves this run's note in `folder`, and reads those of others. Without such a folder nobody knows of anybody.
-    fn begin(folder: &Path, mine: u64, available: u64) -> Self {
+    fn begin(folder: &Path, mine: u64, available: u64, freed: u64) -> Self {
         let uid = user();
         let folder = folder.join(format!("funicular-{uid}"));
         let _ = fs::DirBuilder::new().mode(0o700).create(&folder);
         let others = others(&folder);
-        let note = leave(&folder, mine).ok();
+        let before = resident(std::process::id()).saturating_sub(freed);
+        let note = leave(&folder, mine, before).ok();
         Self { note, others, mine, available, demoted: None }
     }
 
@@ -143,32 +151,39 @@ fn user() -> u32 {
     fs::metadata("/proc/self").map_or(0, |m| m.uid())
 }
 
-fn leave(folder: &Path, mine: u64) -> std::io::Result<(PathBuf, File)> {
+fn leave(folder: &Path, mine: u64, before: u64) -> std::io::Result<(PathBuf, File)> {
     let path = folder.join(format!("{}-{:016x}", std::process::id(), random()));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
     file.try_lock().map_err(std::io::Error::from)?;
-    writeln!(file, "{mine}")?;
+    writeln!(file, "{mine} {before}")?;
     Ok((path, file))
 }
 
 /// The runs that are alive, by process; those of this one are among them. Stale notes are removed.
 fn others(folder: &Path) -> Vec<Other> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let read = |path: PathBuf| -> Option<(u32, u64)> {
+    let read = |path: PathBuf| -> Option<(u32, u64, u64)> {
         let pid = path.file_name()?.to_str()?.split('-').next()?.parse().ok()?;
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path).ok()?;
         if file.try_lock().is_ok() {
             let _ = fs::remove_file(&path);
             return None;
         }
-        Some((pid, fs::read_to_string(&path).ok()?.trim().parse().ok()?))
+        let text = fs::read_to_string(&path).ok()?;
+        let (planned, before) = text.trim().split_once(' ')?;
+        Some((pid, planned.parse().ok()?, before.parse().ok()?))
     };
-    let mut planned: BTreeMap<u32, u64> = BTreeMap::new();
-    for (pid, bytes) in entries.flatten().filter_map(|e| read(e.path())) {
-        *planned.entry(pid).or_default() += bytes;
+    // What a process planned in all, and what it had before the first of its plans.
+    let mut runs: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+    for (pid, planned, before) in entries.flatten().filter_map(|e| read(e.path())) {
+        let run = runs.entry(pid).or_insert((0, before));
+        *run = (run.0 + planned, run.1.min(before));
     }
-    let other = |(pid, planned): (u32, u64)| Other { pid, planned, coming: planned.saturating_sub(resident(pid)) };
-    planned.into_iter().map(other).collect()
+    let other = |(pid, (planned, before)): (u32, (u64, u64))| {
+        let taken = resident(pid).saturating_sub(before);
+        Other { pid, planned, coming: planned.saturating_sub(taken) }
+    };
+    runs.into_iter().map(other).collect()
 }
 
 /// Memory that a process has now.
@@ -186,7 +201,7 @@ mod tests {
     fn runs_know_of_each_other_while_they_live() {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = dir.path().join(format!("funicular-{}", user()));
-        let first = Running::begin(dir.path(), 1 << 40, 1 << 41);
+        let first = Running::begin(dir.path(), 1 << 40, 1 << 41, 0);
         assert!(first.others.is_empty() && first.note.is_some());
         let mine = others(&folder);
         assert!(mine.len() == 1 && mine[0].pid == std::process::id(), "a second model counts the first: {mine:?}");
@@ -194,9 +209,9 @@ mod tests {
         let theirs = folder.join(format!("{}-00", std::os::unix::process::parent_id()));
         let locked = File::create(&theirs).expect("creates");
         locked.try_lock().expect("locks");
-        fs::write(&theirs, "1099511627776\n").expect("writes");
-        fs::write(folder.join("1-00"), "5\n").expect("writes");
-        let second = Running::begin(dir.path(), 1 << 40, 1 << 40);
+        fs::write(&theirs, "1099511627776 0\n").expect("writes");
+        fs::write(folder.join("1-00"), "5 0\n").expect("writes");
+        let second = Running::begin(dir.path(), 1 << 40, 1 << 40, 0);
         assert_eq!(second.others.len(), 2);
         assert!(
             second.others.iter().all(|o| o.coming > 1 << 39) && second.notes()[0].contains("FN-W208"),

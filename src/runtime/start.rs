@@ -59,7 +59,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let device = device::open(Config::device_of(policy))?;
     let config = &Config::resolve(policy, &layout, device.free_memory()?, freed)?;
     let on_host = device.kind() == DeviceKind::Host;
-    let (plan, running) = admission::admit(&layout, config, device.granularity(), on_host)?;
+    let (plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let homes = Homes::new(&layout, &plan)?;
     let channels = Channels {

@@ -33,12 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.dlpack import from_dlpack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
 import funicular
-from funicular._offload import _Capsule, session_of
+from funicular._offload import session_of
+from funicular._places import tensor_over
 
 LR = 0.05
 
@@ -207,9 +207,7 @@ class Paged:
         funicular.offload(self.model, policy(args, self.model))
         self.session = session_of(self.model)
         self.streams = Streams(args.device)
-        self.homes = [
-            from_dlpack(_Capsule(self.session.engine.home_buffer(u.engine_id, False))) for u in self.session.units
-        ]
+        self.homes = [tensor_over(self.session.engine.home_buffer(u.engine_id, False)) for u in self.session.units]
         for handle in self.session.handles:
             handle.remove()
         self.sinks: dict[int, Tensor] = {}

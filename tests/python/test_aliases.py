@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import funicular
-from models import WIDTH, Decoder, Stack, stack
+from models import CUDA, WIDTH, Decoder, Stack, stack
 from twin import Run, case, compare, loud
 
 OPTIMIZERS = {
@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {"fused": True, "lr": 1e-2}),
     "adamw_foreach": (torch.optim.AdamW, {"foreach": True, "lr": 1e-2}),
     "sgd": (torch.optim.SGD, {"fused": True, "lr": 0.1, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {"fused": True, "lr": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {"fused": not CUDA, "lr": 0.1}),  # torch has no fused one for GPUs
     "rmsprop": (torch.optim.RMSprop, {}),
     "rprop": (torch.optim.Rprop, {}),
     "asgd": (torch.optim.ASGD, {}),
@@ -296,6 +296,13 @@ def _halve(x):
         x.mul_(0.5)
 
 
+def _put(p: torch.Tensor) -> None:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # torch has no deterministic one on GPUs; one element is
+    p.put_(torch.tensor([0], device=p.device), torch.tensor([9.0], device=p.device))
+    torch.use_deterministic_algorithms(deterministic)
+
+
 CUSTOM = {
     "library": lambda ps: [torch.ops.funicular_test.halve_(p) for p in ps],
     "foreach": lambda ps: torch._foreach_mul_(ps, 0.5),
@@ -306,7 +313,7 @@ CUSTOM = {
     "apply": lambda ps: (
         [p.data.apply_(lambda a: a * 0.5) for p in ps] if ps[0].device.type == "cpu" else [p.mul_(0.5) for p in ps]
     ),
-    "put": lambda ps: [p.put_(torch.tensor([0], device=p.device), torch.tensor([9.0], device=p.device)) for p in ps],
+    "put": lambda ps: [_put(p) for p in ps],
     "index_fill": lambda ps: [p.index_fill_(0, torch.tensor([0], device=p.device), 0.5) for p in ps],
     "out": lambda ps: [torch.mul(p, 0.5, out=p) for p in ps],
 }
