@@ -385,6 +385,10 @@ impl Drop for Ring {
         if self.wake_armed {
             std::mem::forget(std::mem::take(&mut self.counter));
         }
+        // Here, because the kernel takes a ring apart some time after it was closed, and holds the pages until then.
+        if !self.registered.is_empty() {
+            let _ = self.ring.submitter().unregister_buffers();
+        }
     }
 }
 

@@ -14,12 +14,11 @@ use crate::{
         core::Shared,
         saves::{Next, PLAIN, group_of},
     },
+    schedule::placement::{SAVE_FRAME, SAVE_FRAMES},
     units::{ByteCount, Tier, UnitId},
 };
 
-/// Frames of a save, and the bytes of one.
-const FRAMES: u32 = 4;
-const LARGEST_FRAME: u64 = 8 << 20;
+/// Bytes of the smallest frame of a save.
 const SMALLEST_FRAME: u64 = 16 << 10;
 /// Elements are widened through this many bytes.
 const SCRATCH: usize = 64 << 10;
@@ -179,13 +178,13 @@ pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unch
 
 /// How a save or a load works within `slack` bytes of memory: half of it at most, so that others find some too.
 fn means(slack: u64, io: &(EngineOptions, bool)) -> Result<Means> {
-    let frame = (slack / 2 / u64::from(FRAMES)).min(LARGEST_FRAME) / 4096 * 4096;
+    let frame = (slack / 2 / u64::from(SAVE_FRAMES)).min(SAVE_FRAME) / 4096 * 4096;
     if frame < SMALLEST_FRAME {
-        let need = ByteCount(2 * u64::from(FRAMES) * SMALLEST_FRAME);
+        let need = ByteCount(2 * u64::from(SAVE_FRAMES) * SMALLEST_FRAME);
         let text = format!("a save or load needs {need} of host memory, {} are left of budget.host.", ByteCount(slack));
         return Err(Error::new(Code::CheckpointMemory, text).action("Raise budget.host by that much."));
     }
-    Ok(Means { engine: io.0.clone(), direct: io.1, frames: FRAMES, frame })
+    Ok(Means { engine: io.0.clone(), direct: io.1, frames: SAVE_FRAMES, frame })
 }
 
 struct Plain {

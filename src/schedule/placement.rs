@@ -91,9 +91,10 @@ pub struct Placement {
     pub nvme_bytes: u64,
 }
 
-/// Frames of a save, and the largest of one.
-const SAVE_FRAMES: u64 = 4;
-const SAVE_FRAME: u64 = 4 << 20;
+/// Frames of a save.
+pub const SAVE_FRAMES: u32 = 4;
+/// Bytes of the largest one.
+pub const SAVE_FRAME: u64 = 8 << 20;
 
 /// Places a model.
 ///
@@ -365,9 +366,10 @@ impl Placement {
     /// chunks of what it reads from NVMe.
     pub fn checkpoint_bytes(&self) -> u64 {
         let read = if self.nvme_bytes > 0 { 2 * self.chunk_on_nvme() } else { 0 };
+        let frames = u64::from(SAVE_FRAMES);
         let frame =
-            (self.shadow_bytes.saturating_sub(read) / 2 / SAVE_FRAMES).min(SAVE_FRAME) / SECTION_ALIGN * SECTION_ALIGN;
-        SAVE_FRAMES * frame + read
+            (self.shadow_bytes.saturating_sub(read) / 2 / frames).min(SAVE_FRAME) / SECTION_ALIGN * SECTION_ALIGN;
+        frames * frame + read
     }
 
     /// Bytes of one chunk of a segment on NVMe.

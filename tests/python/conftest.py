@@ -45,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    """A test leaves the process as it found it: the next one must not fail, or pass, because of it."""
+    before = facts.process()
+    yield
+    assert facts.process() == before
+
+
 @pytest.fixture
 def disk() -> Iterator[str]:
     """An empty directory on a real disk; the runtime must leave it empty."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,24 @@ def moved(model: nn.Module, link: str) -> int:
 def saved_tensor_hooks() -> int:
     """Saved-tensor hooks on this thread's stack; 0 where no offloaded model lives."""
     return 0 if torch._C._autograd._top_saved_tensors_default_hooks(True) is None else 1
+
+
+def process() -> dict[str, object]:
+    """What of this process later work depends on."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    gradient = parameter.grad
+    return {
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("FUNICULAR", "PYTHON", "LD_", "CUDA"))},
+        "folder": os.getcwd(),
+        "traced": (sys.gettrace(), sys.getprofile()),
+        "gradients": torch.is_grad_enabled(),
+        "type": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "references": (sys.getrefcount(gradient), torch.Tensor._use_count(gradient)),
+        "limits": [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")],
+        "cgroup": Path("/proc/self/cgroup").read_text(),
+    }
 
 
 def rss() -> int:

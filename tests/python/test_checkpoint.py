@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import children
 import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS, make_world
-from models import WIDTH, Decoder, Stack
+from models import WIDTH, Block, Decoder, Stack
 from twin import Mismatch, Run, World, match
 
 #: parameters on the host and states on disk, besides the usual ones
@@ -375,13 +376,26 @@ def test_budgets_hold(disk: str, tmp_path: Path):
     funicular.load(tmp_path / "c", run.model, run.opt)
     after, limit = facts.budget(run.model, "host")
     assert peak < after <= limit
-    on_host = World(DEVICE, (disk,))
-    used = funicular.stats(begin(on_host, lambda: Stack()).model).budgets["host"].used
-    tight = begin(on_host, lambda: Stack(), budget={"host": f"{used + 65536}B"})
+
+
+def test_room_for_a_checkpoint(disk: str, tmp_path: Path):
+    """A model whose checkpoint would not fit is refused before it trains; what somebody holds is told by the save."""
+    world = World(DEVICE, (disk,), "host", "nvme")
+    with pytest.raises(funicular.BudgetError, match="FN-E202") as refused:
+        begin(world, lambda: Stack(lambda: Block(4 * WIDTH), width=4 * WIDTH), budget={"host": "64KiB"})
+    enough = re.search(r"Raise budget\.host to (\S+)\.", str(refused.value))
+    assert enough is not None
+    run = begin(world, lambda: Stack(lambda: Block(4 * WIDTH), width=4 * WIDTH), budget={"host": enough[1]})
+    run.train(1, look=False)
+    held: list[torch.Tensor] = []
+    with pytest.raises(funicular.BudgetError, match="FN-E205"):
+        held.extend(run.opt.state[p]["exp_avg"] for p in run.model.parameters())
     with pytest.raises(funicular.BudgetError, match=r"FN-E409.*budget\.host"):
-        funicular.save(tight.model, tight.opt, tmp_path / "d")
-    assert os.listdir(tmp_path) == ["c"]
-    tight.train(1, look=False)
+        funicular.save(run.model, run.opt, tmp_path / "d")
+    assert os.listdir(tmp_path) == []
+    held.clear()
+    run.train(1, look=False)
+    funicular.save(run.model, run.opt, tmp_path / "d")
 
 
 def test_between_backward_and_step(host_world: World, tmp_path: Path):

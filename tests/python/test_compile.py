@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -184,10 +185,12 @@ def test_inductor(rows, host_world):
         run.train(3)
 
     sections = {} if rows is None else {"activations": {"micro_batch": 4}}
-    plain = play(host_world, stack(), train, False, 3, {})
-    counters.clear()
-    torch._dynamo.reset()
-    paged = play(host_world, stack(), train, True, 3, sections)
+    # Code of another day may be for another instruction set: torch looks anew what there is, and is not always right.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        plain = play(host_world, stack(), train, False, 3, {})
+        counters.clear()
+        torch._dynamo.reset()
+        paged = play(host_world, stack(), train, True, 3, sections)
     assert graphs() == 1
     for (name, a), (_, b) in zip(plain.notes, paged.notes, strict=True):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b), name

@@ -196,9 +196,11 @@ def test_the_plan_is_what_a_run_does(name: str, factory: Path, disk: str, monkey
         assert used <= most <= used * 1.02 + 4096, (tier, used)
     for link, expected in planned["traffic"]:
         moved = (after.links[link].bytes - before.links[link].bytes) / 4
-        # A prefetch that a conflict undoes is moved again, an update ahead of the step done again; nothing is moved less.
-        again = link in {"host_to_device", "nvme_read"} or (link == "cpu_update" and name == "spare frames")
-        assert expected * 0.99 <= moved <= expected * (1.25 if again else 1.01), (link, moved, expected)
+        # A prefetch that a conflict undoes is moved again; nothing is moved less.
+        most = 1.25 if link in {"host_to_device", "nvme_read"} else 1.01
+        if link == "cpu_update" and name == "spare frames":
+            most = (28 + 2 * 4) / 28 + 0.01  # after an update ahead of the step the parameters are copied home
+        assert expected * 0.99 <= moved <= expected * most, (link, moved, expected)
 
 
 @pytest.mark.parametrize("name", ["automatic", "host", "all on NVMe", "a tight host"])
