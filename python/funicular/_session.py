@@ -80,8 +80,6 @@ class Session:
         self.lock = threading.RLock()
         self.poison = bool(policy.to_dict().get("debug", {}).get("poison"))
         self.started = time.monotonic()
-        self.first_window = 0.0
-        self.last_step = 0.0
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
@@ -138,7 +136,6 @@ class Session:
         self.alive()
         if unit.moving:
             self._go_home(unit)
-        self.first_window = self.first_window or time.monotonic()
         self._before_use(unit)
         for other in unit.neighbours:
             if other.held and other.depth == 0:
@@ -323,10 +320,10 @@ class Session:
         for unit in missing:
             try:
                 try:
-                    self.engine.fault_in(unit.engine_id)
+                    self.engine.fault_in(unit.engine_id, self.stream())
                 except BudgetError:
                     self.drop_unused(keep=units)
-                    self.engine.fault_in(unit.engine_id)
+                    self.engine.fault_in(unit.engine_id, self.stream())
                 unit.shadow_filled = True
             except BaseException:
                 self.engine.discard_shadow(unit.engine_id)
@@ -446,7 +443,6 @@ class Session:
 
     def after_step(self, watched: list[Unit]) -> None:
         """Let aliases of homes see the new values."""
-        self.last_step = time.monotonic()
         self.log.stepped()
         for unit in watched:
             if unit.behind:

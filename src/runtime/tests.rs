@@ -144,7 +144,7 @@ fn on_disk_stays_on_disk_after_a_failure() {
     let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
     rt.told(&error);
     assert!(rt.settle(UnitId(0), 0, &mut never).is_err());
-    assert!(rt.fault_in(UnitId(0), &mut never).is_err());
+    assert!(rt.fault_in(UnitId(0), 0, &mut never).is_err());
 }
 
 #[test]
