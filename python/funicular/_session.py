@@ -31,6 +31,7 @@ from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
+from funicular._nvtx import ranges
 from funicular._places import check_places
 from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
@@ -65,6 +66,7 @@ class Session:
         self.engine = engine
         self.policy = policy
         self.log = StepLog(engine, policy.to_dict())
+        self.ranges = ranges(policy.log.nvtx, device)
         self.device = device
         self.units: list[Unit] = []
         #: parameters that are not paged: they live on the compute device
@@ -130,6 +132,8 @@ class Session:
     @_locked
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
+        if phase == BACKWARD:
+            self.ranges.backward(unit)
         if unit.is_open and not unit.moving:
             self._let_in(unit)
             return True
@@ -403,6 +407,7 @@ class Session:
             self.engine.wait_gradients(self.stream())
         self.landing.reap(self.stream(), all_of_them=waits)
         self._task = -1
+        self.ranges.backward(None)
         self.ahead.backward_ended(self.units)
         for unit in self.units:
             unit.end_backward(task)

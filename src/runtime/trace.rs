@@ -38,6 +38,8 @@ struct Clock {
     base: Mark,
     /// The base's time, by the trace's clock as far as known.
     at: i64,
+    /// That of the first base, with which the trace begins.
+    began: i64,
     /// What has to be added: no mark is seen before it is passed, so the earliest sight of all is the nearest to the truth.
     late: Option<i64>,
 }
@@ -53,7 +55,7 @@ pub struct Trace {
 
 impl Default for Trace {
     fn default() -> Self {
-        let clock = Clock { base: Mark::LOST, at: 0, late: None };
+        let clock = Clock { base: Mark::LOST, at: 0, began: 0, late: None };
         Self { epoch: Instant::now(), on: AtomicBool::new(false), events: Mutex::default(), clock: Mutex::new(clock) }
     }
 }
@@ -89,6 +91,7 @@ impl Trace {
             let mut clock = self.clock.lock();
             clock.base = device.mark(stream)?;
             clock.at = self.now().cast_signed();
+            clock.began = clock.at;
             clock.late = (device.elapsed(clock.base, clock.base)? == Elapsed::Nanos(0)).then_some(0);
         }
         self.on.store(on, Ordering::Relaxed);
@@ -133,7 +136,7 @@ impl Trace {
         }
     }
 
-    /// Notes a span of a stream between two marks that have been passed; those before the trace began are left out.
+    /// Notes a span of a stream between two marks that have been passed, as far as it lies after the beginning of the trace.
     ///
     /// # Errors
     /// `FN-E002` when the driver fails.
@@ -149,9 +152,15 @@ impl Trace {
         if !self.is_on() {
             return Ok(());
         }
-        let start = self.clock.lock().time(device, marks.0)?;
-        if let (Some(start), Elapsed::Nanos(nanos)) = (start, device.elapsed(marks.0, marks.1)?) {
-            let nanos = u64::try_from(nanos).unwrap_or(0);
+        let (start, began) = {
+            let clock = self.clock.lock();
+            (clock.time(device, marks.0)?, clock.began)
+        };
+        if let (Some(start), Elapsed::Nanos(nanos)) = (start, device.elapsed(marks.0, marks.1)?)
+            && start + nanos > began
+        {
+            let nanos = u64::try_from(start + nanos - start.max(began)).unwrap_or(0);
+            let start = start.max(began);
             self.push(Event { track, name, value: unit, start, nanos, bytes, on_device: true });
         }
         Ok(())
