@@ -167,13 +167,24 @@ impl Streams {
         Ok(Gate { role, seq })
     }
 
-    /// Makes a mark on a stream; the calling thread comes to one of Compute at once.
+    /// Makes a mark on a stream. The calling thread comes to one of Compute at once, and so does a stream with nothing to do; one
+    /// at work comes to it without being woken.
     pub(super) fn mark(&self, role: Role) -> Result<Mark> {
+        self.check()?;
         let mark = self.marks.make();
-        if role == Role::Compute {
-            self.marks.pass(mark);
+        if let Some(lane) = self.lane(role) {
+            let mut queue = lane.queue.lock();
+            while queue.ops.len() >= CAPACITY {
+                lane.room.wait(&mut queue);
+                self.check()?;
+            }
+            if queue.running || !queue.ops.is_empty() {
+                queue.ops.push_back(Op::Mark(mark));
+                return Ok(mark);
+            }
         }
-        self.push(role, Op::Mark(mark)).map(|()| mark)
+        self.marks.pass(mark);
+        Ok(mark)
     }
 
     /// Makes `op` under the lock of the queue, so that numbers and places agree.
