@@ -210,7 +210,7 @@ fn a_wait_counts_for_what_it_waits_for_as_that_changes() {
     wait();
     let last = wait();
     let least = |cause: Cause| assert!(last.stalls[cause as usize] >= 25_000_000, "{cause:?}: {last:?}");
-    [Cause::Update, Cause::NvmeWrite, Cause::NvmeRead].map(least);
+    [Cause::Update, Cause::NvmeWrite, Cause::NvmeRead].into_iter().for_each(least);
     assert_eq!(last.stalls[Cause::Grads as usize], 0);
     assert!(accounted(&last).abs_diff(last.wall) * 50 <= last.wall, "{last:?}");
 }

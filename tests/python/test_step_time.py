@@ -23,6 +23,8 @@ WIDTH = 512 if CUDA else 256
 DEPTH = 6
 #: What a slow thing takes; the step is made of little else.
 SLOW = 0.02
+#: How often a copy is made on a slow link; on a GPU as many as its queue holds for all copies under way.
+TIMES = 50 if CUDA else 400
 ALWAYS = "@1x1000000"
 
 
@@ -87,8 +89,8 @@ def test_adds_up(world: World, slow: str):
 SLOWED: list[tuple[str, str, Callable[[int], nn.Module], str]] = [
     ("compute", "", SlowBlock, "host"),
     ("cpu_update", "update:delay=20ms", Block, "host"),
-    ("host_to_device", "up:times=400", Block, "host"),
-    ("device_to_host", "down:times=400", Block, "host"),
+    ("host_to_device", f"up:times={TIMES}", Block, "host"),
+    ("device_to_host", f"down:times={TIMES}", Block, "host"),
     ("nvme_read", f"read:delay=20ms{ALWAYS}", Block, "nvme-threads"),
     ("nvme_write", f"write:delay=20ms{ALWAYS}", Block, "nvme-threads"),
     ("cpu_update", "update:delay=20ms", Block, "nvme-threads"),
