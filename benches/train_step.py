@@ -103,6 +103,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
         k: {"gb": round(v.bytes / 1e9, 2), "gb_per_s": round(v.gb_per_s, 2)} for k, v in stats.links.items() if v.bytes
     }
     return {
+        "step_time": None if stats.step is None else vars(stats.step), "lost": stats.lost,
         "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "links": links, "binding": stats.binding,
         "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "home_uses": stats.home_uses,
         "activations": vars(stats.activations),

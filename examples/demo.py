@@ -202,12 +202,12 @@ def show_budgets(stats: funicular.Stats) -> bool:
 
 def show_time(stats: funicular.Stats) -> None:
     """Print where the time of the steps went, what the links moved, and how the prefetch did."""
-    total = stats.step_seconds
-    say(f"\n{'time of ' + str(stats.steps) + ' steps':<24}{'seconds':>10}{'share':>8}")
-    rows = {"compute": stats.compute_seconds, **{f"stall: {cause}": s for cause, s in stats.stalls.items()}}
-    rows["other"] = max(0.0, total - sum(rows.values()))
-    for name, seconds in rows.items():
-        say(f"{name:<24}{seconds:>10.2f}{seconds / total if total else 0:>8.1%}")
+    if stats.step is not None:
+        say(f"\n{'mean of ' + str(stats.timed) + ' steps':<24}{'seconds':>10}{'share':>8}")
+        rows = {"compute": stats.step.compute, **{f"stall: {cause}": s for cause, s in stats.step.stalls.items()}}
+        for name, seconds in rows.items():
+            say(f"{name:<24}{seconds:>10.4f}{seconds / stats.step.seconds:>8.1%}")
+        say(f"bound by {stats.binding}")
     say(f"\n{'link':<24}{'GB':>10}{'GB/s while busy':>18}")
     for name, link in stats.links.items():
         say(f"{name:<24}{link.bytes / 1e9:>10.2f}{link.gb_per_s:>18.2f}")

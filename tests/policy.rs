@@ -560,7 +560,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         proptest::collection::vec(one, 0..3),
         (auto(size()), auto(size())),
         prop_oneof![Just(MicroBatch::Off), (1..=4096u32).prop_map(MicroBatch::Rows)],
-        any::<[bool; 5]>(),
+        any::<[bool; 6]>(),
         (any_text(), any_text()),
         select(vec![Level::Debug, Level::Info, Level::Warning, Level::Error]),
         any::<u32>(),
@@ -594,7 +594,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             prefetch: Prefetch { window },
             activations: Activations { micro_batch, tier },
             debug: Debugging { poison: flags[0], sync: flags[1], faults },
-            log: Log { level, every, trace, trace_steps },
+            log: Log { level, every, trace, trace_steps, nvtx: flags[5] },
             pressure: UnderPressure { action },
         }
     })

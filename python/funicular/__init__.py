@@ -8,7 +8,7 @@ from funicular._offload import offload, unwrap
 from funicular.checkpoint import Loaded, SaveHandle, load, save
 from funicular.optim import AdamW
 from funicular.policy import Policy
-from funicular.stats import Stats, stats
+from funicular.stats import Stats, StepTime, stats
 
 __all__ = [
     "AdamW",
@@ -19,6 +19,7 @@ __all__ = [
     "RuntimeFailure",
     "SaveHandle",
     "Stats",
+    "StepTime",
     "StorageError",
     "UsageError",
     "__version__",

@@ -38,7 +38,7 @@ def leave(session: Session, unit: Unit) -> None:
         # Somebody besides the reference, this loop and the call keeps a parameter.
         if not any(sys.getrefcount(ref.param) > 3 for ref in unit.params):
             return
-        session.engine.fault_in(unit.engine_id)
+        session.engine.fault_in(unit.engine_id, session.stream())
     else:
         session.engine.settle(unit.engine_id, session.stream())
     take_edits(session, unit)

@@ -55,13 +55,14 @@ def _stack() -> list[_Call]:
 class _Call(Visit):
     """One call of a hooked module: what has been done for it, noted in such an order that whatever strikes, it can be undone."""
 
-    __slots__ = ("enter", "pair", "units")
+    __slots__ = ("enter", "pair", "range", "units")
 
     def __init__(self, enter: _Enter) -> None:
         super().__init__()
         self.enter = enter
         self.units: list[Unit] = []
         self.pair: Pair | None = None
+        self.range: Any = None
 
     def push_hooks(self) -> None:
         self.pair = self.enter.session.leases.pair()
@@ -83,6 +84,8 @@ class _Call(Visit):
                 self.units.pop()
                 if unit.depth == 0 and not in_backward():
                     session.close(unit)
+        started, self.range = self.range, None
+        session.ranges.end(started)
 
 
 def _unwind(stack: list[_Call], depth: int) -> None:
@@ -95,11 +98,13 @@ def _unwind(stack: list[_Call], depth: int) -> None:
 class _Enter(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...]) -> None:
         self.session, self.units = session, units
+        self.name = ", ".join(unit.name for unit in units)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
         call = _Call(self)
         _stack().append(call)
+        call.range = self.session.ranges.start(f"{self.name} {'recompute' if phase == BACKWARD else 'forward'}")
         with self.session.lock:
             for unit in self.units:
                 if unit.depth == 0 or unit.is_open:

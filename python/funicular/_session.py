@@ -31,6 +31,7 @@ from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
+from funicular._nvtx import ranges
 from funicular._places import check_places
 from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
@@ -65,6 +66,7 @@ class Session:
         self.engine = engine
         self.policy = policy
         self.log = StepLog(engine, policy.to_dict())
+        self.ranges = ranges(policy.log.nvtx, device)
         self.device = device
         self.units: list[Unit] = []
         #: parameters that are not paged: they live on the compute device
@@ -80,8 +82,6 @@ class Session:
         self.lock = threading.RLock()
         self.poison = bool(policy.to_dict().get("debug", {}).get("poison"))
         self.started = time.monotonic()
-        self.first_window = 0.0
-        self.last_step = 0.0
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
@@ -132,13 +132,14 @@ class Session:
     @_locked
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
+        if phase == BACKWARD:
+            self.ranges.backward(unit)
         if unit.is_open and not unit.moving:
             self._let_in(unit)
             return True
         self.alive()
         if unit.moving:
             self._go_home(unit)
-        self.first_window = self.first_window or time.monotonic()
         self._before_use(unit)
         for other in unit.neighbours:
             if other.held and other.depth == 0:
@@ -323,10 +324,10 @@ class Session:
         for unit in missing:
             try:
                 try:
-                    self.engine.fault_in(unit.engine_id)
+                    self.engine.fault_in(unit.engine_id, self.stream())
                 except BudgetError:
                     self.drop_unused(keep=units)
-                    self.engine.fault_in(unit.engine_id)
+                    self.engine.fault_in(unit.engine_id, self.stream())
                 unit.shadow_filled = True
             except BaseException:
                 self.engine.discard_shadow(unit.engine_id)
@@ -406,6 +407,7 @@ class Session:
             self.engine.wait_gradients(self.stream())
         self.landing.reap(self.stream(), all_of_them=waits)
         self._task = -1
+        self.ranges.backward(None)
         self.ahead.backward_ended(self.units)
         for unit in self.units:
             unit.end_backward(task)
@@ -446,7 +448,6 @@ class Session:
 
     def after_step(self, watched: list[Unit]) -> None:
         """Let aliases of homes see the new values."""
-        self.last_step = time.monotonic()
         self.log.stepped()
         for unit in watched:
             if unit.behind:

@@ -252,8 +252,12 @@ class _SessionStep:
         return {u: [(ref, states, self.groups[ref]) for ref, states, _ in ms] for u, ms in self.units.items()}
 
     def go(self) -> None:
-        with self.session.lock:
-            self._go(self.session)
+        started = self.session.ranges.start("step")
+        try:
+            with self.session.lock:
+                self._go(self.session)
+        finally:
+            self.session.ranges.end(started)
 
     def _go(self, session: Session) -> None:
         units = sorted(self.units, key=lambda u: u.engine_id)

@@ -116,6 +116,7 @@ class Log:
     every: int = 0
     trace: str = ""
     trace_steps: tuple[int, ...] = ()
+    nvtx: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,19 @@ from funicular._offload import session_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "stats"]
+__all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "StepTime", "stats"]
+
+#: Of a step's time: where stalls are less, it is bound by compute.
+COMPUTE_BOUND = 0.05
+
+#: What a wait is for tells which resource is late, but for updates: they pass through several.
+_RESOURCES = {
+    "nvme_read": "nvme_read",
+    "nvme_write": "nvme_write",
+    "copy": "host_to_device",
+    "grads": "device_to_host",
+}
+_UPDATE_STAGES = ("cpu_update", "nvme_read", "nvme_write")
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,45 @@ class Paged:
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """What the time of a step went to, in seconds. Compute and stalls are the compute stream's own: on a GPU by its timestamps."""
+
+    #: from the end of the step before to its own, by the host's clock
+    seconds: float
+    #: what the compute stream did not wait for the runtime: kernels, and whatever else the program does between steps
+    compute: float
+    #: what it waited, by cause
+    stalls: dict[str, float]
+    #: what each link, or the update, was busy meanwhile
+    busy: dict[str, float]
+
+    @property
+    def stalled(self) -> float:
+        """All stalls together."""
+        return sum(self.stalls.values())
+
+    @property
+    def binding(self) -> str:
+        """Name the resource that the step waited for most; ``compute`` where stalls are less than 5 % of it.
+
+        An update that states on disk pass through is bound by the stage of it that was busy most.
+        """
+        if self.stalled <= COMPUTE_BOUND * self.seconds:
+            return "compute"
+        stage = max(_UPDATE_STAGES, key=lambda link: self.busy[link])
+        waited: dict[str, float] = {}
+        for cause, seconds in self.stalls.items():
+            resource = _RESOURCES.get(cause, stage)
+            waited[resource] = waited.get(resource, 0.0) + seconds
+        return max(waited, key=lambda resource: waited[resource])
+
+    def __str__(self) -> str:
+        waited = ", ".join(f"{cause} {seconds:.4f}" for cause, seconds in self.stalls.items() if seconds >= 5e-5)
+        stalls = f" ({waited})" if waited else ""
+        return f"{self.seconds:.4f} s = compute {self.compute:.4f} + stalls {self.stalled:.4f}{stalls}"
+
+
+@dataclass(frozen=True)
 class Stats:
     """A snapshot; numbers count from the moment the model was offloaded."""
 
@@ -78,8 +129,16 @@ class Stats:
     threads: int
     steps: int
     links: dict[str, Link]
-    #: seconds the training thread waited, by cause
+    #: seconds the compute stream waited, by cause, since the first window
     stalls: dict[str, float]
+    #: the mean of the steps so far, without the first, which learns the order, unless it is the only one; none before a step is over
+    step: StepTime | None
+    #: the last step that is over on the device
+    last: StepTime | None
+    #: steps in the mean
+    timed: int
+    #: measurements that are missing: too many were under way, or a CUDA graph was being captured
+    lost: int
     prefetch: Prefetch
     ahead: Ahead
     #: units used from their home because their frames were held
@@ -90,8 +149,6 @@ class Stats:
     activations: Paged
     #: seconds since the model was offloaded
     seconds: float
-    #: seconds from the first window of the first step to the end of the last one
-    step_seconds: float
 
     @property
     def stall_seconds(self) -> float:
@@ -99,16 +156,9 @@ class Stats:
         return sum(self.stalls.values())
 
     @property
-    def compute_seconds(self) -> float:
-        """Return what of the steps was not waiting."""
-        return max(self.step_seconds - self.stall_seconds, 0.0)
-
-    @property
     def binding(self) -> str:
-        """Name what the training thread waited for most, or ``compute``."""
-        if self.stall_seconds < 0.02 * self.seconds:
-            return "compute"
-        return max(self.stalls, key=lambda cause: self.stalls[cause])
+        """Name the resource that binds the steps so far; see :attr:`StepTime.binding`. ``compute`` before a step is over."""
+        return "compute" if self.step is None else self.step.binding
 
     def __str__(self) -> str:
         lines = [f"funicular on {self.device}, {self.steps} steps, I/O engine {self.engine or 'none'}"]
@@ -118,7 +168,9 @@ class Stats:
             if link.bytes
         ]
         waited = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in self.stalls.items() if seconds >= 0.005)
-        lines.append(f"  stalls           {waited or 'none'}; bound by {self.binding}")
+        lines.append(f"  stalls           {waited or 'none'}")
+        if self.step is not None:
+            lines.append(f"  step             {self.step}; bound by {self.binding}")
         p = self.prefetch
         lines.append(f"  windows          {p.hits} hits, {p.late} late, {p.demand} demand, {p.conflicts} from home")
         if self.ahead.used or self.ahead.in_vain:
@@ -146,6 +198,20 @@ def stats(model: nn.Module) -> Stats:
     if session is None:
         raise UsageError("FN-E114", "the model is not offloaded.")
     raw = session.engine.stats()
+    timed, lost = raw["timed"]
+
+    def step_time(total: tuple[int, int, list[int], list[int]], steps: int) -> StepTime | None:
+        if steps == 0:
+            return None
+        wall, compute, stalls, busy = total
+        scale = 1e-9 / steps
+        return StepTime(
+            wall * scale,
+            compute * scale,
+            {name: nanos * scale for name, nanos in zip(raw["stalls"], stalls, strict=True)},
+            {name: nanos * scale for name, nanos in zip(raw["links"], busy, strict=True)},
+        )
+
     hits, late, demand, wasted, conflicts = raw["prefetch"]
     return Stats(
         device=session.engine.device(),
@@ -154,6 +220,10 @@ def stats(model: nn.Module) -> Stats:
         steps=raw["steps"],
         links={name: Link(moved, busy / 1e9) for name, (moved, busy) in raw["links"].items()},
         stalls={name: nanos / 1e9 for name, nanos in raw["stalls"].items()},
+        step=step_time(raw["time"], timed),
+        last=step_time(raw["last"], min(timed, 1)),
+        timed=timed,
+        lost=lost,
         prefetch=Prefetch(hits, late, demand, wasted, conflicts),
         ahead=Ahead(*raw["ahead"]),
         home_uses=raw["home_uses"],
@@ -161,5 +231,4 @@ def stats(model: nn.Module) -> Stats:
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},
         activations=Paged() if session.activations is None else Paged(*session.activations.totals()),
         seconds=time.monotonic() - session.started,
-        step_seconds=session.last_step - session.first_window if session.last_step else 0.0,
     )

@@ -8,12 +8,14 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod host;
+mod marks;
 
 use std::{sync::Arc, time::Duration};
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
+pub use marks::{Elapsed, MARKS, Mark};
 
 use crate::{
     error::{Code, Error, Result},
@@ -235,6 +237,19 @@ pub trait Device: Send + Sync {
 
     /// Blocks the calling thread until the gate has passed or the time is over; true if it has passed.
     fn block(&self, gate: Gate, timeout: Duration) -> Result<bool>;
+
+    /// Makes a mark on a stream: its time is that at which everything enqueued before it is done. Costs a microsecond, waits for
+    /// nothing.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    fn mark(&self, stream: StreamRef) -> Result<Mark>;
+
+    /// The time from one mark to another, on the clock of the device.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<Elapsed>;
 
     /// Waits until both copy streams are empty.
     fn drain(&self);

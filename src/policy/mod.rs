@@ -262,6 +262,8 @@ pub struct Log {
     pub trace: String,
     /// The steps to trace.
     pub trace_steps: Vec<u64>,
+    /// NVTX ranges, for Nsight Systems.
+    pub nvtx: bool,
 }
 
 /// What to do when a budget is short.

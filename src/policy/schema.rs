@@ -151,6 +151,11 @@ pub const KEYS: &[Key] = &[
     key("log.trace", Kind::Text, "File for a Chrome/Perfetto trace; empty: none."),
     key("log.trace_steps", Kind::Steps, "The steps to trace, such as `[3, 4]`."),
     key(
+        "log.nvtx",
+        Kind::Bool,
+        "NVTX ranges around forward and backward of every unit and around steps, for Nsight Systems; on a GPU only.",
+    ),
+    key(
         "pressure.action",
         Kind::Word(words::Pressure::WORDS),
         "When a budget does not hold what the tiers ask for: `refuse` stops with an error before anything is taken, `demote` places what does not fit one tier lower and says so.",

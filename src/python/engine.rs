@@ -23,6 +23,7 @@ use crate::{
     policy::Policy,
     runtime::{
         Runtime, StepHyper, UnitUpdate, shares_processor,
+        split::StepTime,
         stats::{Cause, Link},
     },
     units::{ByteCount, Tier, UnitId},
@@ -282,8 +283,8 @@ impl Engine {
     }
 
     /// Reads NVMe-resident parameters into their shadow.
-    fn fault_in(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
-        waiting(py, |i| self.with(|rt| rt.fault_in(UnitId(unit), i)))
+    fn fault_in(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.fault_in(UnitId(unit), stream, i)))
     }
 
     /// Makes the shadow writable for its first contents.
@@ -357,27 +358,12 @@ impl Engine {
 
     /// Starts or stops collecting a trace.
     fn trace(&self, py: Python<'_>, on: bool) -> PyResult<()> {
-        check(
-            py,
-            self.with(|rt| {
-                rt.trace()?.set(on);
-                Ok(())
-            }),
-        )
+        check(py, self.with(|rt| rt.set_trace(on)))
     }
 
     /// Writes the trace collected so far; returns the number of events.
     fn write_trace(&self, py: Python<'_>, path: &str) -> PyResult<usize> {
-        check(
-            py,
-            self.with(|rt| {
-                let units = &rt.layout()?.units;
-                let name = |u: u64| {
-                    usize::try_from(u).ok().and_then(|i| units.get(i)).map_or(String::new(), |u| u.name.clone())
-                };
-                rt.trace()?.write(std::path::Path::new(path), &name)
-            }),
-        )
+        waiting(py, |i| self.with(|rt| rt.write_trace(std::path::Path::new(path), i)))
     }
 
     /// Things worth knowing about how it was set up.
@@ -417,7 +403,14 @@ impl Engine {
     }
 }
 
+/// Wall, compute, stalls by cause, busy time by link.
+fn step_time(time: &StepTime) -> (u64, u64, [u64; Cause::ALL.len()], [u64; Link::ALL.len()]) {
+    (time.wall, time.compute, time.stalls, time.busy)
+}
+
 fn fill_stats(py: Python<'_>, rt: &Runtime, out: &Bound<'_, PyDict>) -> PyResult<()> {
+    // First: it brings the stalls up to date.
+    let times = check(py, py.detach(|| rt.times()))?;
     let stats = check(py, rt.stats())?;
     let links = PyDict::new(py);
     for link in Link::ALL {
@@ -437,6 +430,9 @@ fn fill_stats(py: Python<'_>, rt: &Runtime, out: &Bound<'_, PyDict>) -> PyResult
     out.set_item("links", links)?;
     out.set_item("stalls", stalls)?;
     out.set_item("budgets", budgets)?;
+    out.set_item("timed", (times.steps, times.lost))?;
+    out.set_item("time", step_time(&times.total))?;
+    out.set_item("last", step_time(&times.last))?;
     out.set_item("steps", stats.steps())?;
     out.set_item("home_uses", stats.home_uses())?;
     out.set_item("ahead", stats.guesses())?;

@@ -11,6 +11,7 @@ use crate::{
         self, Auto, Direct, OptimizerTier, ParamsTier, Policy,
         limits::{self, HostLimits},
     },
+    runtime::slow::Slow,
     schedule::{Budgets, Limits, Tiers},
     units::{ByteCount, Tier},
 };
@@ -46,6 +47,8 @@ pub struct Config {
     pub demote: bool,
     /// Faults to inject.
     pub faults: Arc<Faults>,
+    /// What is to be slower than it is.
+    pub slow: Slow,
     /// The machine that budgets were resolved on.
     pub machine: HostLimits,
     /// Whether the policy left the host's budget to the machine.
@@ -88,6 +91,7 @@ impl Config {
         if let Auto::Set(asked) = policy.budget.host {
             machine.admit("budget.host", asked)?;
         }
+        let (slow, faults) = Slow::parse(&policy.debug.faults)?;
         let largest = layout.units.iter().map(|u| u.param_bytes()).max().unwrap_or(0);
         let hbm = policy.budget.hbm.given().or_else(|| {
             // Never less than two of the largest units, whatever the share.
@@ -131,7 +135,8 @@ impl Config {
             poison: policy.debug.poison,
             sync: policy.debug.sync,
             demote: policy.pressure.action == policy::Pressure::Demote,
-            faults: Arc::new(Faults::parse(&policy.debug.faults)?),
+            faults: Arc::new(Faults::parse(&faults)?),
+            slow,
             machine: machine.clone(),
             host_is_auto: policy.budget.host.given().is_none(),
         })

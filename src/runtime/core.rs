@@ -13,7 +13,7 @@ use crossbeam::channel::Sender;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
-    device::{Device, DeviceKind, Frames, Gate, StreamRef},
+    device::{Device, DeviceKind, Frames, Gate, Mark, StreamRef},
     error::{Code, Error, Result},
     io::{Direction, EngineOptions, IoPart, IoRequest},
     memory::{SlotLease, SlotPool},
@@ -26,12 +26,15 @@ use crate::{
         homes::Homes,
         inner::Inner,
         saves::Saves,
+        slow::Slow,
+        split::Split,
         stats::{Cause, Stats},
+        threads::Ended,
         ticket::Ticket,
         trace::Trace,
         update::Job,
     },
-    schedule::{Command, Machine, Opening, Phase, Placement},
+    schedule::{Command, Machine, Opening, Phase, Placement, machine::Wait},
     store::Store,
     units::{Tier, UnitId},
 };
@@ -55,7 +58,8 @@ pub(crate) struct Landing {
     pub(crate) gate: Gate,
     pub(crate) unit: UnitId,
     pub(crate) lease: Option<SlotLease>,
-    pub(crate) start: u64,
+    /// Before and after it, on its stream.
+    pub(crate) marks: (Mark, Mark),
     pub(crate) bytes: u64,
 }
 
@@ -83,6 +87,8 @@ pub(crate) struct Shared {
     pub(crate) clipped: AtomicBool,
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,
+    pub(crate) split: Split,
+    pub(crate) slow: Slow,
     pub(crate) poison: bool,
     pub(crate) sync: bool,
     pub(crate) inner: Mutex<Inner>,
@@ -93,8 +99,8 @@ pub(crate) struct Shared {
     pub(crate) checkpoint_io: (EngineOptions, bool),
     pub(crate) to_runner: Sender<RunTask>,
     pub(crate) to_ahead: Sender<UnitId>,
-    pub(crate) to_up: Sender<Landing>,
-    pub(crate) to_down: Sender<Landing>,
+    pub(crate) to_up: Sender<Ended>,
+    pub(crate) to_down: Sender<Ended>,
 }
 
 impl Shared {
@@ -200,20 +206,29 @@ impl Shared {
             return Ok(());
         }
         if self.device.kind() != DeviceKind::Host {
-            return self.device.wait(StreamRef::Compute(stream), gate);
+            return self.wait_in_order(stream, gate, cause);
         }
-        self.block_gate(gate, cause, interrupted)
+        self.block_gate(Some(stream), gate, cause, interrupted)
     }
 
     /// Blocks the caller until the work enqueued on a stream of the user is done: the processor is about to touch what it touches.
     pub(crate) fn block_stream(&self, stream: u64, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
         let gate = self.device.record(StreamRef::Compute(stream))?;
-        self.block_gate(gate, Cause::Copy, interrupted)
+        self.block_gate(Some(stream), gate, Cause::Copy, interrupted)
     }
 
     /// Blocks the caller until a gate has passed.
-    pub(crate) fn block_gate(&self, gate: Gate, cause: Cause, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
-        let start = self.trace.now();
+    pub(crate) fn block_gate(
+        &self,
+        stream: Option<u64>,
+        gate: Gate,
+        cause: Cause,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        if self.device.passed(gate)? {
+            return Ok(());
+        }
+        let _pause = self.pause(stream, cause);
         let mut slices = 0;
         while !self.device.block(gate, SLICE)? {
             if interrupted() {
@@ -226,14 +241,7 @@ impl Shared {
                     .action("Check the device with its own tools; start again from the last checkpoint."));
             }
         }
-        self.stalled(cause, start);
         Ok(())
-    }
-
-    /// Notes that the training thread waited since `start`.
-    pub(crate) fn stalled(&self, cause: Cause, start: u64) {
-        self.stats.stalled(cause, self.trace.now().saturating_sub(start));
-        self.trace.span("training thread", cause.name(), u64::MAX, start, 0);
     }
 
     /// Opens a unit's window: true if its frames may be used on `stream`, false if the home must be used instead.
@@ -244,24 +252,25 @@ impl Shared {
         stream: u64,
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<bool> {
+        self.entered(unit, phase, stream);
         let mut inner = self.lock()?;
         if inner.machine.held(unit) {
             // Views of it are alive: kernels enqueued since its last release may still read what a refill overwrites.
             inner.gates[unit.index()].release = self.device.record(StreamRef::Compute(stream))?;
         }
         let mut answer = self.step(&mut inner, |m, out| m.open(unit, phase, true, out))?;
-        if let Opening::Pending(cause) = answer {
-            let start = self.trace.now();
-            let name = || format!("'{}' ({cause:?})", self.layout.unit(unit).name);
+        if let Opening::Pending(why) = answer {
+            let mut pause = self.pause(Some(stream), cause_of(why));
+            let name = || format!("'{}' ({why:?})", self.layout.unit(unit).name);
             let waited = self.wait(inner, &name, interrupted, |inner| {
                 let again = self.step(inner, |m, out| m.open(unit, phase, false, out))?;
-                Ok(if matches!(again, Opening::Pending(_)) { None } else { Some(again) })
+                if let Opening::Pending(why) = again {
+                    pause.turn(cause_of(why));
+                    return Ok(None);
+                }
+                Ok(Some(again))
             });
-            let cause = match cause {
-                crate::schedule::machine::Wait::Update => Cause::Update,
-                crate::schedule::machine::Wait::Nvme => Cause::NvmeRead,
-            };
-            self.stalled(cause, start);
+            drop(pause);
             if waited.is_err() {
                 self.inner.lock().machine.forget(unit);
             }
@@ -343,14 +352,17 @@ impl Shared {
             None => return Err(Error::new(Code::Stale, format!("{unit} has no bytes to page in."))),
         };
         self.device.wait(StreamRef::Up, inner.gates[unit.index()].home)?;
-        let start = self.trace.now();
-        // SAFETY: the frames are this unit's by R1 and their last readers were waited for by R3; the source is the
-        // unit's home, which nobody writes while a copy is under way (updates wait for this stream), or a leased slot
-        // that the reaper holds until the gate below has passed.
-        unsafe { self.device.copy(StreamRef::Up, self.frames.address(unit.index()), src, bytes as usize)? };
+        let before = self.mark(StreamRef::Up);
+        for _ in 0..self.slow.up {
+            // SAFETY: the frames are this unit's by R1 and their last readers were waited for by R3; the source is the
+            // unit's home, which nobody writes while a copy is under way (updates wait for this stream), or a leased slot
+            // that the reaper holds until the gate below has passed.
+            unsafe { self.device.copy(StreamRef::Up, self.frames.address(unit.index()), src, bytes as usize)? };
+        }
+        let marks = (before, self.mark(StreamRef::Up));
         let gate = self.device.record(StreamRef::Up)?;
         inner.gates[unit.index()].fill = gate;
-        self.send(&self.to_up, Landing { gate, unit, lease, start, bytes })
+        self.send(&self.to_up, Ended::Copy(Landing { gate, unit, lease, marks, bytes }))
     }
 
     pub(crate) fn disk(&self) -> Result<&Disk> {
@@ -427,5 +439,13 @@ impl Shared {
     /// Keeps a page slot until it is copied up.
     pub(crate) fn park_page(inner: &mut Inner, unit: UnitId, lease: SlotLease) {
         inner.pages[unit.index()] = Some(lease);
+    }
+}
+
+fn cause_of(wait: Wait) -> Cause {
+    match wait {
+        Wait::Update => Cause::Update,
+        Wait::NvmeRead => Cause::NvmeRead,
+        Wait::NvmeWrite => Cause::NvmeWrite,
     }
 }

@@ -3,7 +3,7 @@
 //! - [`core`](self): the lock, the machine's commands performed, waiting;
 //! - `threads`: driver, reapers; `runner`: updates; `update`: AdamW over one piece; `service`: what is not part of a step;
 //! - `saves`, `snapshot`, `restore`: checkpoints, and what waits for them;
-//! - [`homes`], [`files`], [`stats`], [`trace`]: memory map, disk map, counters, trace.
+//! - [`homes`], [`files`], [`stats`], [`split`], [`trace`]: memory map, disk map, counters, each step's time, trace.
 
 mod admission;
 mod ahead;
@@ -17,7 +17,9 @@ mod restore;
 mod runner;
 mod saves;
 mod service;
+mod slow;
 mod snapshot;
+pub mod split;
 mod start;
 pub mod stats;
 mod steps;
@@ -49,7 +51,7 @@ use crate::{
         homes::Homes,
         start::Started,
         stats::{Cause, Stats},
-        trace::Trace,
+        threads::Ended,
     },
     schedule::{Budgets, Phase, Placement, machine::Prefetches},
     units::{ByteCount, Tier, UnitId},
@@ -151,11 +153,6 @@ impl Runtime {
         Ok(&self.shared()?.stats)
     }
 
-    /// The trace.
-    pub fn trace(&self) -> Result<&Trace> {
-        Ok(&self.shared()?.trace)
-    }
-
     /// How openings went.
     pub fn prefetches(&self) -> Result<Prefetches> {
         Ok(self.shared()?.inner.lock().machine.prefetches())
@@ -180,7 +177,7 @@ impl Runtime {
         let opened = shared.open(unit, phase, stream, interrupted)?;
         if shared.sync {
             let gate = shared.lock()?.gates[unit.index()].fill;
-            shared.block_gate(gate, Cause::Copy, interrupted)?;
+            shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
         }
         Ok(opened)
     }
@@ -195,7 +192,7 @@ impl Runtime {
         if shared.sync {
             // A fault of the window's own kernels shows here, not somewhere later.
             let gate = shared.lock()?.gates[unit.index()].release;
-            shared.block_gate(gate, Cause::Copy, &mut || false)?;
+            shared.block_gate(Some(stream), gate, Cause::Copy, &mut || false)?;
         }
         Ok(())
     }
@@ -239,24 +236,27 @@ impl Runtime {
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
         let shared = self.shared()?;
-        shared.settle(unit, interrupted)?;
+        shared.settle(unit, Some(stream), interrupted)?;
         shared.drop_ahead(unit);
         let home = shared.homes.unit(unit).grads;
         if home == 0 || offset + len > shared.layout.unit(unit).grad_bytes() {
             return Err(Error::new(Code::Stale, format!("'{}' has no such gradient.", shared.layout.unit(unit).name)));
         }
         let mut inner = shared.lock()?;
-        let start = shared.trace.now();
         let gate = shared.device.record(StreamRef::Compute(stream))?;
         shared.device.wait(StreamRef::Down, gate)?;
-        // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is over.
-        unsafe { shared.device.copy(StreamRef::Down, home + offset, src, len as usize)? };
+        let before = shared.mark(StreamRef::Down);
+        for _ in 0..shared.slow.down {
+            // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is over.
+            unsafe { shared.device.copy(StreamRef::Down, home + offset, src, len as usize)? };
+        }
+        let marks = (before, shared.mark(StreamRef::Down));
         let gate = shared.device.record(StreamRef::Down)?;
         inner.last_down = gate;
-        shared.send(&shared.to_down, Landing { gate, unit, lease: None, start, bytes: len })?;
+        shared.send(&shared.to_down, Ended::Copy(Landing { gate, unit, lease: None, marks, bytes: len }))?;
         drop(inner);
         if shared.sync {
-            shared.block_gate(gate, Cause::Grads, interrupted)?;
+            shared.block_gate(Some(stream), gate, Cause::Grads, interrupted)?;
         }
         Ok(gate.seq)
     }
@@ -302,7 +302,7 @@ impl Runtime {
     /// The runtime's first failure, or an interruption.
     pub fn settle(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let shared = self.shared()?;
-        shared.settle_home(unit, interrupted)?;
+        shared.settle_home(unit, stream, interrupted)?;
         let gate = shared.inner.lock().gates[unit.index()].home;
         shared.wait_gate(stream, gate, Cause::Copy, interrupted)
     }
@@ -312,15 +312,15 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_all(interrupted)
+        self.shared()?.settle_all(None, interrupted)
     }
 
-    /// Reads parameters that live on NVMe into their shadow; nothing to do for others.
+    /// Reads parameters that live on NVMe into their shadow, for `stream`; nothing to do for others.
     ///
     /// # Errors
     /// `FN-E205` when the host budget has no room, `FN-E301` and `FN-E302` from the disk.
-    pub fn fault_in(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.fault_in(unit, interrupted)
+    pub fn fault_in(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.fault_in(unit, stream, interrupted)
     }
 
     /// Makes the shadow writable for its first contents.
@@ -348,7 +348,7 @@ impl Runtime {
     pub fn refresh_shadow(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let shared = self.shared()?;
         shared.block_stream(stream, interrupted)?;
-        shared.refresh_shadow(unit, interrupted)
+        shared.refresh_shadow(unit, stream, interrupted)
     }
 
     /// Counts memory of the caller that holds what was read, with that of the shadows.

@@ -84,14 +84,14 @@ impl Runtime {
         let fills = fills(shared, contents, items)?;
         let units: std::collections::BTreeSet<UnitId> = fills.iter().map(|f| f.item.unit).collect();
         for &unit in &units {
-            shared.settle(unit, interrupted)?;
+            shared.settle(unit, Some(stream), interrupted)?;
             shared.saves.preserve(group_of(unit), interrupted)?;
             shared.drop_ahead(unit);
         }
         // Kernels may still read a home, and copies up and down may be on their way.
         for on in [StreamRef::Compute(stream), StreamRef::Down, StreamRef::Up] {
             let gate = shared.device.record(on)?;
-            shared.block_gate(gate, Cause::Copy, interrupted)?;
+            shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
         }
         let means = shared.means(0)?;
         let result = aside(control, interrupted, || shared.fill(contents, &fills, &means, control));

@@ -113,15 +113,21 @@ fn run(shared: &Shared, task: RunTask) -> Result<()> {
     let RunTask { unit, chunk, mut lease } = task;
     // Copy on update: a save under way reads the unit first.
     shared.saves.preserve(group_of(unit), &mut || false)?;
-    let start = shared.trace.now();
     let after = {
         let mut inner = shared.lock()?;
         inner.at_work = Some(unit);
         inner.gates[unit.index()].update
     };
-    let bytes = {
+    let (start, bytes) = {
         let _at_work = AtWork(shared);
-        shared.run_chunk(unit, chunk, after, lease.as_mut())?
+        for gate in after {
+            while !shared.device.block(gate, Duration::from_millis(100))? {
+                drop(shared.lock()?);
+            }
+        }
+        let start = shared.trace.now();
+        std::thread::sleep(shared.slow.update);
+        (start, shared.run_chunk(unit, chunk, lease.as_mut())?)
     };
     shared.stats.moved(Link::Update, bytes, shared.trace.now().saturating_sub(start));
     shared.trace.span("cpu update", "adamw", u64::from(unit.0), start, bytes);

@@ -29,26 +29,24 @@ type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
 
 impl Shared {
     /// Waits until the unit's home holds the result of its last update.
-    pub(crate) fn settle(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn settle(&self, unit: UnitId, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
         let mut inner = self.inner.lock();
         if !inner.machine.update_pending(unit) {
             return Ok(());
         }
         inner.machine.promote(unit);
-        let start = self.trace.now();
+        let _pause = self.pause(stream, Cause::Update);
         let what = || format!("the update of '{}'", self.layout.unit(unit).name);
-        let done = self.wait(inner, &what, interrupted, |i| Ok((!i.machine.update_pending(unit)).then_some(())));
-        self.stalled(Cause::Update, start);
-        done
+        self.wait(inner, &what, interrupted, |i| Ok((!i.machine.update_pending(unit)).then_some(())))
     }
 
     /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in
     /// host memory stays readable.
-    pub(crate) fn settle_home(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn settle_home(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let on_host = self.placement.homes[unit.index()].params == Tier::Host;
         let usable = |inner: &Inner| inner.failed.is_some() && inner.told && on_host;
         if !usable(&self.inner.lock()) {
-            return self.settle(unit, interrupted);
+            return self.settle(unit, Some(stream), interrupted);
         }
         let mut inner = self.inner.lock();
         while inner.at_work == Some(unit) {
@@ -78,13 +76,10 @@ impl Shared {
     }
 
     /// Waits until no update is queued or running; writes to NVMe may trail.
-    pub(crate) fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn settle_all(&self, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
         let inner = self.lock()?;
-        let start = self.trace.now();
-        let done =
-            self.wait(inner, &|| "the updates".into(), interrupted, |i| Ok((!i.machine.updating()).then_some(())));
-        self.stalled(Cause::Update, start);
-        done
+        let _pause = self.pause(stream, Cause::Update);
+        self.wait(inner, &|| "the updates".into(), interrupted, |i| Ok((!i.machine.updating()).then_some(())))
     }
 
     pub(crate) fn settle_disk(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
@@ -94,10 +89,10 @@ impl Shared {
     }
 
     /// Fills the shadow of a unit whose parameters live on NVMe. Nothing to do for others, or if it is filled.
-    pub(crate) fn fault_in(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn fault_in(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) else { return Ok(()) };
         self.fill_shadow(shadow, unit)?;
-        let read = self.refresh_shadow(unit, interrupted);
+        let read = self.refresh_shadow(unit, stream, interrupted);
         if read.is_err() {
             self.discard_shadow(unit)?;
         }
@@ -105,18 +100,17 @@ impl Shared {
     }
 
     /// Reads the parameters of a unit into its filled shadow.
-    pub(crate) fn refresh_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn refresh_shadow(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
+        let mut pause = self.pause(Some(stream), Cause::NvmeWrite);
         self.settle_disk(unit, interrupted)?;
-        let start = self.trace.now();
+        pause.turn(Cause::NvmeRead);
         let base = shadow.as_ptr();
-        let read = self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
+        self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
             // SAFETY: `at` and the length lie in the unit's parameter segment, which the shadow covers; whoever looks at it
             // expects the bytes to become the current ones.
             unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), base.add(at), slot.len()) };
-        });
-        self.stalled(Cause::NvmeRead, start);
-        read
+        })
     }
 
     /// Gives a shadow's memory back. Nothing may hold a view of it, and its edits must have been stored.
@@ -208,7 +202,7 @@ impl Shared {
 
     /// The parameters were edited inside their window: brings the frames' bytes home.
     pub(crate) fn write_back(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        self.settle(unit, interrupted)?;
+        self.settle(unit, Some(stream), interrupted)?;
         self.saves.preserve(group_of(unit), interrupted)?;
         self.drop_ahead(unit);
         let bytes = self.layout.unit(unit).param_bytes() as usize;
@@ -229,7 +223,7 @@ impl Shared {
         // The window's release is recorded on the compute stream: it must come after this copy out of the frames.
         self.wait_gate(stream, down, Cause::Copy, interrupted)?;
         if home.shadow.is_some() {
-            self.block_gate(down, Cause::Copy, interrupted)?;
+            self.block_gate(Some(stream), down, Cause::Copy, interrupted)?;
             self.store_shadow(unit, interrupted)?;
             if !looked_at {
                 self.discard_shadow(unit)?;
@@ -371,7 +365,7 @@ impl Shared {
         direction: Direction,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
-        self.settle(unit, interrupted)?;
+        self.settle(unit, None, interrupted)?;
         if direction == Direction::Write {
             self.saves.preserve(group_of(unit), interrupted)?;
             self.drop_ahead(unit);

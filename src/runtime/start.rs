@@ -19,15 +19,16 @@ use crate::{
     runtime::{
         admission::{self, Running},
         config::Config,
-        core::{Disk, Landing, RunTask, Shared},
+        core::{Disk, RunTask, Shared},
         factors::Factors,
         files::Map,
         homes::Homes,
         inner::Inner,
         runner,
         saves::Saves,
-        stats::{Busy, Link, Stats},
-        threads,
+        split::Split,
+        stats::{Link, Stats},
+        threads::{self, Ended},
         trace::Trace,
         update::Job,
     },
@@ -49,8 +50,8 @@ struct Channels {
     done: (Sender<IoCompletion>, Receiver<IoCompletion>),
     run: (Sender<RunTask>, Receiver<RunTask>),
     ahead: (Sender<UnitId>, Receiver<UnitId>),
-    up: (Sender<Landing>, Receiver<Landing>),
-    down: (Sender<Landing>, Receiver<Landing>),
+    up: (Sender<Ended>, Receiver<Ended>),
+    down: (Sender<Ended>, Receiver<Ended>),
 }
 
 /// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model moves
@@ -107,6 +108,8 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         pool: Pool::new(Some(config.threads as usize))?,
         stats: Stats::default(),
         trace: Trace::default(),
+        split: Split::default(),
+        slow: config.slow,
         poison: config.poison,
         sync: config.sync,
         changed: Condvar::new(),
@@ -172,14 +175,10 @@ fn open_disk(
 }
 
 fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>> {
-    let mut up = Busy::default();
-    let mut down = Busy::default();
     Ok(vec![
         threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
         runner::spawn(shared, channels.run.1, channels.ahead.1)?,
-        threads::spawn("funicular-up-end", shared, channels.up.1, move |s, m| threads::land(s, Link::Up, &mut up, m))?,
-        threads::spawn("funicular-dn-end", shared, channels.down.1, move |s, m| {
-            threads::land(s, Link::Down, &mut down, m)
-        })?,
+        threads::spawn("funicular-up-end", shared, channels.up.1, |s, m| threads::ended(s, Link::Up, m))?,
+        threads::spawn("funicular-dn-end", shared, channels.down.1, |s, m| threads::ended(s, Link::Down, m))?,
     ])
 }

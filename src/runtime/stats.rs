@@ -33,13 +33,15 @@ impl Link {
     }
 }
 
-/// Why the training thread waited.
+/// Why the compute stream waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// For an update of parameters.
     Update,
     /// For bytes from NVMe.
     NvmeRead,
+    /// For bytes on their way to NVMe.
+    NvmeWrite,
     /// For a copy to the device.
     Copy,
     /// For gradients on their way to the host.
@@ -48,15 +50,27 @@ pub enum Cause {
 
 impl Cause {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Update, Self::NvmeRead, Self::Copy, Self::Grads];
+    pub const ALL: [Self; 5] = [Self::Update, Self::NvmeRead, Self::NvmeWrite, Self::Copy, Self::Grads];
 
     /// The name in statistics and traces.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Update => "update",
             Self::NvmeRead => "nvme_read",
+            Self::NvmeWrite => "nvme_write",
             Self::Copy => "copy",
             Self::Grads => "grads",
+        }
+    }
+
+    /// What a trace calls the wait.
+    pub const fn wait(self) -> &'static str {
+        match self {
+            Self::Update => "wait: update",
+            Self::NvmeRead => "wait: nvme_read",
+            Self::NvmeWrite => "wait: nvme_write",
+            Self::Copy => "wait: copy",
+            Self::Grads => "wait: grads",
         }
     }
 }
@@ -70,8 +84,9 @@ struct Flow {
 /// All counters of a runtime.
 #[derive(Debug, Default)]
 pub struct Stats {
-    flows: [Flow; 5],
-    stalls: [AtomicU64; 4],
+    flows: [Flow; Link::ALL.len()],
+    stalls: [AtomicU64; Cause::ALL.len()],
+    lost: AtomicU64,
     steps: AtomicU64,
     shadow_bytes: AtomicU64,
     shadow_peak: AtomicU64,
@@ -96,9 +111,19 @@ impl Stats {
         flow.busy_nanos.fetch_add(busy_nanos, Ordering::Relaxed);
     }
 
-    /// Notes time the training thread waited.
+    /// Notes time the compute stream waited.
     pub fn stalled(&self, cause: Cause, nanos: u64) {
         self.stalls[cause as usize].fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    /// Notes a copy whose time is not known.
+    pub fn lost_one(&self) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Copies whose time is not known.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// Notes an optimizer step.

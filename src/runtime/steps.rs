@@ -34,7 +34,9 @@ impl Runtime {
         for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
             self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
         }
-        if wait { self.shared()?.settle_all(interrupted) } else { Ok(()) }
+        let waited = if wait { self.shared()?.settle_all(Some(stream), interrupted) } else { Ok(()) };
+        self.shared()?.end_step(stream)?;
+        waited
     }
 
     /// Begins a unit's update before its step, from gradients that are enqueued on `stream` or on their way down, where the

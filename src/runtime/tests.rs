@@ -144,7 +144,7 @@ fn on_disk_stays_on_disk_after_a_failure() {
     let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
     rt.told(&error);
     assert!(rt.settle(UnitId(0), 0, &mut never).is_err());
-    assert!(rt.fault_in(UnitId(0), &mut never).is_err());
+    assert!(rt.fault_in(UnitId(0), 0, &mut never).is_err());
 }
 
 #[test]
@@ -158,4 +158,59 @@ fn memory_for_stray_reads_is_what_the_budget_leaves() {
     rt.returned(left).unwrap();
     rt.lend(1).unwrap();
     assert_eq!(rt.used(Tier::Host).unwrap().1, rt.limit(Tier::Host).unwrap().unwrap());
+}
+
+/// Two steps with `between` in the second; what the second one took.
+fn second_step(rt: &Runtime, between: impl FnOnce()) -> split::Times {
+    step(rt, &[], false, &mut never).unwrap();
+    between();
+    step(rt, &[], false, &mut never).unwrap();
+    rt.times().unwrap()
+}
+
+fn accounted(step: &split::StepTime) -> u64 {
+    step.compute + step.stalls.iter().sum::<u64>()
+}
+
+#[test]
+fn a_step_whose_marks_are_lost_does_not_add_up_and_says_so() {
+    let dir = disk();
+    let rt = runtime(&dir, "host", "");
+    let nap = Duration::from_millis(20);
+    let good = second_step(&rt, || sleep(nap));
+    assert_eq!((good.steps, good.lost), (1, 0));
+    assert!(good.last.compute >= nap.as_nanos() as u64, "{good:?}");
+    assert!(accounted(&good.last).abs_diff(good.last.wall) * 50 <= good.last.wall, "{good:?}");
+    let bad = second_step(&rt, || {
+        sleep(nap);
+        for _ in 0..device::MARKS {
+            rt.device().unwrap().mark(StreamRef::Compute(0)).unwrap();
+        }
+    });
+    assert_eq!((bad.steps, bad.lost), (3, 1));
+    assert!(accounted(&bad.last) * 2 < bad.last.wall, "{bad:?}");
+    // The next one does again.
+    let good = second_step(&rt, || sleep(nap));
+    assert!(accounted(&good.last).abs_diff(good.last.wall) * 50 <= good.last.wall, "{good:?}");
+    assert_eq!(good.lost, 1);
+}
+
+#[test]
+fn a_wait_counts_for_what_it_waits_for_as_that_changes() {
+    let dir = disk();
+    // A page-in behind an update: the update is late, then its bytes are on their way to the disk, then on their way back.
+    let rt = runtime(&dir, "nvme", "update:delay=30ms,write:delay=30ms@1x1000000,read:delay=30ms@1x1000000");
+    let wait = || {
+        step(&rt, &[whole(0)], false, &mut never).unwrap();
+        assert!(rt.open_window(UnitId(0), Phase::Forward, 0, &mut never).unwrap());
+        rt.release(UnitId(0), 0).unwrap();
+        step(&rt, &[], true, &mut never).unwrap();
+        rt.times().unwrap().last
+    };
+    wait();
+    let last = wait();
+    let least = |cause: Cause| assert!(last.stalls[cause as usize] >= 25_000_000, "{cause:?}: {last:?}");
+    [Cause::Update, Cause::NvmeWrite, Cause::NvmeRead].into_iter().for_each(least);
+    assert_eq!(last.stalls[Cause::Grads as usize], 0);
+    assert!(accounted(&last).abs_diff(last.wall) * 50 <= last.wall, "{last:?}");
 }

@@ -5,14 +5,24 @@ use std::{sync::Arc, thread::JoinHandle, time::Duration};
 use crossbeam::channel::Receiver;
 
 use crate::{
+    device::{Elapsed, Gate},
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     runtime::{
         core::{Landing, Shared},
-        stats::{Busy, Link},
+        stats::Link,
         ticket::Ticket,
     },
 };
+
+/// What a reaper is told to wait for, in the order of its stream.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// A copy.
+    Copy(Landing),
+    /// A step on the compute stream, and when it ended if that is known.
+    Step { gate: Gate, at: Option<u64> },
+}
 
 /// Starts a named thread that runs `body` per message until the channel closes; an error or a panic fails the runtime.
 pub(crate) fn spawn<T: Send + 'static>(
@@ -113,17 +123,33 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
     }
 }
 
-/// Waits for the end of one copy.
-pub(crate) fn land(shared: &Shared, link: Link, busy: &mut Busy, landing: Landing) -> Result<()> {
-    while !shared.device.block(landing.gate, Duration::from_millis(100))? {
+/// Waits for the end of a copy, or of a step.
+pub(crate) fn ended(shared: &Shared, link: Link, what: Ended) -> Result<()> {
+    let (Ended::Copy(Landing { gate, .. }) | Ended::Step { gate, .. }) = what;
+    while !shared.device.block(gate, Duration::from_millis(100))? {
         if shared.inner.lock().closing {
             return Ok(());
         }
     }
-    let nanos = busy.add(landing.start, shared.trace.now());
+    match what {
+        Ended::Copy(landing) => landed(shared, link, landing),
+        Ended::Step { at, .. } => shared.step_ended(at),
+    }
+}
+
+fn landed(shared: &Shared, link: Link, landing: Landing) -> Result<()> {
+    let (from, to) = landing.marks;
+    shared.trace.saw(&*shared.device, to)?;
+    let nanos = match shared.device.elapsed(from, to)? {
+        Elapsed::Nanos(nanos) => u64::try_from(nanos).unwrap_or(0),
+        Elapsed::Pending | Elapsed::Lost => {
+            shared.stats.lost_one();
+            0
+        }
+    };
     shared.stats.moved(link, landing.bytes, nanos);
     let (track, name) = if link == Link::Up { ("up", "page in") } else { ("down", "gradient") };
-    shared.trace.span(track, name, u64::from(landing.unit.0), landing.start, landing.bytes);
+    shared.trace.device_span(&*shared.device, track, name, u64::from(landing.unit.0), (from, to), landing.bytes)?;
     if landing.lease.is_some() {
         drop(landing.lease);
         let unit = landing.unit;

@@ -9,7 +9,10 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::error::{Code, Error, Result};
+use crate::{
+    device::{Device, Elapsed, Mark, StreamRef},
+    error::{Code, Error, Result},
+};
 
 /// Events kept at most; beyond, the trace says how many it left out.
 const CAPACITY: usize = 200_000;
@@ -21,10 +24,24 @@ struct Event {
     name: &'static str,
     /// Unit, or a counter's value.
     value: u64,
-    start: u64,
+    start: i64,
     /// `u64::MAX` marks a counter.
     nanos: u64,
     bytes: u64,
+    /// `start` is a time of the device's clock.
+    on_device: bool,
+}
+
+/// How the device's clock relates to the trace's: a time on it is that of the base plus what elapsed since then.
+#[derive(Debug)]
+struct Clock {
+    base: Mark,
+    /// The base's time, by the trace's clock as far as known.
+    at: i64,
+    /// That of the first base, with which the trace begins.
+    began: i64,
+    /// What has to be added: no mark is seen before it is passed, so the earliest sight of all is the nearest to the truth.
+    late: Option<i64>,
 }
 
 /// Collects events while it is on.
@@ -33,11 +50,23 @@ pub struct Trace {
     epoch: Instant,
     on: AtomicBool,
     events: Mutex<Vec<Event>>,
+    clock: Mutex<Clock>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
-        Self { epoch: Instant::now(), on: AtomicBool::new(false), events: Mutex::new(Vec::new()) }
+        let clock = Clock { base: Mark::LOST, at: 0, began: 0, late: None };
+        Self { epoch: Instant::now(), on: AtomicBool::new(false), events: Mutex::default(), clock: Mutex::new(clock) }
+    }
+}
+
+impl Clock {
+    /// A mark's time; none while it or the base is still to come, or lost.
+    fn time(&self, device: &dyn Device, mark: Mark) -> Result<Option<i64>> {
+        match device.elapsed(self.base, mark)? {
+            Elapsed::Nanos(nanos) => Ok(Some(self.at + nanos)),
+            Elapsed::Pending | Elapsed::Lost => Ok(None),
+        }
     }
 }
 
@@ -47,26 +76,101 @@ impl Trace {
         u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Starts or stops collecting.
-    pub fn set(&self, on: bool) {
-        if on {
+    /// True while it collects.
+    pub fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// Starts or stops collecting. Times of the device count from a mark on a stream of it.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    pub fn set(&self, on: bool, device: &dyn Device, stream: StreamRef) -> Result<()> {
+        if on && !self.is_on() {
             self.events.lock().reserve(CAPACITY);
+            let mut clock = self.clock.lock();
+            clock.base = device.mark(stream)?;
+            clock.at = self.now().cast_signed();
+            clock.began = clock.at;
+            clock.late = (device.elapsed(clock.base, clock.base)? == Elapsed::Nanos(0)).then_some(0);
         }
         self.on.store(on, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Notes that a mark has been passed by now.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    pub fn saw(&self, device: &dyn Device, mark: Mark) -> Result<()> {
+        if self.is_on() {
+            let now = self.now().cast_signed();
+            let mut clock = self.clock.lock();
+            if let Some(time) = clock.time(device, mark)? {
+                clock.late = Some(clock.late.map_or(now - time, |late| late.min(now - time)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts times of the device from a later mark, before the present one is too old.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    pub fn rebase(&self, device: &dyn Device, mark: Mark) -> Result<()> {
+        if self.is_on() {
+            let mut clock = self.clock.lock();
+            if let Some(time) = clock.time(device, mark)? {
+                (clock.base, clock.at) = (mark, time);
+            }
+        }
+        Ok(())
     }
 
     /// Notes a span from `start` (of [`Trace::now`]) to now.
     pub fn span(&self, track: &'static str, name: &'static str, unit: u64, start: u64, bytes: u64) {
-        if self.on.load(Ordering::Relaxed) {
+        if self.is_on() {
             let nanos = self.now().saturating_sub(start);
-            self.push(Event { track, name, value: unit, start, nanos, bytes });
+            let start = start.cast_signed();
+            self.push(Event { track, name, value: unit, start, nanos, bytes, on_device: false });
         }
+    }
+
+    /// Notes a span of a stream between two marks that have been passed, as far as it lies after the beginning of the trace.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    pub fn device_span(
+        &self,
+        device: &dyn Device,
+        track: &'static str,
+        name: &'static str,
+        unit: u64,
+        marks: (Mark, Mark),
+        bytes: u64,
+    ) -> Result<()> {
+        if !self.is_on() {
+            return Ok(());
+        }
+        let (start, began) = {
+            let clock = self.clock.lock();
+            (clock.time(device, marks.0)?, clock.began)
+        };
+        if let (Some(start), Elapsed::Nanos(nanos)) = (start, device.elapsed(marks.0, marks.1)?)
+            && start + nanos > began
+        {
+            let nanos = u64::try_from(start + nanos - start.max(began)).unwrap_or(0);
+            let start = start.max(began);
+            self.push(Event { track, name, value: unit, start, nanos, bytes, on_device: true });
+        }
+        Ok(())
     }
 
     /// Notes a counter's value.
     pub fn counter(&self, name: &'static str, value: u64) {
-        if self.on.load(Ordering::Relaxed) {
-            self.push(Event { track: "counters", name, value, start: self.now(), nanos: u64::MAX, bytes: 0 });
+        if self.is_on() {
+            let start = self.now().cast_signed();
+            self.push(Event { track: "counters", name, value, start, nanos: u64::MAX, bytes: 0, on_device: false });
         }
     }
 
@@ -88,6 +192,7 @@ impl Trace {
                 .action("Name a writable file in log.trace.")
         };
         let events = std::mem::take(&mut *self.events.lock());
+        let late = self.clock.lock().late.unwrap_or(0);
         let mut tracks: Vec<&str> = Vec::new();
         let mut out = std::io::BufWriter::new(std::fs::File::create(path).map_err(failed)?);
         out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n").map_err(failed)?;
@@ -96,8 +201,9 @@ impl Trace {
                 tracks.push(e.track);
                 tracks.len() - 1
             });
+            let start = if e.on_device { e.start + late } else { e.start };
             #[expect(clippy::cast_precision_loss, reason = "microseconds in a trace")]
-            let ts = e.start as f64 / 1e3;
+            let ts = start.max(0) as f64 / 1e3;
             let line = if e.nanos == u64::MAX {
                 serde_json::json!({"ph": "C", "pid": 1, "name": e.name, "ts": ts, "args": {"bytes": e.value}})
             } else {
@@ -123,22 +229,49 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::HostDevice;
+
+    const USER: StreamRef = StreamRef::Compute(0);
+
+    fn written(trace: &Trace) -> Vec<serde_json::Value> {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        trace.write(file.path(), &|u| format!("u{u}")).expect("writes");
+        let text = std::fs::read_to_string(file.path()).expect("reads");
+        let json: serde_json::Value = serde_json::from_str(&text).expect("parses");
+        json["traceEvents"].as_array().expect("a list").iter().filter(|e| e["ph"] != "M").cloned().collect()
+    }
 
     #[test]
     fn writes_json_that_parses() {
-        let trace = Trace::default();
+        let (trace, device) = (Trace::default(), HostDevice::new().expect("starts"));
         trace.span("up", "page in", 1, 0, 10);
-        trace.set(true);
+        trace.set(true, &device, USER).expect("works");
         trace.span("up", "page in", 2, trace.now(), 20);
         trace.counter("host", 7);
-        let file = tempfile::NamedTempFile::new().expect("file");
-        assert_eq!(
-            trace.write(file.path(), &|u| format!("u{u}")).expect("writes"),
-            2,
-            "what came before `set` is not kept"
-        );
-        let text = std::fs::read_to_string(file.path()).expect("reads");
-        let json: serde_json::Value = serde_json::from_str(&text).expect("parses");
-        assert_eq!(json["traceEvents"][0]["name"], "page in u2");
+        let events = written(&trace);
+        assert_eq!(events.len(), 2, "what came before `set` is not kept");
+        assert_eq!(events[0]["name"], "page in u2");
+    }
+
+    #[test]
+    fn times_of_the_device_lie_among_those_of_the_host() {
+        let (trace, device) = (Trace::default(), HostDevice::new().expect("starts"));
+        // The base is a mark of a stream that comes to it later, and is not known to have.
+        trace.set(true, &device, StreamRef::Down).expect("works");
+        device.drain();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let before = trace.now();
+        let marks = (device.mark(USER).expect("made"), device.mark(USER).expect("made"));
+        trace.saw(&device, marks.1).expect("works");
+        trace.device_span(&device, "compute", "forward", 3, marks, 0).expect("works");
+        let after = trace.now();
+        trace.rebase(&device, marks.1).expect("works");
+        trace.device_span(&device, "compute", "backward", 3, marks, 0).expect("works");
+        let events = written(&trace);
+        for event in &events {
+            let ts = event["ts"].as_f64().expect("a number") * 1e3;
+            assert!(before as f64 <= ts && ts <= after as f64, "{before} {ts} {after}");
+        }
+        assert_eq!(events.len(), 2);
     }
 }

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "hands raw spans of homes and leased slots to the kernel")]
 
 use crate::{
-    device::{Gate, StreamRef},
+    device::StreamRef,
     dtype::StateKind,
     error::Result,
     memory::SlotLease,
@@ -68,7 +68,7 @@ impl Shared {
     ) -> Result<()> {
         let mut inner = loop {
             for update in updates {
-                self.settle(update.unit, interrupted)?;
+                self.settle(update.unit, Some(stream), interrupted)?;
             }
             let inner = self.lock()?;
             // Another thread may have submitted in between.
@@ -98,21 +98,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Runs the kernel over one piece of a unit's update, after the gates; returns the bytes of memory traffic.
-    pub(crate) fn run_chunk(
-        &self,
-        unit: UnitId,
-        index: u32,
-        after: [Gate; 3],
-        lease: Option<&mut SlotLease>,
-    ) -> Result<u64> {
+    /// Runs the kernel over one piece of a unit's update, whose gates have passed; returns the bytes of memory traffic.
+    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<u64> {
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
-        for gate in after {
-            while !self.device.block(gate, std::time::Duration::from_millis(100))? {
-                drop(self.lock()?);
-            }
-        }
         if self.commit_ahead(unit, job)? {
             return Ok(2 * self.layout.unit(unit).param_bytes());
         }

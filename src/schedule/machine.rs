@@ -56,8 +56,10 @@ pub enum Opening {
 pub enum Wait {
     /// The unit's update.
     Update,
-    /// NVMe.
-    Nvme,
+    /// Bytes from NVMe.
+    NvmeRead,
+    /// Bytes on their way to NVMe, which must be there before they are read.
+    NvmeWrite,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,7 +210,8 @@ impl Machine {
         }
         let s = &mut self.units[unit.index()];
         if s.frame != Frame::Full {
-            return Opening::Pending(Wait::Nvme);
+            let written = s.on_nvme && s.writing > 0;
+            return Opening::Pending(if written { Wait::NvmeWrite } else { Wait::NvmeRead });
         }
         s.held = true;
         s.wanted = false;

@@ -9,6 +9,7 @@ mod cuda;
 mod frames;
 mod gates;
 mod lifetime;
+mod marks;
 mod programs;
 mod updates;
 

@@ -17,7 +17,7 @@ from models import WIDTH, Decoder, Stack, stack
 from twin import Run, World, compare
 
 LINKS = {"host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update"}
-CAUSES = {"update", "nvme_read", "copy", "grads"}
+CAUSES = {"update", "nvme_read", "nvme_write", "copy", "grads"}
 
 
 def trained(world: World, steps: int = 3, build=Decoder, **sections: Any) -> Run:
@@ -43,7 +43,7 @@ def test_fields(world: World):
     assert all(link.bytes >= 0 and 0 <= link.seconds <= stats.seconds for link in stats.links.values())
     assert all(seconds >= 0 for seconds in stats.stalls.values())
     assert stats.stall_seconds == pytest.approx(sum(stats.stalls.values()))
-    assert stats.binding in {"compute", *CAUSES}
+    assert stats.binding in {"compute", *LINKS}
     for name, budget in stats.budgets.items():
         assert 0 <= budget.used <= budget.peak, name
         assert budget.limit is None or budget.peak <= budget.limit, name
@@ -142,12 +142,12 @@ def spans(path: Path) -> list[dict[str, Any]]:
 
 
 def test_trace_of_chosen_steps(world: World, tmp_path: Path):
-    """Valid JSON with a track for every link, the update, and the training thread; every event names its unit."""
+    """Valid JSON with a track for every stream and link, the update, and the training thread; every event names its unit."""
     path = tmp_path / "trace.json"
     run = trained(world, steps=6, build=stack(depth=8), log={"trace": str(path), "trace_steps": [3, 4]})
     events = json.loads(path.read_text())["traceEvents"]
     tracks = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    expected = {"up", "down", "cpu update"}
+    expected = {"up", "down", "cpu update", "compute"}
     if world.params == "nvme":
         expected |= {"nvme read", "nvme write", "training thread"}
     assert expected <= set(tracks.values())
@@ -158,7 +158,7 @@ def test_trace_of_chosen_steps(world: World, tmp_path: Path):
     for e in found:
         if e["cat"] != "training thread":
             assert e["name"].split()[-1] in units, e
-            assert e["args"]["bytes"] > 0, e
+            assert (e["args"]["bytes"] > 0) == (e["cat"] != "compute"), e
     total = sum(p.numel() * p.element_size() for p in run.model.parameters())
     down = sum(e["args"]["bytes"] for e in found if e["cat"] == "down")
     # The copies of the last backward before, and of this one, may end on either side of the border.

@@ -25,7 +25,9 @@ pub(super) mod code {
     use std::ffi::c_int;
 
     pub(in super::super) const OUT_OF_MEMORY: c_int = 2;
+    pub(in super::super) const INVALID_HANDLE: c_int = 400;
     pub(in super::super) const NOT_READY: c_int = 600;
+    pub(in super::super) const CAPTURED_EVENT: c_int = 907;
     pub(super) const DEINITIALIZED: c_int = 4;
     pub(super) const STUB_LIBRARY: c_int = 34;
     pub(super) const NO_DEVICE: c_int = 100;
@@ -127,11 +129,13 @@ entry_points! {
     cuMemsetD8Async(dst: CUdeviceptr, byte: c_uchar, bytes: usize, stream: CUstream);
     cuStreamCreateWithPriority(stream: *mut CUstream, flags: c_uint, priority: c_int);
     cuStreamSynchronize(stream: CUstream);
+    cuStreamIsCapturing(stream: CUstream, status: *mut c_int);
     cuStreamWaitEvent(stream: CUstream, event: CUevent, flags: c_uint);
     cuStreamDestroy_v2(stream: CUstream);
     cuEventCreate(event: *mut CUevent, flags: c_uint);
     cuEventRecord(event: CUevent, stream: CUstream);
     cuEventQuery(event: CUevent);
+    cuEventElapsedTime(millis: *mut f32, from: CUevent, to: CUevent);
     cuEventDestroy_v2(event: CUevent);
     cuModuleLoadData(module: *mut CUmodule, image: *const c_void);
     cuModuleUnload(module: CUmodule);

@@ -7,6 +7,7 @@
 mod driver;
 mod frames;
 mod kernels;
+mod marks;
 mod nvrtc;
 mod streams;
 
@@ -24,10 +25,11 @@ use self::{
     driver::{Context, Driver},
     frames::CudaFrames,
     kernels::Kernels,
+    marks::Marks,
     streams::Streams,
 };
 use crate::{
-    device::{Device, DeviceKind, FrameSpan, Frames, Gate, StreamRef, check_ring},
+    device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Mark, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{Hyper, Span},
@@ -131,6 +133,7 @@ fn pcie_link(bus: &str) -> Option<PcieLink> {
 /// One GPU.
 pub struct CudaDevice {
     streams: Arc<Streams>,
+    marks: Marks,
     granularity: u64,
     kernels: OnceLock<Result<Kernels>>,
     regions: Mutex<Vec<Arc<HostRegion>>>,
@@ -152,7 +155,14 @@ impl CudaDevice {
             ));
         }
         let granularity = frames::granularity(&context)?;
-        Ok(Self { streams: Streams::new(context)?, granularity, kernels: OnceLock::new(), regions: Mutex::default() })
+        let marks = Marks::new(Arc::clone(&context))?;
+        Ok(Self {
+            streams: Streams::new(context)?,
+            marks,
+            granularity,
+            kernels: OnceLock::new(),
+            regions: Mutex::default(),
+        })
     }
 
     fn context(&self) -> &Context {
@@ -272,6 +282,14 @@ impl Device for CudaDevice {
     fn block(&self, gate: Gate, timeout: Duration) -> Result<bool> {
         // A time beyond the clock's range is no limit.
         self.streams.block(gate, Instant::now().checked_add(timeout))
+    }
+
+    fn mark(&self, stream: StreamRef) -> Result<Mark> {
+        self.marks.make(self.streams.handle(stream))
+    }
+
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<Elapsed> {
+        self.marks.elapsed(from, to)
     }
 
     fn drain(&self) {

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "implements the unsafe calls of the trait")]
 
 mod frames;
+mod marks;
 mod stream_copy;
 mod streams;
 
@@ -18,7 +19,7 @@ use parking_lot::Mutex;
 
 use self::streams::{Op, Streams};
 use crate::{
-    device::{Device, DeviceKind, FrameSpan, Frames, Gate, Role, StreamRef, check_ring},
+    device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Mark, Role, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{self, Hyper, Span},
@@ -150,6 +151,14 @@ impl Device for HostDevice {
     fn block(&self, gate: Gate, timeout: Duration) -> Result<bool> {
         // A time beyond the clock's range is no limit.
         self.streams.block(gate, Instant::now().checked_add(timeout))
+    }
+
+    fn mark(&self, stream: StreamRef) -> Result<Mark> {
+        self.streams.mark(stream.role())
+    }
+
+    fn elapsed(&self, from: Mark, to: Mark) -> Result<Elapsed> {
+        Ok(self.streams.marks.elapsed(from, to))
     }
 
     fn drain(&self) {

@@ -19,7 +19,11 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device::{Gate, Role, host::stream_copy, unrecorded},
+    device::{
+        Gate, Mark, Role,
+        host::{marks::Marks, stream_copy},
+        unrecorded,
+    },
     error::{Code, Error, Result},
     optim::{Hyper, Span, adamw},
 };
@@ -42,6 +46,8 @@ pub(super) enum Op {
     AdamW(Span, Hyper),
     /// Opens the gate of this number.
     Record(u64),
+    /// Notes the time.
+    Mark(Mark),
     /// Holds the stream until the gate is open.
     Wait(Gate),
     /// Fails as a bug would.
@@ -93,6 +99,7 @@ unsafe impl Send for Op {}
 pub(super) struct Streams {
     up: Lane,
     down: Lane,
+    pub(super) marks: Marks,
     failure: OnceLock<Error>,
     /// Taken for a moment by whoever opens a gate, so that no waiter misses it.
     progress: Mutex<()>,
@@ -104,6 +111,7 @@ impl Streams {
         Arc::new(Self {
             up: Lane::new("funicular-up", up_cap),
             down: Lane::new("funicular-down", down_cap),
+            marks: Marks::new(),
             failure: OnceLock::new(),
             progress: Mutex::new(()),
             opened: Condvar::new(),
@@ -157,6 +165,26 @@ impl Streams {
             Op::Record(seq)
         })?;
         Ok(Gate { role, seq })
+    }
+
+    /// Makes a mark on a stream. The calling thread comes to one of Compute at once, and so does a stream with nothing to do; one
+    /// at work comes to it without being woken.
+    pub(super) fn mark(&self, role: Role) -> Result<Mark> {
+        self.check()?;
+        let mark = self.marks.make();
+        if let Some(lane) = self.lane(role) {
+            let mut queue = lane.queue.lock();
+            while queue.ops.len() >= CAPACITY {
+                lane.room.wait(&mut queue);
+                self.check()?;
+            }
+            if queue.running || !queue.ops.is_empty() {
+                queue.ops.push_back(Op::Mark(mark));
+                return Ok(mark);
+            }
+        }
+        self.marks.pass(mark);
+        Ok(mark)
     }
 
     /// Makes `op` under the lock of the queue, so that numbers and places agree.
@@ -260,6 +288,7 @@ impl Streams {
                     drop(self.progress.lock());
                     self.opened.notify_all();
                 }
+                Op::Mark(mark) => self.marks.pass(mark),
                 // An error here is the failure of the other worker: `next` ends this one.
                 Op::Wait(gate) => drop(self.block(gate, None)),
                 #[cfg(test)]

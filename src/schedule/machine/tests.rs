@@ -196,7 +196,7 @@ fn submitting_does_not_page_in_what_may_be_submitted_next() {
 #[test]
 fn a_read_under_way_when_its_unit_is_updated_is_dropped() {
     let mut rig = Rig::new(1, 0, &[(1, NVME)]);
-    assert!(matches!(rig.open(0, Phase::Eval), Opening::Pending(Wait::Nvme)));
+    assert!(matches!(rig.open(0, Phase::Eval), Opening::Pending(Wait::NvmeRead)));
     rig.submit(0);
     assert!(!rig.machine.wants_params(u(0)));
     rig.take();
@@ -206,7 +206,7 @@ fn a_read_under_way_when_its_unit_is_updated_is_dropped() {
         rig.machine.chunk_read(u(0), c, &mut rig.out);
         rig.machine.chunk_ran(u(0), c, &mut rig.out);
     }
-    assert_eq!(rig.again(0), Opening::Pending(Wait::Nvme), "the writes are not down yet");
+    assert_eq!(rig.again(0), Opening::Pending(Wait::NvmeWrite), "the writes are not down yet");
     rig.take();
     rig.machine.chunk_written(u(0), 0, &mut rig.out);
     assert_eq!(rig.take(), []);
@@ -262,7 +262,7 @@ fn a_promoted_update_in_pieces_goes_on_where_it_was() {
 #[test]
 fn nothing_is_read_while_the_unit_is_overwritten() {
     let mut rig = Rig::new(1, 0, &[(1, NVME)]);
-    assert!(matches!(rig.open(0, Phase::Eval), Opening::Pending(Wait::Nvme)));
+    assert!(matches!(rig.open(0, Phase::Eval), Opening::Pending(Wait::NvmeRead)));
     rig.machine.begin_write(u(0));
     assert!(rig.machine.reading(u(0)) && !rig.machine.wants_params(u(0)), "what comes now is of no use");
     rig.take();

@@ -1,0 +1,75 @@
+//! Slowness on demand, for tests and for `debug.faults`: which resource binds must follow what is made slow.
+
+use std::time::Duration;
+
+use crate::error::{Code, Error, Result};
+
+/// What is slower than it is. Each copy is made so many times, each piece of an update takes so much longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slow {
+    /// Copies to the device.
+    pub up: u32,
+    /// Copies of gradients to the host.
+    pub down: u32,
+    /// Pieces of updates.
+    pub update: Duration,
+}
+
+impl Default for Slow {
+    fn default() -> Self {
+        Self { up: 1, down: 1, update: Duration::ZERO }
+    }
+}
+
+impl Slow {
+    /// Takes `up:times=N`, `down:times=N` and `update:delay=Nms` out of the rules of `debug.faults`; returns the others too.
+    ///
+    /// # Errors
+    /// `FN-E503` naming the rule.
+    pub fn parse(text: &str) -> Result<(Self, String)> {
+        let mut slow = Self::default();
+        let mut others = Vec::new();
+        for rule in text.split(',').map(str::trim).filter(|rule| !rule.is_empty()) {
+            let Some(place @ ("up" | "down" | "update")) = rule.split(':').next() else {
+                others.push(rule);
+                continue;
+            };
+            if slow.set(place, &rule[place.len()..]).is_none() {
+                return Err(Error::new(Code::PolicyValue, format!("debug.faults: '{rule}' slows nothing down."))
+                    .action("Write \"up:times=8\", \"down:times=8\" or \"update:delay=20ms\"."));
+            }
+        }
+        Ok((slow, others.join(",")))
+    }
+
+    fn set(&mut self, place: &str, rest: &str) -> Option<()> {
+        let times = || rest.strip_prefix(":times=")?.parse().ok().filter(|&times| times > 0);
+        match place {
+            "up" => self.up = times()?,
+            "down" => self.down = times()?,
+            _ => {
+                let delay = rest.strip_prefix(":delay=")?.strip_suffix("ms")?;
+                self.update = Duration::from_millis(delay.parse().ok()?);
+            }
+        }
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_rules_are_told_from_those_of_disks() {
+        let (slow, others) = Slow::parse("read:eio@3, up:times=8,update:delay=20ms, write:short").expect("rules");
+        assert_eq!(slow, Slow { up: 8, down: 1, update: Duration::from_millis(20) });
+        assert_eq!(others, "read:eio@3,write:short");
+        assert_eq!(Slow::parse("").expect("none"), (Slow::default(), String::new()));
+        for wrong in ["up:times=0", "up:delay=2ms", "down", "update:delay=2", "update:times=3"] {
+            let error = Slow::parse(wrong).expect_err(wrong);
+            assert_eq!(error.code(), Code::PolicyValue);
+            assert!(error.to_string().contains(wrong), "{error}");
+        }
+    }
+}
