@@ -8,10 +8,11 @@ use crate::{
     io::{DirectIo, EngineChoice, Faults},
     model::Layout,
     policy::{
-        self, Auto, Direct, OptimizerTier, ParamsTier, Policy,
+        self, Auto, Direct, OptimizerTier, ParamsTier, Policy, UpdateOn,
         limits::{self, HostLimits},
     },
-    schedule::{Budgets, Limits, Tiers},
+    runtime::share::Split,
+    schedule::{Budgets, LaneUse, Limits, Tiers},
     units::{ByteCount, Tier},
 };
 
@@ -36,6 +37,8 @@ pub struct Config {
     pub checksums: bool,
     /// Threads of the update pool.
     pub threads: u32,
+    /// Who updates, and whether lanes of the device are made for it.
+    pub updates: (Split, LaneUse),
     /// Bytes paged in ahead at most; `None`: a ring.
     pub window: Option<ByteCount>,
     /// Fill released frames with NaN.
@@ -122,6 +125,12 @@ impl Config {
             },
             checksums: policy.nvme.checksums,
             threads: threads(machine, policy, device_free.is_some()),
+            updates: match policy.optimizer.update_on {
+                UpdateOn::Gpu => (Split::Lanes, LaneUse::Always),
+                // A device that is the processor itself has nothing to add.
+                UpdateOn::Auto if device_free.is_some() => (Split::Rates, LaneUse::IfRoom),
+                UpdateOn::Auto | UpdateOn::Cpu => (Split::Processor, LaneUse::Never),
+            },
             window: policy
                 .prefetch
                 .window
@@ -139,7 +148,8 @@ impl Config {
 
     /// What the machine dictates to the placement, for frames of that granularity.
     pub fn limits(&self, granularity: u64) -> Limits {
-        Limits { granularity, block: self.block, has_nvme: !self.paths.is_empty(), residents: true }
+        let (has_nvme, lanes) = (!self.paths.is_empty(), self.updates.1);
+        Limits { granularity, block: self.block, has_nvme, residents: true, lanes }
     }
 }
 

@@ -9,7 +9,6 @@ use crate::{
     runtime::{
         core::{RunTask, Shared},
         saves::group_of,
-        stats::Link,
     },
     units::UnitId,
 };
@@ -113,18 +112,15 @@ fn run(shared: &Shared, task: RunTask) -> Result<()> {
     let RunTask { unit, chunk, mut lease } = task;
     // Copy on update: a save under way reads the unit first.
     shared.saves.preserve(group_of(unit), &mut || false)?;
-    let start = shared.trace.now();
     let after = {
         let mut inner = shared.lock()?;
         inner.at_work = Some(unit);
         inner.gates[unit.index()].update
     };
-    let bytes = {
+    {
         let _at_work = AtWork(shared);
-        shared.run_chunk(unit, chunk, after, lease.as_mut())?
-    };
-    shared.stats.moved(Link::Update, bytes, shared.trace.now().saturating_sub(start));
-    shared.trace.span("cpu update", "adamw", u64::from(unit.0), start, bytes);
+        shared.run_chunk(unit, chunk, after, lease.as_mut())?;
+    }
     let mut inner = shared.lock()?;
     if let Some(lease) = lease {
         Shared::park_chunk(&mut inner, unit, chunk, lease);

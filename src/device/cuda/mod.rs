@@ -7,6 +7,7 @@
 mod driver;
 mod frames;
 mod kernels;
+mod lanes;
 mod nvrtc;
 mod streams;
 
@@ -24,14 +25,15 @@ use self::{
     driver::{Context, Driver},
     frames::CudaFrames,
     kernels::Kernels,
+    lanes::CudaLanes,
     streams::Streams,
 };
 use crate::{
-    device::{Device, DeviceKind, FrameSpan, Frames, Gate, StreamRef, check_ring},
+    device::{Device, DeviceKind, FrameSpan, Frames, Gate, Lanes, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{Hyper, Span},
-    units::ByteCount,
+    units::{ByteCount, round_up},
 };
 
 pub use nvrtc::search as search_compiler;
@@ -132,7 +134,7 @@ fn pcie_link(bus: &str) -> Option<PcieLink> {
 pub struct CudaDevice {
     streams: Arc<Streams>,
     granularity: u64,
-    kernels: OnceLock<Result<Kernels>>,
+    kernels: OnceLock<Result<Arc<Kernels>>>,
     regions: Mutex<Vec<Arc<HostRegion>>>,
 }
 
@@ -159,8 +161,9 @@ impl CudaDevice {
         &self.streams.context
     }
 
-    fn kernels(&self) -> Result<&Kernels> {
-        self.kernels.get_or_init(|| Kernels::load(&self.streams.context)).as_ref().map_err(Error::clone)
+    fn kernels(&self) -> Result<&Arc<Kernels>> {
+        let load = || Kernels::load(&self.streams.context).map(Arc::new);
+        self.kernels.get_or_init(load).as_ref().map_err(Error::clone)
     }
 }
 
@@ -255,6 +258,12 @@ impl Device for CudaDevice {
     unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()> {
         // SAFETY: passed on to the caller; the stream is alive.
         unsafe { self.kernels()?.adamw(self.streams.handle(stream), span, hyper) }
+    }
+
+    fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>> {
+        let kernels = Arc::clone(self.kernels()?);
+        let bytes_each = round_up(bytes_each.max(1), self.granularity);
+        Ok(Arc::new(CudaLanes::create(Arc::clone(&self.streams), kernels, count, bytes_each)?))
     }
 
     fn record(&self, stream: StreamRef) -> Result<Gate> {
