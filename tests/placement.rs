@@ -397,7 +397,7 @@ fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
 fn lanes_take_of_the_compute_tier_where_there_is_room() {
     let paged = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) };
     // A third of 1 Mi elements, in pieces of 32 Ki: 11 of them, 16 bytes each, rounded up to 2 MiB.
-    let (elems, bytes) = (11 << 15, 3 * 6 << 20);
+    let (elems, bytes) = (11 << 15, 18 << 20);
     let plan = placed_with(LaneUse::Always, paged, Some(20), 1000).unwrap();
     assert_eq!((plan.lane_elems, plan.lane_bytes, plan.ring_chunks, plan.hbm_bytes), (elems, bytes, 1, 20 << 20));
     let error = placed_with(LaneUse::Always, paged, Some(19), 1000).unwrap_err();

@@ -142,9 +142,11 @@ impl Share {
             let (part, span, to) = cut(parts, piece..piece + 1);
             // The only error, a type without a kernel, was ruled out when the part was added.
             // SAFETY: the caller's contract; every piece is claimed once, and pieces are disjoint.
-            let _ = match to {
-                None => unsafe { adamw(&span, &part.hyper) },
-                Some(to) => unsafe { adamw_into_with(Isa::best(), &span, &to, &part.hyper) },
+            let _ = unsafe {
+                match to {
+                    None => adamw(&span, &part.hyper),
+                    Some(to) => adamw_into_with(Isa::best(), &span, &to, &part.hyper),
+                }
             };
             elems.fetch_add(span.len as u64, Ordering::Relaxed);
             bytes.fetch_add(span.traffic(), Ordering::Relaxed);

@@ -1,4 +1,5 @@
 //! Every element once, whoever takes it; the bits of one update in place; errors and panics leave nothing under way.
+#![expect(unsafe_code, reason = "updates arrays of its own")]
 
 use std::{
     collections::BTreeMap,
@@ -193,12 +194,14 @@ fn the_bits_do_not_depend_on_who_updates() {
         for (step, array) in expected.iter_mut().enumerate() {
             let (span, to) = (array.span(), array.target());
             // SAFETY: the arrays are the test's own.
-            match aside {
-                false => unsafe { adamw(&span, &hyper(step as u64 + 1)) }.expect("trainable"),
-                true => {
-                    unsafe { adamw_into_with(Isa::best(), &span, &to, &hyper(step as u64 + 1)) }.expect("trainable")
+            let done = unsafe {
+                if aside {
+                    adamw_into_with(Isa::best(), &span, &to, &hyper(step as u64 + 1))
+                } else {
+                    adamw(&span, &hyper(step as u64 + 1))
                 }
-            }
+            };
+            done.expect("trainable");
         }
         for split in [Split::Processor, Split::Lanes, Split::Halves, Split::Rates] {
             assert!(share.set_split(split));

@@ -75,10 +75,13 @@ impl Launch {
         bytes.copy_from_slice(state);
         let same = Self::new(bytes.as_mut_ptr() as u64, len, dtype, number);
         // SAFETY: the buffer is this test's own and aligned for any element.
-        match same.to {
-            None => unsafe { adamw(&same.span, &same.hyper) }.expect("trainable"),
-            Some(to) => unsafe { adamw_into_with(Isa::best(), &same.span, &to, &same.hyper) }.expect("trainable"),
-        }
+        let done = unsafe {
+            match same.to {
+                None => adamw(&same.span, &same.hyper),
+                Some(to) => adamw_into_with(Isa::best(), &same.span, &to, &same.hyper),
+            }
+        };
+        done.expect("trainable");
         bytes.to_vec()
     }
 }
