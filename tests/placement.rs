@@ -169,7 +169,7 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     prop_assert!(sum.nvme <= case.budgets.nvme.0, "P1 nvme");
     prop_assert!(case.budgets.hbm.is_none_or(|b| sum.hbm <= b.0), "P1 hbm");
     prop_assert!(case.budgets.spare.is_none_or(|b| sum.spare <= b.0), "P1 spare");
-    let paged = case.layout.ids().any(|u| case.layout.unit(u).grad_bytes() > 0 && !plan.resident(u));
+    let paged = case.layout.ids().any(|u| case.layout.unit(u).optimizer_bytes() > 0 && !plan.resident(u));
     match case.limits.lanes {
         LaneUse::Never => prop_assert_eq!(plan.lane_elems, 0),
         LaneUse::IfRoom => prop_assert!(paged || plan.lane_elems == 0, "nothing to update there"),

@@ -128,7 +128,7 @@ pub fn place(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limit
     let tiers = device::sound(layout, tiers)?;
     let alone = with_lanes(layout, &tiers, budgets, limits, 0);
     let elems = lanes::elems(layout);
-    let paged = |plan: &Placement| layout.ids().any(|u| layout.unit(u).grad_bytes() > 0 && !plan.resident(u));
+    let paged = |plan: &Placement| layout.ids().any(|u| layout.unit(u).optimizer_bytes() > 0 && !plan.resident(u));
     match limits.lanes {
         LaneUse::Never => alone,
         _ if elems == 0 || alone.as_ref().is_ok_and(|plan| !paged(plan)) => alone,
