@@ -8,7 +8,7 @@ use funicular::{
     dtype::DType,
     io::{DirectIo, EngineOptions},
     model::{Layout, ParamSpec, UnitSpec},
-    schedule::{Budgets, Limits, Machine, Phase, Tiers, placement},
+    schedule::{Budgets, LaneUse, Limits, Machine, Phase, Tiers, placement},
     store::{SegmentSpec, Store, StoreSpec},
     units::{ByteCount, Tier, UnitId},
 };
@@ -26,7 +26,12 @@ fn model() -> (Layout, Vec<Tiers>, Budgets, Limits) {
     let hbm = layout.units.iter().map(|unit| unit.param_bytes()).sum::<u64>() / 16;
     let budgets =
         Budgets { hbm: Some(ByteCount(hbm)), host: ByteCount::gib(1024), nvme: ByteCount::gib(1024), spare: None };
-    (layout, tiers, budgets, Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: false, residents: false })
+    (
+        layout,
+        tiers,
+        budgets,
+        Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: false, residents: false, lanes: LaneUse::Never },
+    )
 }
 
 fn scheduler(criterion: &mut Criterion) {

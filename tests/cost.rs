@@ -5,7 +5,7 @@ use funicular::{
     dtype::DType,
     model::{Layout, ParamSpec, UnitSpec},
     schedule::{
-        Budgets, Limits, Phase, Placement, Tiers,
+        Budgets, LaneUse, Limits, Phase, Placement, Tiers,
         cost::{Rates, Resource, Work, gains, predict},
         placement::place,
         traffic::{Uses, of_step, windows},
@@ -29,7 +29,7 @@ fn placed(layout: &Layout, tiers: Tiers, hbm: Option<u64>, host: u64, spare: Opt
         nvme: ByteCount(u64::MAX),
         spare: spare.map(ByteCount),
     };
-    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true };
+    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true, lanes: LaneUse::Never };
     place(layout, &vec![tiers; layout.units.len()], &budgets, &limits).unwrap()
 }
 

@@ -6,7 +6,7 @@ use funicular::{
     dtype::{DType, StateKind},
     model::{Layout, ParamSpec, Section, Unit, UnitSpec},
     schedule::{
-        Budgets, Limits, Placement, Tiers,
+        Budgets, LaneUse, Limits, Placement, Tiers,
         placement::{place, spare_bytes},
     },
     units::{ByteCount, Tier, UnitId},
@@ -74,25 +74,35 @@ fn cases() -> impl Strategy<Value = Case> {
         prop_oneof![2 => Just(None), 1 => (0u64..24).prop_map(Some)],
         (0u64..200, prop::option::of(hbm), prop::option::of(0u64..150), prop::option::of(0u64..50)),
         (prop::bool::weighted(0.8), prop::bool::weighted(0.8)),
-        prop_oneof![Just(4096u64), Just(2 << 20)],
+        (
+            prop_oneof![Just(4096u64), Just(2 << 20)],
+            prop_oneof![2 => Just(LaneUse::Never), 1 => Just(LaneUse::IfRoom), 1 => Just(LaneUse::Always)],
+        ),
     )
-        .prop_map(|(layout, wishes, same, (host, hbm, nvme, spare), (has_nvme, residents), granularity)| {
-            let (params, states, grads) = bytes(&layout);
-            let all = params + states + grads;
-            let n = layout.units.len();
-            let tiers = match same {
-                None => vec![Tiers::default(); n],
-                Some(0..12) => vec![wishes[0]; n],
-                Some(_) => wishes[..n].to_vec(),
-            };
-            let budgets = Budgets {
-                hbm: hbm.map(|p| ByteCount(params / 100 * p)),
-                host: ByteCount(all / 100 * host),
-                nvme: ByteCount(nvme.map_or(u64::MAX, |p| all / 100 * p)),
-                spare: spare.map(|p| ByteCount(all / 100 * p)),
-            };
-            Case { layout, tiers, budgets, limits: Limits { granularity, block: 1 << 20, has_nvme, residents } }
-        })
+        .prop_map(
+            |(layout, wishes, same, (host, hbm, nvme, spare), (has_nvme, residents), (granularity, lanes))| {
+                let (params, states, grads) = bytes(&layout);
+                let all = params + states + grads;
+                let n = layout.units.len();
+                let tiers = match same {
+                    None => vec![Tiers::default(); n],
+                    Some(0..12) => vec![wishes[0]; n],
+                    Some(_) => wishes[..n].to_vec(),
+                };
+                let budgets = Budgets {
+                    hbm: hbm.map(|p| ByteCount(params / 100 * p)),
+                    host: ByteCount(all / 100 * host),
+                    nvme: ByteCount(nvme.map_or(u64::MAX, |p| all / 100 * p)),
+                    spare: spare.map(|p| ByteCount(all / 100 * p)),
+                };
+                Case {
+                    layout,
+                    tiers,
+                    budgets,
+                    limits: Limits { granularity, block: 1 << 20, has_nvme, residents, lanes },
+                }
+            },
+        )
 }
 
 /// Bytes of a placement, from the sections alone.
@@ -132,6 +142,8 @@ fn recount(case: &Case, plan: &Placement) -> Recount {
         sum.spare += if spare { param + states } else { 0 };
     }
     sum.hbm += plan.chunk_bytes * u64::from(plan.ring_chunks);
+    // Parameter, gradient and moments of fp32, on each of three lanes.
+    sum.hbm += 3 * (16 * plan.lane_elems).next_multiple_of(case.limits.granularity);
     let slots = |(n, b): (u32, u64)| u64::from(n) * b;
     sum.host += slots(plan.page_slots) + slots(plan.update_slots) + sum.spare;
     if case.budgets.hbm.is_none() {
@@ -157,6 +169,12 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     prop_assert!(sum.nvme <= case.budgets.nvme.0, "P1 nvme");
     prop_assert!(case.budgets.hbm.is_none_or(|b| sum.hbm <= b.0), "P1 hbm");
     prop_assert!(case.budgets.spare.is_none_or(|b| sum.spare <= b.0), "P1 spare");
+    let paged = case.layout.ids().any(|u| case.layout.unit(u).optimizer_bytes() > 0 && !plan.resident(u));
+    match case.limits.lanes {
+        LaneUse::Never => prop_assert_eq!(plan.lane_elems, 0),
+        LaneUse::IfRoom => prop_assert!(paged || plan.lane_elems == 0, "nothing to update there"),
+        LaneUse::Always => prop_assert_eq!(plan.lane_elems > 0, paged),
+    }
     let units = || case.layout.units.iter().zip(&plan.homes);
     let widest = units().filter(|(_, h)| h.params == Tier::Nvme).map(|(u, _)| u.param_bytes()).max().unwrap_or(0);
     prop_assert!(plan.shadow_bytes >= widest + checkpoint(plan), "any unit can be read outside its window");
@@ -197,6 +215,7 @@ fn fills_the_compute_tier(case: &Case, plan: &Placement) -> Result<(), TestCaseE
     let (Some(hbm), true) = (case.budgets.hbm, case.limits.residents) else { return Ok(()) };
     let cost = |unit: &Unit| [unit.param_bytes(), unit.grad_bytes(), unit.optimizer_bytes()];
     let cost = |unit: &Unit| cost(unit).map(|b| b.next_multiple_of(2 << 20)).iter().sum::<u64>();
+    let hbm = hbm.0 - plan.lane_bytes;
     let resident: u64 = units().filter(|(u, _)| plan.resident(*u)).map(|(_, unit)| cost(unit)).sum();
     // An upper bound of what a ring of that many frames may take, whatever the size of its chunks.
     let ring = |but: usize, frames: u64| {
@@ -208,7 +227,7 @@ fn fills_the_compute_tier(case: &Case, plan: &Placement) -> Result<(), TestCaseE
     for but in count + 1..=free.len() {
         let more: u64 = free[count..but].iter().map(|(_, unit)| cost(unit)).sum();
         let chunk = plan.chunk_bytes.max(case.limits.granularity) * 4;
-        prop_assert!(resident + more + ring(but, 4) + chunk > hbm.0, "{} more would have fitted", but - count);
+        prop_assert!(resident + more + ring(but, 4) + chunk > hbm, "{} more would have fitted", but - count);
     }
     Ok(())
 }
@@ -314,7 +333,7 @@ fn a_wide_unit_stays_home_where_paging_it_would_cost_more() {
     let layout = Layout::new(&specs).unwrap();
     let budgets =
         Budgets { hbm: Some(ByteCount::mib(256)), host: ByteCount::mib(140), nvme: ByteCount(u64::MAX), spare: None };
-    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: false };
+    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: false, lanes: LaneUse::Never };
     let plan = place(&layout, &[Tiers::default(); 9], &budgets, &limits).unwrap();
     assert_eq!(plan.homes[0].params, Tier::Host, "128 MiB at home; a slot and a shadow of it would be 256");
     assert!(plan.homes[1..].iter().any(|h| h.params == Tier::Nvme));
@@ -330,9 +349,13 @@ fn layers() -> Layout {
 }
 
 fn placed(tiers: Tiers, hbm: Option<u64>, host: u64) -> Result<Placement, Error> {
+    placed_with(LaneUse::Never, tiers, hbm, host)
+}
+
+fn placed_with(lanes: LaneUse, tiers: Tiers, hbm: Option<u64>, host: u64) -> Result<Placement, Error> {
     let budgets =
         Budgets { hbm: hbm.map(ByteCount::mib), host: ByteCount::mib(host), nvme: ByteCount(u64::MAX), spare: None };
-    let limits = Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: true, residents: true };
+    let limits = Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: true, residents: true, lanes };
     place(&layers(), &[tiers; 12], &budgets, &limits)
 }
 
@@ -368,4 +391,26 @@ fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
         assert!(plan.homes.iter().all(|h| h.params != Tier::Hbm), "{wish:?}");
         assert_eq!(plan.ring_chunks, 12, "all of budget.hbm is ring");
     }
+}
+
+#[test]
+fn lanes_take_of_the_compute_tier_where_there_is_room() {
+    let paged = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) };
+    // A third of 1 Mi elements, in pieces of 32 Ki: 11 of them, 16 bytes each, rounded up to 2 MiB.
+    let (elems, bytes) = (11 << 15, 18 << 20);
+    let plan = placed_with(LaneUse::Always, paged, Some(20), 1000).unwrap();
+    assert_eq!((plan.lane_elems, plan.lane_bytes, plan.ring_chunks, plan.hbm_bytes), (elems, bytes, 1, 20 << 20));
+    let error = placed_with(LaneUse::Always, paged, Some(19), 1000).unwrap_err();
+    assert_eq!(error.code(), Code::HbmBudget);
+    assert!(error.to_string().contains("Raise budget.hbm to 20MiB, or set optimizer.where"), "{error}");
+    // Only beside a ring of three units.
+    for (hbm, lanes) in [(20, 0), (23, 0), (24, bytes)] {
+        let plan = placed_with(LaneUse::IfRoom, paged, Some(hbm), 1000).unwrap();
+        assert_eq!((plan.lane_bytes, plan.hbm_bytes), (lanes, (hbm / 2 * 2) << 20), "{hbm} MiB");
+    }
+    // Without a budget of its own the compute tier is the host's memory.
+    let plan = placed_with(LaneUse::Always, paged, None, 1000).unwrap();
+    assert_eq!((plan.lane_bytes, plan.hbm_bytes - plan.ring_bytes()), (bytes, bytes));
+    // Where all is resident nothing passes through lanes.
+    assert_eq!(placed_with(LaneUse::Always, Tiers::default(), Some(168), 1000).unwrap().lane_bytes, 0);
 }

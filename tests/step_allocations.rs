@@ -12,7 +12,7 @@ use funicular::{
     model::{Layout, ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
     policy::Policy,
-    runtime::{JobSpan, Runtime, StepHyper, UnitUpdate},
+    runtime::{JobSpan, Runtime, Sharing, StepHyper, UnitUpdate},
     schedule::Phase,
     units::{ByteCount, UnitId},
 };
@@ -39,14 +39,22 @@ static COUNTING: Counting = Counting;
 const UNITS: u32 = 6;
 const ELEMS: u64 = 1 << 16;
 
-fn open(params: &str, optimizer: &str, engine: &str, dir: &std::path::Path) -> funicular::error::Result<Runtime> {
+fn open(
+    params: &str,
+    optimizer: &str,
+    engine: &str,
+    at: &str,
+    dir: &std::path::Path,
+) -> funicular::error::Result<Runtime> {
     let unit = |n: u32| UnitSpec {
         name: format!("unit {n}"),
         params: vec![ParamSpec { name: format!("{n}.w"), numel: ELEMS, dtype: DType::Bf16, trainable: true }],
     };
+    // Three units, and lanes for a piece of 32 Ki elements each.
+    let hbm = if at == "gpu" { 384 + 3 * 512 } else { 384 };
     let policy = format!(
-        r#"{{"device": "host", "budget": {{"host": "64MiB", "hbm": "384KiB"}}, "params": {{"tier": "{params}"}},
-            "optimizer": {{"tier": "{optimizer}"}}, "nvme": {{"paths": [{dir:?}], "engine": "{engine}"}}}}"#
+        r#"{{"device": "host", "budget": {{"host": "64MiB", "hbm": "{hbm}KiB"}}, "params": {{"tier": "{params}"}},
+            "optimizer": {{"tier": "{optimizer}", "where": "{at}"}}, "nvme": {{"paths": [{dir:?}], "engine": "{engine}"}}}}"#
     );
     let layout = Layout::new(&(0..UNITS).map(unit).collect::<Vec<_>>()).unwrap();
     Runtime::open(layout, &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0))
@@ -81,13 +89,14 @@ fn steady_steps_allocate_nothing() {
     let updates: Vec<_> =
         (0..UNITS).map(|n| UnitUpdate { unit: UnitId(n), spans: vec![span], guessed: false }).collect();
     let gradient = vec![0x3f80; ELEMS as usize];
-    for (params, optimizer, engine) in [
-        ("host", "host", "threads"),
-        ("host", "nvme", "threads"),
-        ("nvme", "nvme", "threads"),
-        ("nvme", "nvme", "io_uring"),
+    for (params, optimizer, engine, at) in [
+        ("host", "host", "threads", "cpu"),
+        ("host", "host", "threads", "gpu"),
+        ("host", "nvme", "threads", "cpu"),
+        ("nvme", "nvme", "threads", "gpu"),
+        ("nvme", "nvme", "io_uring", "cpu"),
     ] {
-        let rt = match open(params, optimizer, engine, dir.path()) {
+        let rt = match open(params, optimizer, engine, at, dir.path()) {
             Ok(rt) => rt,
             Err(e) if e.code().as_str() == "FN-E601" => {
                 eprintln!("skipped: {e}");
@@ -95,10 +104,12 @@ fn steady_steps_allocate_nothing() {
             }
             Err(e) => panic!("{e}"),
         };
+        // Where there are lanes, they take half.
+        assert_eq!(rt.split_updates(Sharing::Halves).unwrap(), at == "gpu");
         (0..20).for_each(|_| step(&rt, &updates, &hypers, &gradient));
         let before = COUNT.load(Ordering::Relaxed);
         assert!(before > 0, "the allocator counts");
         (0..50).for_each(|_| step(&rt, &updates, &hypers, &gradient));
-        assert_eq!(COUNT.load(Ordering::Relaxed) - before, 0, "{params}, {optimizer}, {engine}");
+        assert_eq!(COUNT.load(Ordering::Relaxed) - before, 0, "{params}, {optimizer}, {engine}, {at}");
     }
 }

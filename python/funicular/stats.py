@@ -12,7 +12,7 @@ from funicular._offload import session_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "StepTime", "stats"]
+__all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "StepTime", "Updated", "stats"]
 
 #: Of a step's time: where stalls are less, it is bound by compute.
 COMPUTE_BOUND = 0.05
@@ -67,6 +67,14 @@ class Ahead:
 
     used: int
     in_vain: int
+
+
+@dataclass(frozen=True)
+class Updated:
+    """Parameters of paged units that were updated, by the processor and by the GPU, all steps together."""
+
+    cpu: int
+    gpu: int
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,8 @@ class Stats:
     lost: int
     prefetch: Prefetch
     ahead: Ahead
+    #: parameters updated, by who did it
+    updated: Updated
     #: units used from their home because their frames were held
     home_uses: int
     #: reads of parameters outside their windows
@@ -177,6 +187,9 @@ class Stats:
             lines.append(
                 f"  ahead            {self.ahead.used} updates begun in backward and used, {self.ahead.in_vain} in vain"
             )
+        if self.updated.gpu:
+            cpu, gpu = self.updated.cpu / 1e9, self.updated.gpu / 1e9
+            lines.append(f"  updated          {cpu:.3f} G parameters by the CPU, {gpu:.3f} G by the GPU")
         a = self.activations
         if a.bytes_out:
             lines.append(f"  activations      {a.bytes_out / 1e9:.3f} GB out, {a.bytes_in / 1e9:.3f} GB in")
@@ -226,6 +239,7 @@ def stats(model: nn.Module) -> Stats:
         lost=lost,
         prefetch=Prefetch(hits, late, demand, wasted, conflicts),
         ahead=Ahead(*raw["ahead"]),
+        updated=Updated(*raw["updated"]),
         home_uses=raw["home_uses"],
         stray_reads=session.strays,
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},

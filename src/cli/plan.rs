@@ -98,7 +98,6 @@ pub(super) fn run(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Outpu
 fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Output> {
     let overlay = Overlay::from(arguments.sets.clone());
     let mut policy = resolve(arguments.policy.as_deref(), &overlay)?;
-    policy.check_supported()?;
     let machine = machine(&arguments, &policy)?;
     if arguments.disk.is_some() && policy.nvme.paths.is_empty() {
         // A drive to plan with; where it will be mounted does not matter.

@@ -8,6 +8,7 @@
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod host;
+mod lanes;
 mod marks;
 
 use std::{sync::Arc, time::Duration};
@@ -15,6 +16,7 @@ use std::{sync::Arc, time::Duration};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
+pub use lanes::{Lanes, staging_bytes};
 pub use marks::{Elapsed, MARKS, Mark};
 
 use crate::{
@@ -222,6 +224,14 @@ pub trait Device: Send + Sync {
     /// As for [`crate::optim::adamw`], until a gate recorded after this has passed.
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
     unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()>;
+
+    /// Makes lanes, each with staging memory for [`staging_bytes`] of as many elements as one launch may have. The device keeps
+    /// nothing of them.
+    ///
+    /// # Errors
+    /// Those of [`Device::prepare_updates`], `FN-E201` when the device has not that much memory, `FN-E002` when the driver fails,
+    /// `FN-E107` and `FN-E204` from the host.
+    fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>>;
 
     /// Records a gate on a stream. Gates of `Compute` may be recorded on different streams of the user.
     fn record(&self, stream: StreamRef) -> Result<Gate>;

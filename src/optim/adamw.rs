@@ -89,6 +89,14 @@ impl Span {
         }
     }
 
+    /// Bytes that its update reads and writes.
+    pub(crate) fn traffic(&self) -> u64 {
+        let size = |kind: crate::dtype::StateKind| kind.element_size(self.dtype);
+        let written: usize =
+            crate::dtype::StateKind::OPTIMIZER.into_iter().map(size).sum::<usize>() + self.dtype.size();
+        (self.len * (2 * written + self.dtype.size())) as u64
+    }
+
     fn pieces(&self) -> usize {
         self.len.div_ceil(PIECE)
     }

@@ -34,7 +34,13 @@ unsafe impl Send for Target {}
 unsafe impl Sync for Target {}
 
 impl Target {
-    fn from(&self, start: usize, dtype: DType) -> Self {
+    /// The arrays of the span itself.
+    pub fn in_place(span: &Span) -> Self {
+        Self { param: span.param, master: span.master, exp_avg: span.exp_avg, exp_avg_sq: span.exp_avg_sq }
+    }
+
+    /// The places of the elements from `start` on.
+    pub(crate) fn from(&self, start: usize, dtype: DType) -> Self {
         Self {
             param: self.param.wrapping_add(start * dtype.size()),
             master: self.master.wrapping_add(start * StateKind::Master.element_size(dtype)),

@@ -72,6 +72,24 @@ struct Job {
 // SAFETY: the closure is `Sync`, and P1 keeps it alive while a thread can reach it.
 unsafe impl Send for Job {}
 
+/// What the calling thread does during a run.
+enum Caller<'a> {
+    Sleeps,
+    Works,
+    Does(&'a mut dyn FnMut()),
+}
+
+impl Caller<'_> {
+    /// Does what is not a task; gives what a panic said.
+    fn run(self) -> std::result::Result<(), String> {
+        if let Self::Does(beside) = self {
+            catch_unwind(AssertUnwindSafe(beside)).map_err(|p| said(p.as_ref()))
+        } else {
+            Ok(())
+        }
+    }
+}
+
 impl Pool {
     /// `threads` threads, or one for each processor that the affinity mask and the cgroup's CPU quota allow.
     ///
@@ -119,7 +137,7 @@ impl Pool {
     /// # Errors
     /// `FN-E105` when a task panicked: tasks not started by then are skipped. `FN-E103` in a forked child.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
-        self.run_job(tasks, task, false)
+        self.run_job(tasks, task, Caller::Sleeps)
     }
 
     /// [`Self::run`], with the calling thread working too.
@@ -127,17 +145,27 @@ impl Pool {
     /// # Errors
     /// As for [`Self::run`].
     pub fn run_with_caller(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
-        self.run_job(tasks, task, true)
+        self.run_job(tasks, task, Caller::Works)
     }
 
-    fn run_job(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), caller_works: bool) -> Result<()> {
+    /// [`Self::run`], while the calling thread does something else, once; waits for both. Every task runs on the pool's threads.
+    ///
+    /// # Errors
+    /// As for [`Self::run`], also when `beside` panicked.
+    pub fn run_beside(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), beside: &mut dyn FnMut()) -> Result<()> {
+        self.run_job(tasks, task, Caller::Does(beside))
+    }
+
+    fn run_job(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), caller: Caller<'_>) -> Result<()> {
         if self.pid != std::process::id() {
             return Err(Error::new(Code::Forked, "the optimizer's threads exist in the parent process only.")
                 .action("Start worker processes by spawn, or build the optimizer in the child."));
         }
         // From inside a task, waiting for the turn could wait for oneself.
-        if tasks <= 1 || IN_TASK.get() {
-            return run_here(tasks, task);
+        let beside = matches!(caller, Caller::Does(_));
+        if tasks == 0 || (tasks == 1 && !beside) || IN_TASK.get() {
+            run_here(tasks, task)?;
+            return caller.run().map_err(|what| panicked(&what));
         }
         let turn = self.turn.lock();
         // SAFETY: only the lifetime changes. `finish` below returns after the last thread left the job, and no thread
@@ -147,12 +175,14 @@ impl Pool {
         };
         let job = Job { task, tasks };
         self.shared.start(job);
-        if caller_works {
+        if matches!(caller, Caller::Works) {
             self.shared.work_on(job);
         }
+        // Caught, because the threads may be using what the caller has lent.
+        let beside = caller.run();
         let panic = self.shared.finish(tasks);
         drop(turn);
-        panic.map_or(Ok(()), |what| Err(panicked(&what)))
+        panic.map_or(beside, Err).map_err(|what| panicked(&what))
     }
 }
 
@@ -326,6 +356,26 @@ mod tests {
     }
 
     #[test]
+    fn the_caller_may_do_something_else_meanwhile() {
+        for threads in [1, 3] {
+            let pool = Pool::new(Some(threads)).expect("threads");
+            for tasks in [0, 1, 2, 50] {
+                let (done, mut beside) = (AtomicUsize::new(0), 0);
+                let caller = std::thread::current().id();
+                let task = |_| {
+                    assert_ne!(std::thread::current().id(), caller);
+                    done.fetch_add(1, Ordering::Relaxed);
+                };
+                pool.run_beside(tasks, &task, &mut || beside += 1).expect("no panic");
+                assert_eq!((done.into_inner(), beside), (tasks, 1));
+                let e = pool.run_beside(tasks, &|_| (), &mut || panic!("beside")).expect_err("panicked");
+                assert_eq!(e.code(), Code::Panicked);
+                assert_eq!(counts(&pool, 9, false), vec![1; 9]);
+            }
+        }
+    }
+
+    #[test]
     fn a_panic_skips_what_has_not_started() {
         let pool = Pool::new(Some(2)).expect("threads");
         let started = AtomicUsize::new(0);
@@ -383,7 +433,7 @@ mod tests {
         // SAFETY: the child calls nothing that another thread of the parent could hold a lock for, and leaves by _exit.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let refused = pool.run_job(2, &|_| (), false).is_err_and(|e| e.code() == Code::Forked);
+            let refused = pool.run_job(2, &|_| (), Caller::Sleeps).is_err_and(|e| e.code() == Code::Forked);
             drop(pool);
             // SAFETY: ends the child without running the parent's exit handlers.
             unsafe { libc::_exit(i32::from(!refused)) };

@@ -259,7 +259,7 @@ impl Sight<'_> {
             checkpoint: bytes + save,
             holds: holds.into_iter().filter(|(_, b)| *b > 0).collect(),
         };
-        let resident = plan.hbm_bytes - plan.ring_bytes();
+        let resident = plan.hbm_bytes - plan.ring_bytes() - plan.lane_bytes;
         let host = vec![
             ("params", params(Tier::Host)),
             ("grads", grads),
@@ -275,7 +275,7 @@ impl Sight<'_> {
                 allowed.hbm.map(|b| b.0),
                 plan.hbm_bytes,
                 (0, 0),
-                vec![("ring", plan.ring_bytes()), ("resident", resident)],
+                vec![("ring", plan.ring_bytes()), ("resident", resident), ("staging", plan.lane_bytes)],
             ),
             flat("host", Some(allowed.host.0), plan.host_bytes, (read, save), host),
             flat(

@@ -2,7 +2,7 @@
 //!
 //! P1: a policy is read strictly; an unknown key, a size without a unit or a word nobody knows is an error with its place.
 //! P2: every key has a default, and a policy written by [`Policy::to_toml`] reads back as the same policy.
-//! P3: no key does nothing: what the runtime does not act on yet is refused by [`Policy::check_supported`].
+//! P3: no key does nothing: what contradicts another key is refused by [`Policy::check_consistent`].
 //! P4: nothing here asks the machine, except limits.
 
 pub mod cli;

@@ -111,7 +111,11 @@ pub const KEYS: &[Key] = &[
         Kind::AutoSize,
         "Host memory for second copies of states, so that updates run during backward. `auto`: half of what everything else leaves of `budget.host`; `0B`: none.",
     ),
-    key("optimizer.where", Kind::Word(words::UpdateOn::WORDS), "Where the update runs."),
+    key(
+        "optimizer.where",
+        Kind::Word(words::UpdateOn::WORDS),
+        "Who updates what has its home on the host or on NVMe: `cpu`; `gpu`, through which the states pass; `auto`: both, as fast as each is seen to be. The bits are the same.",
+    ),
     key(
         "units.match",
         Kind::Patterns,

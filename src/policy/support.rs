@@ -1,32 +1,12 @@
-//! What the schema has and the runtime has not yet, and what contradicts itself: refused, so that no key does nothing.
+//! What contradicts itself: refused, so that no key does nothing.
 
 use super::{
     MicroBatch, Policy,
-    words::{ActivationsTier, OptimizerTier, ParamsTier, UpdateOn},
+    words::{ActivationsTier, OptimizerTier, ParamsTier},
 };
 use crate::error::{Code, Error, Result};
 
-/// A setting that is refused until it is built: the key, what it would be set to, and whether a policy asks for it.
-type Pending = (&'static str, &'static str, fn(&Policy) -> bool);
-
-/// Shrinks as things land.
-const PENDING: &[Pending] = &[("optimizer.where", "gpu", |p| p.optimizer.update_on == UpdateOn::Gpu)];
-
 impl Policy {
-    /// Refuses settings that the runtime does not act on yet.
-    ///
-    /// # Errors
-    /// `FN-E503` naming the key.
-    pub fn check_supported(&self) -> Result<()> {
-        match PENDING.iter().find(|(_, _, asked)| asked(self)) {
-            None => Ok(()),
-            Some((key, value, _)) => {
-                Err(Error::new(Code::PolicyValue, format!("{key} = {value} is not supported yet."))
-                    .action(format!("Leave {key} at its default.")))
-            }
-        }
-    }
-
     /// Refuses settings that contradict each other.
     ///
     /// # Errors

@@ -56,13 +56,13 @@ words! {
         /// Files on NVMe drives.
         Nvme = "nvme",
     }
-    /// Where the update runs.
+    /// Who updates what has its home on the host or on NVMe.
     UpdateOn {
-        /// Where it is fastest.
+        /// Both, as fast as each is.
         #[default] Auto = "auto",
         /// The processor.
         Cpu = "cpu",
-        /// The GPU.
+        /// The GPU, through which the states pass.
         Gpu = "gpu",
     }
     /// Where activations wait for their backward.

@@ -22,7 +22,7 @@ use crate::{
     optim::Update,
     policy::Policy,
     runtime::{
-        Runtime, StepHyper, UnitUpdate, shares_processor,
+        Runtime, Sharing, StepHyper, UnitUpdate, shares_processor,
         split::StepTime,
         stats::{Cause, Link},
     },
@@ -345,6 +345,19 @@ impl Engine {
         self.state(py, (unit, section, state), start..start + len, src, Direction::Write)
     }
 
+    /// Says who updates from now on: `processor`, `lanes`, `rates` or `halves`; false where there are no lanes. For measurements
+    /// and tests: the bits do not depend on it.
+    fn split_updates(&self, py: Python<'_>, split: &str) -> PyResult<bool> {
+        let split = match split {
+            "processor" => Sharing::Processor,
+            "lanes" => Sharing::Lanes,
+            "rates" => Sharing::Rates,
+            "halves" => Sharing::Halves,
+            other => return Err(pyo3::exceptions::PyValueError::new_err(format!("unknown split '{other}'"))),
+        };
+        check(py, py.detach(|| self.with(|rt| rt.split_updates(split))))
+    }
+
     /// Everything counted so far.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let out = PyDict::new(py);
@@ -436,6 +449,7 @@ fn fill_stats(py: Python<'_>, rt: &Runtime, out: &Bound<'_, PyDict>) -> PyResult
     out.set_item("steps", stats.steps())?;
     out.set_item("home_uses", stats.home_uses())?;
     out.set_item("ahead", stats.guesses())?;
+    out.set_item("updated", stats.updates())?;
     out.set_item("prefetch", (p.hits, p.late, p.demand, p.wasted, p.conflicts))?;
     out.set_item("engine", check(py, rt.engine_name())?)?;
     out.set_item("threads", check(py, rt.pool_threads())?)?;

@@ -29,7 +29,6 @@ pub(crate) fn resolve_policy(
         for (key, value) in overrides {
             policy.set(&key, &value)?;
         }
-        policy.check_supported()?;
         policy.check_consistent()?;
         Ok(json(&policy))
     };

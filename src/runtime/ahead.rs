@@ -14,7 +14,7 @@ use crate::{
     device::{Gate, StreamRef},
     dtype::StateKind,
     error::Result,
-    optim::{Target, Update, adamw_into_parallel},
+    optim::Target,
     runtime::{
         JobSpan, StepHyper, UnitUpdate,
         core::Shared,
@@ -25,8 +25,9 @@ use crate::{
     units::UnitId,
 };
 
-/// Elements of one piece: a few milliseconds, for which a step may have to wait.
-const PIECE: u64 = 16 << 20;
+/// Elements of one piece: a few milliseconds, for which a step may have to wait. Lanes idle while a piece ends, so it is longer
+/// with them.
+const PIECE: [u64; 2] = [16 << 20, 64 << 20];
 /// Bytes of one piece of a copy home.
 const COPY: usize = 1 << 20;
 
@@ -99,28 +100,30 @@ impl Shared {
                 return Ok(Some(false));
             }
         }
-        let start = self.trace.now();
-        let bytes = self.piece_ahead(unit, guess)?;
-        self.stats.moved(Link::Update, bytes, self.trace.now().saturating_sub(start));
-        self.trace.span("cpu update", "adamw ahead", u64::from(unit.0), start, bytes);
+        self.piece_ahead(unit, guess)?;
         Ok(if guess.done() { None } else { Some(true) })
     }
 
-    /// Updates the next piece into the spare frames; returns the bytes of memory traffic.
-    fn piece_ahead(&self, unit: UnitId, guess: &mut Guess) -> Result<u64> {
-        let (index, done) = guess.at;
-        let span = guess.spans[index];
-        let len = PIECE.min(span.len - done);
-        let start = span.start + done;
-        let (from, bytes) = self.span_of(unit, &span, start, len, &Source::Homes(Set::Current));
-        let (to, _) = self.span_of(unit, &span, start, len, &Source::Homes(Set::Spare));
-        let target = Target { param: to.param, master: to.master, exp_avg: to.exp_avg, exp_avg_sq: to.exp_avg_sq };
-        let update = Update { span: from, hyper: guess.hypers[span.hyper].hyper };
+    /// Updates the next piece into the spare frames.
+    fn piece_ahead(&self, unit: UnitId, guess: &mut Guess) -> Result<()> {
+        let mut share = self.share.lock();
+        share.clear();
+        let mut room = PIECE[usize::from(share.shares())];
+        let (mut index, mut done) = guess.at;
+        while room > 0 && index < guess.spans.len() {
+            let span = guess.spans[index];
+            let (start, len) = (span.start + done, room.min(span.len - done));
+            let from = self.span_of(unit, &span, start, len, &Source::Homes(Set::Current));
+            let to = self.span_of(unit, &span, start, len, &Source::Homes(Set::Spare));
+            share.add(from, guess.hypers[span.hyper].hyper, Some(Target::in_place(&to)))?;
+            room -= len;
+            (index, done) = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
+        }
         // SAFETY: the homes are only read, and their writers drop the guess first, under the lock that is held; the gradients have
-        // landed; the spare frames are the runner's alone.
-        unsafe { adamw_into_parallel(&self.pool, &[(update, target)]) }?;
-        guess.at = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
-        Ok(bytes)
+        // landed; the spare frames are the runner's alone; all lie in registered regions.
+        unsafe { self.run_share(&mut share, unit, "adamw ahead") }?;
+        guess.at = (index, done);
+        Ok(())
     }
 
     /// At the step: completes and takes over what was begun, if it is what the step asks for; false if the update is yet to be
@@ -141,7 +144,11 @@ impl Shared {
         while !guess.done() {
             self.piece_ahead(unit, &mut guess)?;
         }
+        let start = self.trace.now();
         self.copy_home(unit, &job.spans)?;
+        let bytes = 2 * self.layout.unit(unit).param_bytes();
+        self.stats.moved(Link::Update, bytes, self.trace.now().saturating_sub(start));
+        self.trace.span("cpu update", "take over", u64::from(unit.0), start, bytes);
         self.homes.unit(unit).turn();
         Ok(true)
     }

@@ -8,11 +8,11 @@ use crate::{
     io::{DirectIo, EngineChoice, Faults},
     model::Layout,
     policy::{
-        self, Auto, Direct, OptimizerTier, ParamsTier, Policy,
+        self, Auto, Direct, OptimizerTier, ParamsTier, Policy, UpdateOn,
         limits::{self, HostLimits},
     },
-    runtime::slow::Slow,
-    schedule::{Budgets, Limits, Tiers},
+    runtime::{share::Sharing, slow::Slow},
+    schedule::{Budgets, LaneUse, Limits, Tiers},
     units::{ByteCount, Tier},
 };
 
@@ -37,6 +37,8 @@ pub struct Config {
     pub checksums: bool,
     /// Threads of the update pool.
     pub threads: u32,
+    /// Who updates, and whether lanes of the device are made for it.
+    pub updates: (Sharing, LaneUse),
     /// Bytes paged in ahead at most; `None`: a ring.
     pub window: Option<ByteCount>,
     /// Fill released frames with NaN.
@@ -126,6 +128,12 @@ impl Config {
             },
             checksums: policy.nvme.checksums,
             threads: threads(machine, policy, device_free.is_some()),
+            updates: match policy.optimizer.update_on {
+                UpdateOn::Gpu => (Sharing::Lanes, LaneUse::Always),
+                // A device that is the processor itself has nothing to add.
+                UpdateOn::Auto if device_free.is_some() => (Sharing::Rates, LaneUse::IfRoom),
+                UpdateOn::Auto | UpdateOn::Cpu => (Sharing::Processor, LaneUse::Never),
+            },
             window: policy
                 .prefetch
                 .window
@@ -144,7 +152,8 @@ impl Config {
 
     /// What the machine dictates to the placement, for frames of that granularity.
     pub fn limits(&self, granularity: u64) -> Limits {
-        Limits { granularity, block: self.block, has_nvme: !self.paths.is_empty(), residents: true }
+        let (has_nvme, lanes) = (!self.paths.is_empty(), self.updates.1);
+        Limits { granularity, block: self.block, has_nvme, residents: true, lanes }
     }
 }
 

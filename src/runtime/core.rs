@@ -26,6 +26,7 @@ use crate::{
         homes::Homes,
         inner::Inner,
         saves::Saves,
+        share::Share,
         slow::Slow,
         split::Split,
         stats::{Cause, Stats},
@@ -76,6 +77,8 @@ pub(crate) struct Shared {
     pub(crate) layout: Layout,
     pub(crate) placement: Placement,
     pub(crate) homes: Homes,
+    /// Of the runner; before the device, whose lanes it has.
+    pub(crate) share: Mutex<Share>,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) frames: Arc<dyn Frames>,
     pub(crate) disk: Option<Disk>,

@@ -1,7 +1,7 @@
 //! The runtime: one model's memory, threads and state, and the operations that the Python wrapper calls.
 //!
 //! - [`core`](self): the lock, the machine's commands performed, waiting;
-//! - `threads`: driver, reapers; `runner`: updates; `update`: AdamW over one piece; `service`: what is not part of a step;
+//! - `threads`: driver, reapers; `runner`: updates; `update`: AdamW over one piece, `share`: by whom; `service`: what is not part of a step;
 //! - `saves`, `snapshot`, `restore`: checkpoints, and what waits for them;
 //! - [`homes`], [`files`], [`stats`], [`split`], [`trace`]: memory map, disk map, counters, each step's time, trace.
 
@@ -17,6 +17,7 @@ mod restore;
 mod runner;
 mod saves;
 mod service;
+mod share;
 mod slow;
 mod snapshot;
 pub mod split;
@@ -34,6 +35,7 @@ use std::{sync::Arc, thread::JoinHandle};
 
 pub use config::Config;
 pub use restore::{Buffer, Item, aside, read_buffers};
+pub use share::Sharing;
 pub use snapshot::{Place, Source, Unchanged, save_plain};
 pub use update::{Job, JobSpan, StepHyper};
 

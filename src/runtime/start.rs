@@ -9,8 +9,8 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device::{self, DeviceKind},
-    error::Result,
+    device::{self, Device, DeviceKind},
+    error::{Code, Result},
     io::{DirectIo, EngineOptions, IoCompletion},
     memory::SlotPool,
     model::Layout,
@@ -26,13 +26,14 @@ use crate::{
         inner::Inner,
         runner,
         saves::Saves,
+        share::{Share, Sharing},
         split::Split,
         stats::{Link, Stats},
         threads::{self, Ended},
         trace::Trace,
         update::Job,
     },
-    schedule::{Budgets, Machine, Placement},
+    schedule::{Budgets, LaneUse, Machine, Placement, placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
     units::{ByteCount, Tier, UnitId},
 };
@@ -60,8 +61,10 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let device = device::open(Config::device_of(policy))?;
     let config = &Config::resolve(policy, &layout, device.free_memory()?, freed)?;
     let on_host = device.kind() == DeviceKind::Host;
-    let (plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed)?;
+    let (mut plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
+    let mut notes = running.notes();
+    let share = open_share(&*device, config, &mut plan, &mut notes)?;
     let homes = Homes::new(&layout, &plan)?;
     let channels = Channels {
         done: bounded(4096),
@@ -72,7 +75,6 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     };
     let map = Map::new(&layout, &plan);
     let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
-    let mut notes = running.notes();
     let disk = if map.specs.is_empty() {
         None
     } else {
@@ -102,6 +104,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         layout,
         factors: Factors::new(&*device)?,
         homes,
+        share: Mutex::new(share),
         device,
         frames,
         disk,
@@ -129,6 +132,24 @@ impl Disk {
     pub(crate) fn staging_bytes(&self) -> u64 {
         let page = self.page_pool.as_ref().map_or(0, |p| p.region().len());
         (page + self.update_pool.region().len()) as u64
+    }
+}
+
+/// Makes the lanes that the plan has room for. Where nobody insists on them, there are none without a compiler for their kernels.
+fn open_share(device: &dyn Device, config: &Config, plan: &mut Placement, notes: &mut Vec<String>) -> Result<Share> {
+    let (split, wish) = config.updates;
+    if plan.lane_elems == 0 {
+        return Ok(Share::new(None, Sharing::Processor));
+    }
+    let lanes = placement::lanes::COUNT;
+    match device.create_lanes(lanes as usize, plan.lane_bytes / lanes) {
+        Ok(lanes) => Ok(Share::new(Some((lanes, plan.lane_elems)), split)),
+        Err(error) if wish == LaneUse::IfRoom && error.code() == Code::NoCompiler => {
+            notes.push(format!("FN-W210 the GPU takes no part in updates: {}", error.message()));
+            plan.without_lanes();
+            Ok(Share::new(None, Sharing::Processor))
+        }
+        Err(error) => Err(error),
     }
 }
 

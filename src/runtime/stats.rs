@@ -15,11 +15,13 @@ pub enum Link {
     NvmeWrite,
     /// AdamW on the CPU; bytes are its memory traffic.
     Update,
+    /// AdamW on the device for what has its home on the host; bytes are those over the link, both ways.
+    GpuUpdate,
 }
 
 impl Link {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Up, Self::Down, Self::NvmeRead, Self::NvmeWrite, Self::Update];
+    pub const ALL: [Self; 6] = [Self::Up, Self::Down, Self::NvmeRead, Self::NvmeWrite, Self::Update, Self::GpuUpdate];
 
     /// The name in statistics and traces.
     pub const fn name(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Link {
             Self::NvmeRead => "nvme_read",
             Self::NvmeWrite => "nvme_write",
             Self::Update => "cpu_update",
+            Self::GpuUpdate => "gpu_update",
         }
     }
 }
@@ -92,6 +95,7 @@ pub struct Stats {
     shadow_peak: AtomicU64,
     home_uses: AtomicU64,
     guesses: [AtomicU64; 2],
+    updated: [AtomicU64; 2],
 }
 
 /// One link's totals.
@@ -139,6 +143,18 @@ impl Stats {
     /// Updates ahead of steps: used, and made in vain.
     pub fn guesses(&self) -> (u64, u64) {
         (self.guesses[1].load(Ordering::Relaxed), self.guesses[0].load(Ordering::Relaxed))
+    }
+
+    /// Notes parameters of paged units that the processor and the device updated.
+    pub fn updated(&self, elems: [u64; 2]) {
+        for (count, elems) in self.updated.iter().zip(elems) {
+            count.fetch_add(elems, Ordering::Relaxed);
+        }
+    }
+
+    /// Parameters of paged units that the processor and the device updated.
+    pub fn updates(&self) -> (u64, u64) {
+        (self.updated[0].load(Ordering::Relaxed), self.updated[1].load(Ordering::Relaxed))
     }
 
     /// Notes that a unit was used from its home because its frames were held.

@@ -4,7 +4,7 @@ use crate::{
     device::StreamRef,
     error::Result,
     optim::{Update, adamw_parallel},
-    runtime::{Interrupted, Runtime, StepHyper, UnitUpdate, ahead, shares_processor},
+    runtime::{Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, ahead, shares_processor},
     units::{Tier, UnitId},
 };
 
@@ -58,6 +58,14 @@ impl Runtime {
     pub fn drop_ahead(&self, unit: UnitId) -> Result<()> {
         self.shared()?.drop_ahead(unit);
         Ok(())
+    }
+
+    /// Who updates from now on, where the policy made lanes of the device; false where it made none. The bits do not depend on it.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn split_updates(&self, split: Sharing) -> Result<bool> {
+        Ok(self.shared()?.share.lock().set_split(split))
     }
 
     /// Brings a factor of gradients down, an fp32 value on the device, after the work on `stream`; returns the slot that

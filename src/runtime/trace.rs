@@ -166,6 +166,14 @@ impl Trace {
         Ok(())
     }
 
+    /// Notes a span from and until times of [`Trace::now`].
+    pub fn span_until(&self, track: &'static str, name: &'static str, unit: u64, time: (u64, u64), bytes: u64) {
+        if self.on.load(Ordering::Relaxed) {
+            let nanos = time.1.saturating_sub(time.0);
+            self.push(Event { track, name, value: unit, start: time.0.cast_signed(), nanos, bytes, on_device: false });
+        }
+    }
+
     /// Notes a counter's value.
     pub fn counter(&self, name: &'static str, value: u64) {
         if self.is_on() {

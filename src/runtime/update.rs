@@ -6,7 +6,7 @@ use crate::{
     dtype::StateKind,
     error::Result,
     memory::SlotLease,
-    optim::{Hyper, Span, Update, adamw_parallel},
+    optim::{Hyper, Span},
     runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set},
     units::UnitId,
 };
@@ -44,8 +44,6 @@ pub struct Job {
     pub hypers: Vec<StepHyper>,
     /// Gradients and parameters are those from which an update ahead of the step was begun.
     pub guessed: bool,
-    /// Scratch of the runner.
-    pub(crate) updates: Vec<Update>,
 }
 
 /// Where the arrays of a span are.
@@ -98,34 +96,33 @@ impl Shared {
         Ok(())
     }
 
-    /// Runs the kernel over one piece of a unit's update, whose gates have passed; returns the bytes of memory traffic.
-    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<u64> {
+    /// Runs the kernel over one piece of a unit's update, whose gates have passed.
+    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<()> {
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
         if self.commit_ahead(unit, job)? {
-            return Ok(2 * self.layout.unit(unit).param_bytes());
+            return Ok(());
         }
         let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
         let chunk = streamed.as_ref().map(|(disk, _)| disk.map.chunk(unit, index));
-        let mut bytes = 0;
-        job.updates.clear();
+        let mut share = self.share.lock();
+        share.clear();
         for span in &job.spans {
             let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else {
                 continue;
             };
             let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| Source::Slot(lease, c));
             let source = slot.unwrap_or(Source::Homes(Set::Current));
-            let (span_of, moved) = self.span_of(unit, span, start, len, &source);
-            bytes += moved;
-            job.updates.push(Update { span: span_of, hyper: self.hyper_of(job.hypers[span.hyper]) });
+            let span_of = self.span_of(unit, span, start, len, &source);
+            share.add(span_of, self.hyper_of(job.hypers[span.hyper]), None)?;
         }
-        // SAFETY: all ranges lie in homes or in the leased slot, are disjoint, and belong to this update until the
-        // machine hears of its end: the gates of the job have passed, so no stream touches them.
-        unsafe { adamw_parallel(&self.pool, &job.updates) }?;
+        // SAFETY: all ranges lie in homes or in the leased slot, registered regions both, are disjoint, and belong to this update
+        // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
+        unsafe { self.run_share(&mut share, unit, "adamw") }?;
         if let (Some((disk, lease)), Some(chunk)) = (streamed, chunk) {
             disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
         }
-        Ok(bytes)
+        Ok(())
     }
 
     /// The scalars, with what the device has to say of them; the gates of the job have passed.
@@ -133,15 +130,8 @@ impl Shared {
         step.clip.map_or(step.hyper, |slot| Hyper { clip: self.factors.value(slot), ..step.hyper })
     }
 
-    /// The addresses of a piece of a span, and the bytes of memory traffic that its update costs.
-    pub(crate) fn span_of(
-        &self,
-        unit: UnitId,
-        span: &JobSpan,
-        start: u64,
-        len: u64,
-        source: &Source<'_>,
-    ) -> (Span, u64) {
+    /// The addresses of a piece of a span.
+    pub(crate) fn span_of(&self, unit: UnitId, span: &JobSpan, start: u64, len: u64, source: &Source<'_>) -> Span {
         let section = &self.layout.unit(unit).sections[span.section];
         let home = self.homes.unit(unit);
         let size = |kind: StateKind| kind.element_size(section.dtype) as u64;
@@ -167,7 +157,7 @@ impl Shared {
             };
             base + start * size(kind)
         };
-        let span_of = Span {
+        Span {
             param: address(StateKind::Param) as *mut u8,
             grad: address(StateKind::Grad) as *const u8,
             master: address(StateKind::Master) as *mut u8,
@@ -176,9 +166,7 @@ impl Shared {
             len: len as usize,
             dtype: section.dtype,
             reset_master: span.reset_master,
-        };
-        let written = size(StateKind::Param) + size(StateKind::Master) + 8;
-        (span_of, len * (2 * written + size(StateKind::Grad)))
+        }
     }
 }
 

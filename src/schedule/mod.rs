@@ -17,4 +17,4 @@ pub mod traffic;
 
 pub use machine::{Command, Machine, Opening};
 pub use order::{Order, Phase};
-pub use placement::{Budgets, Limits, Placement, Tiers};
+pub use placement::{Budgets, LaneUse, Limits, Placement, Tiers};

@@ -5,6 +5,7 @@
 
 mod device;
 mod host;
+pub mod lanes;
 
 use crate::{
     device::FrameSpan,
@@ -49,6 +50,20 @@ pub struct Limits {
     pub has_nvme: bool,
     /// Whether units that nobody asked for there may live on the compute device.
     pub residents: bool,
+    /// Whether lanes of the compute device take part in updates.
+    pub lanes: LaneUse,
+}
+
+/// Whether the compute device takes part in updating what has its home on the host or on NVMe, which takes staging memory there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LaneUse {
+    /// No.
+    #[default]
+    Never,
+    /// Where the budget holds the staging memory beside a ring that streams at full speed.
+    IfRoom,
+    /// Yes.
+    Always,
 }
 
 /// The homes of one unit.
@@ -81,7 +96,11 @@ pub struct Placement {
     pub update_elems: u64,
     /// Per unit: its update may run ahead of the step, into a second set of states and a second place for its parameters.
     pub spare: Vec<bool>,
-    /// Bytes on the compute tier in all: the ring, and residents.
+    /// Elements that a lane of the compute device updates at once; 0 where the processor updates alone.
+    pub lane_elems: u64,
+    /// Bytes of staging memory of all lanes, on the compute tier.
+    pub lane_bytes: u64,
+    /// Bytes on the compute tier in all: the ring, residents, and lanes.
     pub hbm_bytes: u64,
     /// Host bytes in all, without shadows. The compute tier's are among them where `budget.hbm` sets no bound.
     pub host_bytes: u64,
@@ -108,14 +127,38 @@ pub fn place(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limit
             .action("Name a directory on a local disk in nvme.paths."));
     }
     let tiers = device::sound(layout, tiers)?;
+    let alone = with_lanes(layout, &tiers, budgets, limits, 0);
+    let elems = lanes::elems(layout);
+    let paged = |plan: &Placement| layout.ids().any(|u| layout.unit(u).optimizer_bytes() > 0 && !plan.resident(u));
+    match limits.lanes {
+        LaneUse::Never => alone,
+        _ if elems == 0 || alone.as_ref().is_ok_and(|plan| !paged(plan)) => alone,
+        LaneUse::Always => with_lanes(layout, &tiers, budgets, limits, elems),
+        LaneUse::IfRoom => {
+            let alone = alone?;
+            let shared = with_lanes(layout, &tiers, budgets, limits, elems);
+            let moved = |plan: &Placement| step_bytes(layout, &plan.homes);
+            Ok(shared.ok().filter(|plan| plan.streams() && moved(plan) <= moved(&alone)).unwrap_or(alone))
+        }
+    }
+}
+
+/// Places a model beside lanes for so many elements each.
+fn with_lanes(
+    layout: &Layout,
+    tiers: &[Tiers],
+    budgets: &Budgets,
+    limits: &Limits,
+    lane_elems: u64,
+) -> Result<Placement> {
     let arranged = |device: Device| {
-        let homes = arrange(layout, &tiers, budgets, limits, &device);
+        let homes = arrange(layout, tiers, budgets, limits, &device);
         (device, homes)
     };
-    let mut found = arranged(Device::fullest(layout, &tiers, budgets, limits)?);
+    let mut found = arranged(Device::fullest(layout, tiers, budgets, limits, lane_elems)?);
     if budgets.hbm.is_none() {
         // Residents are the host's memory then: only where they fit beside all else, and push nothing to NVMe.
-        let without = arranged(Device::least(layout, &tiers, budgets, limits)?);
+        let without = arranged(Device::least(layout, tiers, budgets, limits, lane_elems)?);
         let holds = holds(layout, budgets, &found.0, &found.1);
         if !holds || step_bytes(layout, &found.1) > step_bytes(layout, &without.1) {
             found = without;
@@ -258,7 +301,9 @@ fn measure(layout: &Layout, budgets: &Budgets, device: &Device, homes: Vec<Homes
         update_slots: need.update_slots,
         update_elems: need.update_elems,
         spare,
-        hbm_bytes: ring_bytes + device.resident_bytes,
+        lane_elems: device.lane_elems,
+        lane_bytes: device.lane_bytes,
+        hbm_bytes: ring_bytes + device.fixed_bytes(),
         host_bytes,
         shadow_bytes: budgets.host.0.saturating_sub(host_bytes),
         nvme_bytes: nvme_bytes(layout, &homes),
@@ -354,6 +399,19 @@ impl Placement {
     /// True if the unit lives on the compute device for good.
     pub fn resident(&self, unit: UnitId) -> bool {
         self.homes[unit.index()].params == Tier::Hbm
+    }
+
+    /// True if the ring holds what streams at full speed.
+    fn streams(&self) -> bool {
+        let chunks = || self.spans.iter().map(|span| u64::from(span.chunks));
+        let fair = device::FAIR_FRAMES * chunks().max().unwrap_or(0);
+        u64::from(self.ring_chunks) >= fair.min(chunks().sum())
+    }
+
+    /// Without lanes: they cannot be had after all.
+    pub fn without_lanes(&mut self) {
+        self.hbm_bytes -= self.lane_bytes;
+        (self.lane_elems, self.lane_bytes) = (0, 0);
     }
 
     /// The largest parameters that live on NVMe: what is in host memory besides while they are read or written as a whole.

@@ -8,6 +8,7 @@ mod bench;
 mod cuda;
 mod frames;
 mod gates;
+mod lanes;
 mod lifetime;
 mod marks;
 mod programs;

@@ -16,7 +16,7 @@ from funicular import Stats
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, World, compare
 
-LINKS = {"host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update"}
+LINKS = {"host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update", "gpu_update"}
 CAUSES = {"update", "nvme_read", "nvme_write", "copy", "grads"}
 
 

@@ -5,7 +5,7 @@ use funicular::{
     dtype::DType,
     model::{Layout, ParamSpec, Unit, UnitSpec},
     runtime::files::Map,
-    schedule::{Budgets, Limits, Placement, Tiers, placement},
+    schedule::{Budgets, LaneUse, Limits, Placement, Tiers, placement},
     units::{ByteCount, Tier, UnitId},
 };
 
@@ -73,7 +73,7 @@ impl Model {
         let has_nvme = chance.percent(80);
         // Residents take no part in what is simulated.
         let granularity = chance.pick(&[4096, 16384, 65536]);
-        let limits = Limits { granularity, block: 1 << 20, has_nvme, residents: false };
+        let limits = Limits { granularity, block: 1 << 20, has_nvme, residents: false, lanes: LaneUse::Never };
         let tiers = wishes(chance, layout.units.len(), has_nvme);
         let share = chance.pick(&[5, 20, 50, 100, 250]);
         let mut budgets = Budgets {

@@ -299,6 +299,33 @@ impl Context {
         Ok(value)
     }
 
+    /// True if the last record of an event is done; the context is entered. A thread that only asks must not disturb a graph that
+    /// the user captures on another one.
+    ///
+    /// # Safety
+    /// The event is alive.
+    pub(super) unsafe fn done(&self, event: CUevent) -> Result<bool> {
+        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: swaps the thread's mode with `mode`, here and back below.
+        self.check(unsafe { self.driver.cuThreadExchangeStreamCaptureMode(&raw mut mode) })?;
+        // SAFETY: the caller vouches for the event.
+        let done = unsafe { self.driver.cuEventQuery(event) };
+        // SAFETY: as above.
+        self.check(unsafe { self.driver.cuThreadExchangeStreamCaptureMode(&raw mut mode) })?;
+        match done {
+            Err(failure) if failure.code == code::NOT_READY => Ok(false),
+            other => self.check(other).map(|()| true),
+        }
+    }
+
+    /// The highest priority of a stream.
+    pub(super) fn first_priority(&self) -> Result<c_int> {
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: writes two integers.
+        self.check(unsafe { self.driver.cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) })?;
+        Ok(greatest)
+    }
+
     /// Free and total bytes of the device's memory.
     pub(super) fn memory(&self) -> Result<(u64, u64)> {
         let _entered = self.enter()?;

@@ -7,6 +7,7 @@
 mod driver;
 mod frames;
 mod kernels;
+mod lanes;
 mod marks;
 mod nvrtc;
 mod streams;
@@ -25,15 +26,16 @@ use self::{
     driver::{Context, Driver},
     frames::CudaFrames,
     kernels::Kernels,
+    lanes::CudaLanes,
     marks::Marks,
     streams::Streams,
 };
 use crate::{
-    device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Mark, StreamRef, check_ring},
+    device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{Hyper, Span},
-    units::ByteCount,
+    units::{ByteCount, round_up},
 };
 
 pub use nvrtc::search as search_compiler;
@@ -135,7 +137,7 @@ pub struct CudaDevice {
     streams: Arc<Streams>,
     marks: Marks,
     granularity: u64,
-    kernels: OnceLock<Result<Kernels>>,
+    kernels: OnceLock<Result<Arc<Kernels>>>,
     regions: Mutex<Vec<Arc<HostRegion>>>,
 }
 
@@ -169,8 +171,9 @@ impl CudaDevice {
         &self.streams.context
     }
 
-    fn kernels(&self) -> Result<&Kernels> {
-        self.kernels.get_or_init(|| Kernels::load(&self.streams.context)).as_ref().map_err(Error::clone)
+    fn kernels(&self) -> Result<&Arc<Kernels>> {
+        let load = || Kernels::load(&self.streams.context).map(Arc::new);
+        self.kernels.get_or_init(load).as_ref().map_err(Error::clone)
     }
 }
 
@@ -265,6 +268,12 @@ impl Device for CudaDevice {
     unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()> {
         // SAFETY: passed on to the caller; the stream is alive.
         unsafe { self.kernels()?.adamw(self.streams.handle(stream), span, hyper) }
+    }
+
+    fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>> {
+        let kernels = Arc::clone(self.kernels()?);
+        let bytes_each = round_up(bytes_each.max(1), self.granularity);
+        Ok(Arc::new(CudaLanes::create(Arc::clone(&self.streams), kernels, count, bytes_each)?))
     }
 
     fn record(&self, stream: StreamRef) -> Result<Gate> {

@@ -18,10 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream, CUstream_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream, CUstream_flags};
 use parking_lot::Mutex;
 
-use super::driver::{Context, code};
+use super::driver::Context;
 use crate::{
     device::{Gate, Role, StreamRef, unrecorded},
     error::Result,
@@ -102,9 +102,7 @@ impl Streams {
     fn make_streams(&mut self) -> Result<()> {
         let context = &*self.context;
         let _entered = context.enter()?;
-        let (mut least, mut greatest) = (0, 0);
-        // SAFETY: writes two integers.
-        context.check(unsafe { context.driver.cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) })?;
+        let greatest = context.first_priority()?;
         let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         for stream in &mut self.copies {
             // SAFETY: writes one handle, which `drop` destroys.
@@ -198,39 +196,19 @@ impl Streams {
 
     /// True if the last record of the slot's event is done.
     fn query(&self, ring: &GateRing, slot: &Slot) -> Result<bool> {
-        let context = &*self.context;
         // Read first: should the event be recorded again meanwhile, its completion covers this number too.
         let recorded = slot.recorded.load(Ordering::Acquire);
-        // A thread that only asks must not disturb a graph that the user captures on another one.
-        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: swaps the thread's mode with `mode`, here and back below.
-        context.check(unsafe { context.driver.cuThreadExchangeStreamCaptureMode(&raw mut mode) })?;
         // SAFETY: the event is alive.
-        let done = unsafe { context.driver.cuEventQuery(slot.event) };
-        // SAFETY: as above.
-        context.check(unsafe { context.driver.cuThreadExchangeStreamCaptureMode(&raw mut mode) })?;
-        match done {
-            Err(failure) if failure.code == code::NOT_READY => Ok(false),
-            other => {
-                context.check(other)?;
-                ring.set_passed(slot, recorded);
-                Ok(true)
-            }
+        let done = unsafe { self.context.done(slot.event) }?;
+        if done {
+            ring.set_passed(slot, recorded);
         }
+        Ok(done)
     }
 
     /// Blocks the thread until the gate has passed; false when `deadline` came first.
     pub(super) fn block(&self, gate: Gate, deadline: Option<Instant>) -> Result<bool> {
-        let mut nap = NAP[0];
-        while !self.passed(gate)? {
-            let left = deadline.map_or(NAP[1], |at| at.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return Ok(false);
-            }
-            thread::sleep(nap.min(left));
-            nap = (nap * 2).min(NAP[1]);
-        }
-        Ok(true)
+        block(deadline, || self.passed(gate))
     }
 
     /// Waits until both copy streams are empty. A failure is remembered by the context.
@@ -242,6 +220,20 @@ impl Streams {
             let _ = context.check(unsafe { context.driver.cuStreamSynchronize(stream) });
         }
     }
+}
+
+/// Blocks the thread until `ready`; false when `deadline` came first.
+pub(super) fn block(deadline: Option<Instant>, ready: impl Fn() -> Result<bool>) -> Result<bool> {
+    let mut nap = NAP[0];
+    while !ready()? {
+        let left = deadline.map_or(NAP[1], |at| at.saturating_duration_since(Instant::now()));
+        if left.is_zero() {
+            return Ok(false);
+        }
+        thread::sleep(nap.min(left));
+        nap = (nap * 2).min(NAP[1]);
+    }
+    Ok(true)
 }
 
 impl Drop for Streams {

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "implements the unsafe calls of the trait")]
 
 mod frames;
+mod lanes;
 mod marks;
 mod stream_copy;
 mod streams;
@@ -17,9 +18,12 @@ use std::{
 
 use parking_lot::Mutex;
 
-use self::streams::{Op, Streams};
+use self::{
+    lanes::HostLanes,
+    streams::{Op, Streams},
+};
 use crate::{
-    device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Mark, Role, StreamRef, check_ring},
+    device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, Role, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{self, Hyper, Span},
@@ -128,6 +132,10 @@ impl Device for HostDevice {
             }
             role => self.streams.push(role, Op::AdamW(*span, *hyper)),
         }
+    }
+
+    fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>> {
+        Ok(Arc::new(HostLanes::new(count, bytes_each)?))
     }
 
     fn record(&self, stream: StreamRef) -> Result<Gate> {

@@ -32,6 +32,8 @@ impl Rig {
             update_slots: (5, 1),
             update_elems: 1,
             spare: vec![false; units.len()],
+            lane_elems: 0,
+            lane_bytes: 0,
             hbm_bytes: 0,
             host_bytes: 0,
             shadow_bytes: 0,

@@ -1,6 +1,6 @@
 //! The compute tier: which units live there for good, and the ring through which the others pass.
 
-use super::{Budgets, Limits, Tiers, at_least};
+use super::{Budgets, Limits, Tiers, at_least, lanes};
 use crate::{
     device::FrameSpan,
     error::{Code, Error, Result},
@@ -11,7 +11,7 @@ use crate::{
 /// What a resident unit's tensors are rounded up to: the allocator of the device hands out no less.
 const TENSOR_ALIGN: u64 = 2 << 20;
 /// A ring of so many of the largest units streams at full speed: one computes, one comes, one goes.
-const FAIR_FRAMES: u64 = 3;
+pub(super) const FAIR_FRAMES: u64 = 3;
 /// With one more, a late unit does not hold the next one up.
 const AMPLE_FRAMES: u64 = 4;
 
@@ -22,6 +22,9 @@ pub(super) struct Device {
     pub(super) resident: Vec<bool>,
     /// What those units take.
     pub(super) resident_bytes: u64,
+    /// Elements of a lane's group, and the bytes of all lanes.
+    pub(super) lane_elems: u64,
+    pub(super) lane_bytes: u64,
     pub(super) chunk_bytes: u64,
     /// Chunks of each unit that streams; 0 for residents.
     chunks: Vec<u64>,
@@ -56,15 +59,27 @@ pub(super) fn sound(layout: &Layout, tiers: &[Tiers]) -> Result<Vec<Tiers>> {
 
 impl Device {
     /// The units that have to be here, no others.
-    pub(super) fn least(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits) -> Result<Self> {
+    pub(super) fn least(
+        layout: &Layout,
+        tiers: &[Tiers],
+        budgets: &Budgets,
+        limits: &Limits,
+        lane_elems: u64,
+    ) -> Result<Self> {
         let must = tiers.iter().map(|t| t.optimizer == Some(Tier::Hbm)).collect();
-        Self::new(layout, must, budgets, limits)
+        Self::new(layout, must, budgets, limits, lane_elems)
     }
 
     /// As many of the units that may be here as there is room for, the first in forward order: the next forward needs them
     /// before the host's updates are through.
-    pub(super) fn fullest(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits) -> Result<Self> {
-        let least = Self::least(layout, tiers, budgets, limits)?;
+    pub(super) fn fullest(
+        layout: &Layout,
+        tiers: &[Tiers],
+        budgets: &Budgets,
+        limits: &Limits,
+        lane_elems: u64,
+    ) -> Result<Self> {
+        let least = Self::least(layout, tiers, budgets, limits, lane_elems)?;
         let may = |i: usize| {
             let free = tiers[i].params.is_none() && tiers[i].optimizer.is_none();
             free && layout.units[i].param_bytes() > 0 && limits.residents
@@ -73,15 +88,15 @@ impl Device {
         let with = |count: usize| {
             let mut resident = least.resident.clone();
             free[..count].iter().for_each(|&i| resident[i] = true);
-            Self::new(layout, resident, budgets, limits)
+            Self::new(layout, resident, budgets, limits, lane_elems)
         };
         let Some(hbm) = budgets.hbm else { return with(free.len()) };
         for frames in [AMPLE_FRAMES, FAIR_FRAMES] {
             let mut taken: u64 = free.iter().map(|&i| resident_bytes(&layout.units[i])).sum();
             for count in (1..=free.len()).rev() {
-                if least.resident_bytes + taken <= hbm.0
+                if least.fixed_bytes() + taken <= hbm.0
                     && let Ok(device) = with(count)
-                    && device.resident_bytes + device.ring_of(frames) <= hbm.0
+                    && device.fixed_bytes() + device.ring_of(frames) <= hbm.0
                 {
                     return Ok(device);
                 }
@@ -91,7 +106,7 @@ impl Device {
         Ok(least)
     }
 
-    fn new(layout: &Layout, resident: Vec<bool>, budgets: &Budgets, limits: &Limits) -> Result<Self> {
+    fn new(layout: &Layout, resident: Vec<bool>, budgets: &Budgets, limits: &Limits, lane_elems: u64) -> Result<Self> {
         let units = || layout.units.iter().zip(&resident);
         let bytes: Vec<u64> = units().map(|(u, &r)| if r { 0 } else { u.param_bytes() }).collect();
         let resident_bytes: u64 = units().map(|(u, &r)| if r { resident_bytes(u) } else { 0 }).sum();
@@ -103,14 +118,22 @@ impl Device {
         }
         let chunks: Vec<u64> = bytes.iter().map(|b| b.div_ceil(chunk_bytes)).collect();
         let (widest, total) = (largest.div_ceil(chunk_bytes), chunks.iter().sum());
-        let left = budgets.hbm.map(|b| b.0.checked_sub(resident_bytes));
+        let lane_bytes =
+            if lane_elems > 0 { lanes::COUNT * lanes::bytes_each(lane_elems, limits.granularity) } else { 0 };
+        let left = budgets.hbm.map(|b| b.0.checked_sub(resident_bytes + lane_bytes));
         let allowed = left.map(|left| left.map_or(0, |b| (b / chunk_bytes).min(total)));
         if left == Some(None) || allowed.is_some_and(|a| a < widest) {
             let index = bytes.iter().position(|&b| b == largest).unwrap_or(0);
-            let need = resident_bytes + widest * chunk_bytes;
-            return Err(too_small(&layout.units[index].name, resident_bytes, need, budgets.hbm.unwrap_or_default()));
+            let need = resident_bytes + lane_bytes + widest * chunk_bytes;
+            let hbm = budgets.hbm.unwrap_or_default();
+            return Err(too_small(&layout.units[index].name, resident_bytes, lane_bytes, need, hbm));
         }
-        Ok(Self { resident, resident_bytes, chunk_bytes, chunks, widest, total, allowed })
+        Ok(Self { resident, resident_bytes, lane_elems, lane_bytes, chunk_bytes, chunks, widest, total, allowed })
+    }
+
+    /// Bytes beside the ring.
+    pub(super) fn fixed_bytes(&self) -> u64 {
+        self.resident_bytes + self.lane_bytes
     }
 
     /// Bytes of a ring of `frames` of the largest unit, as far as there is use for it.
@@ -118,10 +141,10 @@ impl Device {
         (self.widest * frames).min(self.total) * self.chunk_bytes
     }
 
-    /// Bytes of the ring, and of the residents, that the host's budget has to hold: the compute tier is the host's memory
+    /// Bytes of the ring, the residents and the lanes that the host's budget has to hold: the compute tier is the host's memory
     /// where `budget.hbm` sets no bound. `frames` as for [`Self::ring_of`].
     pub(super) fn on_host(&self, frames: u64) -> u64 {
-        if self.allowed.is_some() { 0 } else { self.resident_bytes + self.ring_of(frames) }
+        if self.allowed.is_some() { 0 } else { self.fixed_bytes() + self.ring_of(frames) }
     }
 
     /// Chunks of the ring: as `budget.hbm` allows, or `base` with up to `more` bytes on top.
@@ -143,15 +166,20 @@ impl Device {
     }
 }
 
-fn too_small(unit: &str, resident: u64, need: u64, hbm: ByteCount) -> Error {
+fn too_small(unit: &str, resident: u64, lanes: u64, need: u64, hbm: ByteCount) -> Error {
     let need = ByteCount(need);
-    let (what, instead) = if resident == 0 {
+    let (mut what, mut instead) = if resident == 0 {
         (format!("unit '{unit}' needs {need} on the compute tier at once"), "name smaller modules in units.match.")
     } else {
         let resident = ByteCount(resident);
         let what = format!("the units with optimizer.tier hbm, {resident}, and frames for the others need {need}");
         (what, "set optimizer.tier to \"auto\".")
     };
+    if lanes > 0 {
+        let lanes = ByteCount(lanes);
+        what = format!("{what}, with {lanes} for updates on the device (optimizer.where is gpu)");
+        instead = "set optimizer.where to \"auto\".";
+    }
     Error::new(Code::HbmBudget, format!("{what}; budget.hbm allows {hbm}."))
         .needing(need)
         .action(format!("Raise budget.hbm to {}, or {instead}", at_least(need.0)))

@@ -1,0 +1,176 @@
+//! Lanes of the host device: a worker thread each, which copies to memory of its own and back as a device would.
+//!
+//! They are slower than the pool that updates in place; they are there so that sharing an update is tested without a GPU.
+#![expect(unsafe_code, reason = "copies between addresses that the caller vouched for")]
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::streams::copy_here;
+use crate::{
+    device::lanes::{Lanes, Staged},
+    error::{Code, Error, Result},
+    memory::HostRegion,
+    optim::{Hyper, Span, Target, adamw},
+    units::ByteCount,
+};
+
+/// Launches that one lane holds before the caller has to wait for room.
+const CAPACITY: usize = 4;
+
+struct State {
+    queue: Vec<(Staged, Hyper)>,
+    /// The first of the queue is at work.
+    running: bool,
+    closing: bool,
+    failure: Option<Error>,
+}
+
+struct Lane {
+    state: Mutex<State>,
+    changed: Condvar,
+    staging: Arc<HostRegion>,
+}
+
+/// The lanes of one host device.
+pub(super) struct HostLanes {
+    lanes: Vec<Arc<Lane>>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl HostLanes {
+    pub(super) fn new(count: usize, bytes_each: u64) -> Result<Self> {
+        let mut lanes = Self { lanes: Vec::with_capacity(count), workers: Vec::with_capacity(count) };
+        for number in 0..count {
+            let state = State { queue: Vec::with_capacity(CAPACITY), running: false, closing: false, failure: None };
+            let lane = Arc::new(Lane {
+                state: Mutex::new(state),
+                changed: Condvar::new(),
+                staging: HostRegion::new(ByteCount(bytes_each), "updates on the device")?,
+            });
+            lanes.lanes.push(Arc::clone(&lane));
+            let worker = std::thread::Builder::new().name(format!("funicular-lane-{number}"));
+            let worker = worker.spawn(move || lane.serve()).map_err(|e| {
+                Error::new(Code::NoThread, format!("the system refused a thread for lane {number}: {e}."))
+                    .errno(e.raw_os_error().unwrap_or(0))
+                    .action("Raise the limit on processes of this user or container.")
+            })?;
+            lanes.workers.push(worker);
+        }
+        Ok(lanes)
+    }
+}
+
+impl Lanes for HostLanes {
+    fn count(&self) -> usize {
+        self.lanes.len()
+    }
+
+    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()> {
+        let lane = &*self.lanes[lane];
+        let staged = Staged::new(span, target, lane.staging.as_ptr() as u64, lane.staging.len() as u64)?;
+        let mut state = lane.state.lock();
+        while state.queue.len() == CAPACITY && state.failure.is_none() {
+            lane.changed.wait(&mut state);
+        }
+        if let Some(error) = &state.failure {
+            return Err(error.clone());
+        }
+        state.queue.push((staged, *hyper));
+        lane.changed.notify_all();
+        Ok(())
+    }
+
+    fn block(&self, lane: usize, timeout: Duration) -> Result<bool> {
+        let lane = &*self.lanes[lane];
+        let deadline = Instant::now().checked_add(timeout);
+        let mut state = lane.state.lock();
+        loop {
+            if let Some(error) = &state.failure {
+                return Err(error.clone());
+            }
+            if state.queue.is_empty() {
+                return Ok(true);
+            }
+            match deadline {
+                None => lane.changed.wait(&mut state),
+                Some(at) if Instant::now() >= at => return Ok(false),
+                Some(at) => drop(lane.changed.wait_until(&mut state, at)),
+            }
+        }
+    }
+}
+
+impl Lane {
+    fn serve(&self) {
+        while let Some((staged, hyper)) = self.next() {
+            // SAFETY: whoever launched it vouched for its addresses; the staging memory is this lane's alone.
+            let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { run(&staged, &hyper) }));
+            let outcome = outcome.unwrap_or_else(|_| {
+                Err(Error::new(Code::Panicked, "a thread that updates for the device panicked; its message is above."))
+            });
+            let mut state = self.state.lock();
+            if let Err(error) = outcome {
+                state.failure = Some(error);
+                state.queue.clear();
+            }
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Ends the launch taken last and takes the next one; none at the end.
+    fn next(&self) -> Option<(Staged, Hyper)> {
+        let mut state = self.state.lock();
+        if state.running && !state.queue.is_empty() {
+            state.queue.remove(0);
+        }
+        state.running = false;
+        self.changed.notify_all();
+        loop {
+            if let Some(&first) = state.queue.first() {
+                state.running = true;
+                return Some(first);
+            }
+            if state.closing {
+                return None;
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+}
+
+/// # Safety
+/// As for [`Lanes::launch`], and nobody else uses the staging memory.
+unsafe fn run(staged: &Staged, hyper: &Hyper) -> Result<()> {
+    for copy in staged.up {
+        // SAFETY: the caller's contract.
+        unsafe { copy_here(copy.dst, copy.src, copy.len) };
+    }
+    // SAFETY: the span lies in the staging memory, filled above.
+    unsafe { adamw(&staged.span, hyper) }?;
+    for copy in staged.down {
+        // SAFETY: the caller's contract.
+        unsafe { copy_here(copy.dst, copy.src, copy.len) };
+    }
+    Ok(())
+}
+
+impl Drop for HostLanes {
+    fn drop(&mut self) {
+        for lane in &self.lanes {
+            lane.state.lock().closing = true;
+            lane.changed.notify_all();
+        }
+        for worker in self.workers.drain(..) {
+            // The worker caught its own panic and told everyone.
+            let _ = worker.join();
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Lanes: updates of host memory that run on the device. A lane is a stream of its own and staging memory on the device; what
+//! is launched on it copies a span up, updates it there, and copies the results to their place.
+//!
+//! A few lanes used in turn keep both directions of the link busy: while one copies down, the next one copies up.
+
+use std::time::Duration;
+
+use crate::{
+    dtype::{DType, StateKind},
+    error::{Code, Error, Result},
+    optim::{Hyper, Span, Target},
+    units::round_up,
+};
+
+/// Arrays start so in the staging memory: whole vectors of any kernel, whole cache lines.
+const ALIGN: u64 = 256;
+/// The widest element with all that belongs to it: fp32 with gradient and moments, or fp16 with its master too.
+const BYTES_PER_ELEM: u64 = 16;
+
+/// Bytes of staging memory that `elems` elements of any type take; `elems` is a multiple of 128.
+pub const fn staging_bytes(elems: u64) -> u64 {
+    elems * BYTES_PER_ELEM
+}
+
+/// A fixed number of lanes of one device.
+///
+/// L1: launches on one lane run in order. L2: the bits are those of [`crate::optim::adamw`]. L3: a launch allocates nothing.
+/// L4: dropping the lanes waits for what runs on them.
+pub trait Lanes: Send + Sync {
+    /// How many there are.
+    fn count(&self) -> usize;
+
+    /// Enqueues the update of a span in registered host memory on a lane; the new values go to `target`, which may be
+    /// [`Target::in_place`]. The gradient is only read.
+    ///
+    /// # Errors
+    /// `FN-E112` for a type that is not trainable, with nothing enqueued; a failure of the device. After a failure too the lane may
+    /// be busy with a part of the launch.
+    ///
+    /// # Safety
+    /// The arrays of the span and of the target lie in registered host memory, are valid and aligned as for
+    /// [`crate::optim::adamw`] and [`crate::optim::adamw_into_with`], and nobody else touches them in conflict until the lane is
+    /// done.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()>;
+
+    /// Blocks the calling thread until everything launched on a lane has ended, or the time is over; true if it has ended.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    fn block(&self, lane: usize, timeout: Duration) -> Result<bool>;
+}
+
+/// One copy.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Copy {
+    pub(super) dst: u64,
+    pub(super) src: u64,
+    pub(super) len: usize,
+}
+
+/// A launch in terms of copies and of one update in staging memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Staged {
+    /// All arrays of the span, to staging memory.
+    pub(super) up: [Copy; 5],
+    /// The span there.
+    pub(super) span: Span,
+    /// What the update writes, to its target.
+    pub(super) down: [Copy; 4],
+}
+
+// SAFETY: addresses and numbers; whoever launched it vouched for the bytes, whichever thread touches them.
+#[expect(unsafe_code, reason = "carries addresses to the thread or stream of a lane")]
+unsafe impl Send for Staged {}
+
+impl Staged {
+    /// Lays a launch out in `room` bytes of staging memory at `base`.
+    pub(super) fn new(span: &Span, target: &Target, base: u64, room: u64) -> Result<Self> {
+        if matches!(span.dtype, DType::Opaque { .. }) {
+            return Err(Error::new(Code::UnsupportedParam, "a parameter of unknown type has no AdamW."));
+        }
+        let mut end = base;
+        let mut place = |kind: StateKind, src: u64| {
+            let len = span.len * kind.element_size(span.dtype);
+            let dst = end;
+            end += round_up(len as u64, ALIGN);
+            Copy { dst, src, len }
+        };
+        let up = [
+            place(StateKind::Param, span.param as u64),
+            place(StateKind::Grad, span.grad as u64),
+            place(StateKind::Master, span.master as u64),
+            place(StateKind::ExpAvg, span.exp_avg as u64),
+            place(StateKind::ExpAvgSq, span.exp_avg_sq as u64),
+        ];
+        if end - base > room {
+            let message = format!("{} elements do not fit the {room} bytes of a lane.", span.len);
+            return Err(Error::new(Code::Stale, message).action("This is a bug of funicular; please report it."));
+        }
+        let [param, grad, master, exp_avg, exp_avg_sq] = up;
+        let back = |from: Copy, to: u64| Copy { dst: to, src: from.dst, len: from.len };
+        let down = [
+            back(param, target.param as u64),
+            back(master, target.master as u64),
+            back(exp_avg, target.exp_avg as u64),
+            back(exp_avg_sq, target.exp_avg_sq as u64),
+        ];
+        let staged = Span {
+            param: param.dst as *mut u8,
+            grad: grad.dst as *const u8,
+            master: master.dst as *mut u8,
+            exp_avg: exp_avg.dst as *mut f32,
+            exp_avg_sq: exp_avg_sq.dst as *mut f32,
+            ..*span
+        };
+        Ok(Self { up, span: staged, down })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(dtype: DType, len: usize) -> Span {
+        let at = |n: usize| (0x10_0000 * n) as *mut u8;
+        Span {
+            param: at(1),
+            grad: at(2),
+            master: at(3),
+            exp_avg: at(4).cast(),
+            exp_avg_sq: at(5).cast(),
+            len,
+            dtype,
+            reset_master: false,
+        }
+    }
+
+    #[test]
+    fn arrays_are_disjoint_aligned_and_inside() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            for len in [1, 127, 128, 4001, 4096] {
+                let span = span(dtype, len);
+                let staged = Staged::new(&span, &Target::in_place(&span), 4096, staging_bytes(4096)).expect("fits");
+                let mut end = 4096;
+                for copy in staged.up {
+                    assert!(copy.dst >= end && copy.dst.is_multiple_of(ALIGN));
+                    end = copy.dst + copy.len as u64;
+                }
+                assert!(end <= 4096 + staging_bytes(4096), "{dtype:?} of {len}");
+            }
+            let span = span(dtype, 4096 * 8 + 1);
+            let refused =
+                Staged::new(&span, &Target::in_place(&span), 0, staging_bytes(4096 * 7)).expect_err("too long");
+            assert_eq!(refused.code(), Code::Stale);
+        }
+    }
+}

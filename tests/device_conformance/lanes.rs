@@ -1,0 +1,183 @@
+//! Updates of host memory through lanes against those of the processor, bit for bit.
+#![expect(unsafe_code, reason = "hands buffers of the bench to the device by address")]
+
+use std::sync::Arc;
+
+use funicular::{
+    device::{Device, Lanes, staging_bytes},
+    dtype::{DType, StateKind},
+    error::Code,
+    optim::{AdamWOptions, Hyper, Isa, Span, Target, adamw, adamw_into_with},
+};
+
+use crate::{
+    bench::{Bench, PATIENCE, pattern},
+    on_every_device,
+};
+
+const KINDS: [StateKind; 5] =
+    [StateKind::Param, StateKind::Grad, StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq];
+/// Most elements of a launch.
+const ELEMS: usize = 1 << 16;
+/// Bytes between two arrays, five of a span and four of its target.
+const ROOM: usize = 4 * ELEMS;
+const LAUNCH: usize = 9 * ROOM;
+
+/// The lanes of a device, unless it has no compiler for their kernel.
+fn lanes_of(device: &Arc<dyn Device>, count: usize) -> Option<Arc<dyn Lanes>> {
+    match device.create_lanes(count, staging_bytes(ELEMS as u64)) {
+        Ok(lanes) => Some(lanes),
+        Err(error) => {
+            assert_eq!(error.code(), Code::NoCompiler, "{error}");
+            assert!(std::env::var_os("FUNICULAR_REQUIRE_CUDA").is_none(), "{error}");
+            None
+        }
+    }
+}
+
+/// A launch whose arrays lie behind `base`.
+#[derive(Clone, Copy)]
+struct Launch {
+    span: Span,
+    to: Option<Target>,
+    hyper: Hyper,
+}
+
+impl Launch {
+    fn new(base: u64, len: usize, dtype: DType, number: usize) -> Self {
+        let at = |i: u64| (base + i * ROOM as u64) as *mut u8;
+        let span = Span {
+            param: at(0),
+            grad: at(1),
+            master: if dtype == DType::F32 { std::ptr::null_mut() } else { at(2) },
+            exp_avg: at(3).cast(),
+            exp_avg_sq: at(4).cast(),
+            len,
+            dtype,
+            reset_master: number.is_multiple_of(3),
+        };
+        let target = Target { param: at(5), master: at(6), exp_avg: at(7).cast(), exp_avg_sq: at(8).cast() };
+        let options =
+            AdamWOptions { lr: 1e-3, weight_decay: 0.1, maximize: number % 5 == 4, ..AdamWOptions::default() };
+        let clip = if number.is_multiple_of(2) { 1.0 } else { 0.37 };
+        let hyper = Hyper { clip, ..Hyper::new(&options, number as u64 + 1, 0.5) };
+        Self { span, to: (number % 4 > 1).then_some(target), hyper }
+    }
+
+    fn target(&self) -> Target {
+        self.to.unwrap_or_else(|| Target::in_place(&self.span))
+    }
+
+    /// What it makes of `state`, computed here.
+    fn expected(len: usize, dtype: DType, number: usize, state: &[u8]) -> Vec<u8> {
+        let mut words = vec![0u64; state.len() / 8];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        bytes.copy_from_slice(state);
+        let same = Self::new(bytes.as_mut_ptr() as u64, len, dtype, number);
+        // SAFETY: the buffer is this test's own and aligned for any element.
+        let done = unsafe {
+            match same.to {
+                None => adamw(&same.span, &same.hyper),
+                Some(to) => adamw_into_with(Isa::best(), &same.span, &to, &same.hyper),
+            }
+        };
+        done.expect("trainable");
+        bytes.to_vec()
+    }
+}
+
+fn state(seed: u64) -> Vec<u8> {
+    let mut state = pattern(seed, LAUNCH);
+    // Second moments are not negative, and no exponent is all ones: ordinary numbers with ordinary results.
+    state.iter_mut().skip(1).step_by(2).for_each(|byte| *byte &= 0x3f);
+    state
+}
+
+#[test]
+fn an_update_through_a_lane_has_the_bits_of_the_processor() {
+    assert_eq!(KINDS.map(|kind| kind.element_size(DType::F32)).iter().sum::<usize>(), 16);
+    on_every_device(|device| {
+        let Some(lanes) = lanes_of(&device, 2) else { return };
+        assert_eq!(lanes.count(), 2);
+        let bench = Bench::new(device, LAUNCH as u64);
+        let mut number = 0;
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            for len in [0, 1, 129, 4095, ELEMS - 8, ELEMS] {
+                for _ in 0..4 {
+                    let before = state(number as u64);
+                    bench.set(0, &before);
+                    let launch = Launch::new(bench.at(0), len, dtype, number);
+                    let lane = number % 2;
+                    // SAFETY: the arrays lie in the registered region, and the lane is waited for.
+                    unsafe { lanes.launch(lane, &launch.span, &launch.target(), &launch.hyper) }.expect("enqueued");
+                    assert!(lanes.block(lane, PATIENCE).expect("works"));
+                    let expected = Launch::expected(len, dtype, number, &before);
+                    assert_eq!(expected == before, len == 0, "something is updated");
+                    let kind = bench.device.kind();
+                    assert!(bench.get(0, LAUNCH) == expected, "{dtype:?} of {len}, launch {number} on {kind:?}");
+                    number += 1;
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn lanes_at_once_and_launches_in_a_row() {
+    const EACH: usize = 3;
+    on_every_device(|device| {
+        let Some(lanes) = lanes_of(&device, 3) else { return };
+        let bench = Bench::new(device, (3 * EACH * LAUNCH) as u64);
+        for round in 0..5 {
+            let all = || (0..3 * EACH).map(|n| (n, ELEMS - 8 * n, [DType::Bf16, DType::F32, DType::F16][n % 3]));
+            all().for_each(|(n, ..)| bench.set(n * LAUNCH, &state((round * 100 + n) as u64)));
+            for (n, len, dtype) in all() {
+                let launch = Launch::new(bench.at(n * LAUNCH), len, dtype, n);
+                // SAFETY: the arrays lie in the registered region, are disjoint, and the lanes are waited for.
+                unsafe { lanes.launch(n % 3, &launch.span, &launch.target(), &launch.hyper) }.expect("enqueued");
+            }
+            (0..3).for_each(|lane| assert!(lanes.block(lane, PATIENCE).expect("works")));
+            for (n, len, dtype) in all() {
+                let expected = Launch::expected(len, dtype, n, &state((round * 100 + n) as u64));
+                assert!(bench.get(n * LAUNCH, LAUNCH) == expected, "launch {n} of round {round}");
+            }
+        }
+    });
+}
+
+#[test]
+fn what_does_not_fit_or_has_no_kernel_is_refused() {
+    on_every_device(|device| {
+        let Some(lanes) = lanes_of(&device, 1) else { return };
+        let bench = Bench::new(device, 1 << 20);
+        for (len, dtype, code) in
+            [(8, DType::Opaque { size: 4 }, Code::UnsupportedParam), (64 * ELEMS, DType::F32, Code::Stale)]
+        {
+            let launch = Launch::new(bench.at(0), len, dtype, 1);
+            // SAFETY: nothing is touched.
+            let refused = unsafe { lanes.launch(0, &launch.span, &launch.target(), &launch.hyper) };
+            assert_eq!(refused.expect_err("refused").code(), code);
+        }
+        assert!(lanes.block(0, PATIENCE).expect("works"), "nothing is under way");
+    });
+}
+
+#[test]
+fn dropping_lanes_waits_for_them() {
+    on_every_device(|device| {
+        for waits in [true, false] {
+            let Some(lanes) = lanes_of(&device, 1) else { return };
+            let bench = Bench::new(Arc::clone(&device), LAUNCH as u64);
+            let before = state(7);
+            bench.set(0, &before);
+            let launch = Launch::new(bench.at(0), ELEMS, DType::F32, 0);
+            // SAFETY: the arrays lie in the registered region; dropping the lanes waits.
+            unsafe { lanes.launch(0, &launch.span, &launch.target(), &launch.hyper) }.expect("enqueued");
+            if waits {
+                assert!(lanes.block(0, PATIENCE).expect("works"));
+            }
+            drop(lanes);
+            assert!(bench.get(0, LAUNCH) == Launch::expected(ELEMS, DType::F32, 0, &before));
+        }
+    });
+}
