@@ -6,6 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from funicular._step_time import step_time
+
 if TYPE_CHECKING:
     from funicular._core import Engine
 
@@ -56,12 +58,13 @@ class StepLog:
             for name in moved
             if moved[name] > moved_then[name]
         )
-        stalls = ", ".join(f"{name} {nanos / 1e9:.2f} s" for name, nanos in raw["stalls"].items() if nanos > 5_000_000)
+        # Not this one, on a GPU: the program runs ahead of it.
+        last = step_time(raw, "last", min(raw["timed"][0], 1))
         _log.info(
-            "FN-I307 step %d: %.3f s/step; %s; stalls so far: %s",
+            "FN-I307 step %d: %.3f s/step; %s; the last that is over: %s",
             self.step,
             seconds / self.every,
             rates,
-            stalls or "none",
+            "none" if last is None else f"{last}; bound by {last.binding}",
         )
         self._last = (now, moved)

@@ -8,23 +8,12 @@ from typing import TYPE_CHECKING
 
 from funicular._errors import UsageError
 from funicular._offload import session_of
+from funicular._step_time import StepTime, step_time
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "StepTime", "Updated", "stats"]
-
-#: Of a step's time: where stalls are less, it is bound by compute.
-COMPUTE_BOUND = 0.05
-
-#: What a wait is for tells which resource is late, but for updates: they pass through several.
-_RESOURCES = {
-    "nvme_read": "nvme_read",
-    "nvme_write": "nvme_write",
-    "copy": "host_to_device",
-    "grads": "device_to_host",
-}
-_UPDATE_STAGES = ("cpu_update", "nvme_read", "nvme_write")
 
 
 @dataclass(frozen=True)
@@ -87,45 +76,6 @@ class Paged:
     waiting: int = 0
     #: host memory taken for them, part of the host budget
     reserved: int = 0
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """What the time of a step went to, in seconds. Compute and stalls are the compute stream's own: on a GPU by its timestamps."""
-
-    #: from the end of the step before to its own, by the host's clock
-    seconds: float
-    #: what the compute stream did not wait for the runtime: kernels, and whatever else the program does between steps
-    compute: float
-    #: what it waited, by cause
-    stalls: dict[str, float]
-    #: what each link, or the update, was busy meanwhile
-    busy: dict[str, float]
-
-    @property
-    def stalled(self) -> float:
-        """All stalls together."""
-        return sum(self.stalls.values())
-
-    @property
-    def binding(self) -> str:
-        """Name the resource that the step waited for most; ``compute`` where stalls are less than 5 % of it.
-
-        An update that states on disk pass through is bound by the stage of it that was busy most.
-        """
-        if self.stalled <= COMPUTE_BOUND * self.seconds:
-            return "compute"
-        stage = max(_UPDATE_STAGES, key=lambda link: self.busy[link])
-        waited: dict[str, float] = {}
-        for cause, seconds in self.stalls.items():
-            resource = _RESOURCES.get(cause, stage)
-            waited[resource] = waited.get(resource, 0.0) + seconds
-        return max(waited, key=lambda resource: waited[resource])
-
-    def __str__(self) -> str:
-        waited = ", ".join(f"{cause} {seconds:.4f}" for cause, seconds in self.stalls.items() if seconds >= 5e-5)
-        stalls = f" ({waited})" if waited else ""
-        return f"{self.seconds:.4f} s = compute {self.compute:.4f} + stalls {self.stalled:.4f}{stalls}"
 
 
 @dataclass(frozen=True)
@@ -212,19 +162,6 @@ def stats(model: nn.Module) -> Stats:
         raise UsageError("FN-E114", "the model is not offloaded.")
     raw = session.engine.stats()
     timed, lost = raw["timed"]
-
-    def step_time(total: tuple[int, int, list[int], list[int]], steps: int) -> StepTime | None:
-        if steps == 0:
-            return None
-        wall, compute, stalls, busy = total
-        scale = 1e-9 / steps
-        return StepTime(
-            wall * scale,
-            compute * scale,
-            {name: nanos * scale for name, nanos in zip(raw["stalls"], stalls, strict=True)},
-            {name: nanos * scale for name, nanos in zip(raw["links"], busy, strict=True)},
-        )
-
     hits, late, demand, wasted, conflicts = raw["prefetch"]
     return Stats(
         device=session.engine.device(),
@@ -233,8 +170,8 @@ def stats(model: nn.Module) -> Stats:
         steps=raw["steps"],
         links={name: Link(moved, busy / 1e9) for name, (moved, busy) in raw["links"].items()},
         stalls={name: nanos / 1e9 for name, nanos in raw["stalls"].items()},
-        step=step_time(raw["time"], timed),
-        last=step_time(raw["last"], min(timed, 1)),
+        step=step_time(raw, "time", timed),
+        last=step_time(raw, "last", min(timed, 1)),
         timed=timed,
         lost=lost,
         prefetch=Prefetch(hits, late, demand, wasted, conflicts),

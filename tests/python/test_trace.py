@@ -231,7 +231,7 @@ def test_log_lines(host_world: World, caplog: pytest.LogCaptureFixture):
         trained(host_world, steps=4, log={"every": 2})
     lines = [r.getMessage() for r in caplog.records if r.name == "funicular" and "FN-I307" in r.getMessage()]
     assert [line.split(":")[0] for line in lines] == ["FN-I307 step 2", "FN-I307 step 4"]
-    assert all("s/step" in line for line in lines)
+    assert all("s/step" in line and "= compute" in line and "bound by" in line for line in lines)
 
 
 def test_silent_by_default(host_world: World, capfd: pytest.CaptureFixture[str]):
