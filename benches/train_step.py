@@ -105,7 +105,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
     return {
         "step_time": None if stats.step is None else vars(stats.step), "lost": stats.lost,
         "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "links": links, "binding": stats.binding,
-        "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "home_uses": stats.home_uses,
+        "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "updated": vars(stats.updated), "home_uses": stats.home_uses,
         "activations": vars(stats.activations),
         "budgets_gib": {k: round(v.peak / 2**30, 2) for k, v in stats.budgets.items()},
     }  # fmt: skip
@@ -124,7 +124,7 @@ def offloaded(args: argparse.Namespace, **tiers: str) -> tuple[nn.Module, Any]:
     torch.cuda.empty_cache()
     policy: dict[str, Any] = {
         "device": "cuda", "budget": {"hbm": args.hbm},
-        "params": {"tier": tiers.get("params", "auto")}, "optimizer": {"tier": tiers.get("optimizer", "auto")},
+        "params": {"tier": tiers.get("params", "auto")}, "optimizer": {"tier": tiers.get("optimizer", "auto"), "where": tiers.get("where", "auto")},
     }  # fmt: skip
     if args.spare:
         policy["optimizer"]["spare"] = args.spare
@@ -158,6 +158,8 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any]]] = {
     "in_hbm": in_hbm,
     "auto": offloaded,
     "host": lambda args: offloaded(args, params="host", optimizer="host"),
+    "host_cpu": lambda args: offloaded(args, params="host", optimizer="host", where="cpu"),
+    "host_gpu": lambda args: offloaded(args, params="host", optimizer="host", where="gpu"),
     "states_nvme": lambda args: offloaded(args, params="host", optimizer="nvme"),
     "nvme": lambda args: offloaded(args, params="nvme", optimizer="nvme"),
     "fsdp2": fsdp2,
