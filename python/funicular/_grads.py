@@ -7,8 +7,8 @@ gradient is; raw aliases are given ordinary memory from the start.
 
 from __future__ import annotations
 
-import functools
 import sys
+import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -169,11 +169,21 @@ def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
     return sys.getrefcount(gradient), _use_count(gradient), storage_uses(storage) if whole else 0
 
 
-@functools.lru_cache(maxsize=1)
+class _Sample(threading.local):
+    """A gradient at which nobody looks; each thread has its own, since a look from another thread would count."""
+
+    def __init__(self) -> None:
+        self.parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
+        self.parameter.grad = torch.zeros(1, device="cpu")
+
+
+_sample = _Sample()
+
+
 def _holders_of_a_new_one() -> tuple[int, int, int]:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    gradient = parameter.grad
+    """Return the same of a gradient at which nobody looks: a call costs more references where a compiler or debugger watches."""
+    gradient = _sample.parameter.grad
+    assert gradient is not None
     return _holders(gradient)
 
 

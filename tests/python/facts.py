@@ -38,7 +38,7 @@ def process() -> dict[str, object]:
     gradient = parameter.grad
     return {
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("FUNICULAR", "PYTHON", "LD_", "CUDA"))},
-        "folder": os.getcwd(),
+        "folder": str(Path.cwd()),
         "traced": (sys.gettrace(), sys.getprofile()),
         "gradients": torch.is_grad_enabled(),
         "type": torch.get_default_dtype(),

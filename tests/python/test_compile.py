@@ -236,6 +236,30 @@ def test_parts_of_blocks(host_world):
     assert (graphs(), breaks()) == (1, 0)
 
 
+def test_after_a_compiler_that_failed(host_world):
+    """It leaves its way of running Python behind, in which a call costs more references: no gradient is taken for one that is kept."""
+
+    def fails(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise NotImplementedError
+
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()())
+    run.opt = run.adamw()
+    for block in run.model.layers:
+        by_forward(block, "eager")
+    run.train(1)
+    torch._dynamo.reset()
+    for block in run.model.layers:
+        block.forward = torch.compile(type(block).forward.__get__(block), backend=fails)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        run.train(1)
+    for block in run.model.layers:
+        del block.forward
+    run.opt.zero_grad()
+    run.model(run.data(4, WIDTH)).square().mean().backward()
+    assert all(p.grad._funicular_ref().grad is p.grad for p in run.model.parameters())
+
+
 def test_unwrapped(host_world):
     """Compiled blocks go on without the runtime; their weights have another class then, so once more for the class."""
 
