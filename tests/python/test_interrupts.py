@@ -38,7 +38,7 @@ def in_child(call: str, placement: str, disk: str, io_uring: bool) -> str:
 )
 @pytest.mark.parametrize(("placement", "scenario"), [(p, s) for p, scenarios in SCENARIOS.items() for s in scenarios])
 def test_at_every_point(placement: str, scenario: str, disk: str, io_uring: bool):
-    """At every point at which CPython looks at signals, once."""
+    """At points at which CPython looks at signals, once each; `make soak` takes all of them."""
     assert int(in_child(f"{scenario}(world, every=False)", placement, disk, io_uring)) > 100
 
 
