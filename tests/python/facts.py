@@ -49,6 +49,11 @@ def process() -> dict[str, object]:
     }
 
 
+def forget_backwards() -> None:
+    """Have torch drop what a backward left behind that ended in an exception: nodes queued in this thread, until its next one."""
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 def rss() -> int:
     """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

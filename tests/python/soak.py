@@ -226,6 +226,7 @@ def short_runs(seeds: range, disk: str, io_uring: bool) -> Counter[str]:
         try:
             with no_hang(120):
                 outcomes[short_run(seed, disk, io_uring)] += 1
+                facts.forget_backwards()
                 for _ in range(4):
                     gc.collect()
                     if not facts.files(disk):

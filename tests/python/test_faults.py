@@ -88,6 +88,7 @@ def test_fatal(fault: str, disk_world: World, disk: str):
             run.model(run.data(4, WIDTH))
     funicular.stats(run.model)
     run = error = None
+    facts.forget_backwards()
     gc.collect()
     facts.eventually(lambda: facts.open_files() <= files)  # by threads, as they end
     facts.eventually(lambda: facts.threads() <= threads)

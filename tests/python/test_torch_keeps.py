@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import facts
 from models import WIDTH, Stack
 
 
@@ -69,3 +70,28 @@ def test_exceptions_on_a_context(new: bool):
             Trap.apply(model(torch.ones(4, WIDTH)), ValueError(), new).sum().backward()
 
     assert is_kept(use) != new
+
+
+def test_backwards_that_ended_in_an_exception():
+    """What was still queued keeps its graph, with all saved tensors, until the thread's next backward."""
+
+    def fails(p: torch.Tensor) -> None:
+        raise ValueError
+
+    def use(model: nn.Module) -> None:
+        loss = model(torch.ones(4, WIDTH)).square().mean()
+        model.out.bias.register_post_accumulate_grad_hook(fails)
+        with pytest.raises(ValueError):
+            loss.backward()
+
+    model = Stack()
+    use(model)
+    alive = weakref.ref(model.layers[0])
+    kept = weakref.ref(model.inp.weight)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert kept() is not None
+    facts.forget_backwards()
+    gc.collect()
+    assert kept() is None
