@@ -187,14 +187,16 @@ def report(name: str, seconds: float, peaks: dict[str, int], links: dict[str, in
     wrong = 0
     cells = []
     for tier in plan["tiers"]:
-        most = max(tier[when] for when in ("steady", "init", "step", "checkpoint"))
+        most = max(tier[when] for when in ("steady", "init", "step"))
         peak = peaks[tier["tier"]]
         true = peak <= most <= 1.02 * peak + 4096
         wrong += not true
         cells.append(f"{tier['tier']} {peak / 2**20:.1f}/{most / 2**20:.1f}{'' if true else ' WRONG'}")
     moved = dict(plan["traffic"])
     cells += [
-        f"{link} {links[link] / 2**20:.1f}/{moved[link] / 2**20:.1f}" for link in links if links[link] or moved[link]
+        f"{link} {links[link] / 2**20:.1f}/{moved.get(link, 0) / 2**20:.1f}"
+        for link in links
+        if links[link] or moved.get(link)
     ]
     predicted = plan["step"]["seconds"]
     off = predicted / seconds - 1
