@@ -57,7 +57,7 @@ def policies(params: int, largest: int, folder: str) -> dict[str, dict[str, Any]
         "states on NVMe": {"budget": ring, "nvme": disk, "params": host, "optimizer": nvme},
         "parameters on NVMe": {"budget": ring, "nvme": disk, "params": nvme, "optimizer": host},
         "all on NVMe": {"budget": ring, "nvme": disk, "params": nvme, "optimizer": nvme},
-        "half of the states on NVMe": {"budget": {**ring, "host": size(4.5 * params)}, "nvme": disk},
+        "half of the states on NVMe": {"budget": {**ring, "host": size(3 * params)}, "nvme": disk},
         "some blocks on NVMe": {
             "budget": ring, "nvme": disk, "params": host, "optimizer": host,
             "override": [{"match": "blocks.[0-3]", "params": "nvme", "optimizer": "nvme"}],
