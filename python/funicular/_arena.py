@@ -5,10 +5,11 @@ Regions are taken as they are needed, in the first step, and kept; later steps t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.utils.dlpack import from_dlpack
+
+from funicular._places import tensor_over
 
 if TYPE_CHECKING:
     from funicular._core import Engine
@@ -78,7 +79,7 @@ class Arena:
                 return self._place(index, start, size, nbytes)
         capsule = self._engine.activation_buffer(size, max(size, self._step))
         with torch.inference_mode(mode=False):
-            self._regions.append(_Region(from_dlpack(_Capsule(capsule))))
+            self._regions.append(_Region(tensor_over(capsule)))
         start = self._regions[-1].take(size)
         assert start is not None
         return self._place(len(self._regions) - 1, start, size, nbytes)
@@ -99,16 +100,3 @@ class Arena:
     def in_use(self) -> int:
         """Bytes taken and not given back."""
         return sum(r.memory.numel() - sum(size for _, size in r.free) for r in self._regions)
-
-
-class _Capsule:
-    """What ``torch.from_dlpack`` takes, around a capsule."""
-
-    def __init__(self, capsule: Any) -> None:
-        self.capsule = capsule
-
-    def __dlpack__(self, stream: int | None = None, **_: Any) -> Any:
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
