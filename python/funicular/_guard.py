@@ -18,6 +18,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from funicular._clip import NOTHING, recognised
+from funicular._core import ThreadSwitch
 from funicular._edits import check_replacement, note, replace_data, touch
 from funicular._errors import RuntimeFailure, UsageError
 from funicular._leases import pop, push
@@ -348,21 +349,6 @@ for _name in _RESHAPING:
     _refuse(_name)
 
 
-class _Switch:
-    """``__torch_function__`` of a parameter in its window: none for the threads inside, the guard for all others.
-
-    torch looks it up on the tensor; ``torch.compile`` on the class, where it finds a plain one.
-    """
-
-    def __get__(self, p: Any, owner: type | None = None) -> Any:
-        if p is None or get_ident() in p._funicular_inside:
-            return torch._C._disabled_torch_function_impl
-        return _GUARD
-
-
-_GUARD = GuardedParameter.__torch_function__
-
-
 #: torch's own, which detaches what it saves and edits nothing
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
@@ -397,7 +383,10 @@ def _touching(name: str) -> Any:
 class WindowParameter(GuardedParameter):
     """A parameter inside its window: an ordinary one, but for what reaches its memory past the version counter."""
 
-    __torch_function__ = _Switch()
+    # None for the threads inside, the guard for all others. torch.compile finds the former on the class.
+    __torch_function__ = ThreadSwitch(
+        "_funicular_inside", torch._C._disabled_torch_function_impl, GuardedParameter.__torch_function__
+    )
 
     @property
     def data(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ mod engine;
 mod failures;
 mod planner;
 mod policies;
+mod switch;
 
 use pyo3::prelude::*;
 
@@ -21,6 +22,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(trim, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
+    m.add_class::<switch::ThreadSwitch>()?;
     m.add_class::<checkpoints::Checkpoint>()?;
     m.add_class::<checkpoints::Save>()?;
     m.add_function(wrap_pyfunction!(checkpoints::save, m)?)?;

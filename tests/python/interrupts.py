@@ -12,16 +12,20 @@ import dis
 import functools
 import gc
 import random
+import select
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import children
 import facts
 import funicular
+from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Stack
 from twin import SEED, Run, World, match
 
@@ -155,13 +159,15 @@ def agree(runs: list[Run], dtype: torch.dtype) -> None:
 
 
 def interrupted(strike: Strike, action: Any) -> bool:
+    heard = False
     try:
         with strike:
             action()
     except (KeyboardInterrupt, SystemError):  # SystemError: through a C++ frame of torch
-        pass
+        heard = True
     finally:
         torch.set_grad_enabled(True)  # torch's own context managers may be struck too
+    assert heard == strike.fired, "swallowed"
     assert facts.saved_tensor_hooks() == 0, "hooks are left at once"
     return strike.fired
 
@@ -370,10 +376,56 @@ def count(run: Run) -> int:
     return counts.pop()
 
 
+ENDLESS = """
+import atexit, funicular._ends
+atexit.register(lambda: print("closed", flush=True))
+atexit.register(funicular._ends._close_all)  # before that; again later, for nothing
+where = {where!r}
+model = Stack(depth=200 if where == "offload" else 12)
+def forever(action):
+    print("go", flush=True)
+    while True: action()
+if where == "offload":
+    forever(lambda: funicular.unwrap(funicular.offload(model, world.policy(model))))
+funicular.offload(model, world.policy(model))
+opt = funicular.AdamW(model.parameters())
+x = torch.ones(4, WIDTH).to(world.torch_device)
+loss = model(x).sum()
+if where == "forward": forever(lambda: model(x))
+if where == "backward": forever(lambda: loss.backward(retain_graph=True))
+forever(opt.step)
+"""
+
+
+def process_ends(where: str, placement: str, disk: str, after: float, limit: float = 30) -> float:
+    """Ctrl-C that nobody catches, ``after`` seconds of a loop: seconds until all is closed. A hang is an error with its stack."""
+    process = children.start(ENDLESS.format(where=where), disk, PLACEMENTS[placement], DEVICE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "go\n"
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    if not select.select([process.stdout], [], [], limit)[0]:
+        process.kill()
+        raise AssertionError(f"not closed after {limit} s\n{process.communicate()[1]}")
+    assert process.stdout.readline() == "closed\n"
+    seconds = time.monotonic() - started
+    # What comes after that is the interpreter's and torch's own end, seconds on a busy machine.
+    status, _, err = children.finish(process)
+    assert status in (1, -signal.SIGINT), err
+    assert "KeyboardInterrupt" in err
+    assert "panicked" not in err
+    assert "Exception ignored" not in err, err
+    assert not facts.files(disk)
+    return seconds
+
+
 def real_signals(world: World, rounds: int) -> int:
     """Alarms at random moments of whole steps, Ctrl-C as it really comes: in the core, in torch, between any two instructions."""
 
     def fire(*_: Any) -> None:
+        nonlocal fired
+        fired = True
         raise KeyboardInterrupt
 
     dtype = torch.bfloat16
@@ -386,6 +438,7 @@ def real_signals(world: World, rounds: int) -> int:
         x = paged.data(4, WIDTH, dtype=dtype)
         plain.data(4, WIDTH, dtype=dtype)
         before = count(paged)
+        fired = heard = False
         try:
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 0.02))
             for _ in range(20):
@@ -395,8 +448,10 @@ def real_signals(world: World, rounds: int) -> int:
             signal.setitimer(signal.ITIMER_REAL, 0)
         except (KeyboardInterrupt, SystemError):
             struck += 1
+            heard = True
         finally:
             torch.set_grad_enabled(True)
+        assert heard == fired, "swallowed"
         assert facts.saved_tensor_hooks() == 0, "hooks are left at once"
         for _ in range(count(paged) - before):
             plain.model(x).float().square().mean().backward()

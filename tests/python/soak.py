@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import itertools
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ import torch
 import children
 import facts
 import funicular
+import interrupts
 from conftest import DEVICE, DISK, PLACEMENTS
 from models import Decoder, Stack
 from twin import Run, World, match
@@ -271,6 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--signals", type=int, default=1000, help="real signals at random moments, per placement (1000)"
     )
+    parser.add_argument("--ends", type=int, default=25, help="processes ended by Ctrl-C, per placement and place (25)")
     parser.add_argument("--skip-points", action="store_true", help="leave out Ctrl-C at every point of the package")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -300,6 +303,12 @@ def main() -> None:
             disk,
             60 + options.signals,
         )
+    for name in placements if options.ends else ():
+        chance = random.Random(options.seed)
+        for where in ("forward", "backward", "step", "offload"):
+            closed = [interrupts.process_ends(where, name, disk, chance.random()) for _ in range(options.ends)]
+            took = f"median {statistics.median(closed):.2f}, at most {max(closed):.2f} s"
+            print(f"{name:14} ends amid {where}: {options.ends} times, closed in {took}", flush=True)
     if not options.skip_points:
         for name in placements:
             for scenario in ("forward_and_backward", "step_and_zero_grad", "reads", "reads_and_edits"):

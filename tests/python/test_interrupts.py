@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import select
-import signal
 import sys
-import time
 
 import pytest
 
 import children
 import facts
+import interrupts
 from conftest import DEVICE, PLACEMENTS
 
 SCENARIOS = {
@@ -56,36 +54,5 @@ def test_process_ends(where: str, placement: str, disk: str, io_uring: bool):
     """Ctrl-C that nobody catches: the process is gone at once, and its directory with it."""
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    body = f"""
-    import atexit, funicular._ends
-    atexit.register(lambda: print("closed", flush=True))
-    atexit.register(funicular._ends._close_all)  # before that; again later, for nothing
-    where = {where!r}
-    model = Stack(depth=200 if where == "offload" else 12)
-    def forever(action):
-        print("go", flush=True)
-        while True: action()
-    if where == "offload":
-        forever(lambda: funicular.unwrap(funicular.offload(model, world.policy(model))))
-    funicular.offload(model, world.policy(model))
-    opt = funicular.AdamW(model.parameters())
-    x = torch.ones(4, WIDTH).to(world.torch_device)
-    loss = model(x).sum()
-    if where == "forward": forever(lambda: model(x))
-    if where == "backward": forever(lambda: loss.backward(retain_graph=True))
-    forever(opt.step)
-    """
-    process = children.start(body, disk, PLACEMENTS[placement], DEVICE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "go\n"
-    time.sleep(0.3)  # well into it
-    process.send_signal(signal.SIGINT)
-    # What comes after that is the interpreter's and torch's own end, seconds on a busy machine.
-    assert select.select([process.stdout], [], [], 2 if DEVICE == "host" else 10)[0], "not closed in time"
-    assert process.stdout.readline() == "closed\n"
-    status, _, err = children.finish(process)
-    assert status in (1, -signal.SIGINT), err
-    assert "KeyboardInterrupt" in err
-    assert "panicked" not in err
-    assert "Exception ignored" not in err, err
-    assert not facts.files(disk)
+    # How long the closing takes is measured by `make soak`; here a hang is what fails.
+    interrupts.process_ends(where, placement, disk, 0.3)
