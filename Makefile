@@ -20,6 +20,8 @@ TEST_ARGS ?=
 GPU_TEST_ARGS ?=
 SOAK_ARGS ?=
 SIM_SEEDS ?= 100000
+# processes that share the Python tests
+TEST_JOBS ?= 2
 
 STAMPS := target/make
 LOCK := requirements-dev.lock
@@ -98,7 +100,7 @@ test-rust: need-rust
 
 test-python: package
 	$(call say,Python tests)
-	@$(PY) -m pytest tests/python $(if $(CI),--durations=15)
+	@$(PY) -m pytest tests/python -n $(TEST_JOBS) $(if $(CI),--durations=15)
 
 lint: lint-rust lint-python
 

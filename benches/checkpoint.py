@@ -1,7 +1,8 @@
 """Checkpoints: rates as ratios to the disk's, what a save costs the steps beside it, and torch's ways of saving; JSON lines.
 
-``python benches/checkpoint.py --dir /mnt/nvme0 --millions 500 --places host,nvme`` on a quiet machine. The disk's rates are measured by
-``funicular bench`` before each round, so that each ratio is of one minute. Everything is made durable: ``torch.save`` and
+``python benches/checkpoint.py --dir /mnt/nvme0 --millions 500 --places host,nvme`` on a quiet machine. Beside each round
+fio does the same work (a new file of the same size, durable at the end; reading it once; both at once), and ``funicular bench`` gives the
+rates of a file that is there already, so that each ratio is of one minute. Everything is made durable: ``torch.save`` and
 ``torch.distributed.checkpoint`` are followed by ``fsync``, as ``funicular.save`` does itself.
 """
 
@@ -58,8 +59,8 @@ class Model(nn.Module):
         return x
 
 
-def disk_rates(args: argparse.Namespace) -> dict[str, float]:
-    """Bytes per second that the disk reads and writes, as ``funicular bench`` finds them."""
+def bench_rates(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes per second that the disk reads and writes in a file that is there already, as ``funicular bench`` finds them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rates.json")
         words = ["bench", "--path", args.dir, "--device", "host", "--quick", "--no-sweep", "--json", str(file)]
@@ -70,6 +71,32 @@ def disk_rates(args: argparse.Namespace) -> dict[str, float]:
         for h in hops
         if h["name"].startswith("nvme_") and h["figure"]
     }
+
+
+def fio_rates(args: argparse.Namespace, size: int) -> dict[str, float]:
+    """Bytes per second of fio with a checkpoint's work: a new file of that size, durable at the end; read once; and both at once."""
+    rates = {}
+    with tempfile.TemporaryDirectory(prefix="funicular-bench-", dir=args.dir) as folder:
+        words = [
+            "fio",
+            "--ioengine=io_uring",
+            "--direct=1",
+            "--bs=1M",
+            "--iodepth=32",
+            f"--size={size}",
+            "--output-format=json",
+        ]
+        write = ["--name=write", "--rw=write", "--fallocate=posix", "--end_fsync=1"]
+        read = ["--name=read", "--rw=read", f"--filename={folder}/first"]
+        for what, jobs in {
+            "write": [*write, f"--filename={folder}/first"],
+            "read": read,
+            "both": [*read, *write, f"--filename={folder}/second"],
+        }.items():
+            out = subprocess.run([*words, *jobs], check=True, capture_output=True, text=True).stdout
+            found = {job["jobname"]: job for job in json.loads(out[out.index("{") :])["jobs"]}
+            rates[what] = min(job[name]["bw_bytes"] for name, job in found.items())
+    return rates
 
 
 class Training:
@@ -144,25 +171,35 @@ def say(**facts: Any) -> None:
 
 
 def waited_for(args: argparse.Namespace, place: str) -> None:
-    """Saves and loads that are waited for, against the disk's rates of the same minute."""
+    """Saves and loads that are waited for, against the disk's rates of the same minute.
+
+    What lies on NVMe is read and written at once: there the limit is what fio reaches with both.
+    """
     t = Training(args, place)
     t.step()
+    both = PLACES[place]["optimizer"]["tier"] == "nvme"
     for _ in range(args.rounds):
-        rates = disk_rates(args)
         path = t.path()
         save = timed(funicular.save, t.model, t.opt, path)
         size = size_of(path)
-        load = timed(funicular.load, path, t.model, t.opt)
+        verified = timed(funicular.load, path, t.model, t.opt)
         fresh = Training(args, place)
-        once = timed(funicular.load, path, fresh.model, fresh.opt)
+        load = timed(funicular.load, path, fresh.model, fresh.opt)
         fresh.close()
-        say(
-            what="sync", place=place, gb=size / 1e9, disk_write=rates["write"] / 1e9, disk_read=rates["read"] / 1e9,
-            save_s=save, save_gb_s=size / save / 1e9, save_ratio=size / save / rates["write"],
-            load_s=once, load_gb_s=size / once / 1e9, load_ratio=size / once / rates["read"],
-            verified_load_s=load,
-        )  # fmt: skip
         shutil.rmtree(path)
+        facts = {
+            "what": "sync", "place": place, "gb": size / 1e9, "save_s": save, "save_gb_s": size / save / 1e9,
+            "load_s": load, "load_gb_s": size / load / 1e9, "verified_load_s": verified,
+        }  # fmt: skip
+        if shutil.which("fio"):
+            rates = fio_rates(args, size)
+            facts |= {f"fio_{what}": rate / 1e9 for what, rate in rates.items()}
+            facts["save_of_fio"] = size / save / rates["both" if both else "write"]
+            facts["load_of_fio"] = size / load / rates["both" if both else "read"]
+        hot = bench_rates(args)
+        facts["save_of_bench"] = size / save / hot["write"]
+        facts["load_of_bench"] = size / load / hot["read"]
+        say(**facts)
     t.close()
 
 

@@ -1,8 +1,11 @@
 //! Where the segments that live in host memory lie: three regions of exact size, one per life cycle.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use crate::{
@@ -145,6 +148,15 @@ impl Homes {
             StateKind::Master => home.states(section, Set::Current)[0],
             StateKind::ExpAvg => home.states(section, Set::Current)[1],
             StateKind::ExpAvgSq => home.states(section, Set::Current)[2],
+        }
+    }
+
+    /// Has the system provide the memory of these bytes of a kind of a section, where that is on the host, ahead of its first use.
+    pub fn populate(&self, unit: UnitId, section: usize, offset: u64, kind: StateKind, bytes: Range<u64>) {
+        let region = if kind == StateKind::Param { &self.params } else { &self.states };
+        let inside = self.address(unit, section, offset, kind).checked_sub(region.as_ptr() as u64);
+        if let Some(at) = inside.filter(|at| at + bytes.end <= region.len() as u64) {
+            region.populate((at + bytes.start) as usize, (bytes.end - bytes.start) as usize);
         }
     }
 

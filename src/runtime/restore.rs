@@ -1,7 +1,10 @@
 //! Loading: from files through frames into the tiers, whatever they are now.
 #![expect(unsafe_code, reason = "fills homes, and memory of the caller")]
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use crate::{
     checkpoint::{Contents, Control, Conversion, Dtype, Found, Means, TensorReader},
@@ -20,6 +23,8 @@ use crate::{
 
 /// Elements written at a time where what is around them is kept.
 const PIECE_ELEMS: u64 = 1 << 16;
+/// Bytes of memory that are asked for at a time.
+const POPULATED: u64 = 2 << 20;
 
 /// Elements of a state, and the tensor that they are loaded from; zeros without one.
 #[derive(Clone, Debug)]
@@ -218,6 +223,32 @@ fn fill_of<'a>(shared: &Shared, contents: &'a Contents, item: Item) -> Result<Fi
 
 impl Shared {
     fn fill(&self, contents: &Contents, fills: &[Fill<'_>], means: &Means, control: &Control) -> Result<()> {
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| self.populate(fills, &over));
+            let filled = self.fill_all(contents, fills, means, control);
+            over.store(true, Ordering::Relaxed);
+            filled
+        })
+    }
+
+    /// Goes ahead of [`Self::fill_all`], so that it meets memory that is there.
+    fn populate(&self, fills: &[Fill<'_>], over: &AtomicBool) {
+        for Fill { item, .. } in fills {
+            let packed = &self.layout.unit(item.unit).sections[item.section];
+            let bytes = item.len * item.kind.element_size(packed.dtype) as u64;
+            let start = item.start * item.kind.element_size(packed.dtype) as u64;
+            for at in (0..bytes).step_by(POPULATED as usize) {
+                if over.load(Ordering::Relaxed) {
+                    return;
+                }
+                let len = (bytes - at).min(POPULATED);
+                self.homes.populate(item.unit, item.section, packed.offset, item.kind, start + at..start + at + len);
+            }
+        }
+    }
+
+    fn fill_all(&self, contents: &Contents, fills: &[Fill<'_>], means: &Means, control: &Control) -> Result<()> {
         let tensors = fills.iter().filter_map(|f| f.found).collect();
         let mut reader = TensorReader::open(contents, tensors, means, control)?;
         for segment in fills.chunk_by(|a, b| key(a) == key(b)) {
