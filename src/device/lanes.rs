@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
-    optim::{Hyper, Span, Target},
+    optim::{Hyper, Span, Target, unsupported},
     units::round_up,
 };
 
@@ -78,7 +78,7 @@ impl Staged {
     /// Lays a launch out in `room` bytes of staging memory at `base`.
     pub(super) fn new(span: &Span, target: &Target, base: u64, room: u64) -> Result<Self> {
         if matches!(span.dtype, DType::Opaque { .. }) {
-            return Err(Error::new(Code::UnsupportedParam, "a parameter of unknown type has no AdamW."));
+            return Err(unsupported(span.dtype));
         }
         let mut end = base;
         let mut place = |kind: StateKind, src: u64| {

@@ -131,7 +131,8 @@ impl Span {
     }
 }
 
-fn unsupported(dtype: DType) -> Error {
+/// What is said of a type without AdamW.
+pub(crate) fn unsupported(dtype: DType) -> Error {
     let size = dtype.size();
     Error::new(Code::UnsupportedParam, format!("a parameter of {size}-byte elements of unknown type has no AdamW."))
         .action("Freeze it with requires_grad_(False).")

@@ -205,13 +205,10 @@ impl Shared {
         cause: Cause,
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<()> {
-        if self.device.passed(gate)? {
-            return Ok(());
+        if self.device.kind() == DeviceKind::Host {
+            return self.block_gate(Some(stream), gate, cause, interrupted);
         }
-        if self.device.kind() != DeviceKind::Host {
-            return self.wait_in_order(stream, gate, cause);
-        }
-        self.block_gate(Some(stream), gate, cause, interrupted)
+        if self.device.passed(gate)? { Ok(()) } else { self.wait_in_order(stream, gate, cause) }
     }
 
     /// Blocks the caller until the work enqueued on a stream of the user is done: the processor is about to touch what it touches.

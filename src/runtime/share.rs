@@ -17,7 +17,7 @@ use std::{
 use crate::{
     device::Lanes,
     error::{Code, Error, Result},
-    optim::{Hyper, Isa, PIECE, Pool, Span, Target, adamw, adamw_into_with},
+    optim::{Hyper, Isa, PIECE, Pool, Span, Target, adamw, adamw_into_with, unsupported},
     runtime::{core::Shared, stats::Link},
     units::UnitId,
 };
@@ -116,7 +116,7 @@ impl Share {
     /// `FN-E112` for a type that is not trainable.
     pub(crate) fn add(&mut self, span: Span, hyper: Hyper, to: Option<Target>) -> Result<()> {
         if !span.dtype.trainable() {
-            return Err(Error::new(Code::UnsupportedParam, "a parameter of unknown type has no AdamW."));
+            return Err(unsupported(span.dtype));
         }
         if span.len > 0 {
             self.parts.push(Part { first: self.pieces, span, hyper, to });

@@ -12,8 +12,8 @@ use cudarc::driver::sys::{CUdevice_attribute, CUfunction, CUmodule, CUstream};
 use super::{driver::Context, nvrtc};
 use crate::{
     dtype::DType,
-    error::{Code, Error, Result},
-    optim::{Hyper, Span},
+    error::Result,
+    optim::{Hyper, Span, unsupported},
 };
 
 pub(super) const SOURCE: &str = include_str!("../../../kernels/adamw.cu");
@@ -73,7 +73,7 @@ impl Kernels {
             DType::Bf16 => self.adamw[1],
             DType::F16 => self.adamw[2],
             DType::Opaque { .. } => {
-                return Err(Error::new(Code::UnsupportedParam, "a parameter of unknown type has no AdamW."));
+                return Err(unsupported(span.dtype));
             }
         };
         if span.len == 0 {

@@ -24,7 +24,7 @@ use self::{
 };
 use crate::{
     device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, Role, StreamRef, check_ring},
-    error::{Code, Error, Result},
+    error::Result,
     memory::HostRegion,
     optim::{self, Hyper, Span},
     units::ByteCount,
@@ -127,9 +127,7 @@ impl Device for HostDevice {
                 // SAFETY: the caller's contract.
                 unsafe { optim::adamw(span, hyper) }
             }
-            _ if !span.dtype.trainable() => {
-                Err(Error::new(Code::UnsupportedParam, "a parameter of unknown type has no AdamW."))
-            }
+            _ if !span.dtype.trainable() => Err(optim::unsupported(span.dtype)),
             role => self.streams.push(role, Op::AdamW(*span, *hyper)),
         }
     }
@@ -187,6 +185,7 @@ impl Drop for HostDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Code;
 
     /// Waits for a failure without a clock in the assertion: the stream that fails has nothing else to do.
     fn failure(device: &HostDevice, gate: Gate) -> Code {
