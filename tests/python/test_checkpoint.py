@@ -416,3 +416,36 @@ def test_between_backward_and_step(host_world: World, tmp_path: Path):
     expected = go_on(second)
     torch.manual_seed(5)
     match(expected, go_on(first))
+
+
+def step_with(run: Run, seed: int) -> None:
+    """A step whose gradients are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in run.model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype).to(run.device)
+    run.opt.step()
+    run.opt.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [
+        ("host", "host"),
+        pytest.param("host", "cuda", marks=pytest.mark.gpu),
+        pytest.param("cuda", "host", marks=pytest.mark.gpu),
+        pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("place", ["host", "mixed"])
+def test_another_device(source: str, to: str, place: str, disk: str, tmp_path: Path):
+    """AdamW has the same bits everywhere, so that training goes on exactly on another device."""
+    first = begin(World(source, (disk,), **WORLDS[place]))
+    for seed in range(3):
+        step_with(first, seed)
+    funicular.save(first.model, first.opt, tmp_path / "a")
+    second = begin(World(to, (disk,), **WORLDS[place]))
+    funicular.load(tmp_path / "a", second.model, second.opt)
+    for run, name in ((first, "b"), (second, "c")):
+        step_with(run, 3)
+        funicular.save(run.model, run.opt, tmp_path / name)
+    assert_same_files(tmp_path / "b", tmp_path / "c")
