@@ -48,6 +48,14 @@ pub trait Tiers {
     /// Whatever keeps it from being read; `FN-E412`.
     fn next(&mut self, control: &Control) -> Result<Option<u32>>;
 
+    /// What will be fetched of that group: these tensors, with their bytes, in this order.
+    ///
+    /// # Errors
+    /// Whatever keeps them from being read.
+    fn expect(&mut self, _tensors: &mut dyn Iterator<Item = (usize, u64)>) -> Result<()> {
+        Ok(())
+    }
+
     /// Fills `out` with a tensor's bytes from byte `at` on.
     ///
     /// # Errors
@@ -164,7 +172,9 @@ fn write_shards(
     }
     let mut sums = vec![Vec::new(); tensors.len()];
     while let Some(group) = tiers.next(control)? {
-        for &(file, tensor, offset) in places.get(group as usize).into_iter().flatten() {
+        let places = places.get(group as usize).map_or(&[][..], |of_group| of_group);
+        tiers.expect(&mut places.iter().map(|&(_, tensor, _)| (tensor, tensors[tensor].bytes())))?;
+        for &(file, tensor, offset) in places {
             sums[tensor] = write_tensor(&mut writer, tiers, (file, offset), tensor, tensors[tensor].bytes())?;
         }
         tiers.copied(group)?;

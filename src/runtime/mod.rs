@@ -13,6 +13,7 @@ mod factors;
 pub mod files;
 pub mod homes;
 mod inner;
+mod read_ahead;
 mod restore;
 mod runner;
 mod saves;

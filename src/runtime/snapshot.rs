@@ -12,10 +12,11 @@ use crate::{
     runtime::{
         Interrupted, Runtime,
         core::Shared,
+        read_ahead::ReadAhead,
         saves::{Next, PLAIN, group_of},
     },
     schedule::placement::{SAVE_FRAME, SAVE_FRAMES},
-    units::{ByteCount, Tier, UnitId},
+    units::{ByteCount, UnitId},
 };
 
 /// Bytes of the smallest frame of a save.
@@ -91,10 +92,12 @@ impl Runtime {
         for (tensor, source) in request.tensors.iter_mut().zip(&sources) {
             tensor.group = source.group();
         }
-        let kept = shared.disk.as_ref().map_or(0, |d| 2 * d.store.chunk_bytes());
+        let slack = shared.placement.shadow_bytes.saturating_sub(shared.stats.shadows().0);
+        let chunks = if shared.disk.is_some() { shared.placement.chunks_ahead(slack) } else { 0 };
+        let kept = chunks * shared.disk.as_ref().map_or(0, |d| d.store.chunk_bytes());
         let means = shared.means(kept)?;
         let memory = means.bytes() + kept;
-        begin(shared, request, sources, unchanged, means, memory, stream).inspect_err(|_| {
+        begin(shared, request, sources, unchanged, (means, chunks), memory, stream).inspect_err(|_| {
             shared.saves.end();
             shared.stats.returned(memory);
         })
@@ -123,12 +126,15 @@ fn begin(
     request: Request,
     sources: Vec<Source>,
     unchanged: Unchanged,
-    means: Means,
+    (means, chunks): (Means, u64),
     memory: u64,
     stream: u64,
 ) -> Result<Arc<Control>> {
     let job = Job::new(request)?;
     let control = Arc::new(Control::default());
+    // Masters are put together from two places, chunk by chunk as they are wanted.
+    let in_order = chunks > 0 && sources.iter().all(|source| source.master.is_none());
+    let ahead = if in_order { Some(ReadAhead::new(shared, chunks, &control)?) } else { None };
     let saved: HashSet<u32> = sources.iter().map(Source::group).collect();
     let (homes, after): (Vec<Gate>, Gate) = {
         let inner = shared.lock()?;
@@ -140,7 +146,8 @@ fn begin(
     let (worker, watched) = (Arc::clone(shared), Arc::clone(&control));
     let work = move || {
         let run = || {
-            let snapshot = &mut Snapshot { shared: &worker, sources, homes, after, unchanged, chunks: Vec::new() };
+            let chunks = Vec::new();
+            let snapshot = &mut Snapshot { shared: &worker, sources, homes, after, unchanged, ahead, chunks };
             job.run(snapshot, &means, &watched)
         };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
@@ -251,6 +258,14 @@ struct Chunk {
     bytes: Vec<u8>,
 }
 
+/// The segment in which a place of the runtime lies, if that is on NVMe, and its first byte there.
+fn on_disk(shared: &Shared, place: Place) -> Option<(usize, u64)> {
+    let Place::Unit { unit, section, start, kind } = place else { return None };
+    let segment = shared.disk.as_ref()?.map.segment(unit, section, kind)?;
+    let packed = &shared.layout.unit(unit).sections[section];
+    Some((segment, start * kind.element_size(packed.dtype) as u64))
+}
+
 struct Snapshot<'a> {
     shared: &'a Shared,
     sources: Vec<Source>,
@@ -258,6 +273,7 @@ struct Snapshot<'a> {
     homes: Vec<Gate>,
     after: Gate,
     unchanged: Unchanged,
+    ahead: Option<ReadAhead>,
     chunks: Vec<Chunk>,
 }
 
@@ -285,12 +301,11 @@ impl Snapshot<'_> {
                 return Ok(());
             }
         };
+        if let Some((segment, first)) = on_disk(shared, place) {
+            return Self::read_segment(shared, shared.disk()?, chunks, segment, first + at, out);
+        }
         let packed = &shared.layout.unit(unit).sections[section];
         let first = start * kind.element_size(packed.dtype) as u64 + at;
-        let segment = shared.disk.as_ref().and_then(|d| Some((d, d.map.segment(unit, section, kind)?)));
-        if let Some((disk, segment)) = segment {
-            return Self::read_segment(shared, disk, chunks, segment, first, out);
-        }
         let home = shared.homes.address(unit, section, packed.offset, kind);
         if home == 0 {
             let text = format!("'{}' has no {}.", shared.layout.unit(unit).name, kind.name());
@@ -384,24 +399,33 @@ impl Tiers for Snapshot<'_> {
         Ok(Some(group))
     }
 
+    fn expect(&mut self, tensors: &mut dyn Iterator<Item = (usize, u64)>) -> Result<()> {
+        let Some(ahead) = &mut self.ahead else { return Ok(()) };
+        for (tensor, bytes) in tensors {
+            if let Some((segment, first)) = on_disk(self.shared, self.sources[tensor].place) {
+                ahead.ask(segment, first..first + bytes)?;
+            }
+        }
+        Ok(())
+    }
+
     fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()> {
-        let Self { shared, sources, chunks, .. } = self;
-        fetch(&sources[tensor], at, out, &mut |place, at, out| Self::read(shared, chunks, place, at, out))?;
+        let Self { shared, sources, chunks, ahead, .. } = self;
+        let source = &sources[tensor];
+        match (ahead, on_disk(shared, source.place)) {
+            (Some(ahead), Some((segment, first))) => ahead.read(segment, first + at, out)?,
+            _ => fetch(source, at, out, &mut |place, at, out| Self::read(shared, chunks, place, at, out))?,
+        }
         // Whoever waits for an update that waits for this save sees that something moves.
         shared.inner.lock().events += 1;
         Ok(())
     }
 
     fn grain(&self, tensor: usize) -> usize {
-        let on_disk = |place: Place| match place {
-            Place::Unit { unit, kind, .. } => {
-                let homes = self.shared.placement.homes[unit.index()];
-                (if kind == StateKind::Param { homes.params } else { homes.optimizer }) == Tier::Nvme
-            }
-            Place::Memory { on_device, .. } => on_device,
-        };
-        // A disk, or a device, is asked for as much as there is room for.
-        if on_disk(self.sources[tensor].place) { usize::MAX } else { GRAIN }
+        let place = self.sources[tensor].place;
+        let on_device = matches!(place, Place::Memory { on_device: true, .. });
+        // A disk, or a device, is asked for as much as there is room for; what is in memory is summed piece by piece.
+        if on_device || (self.ahead.is_none() && on_disk(self.shared, place).is_some()) { usize::MAX } else { GRAIN }
     }
 
     fn copied(&mut self, group: u32) -> Result<()> {

@@ -420,10 +420,17 @@ impl Placement {
         on_nvme.map(|(u, _)| u.param_bytes()).max().unwrap_or(0)
     }
 
-    /// Host memory that a save or a load takes besides: frames of its writer, from at most half of what is left, and two
-    /// chunks of what it reads from NVMe.
+    /// Chunks of what a save reads from NVMe that are in host memory at a time, of which `slack` bytes are left: those of three reads,
+    /// from at most a quarter of it.
+    pub fn chunks_ahead(&self, slack: u64) -> u64 {
+        let chunk = self.chunk_on_nvme().max(1);
+        (slack / 4 / chunk).clamp(2, 3 * (self.update_slots.1 / chunk).max(1))
+    }
+
+    /// Host memory that a save or a load takes besides: frames of its writer, from at most half of what is left, and what it
+    /// has read from NVMe.
     pub fn checkpoint_bytes(&self) -> u64 {
-        let read = if self.nvme_bytes > 0 { 2 * self.chunk_on_nvme() } else { 0 };
+        let read = if self.nvme_bytes > 0 { self.chunks_ahead(self.shadow_bytes) * self.chunk_on_nvme() } else { 0 };
         let frames = u64::from(SAVE_FRAMES);
         let frame =
             (self.shadow_bytes.saturating_sub(read) / 2 / frames).min(SAVE_FRAME) / SECTION_ALIGN * SECTION_ALIGN;
