@@ -1,183 +1,165 @@
-//! Reads segments on NVMe ahead of a save, on a thread of its own, so that the disk reads while the save sums and writes.
+//! Reads segments on NVMe ahead of a save, so that the disk reads while the save sums and writes.
 //!
-//! A1: chunks come in the order in which they were asked for. A2: no more memory than the chunks given to [`ReadAhead::new`].
+//! A1: bytes come in the order in which they were asked for. A2: no more memory than the chunks given to [`ReadAhead::new`].
 
-use std::{ops::Range, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use crate::{
     checkpoint::Control,
     error::{Code, Error, Result},
-    io::Direction,
-    runtime::{core::Shared, files::Map},
+    io::{Direction, IoCompletion, IoRequest},
+    memory::{SlotLease, SlotPool},
+    runtime::{core::Shared, files::Map, ticket::Ticket},
+    units::ByteCount,
 };
 
-/// Chunks of a segment.
-struct Run {
-    segment: usize,
-    chunks: Range<u32>,
-}
-
+/// A chunk of a segment that was asked for.
 struct Chunk {
     segment: usize,
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Chunk {
-    fn holds(&self, segment: usize, at: u64) -> bool {
-        self.segment == segment && (self.start..self.start + self.bytes.len() as u64).contains(&at)
-    }
+    index: u32,
+    number: u32,
+    /// None while the disk has it.
+    lease: Option<SlotLease>,
 }
 
 /// The reader of one save.
 pub(super) struct ReadAhead {
     shared: Arc<Shared>,
     control: Arc<Control>,
-    runs: Option<Sender<Run>>,
-    ready: Receiver<Result<Chunk>>,
-    free: Sender<Vec<u8>>,
-    /// The chunk at hand: the next bytes may begin in it too.
-    at: Option<Chunk>,
-    asked: Option<(usize, u32)>,
-    thread: Option<JoinHandle<()>>,
+    done: Receiver<IoCompletion>,
+    pool: SlotPool,
+    /// Chunks of segments that no read was begun of.
+    runs: VecDeque<(usize, Range<u32>)>,
+    /// The next bytes may begin in the first: it stays until others are wanted.
+    ahead: VecDeque<Chunk>,
+    /// Whether the first was compared with its checksum.
+    verified: bool,
+    last: Option<(usize, u32)>,
 }
 
 impl ReadAhead {
-    /// Starts the thread, with so many chunks of memory.
+    /// With so many chunks of memory.
     ///
     /// # Errors
-    /// `FN-E107` without a thread.
+    /// `FN-E204` without memory.
     pub(super) fn new(shared: &Arc<Shared>, chunks: u64, control: &Arc<Control>) -> Result<Self> {
-        let (runs, asked) = unbounded();
-        let (done, ready) = unbounded();
-        let (free, empty) = unbounded();
-        let size = shared.disk()?.store.chunk_bytes() as usize;
-        for _ in 0..chunks {
-            // Both ends are here.
-            let _ = free.send(Vec::with_capacity(size));
-        }
-        let worker = (Arc::clone(shared), Arc::clone(control));
-        let work = move || {
-            for run in asked {
-                if !read_run(&worker.0, &worker.1, &run, &empty, &done) {
-                    return;
-                }
-            }
-        };
-        let failed = |e| Error::new(Code::NoThread, format!("a save's thread could not be started: {e}."));
-        let thread = std::thread::Builder::new().name("funicular-ahead".into()).spawn(work).map_err(failed)?;
+        let size = ByteCount(shared.disk()?.store.chunk_bytes());
+        let pool = SlotPool::new(chunks as u32, size, "a save's reads")?;
+        let done = shared.saves.reads();
         let (shared, control) = (Arc::clone(shared), Arc::clone(control));
-        Ok(Self { shared, control, runs: Some(runs), ready, free, at: None, asked: None, thread: Some(thread) })
+        let (runs, ahead) = (VecDeque::new(), VecDeque::new());
+        Ok(Self { shared, control, done, pool, runs, ahead, verified: false, last: None })
     }
 
     /// These bytes will be read next, after those asked for before.
     ///
     /// # Errors
-    /// `FN-E103` without a disk.
+    /// From the I/O engine.
     pub(super) fn ask(&mut self, segment: usize, bytes: Range<u64>) -> Result<()> {
         let mut chunks = Map::store_chunks(&self.shared.disk()?.store, bytes);
-        // A chunk in which one tensor ends and the next begins is at hand still.
-        if self.asked == Some((segment, chunks.start)) {
+        // A chunk in which one tensor ends and the next begins is read once.
+        if self.last == Some((segment, chunks.start)) {
             chunks.start += 1;
         }
-        if let (false, Some(runs)) = (chunks.is_empty(), &self.runs) {
-            self.asked = Some((segment, chunks.end - 1));
-            // A reader that has ended says why in `ready`.
-            let _ = runs.send(Run { segment, chunks });
+        if !chunks.is_empty() {
+            self.last = Some((segment, chunks.end - 1));
+            self.runs.push_back((segment, chunks));
         }
-        Ok(())
+        self.begin()
     }
 
     /// The next bytes of those that were asked for.
     ///
     /// # Errors
-    /// From the disk, `FN-E412` once an end was asked for.
+    /// From the disk, for a checksum that differs too; `FN-E412` once an end was asked for.
     pub(super) fn read(&mut self, segment: usize, first: u64, out: &mut [u8]) -> Result<()> {
+        let size = self.shared.disk()?.store.chunk_bytes();
         let mut done = 0;
         while done < out.len() {
             let at = first + done as u64;
-            if !self.at.as_ref().is_some_and(|chunk| chunk.holds(segment, at)) {
-                if let Some(Chunk { bytes, .. }) = self.at.take() {
-                    let _ = self.free.send(bytes);
-                }
-                self.at = Some(self.next()?);
+            let wanted = (segment, (at / size) as u32);
+            if self.ahead.front().is_some_and(|c| (c.segment, c.index) != wanted) {
+                self.ahead.pop_front();
+                self.verified = false;
+                self.begin()?;
             }
-            let order = || Error::new(Code::Stale, "a save reads in another order than it said.");
-            let chunk = self.at.as_ref().filter(|chunk| chunk.holds(segment, at)).ok_or_else(order)?;
-            let from = (at - chunk.start) as usize;
-            let n = (chunk.bytes.len() - from).min(out.len() - done);
-            out[done..done + n].copy_from_slice(&chunk.bytes[from..from + n]);
+            let chunk = self.first()?;
+            if (chunk.segment, chunk.index) != wanted {
+                return Err(Error::new(Code::Stale, "a save reads in another order than it said."));
+            }
+            let from = (at % size) as usize;
+            let n = (size as usize - from).min(out.len() - done);
+            let lost = || Error::new(Code::Stale, "a save's chunk is lost.");
+            let bytes = chunk.lease.as_mut().ok_or_else(lost)?.bytes();
+            out[done..done + n].copy_from_slice(&bytes[from..from + n]);
             done += n;
         }
         Ok(())
     }
 
-    fn next(&self) -> Result<Chunk> {
-        loop {
-            match self.ready.recv_timeout(Duration::from_millis(50)) {
-                Ok(chunk) => return chunk,
-                Err(RecvTimeoutError::Timeout) => self.control.check()?,
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::new(Code::Panicked, "the reader of a save is gone."));
-                }
+    /// Begins as many reads as there is memory for.
+    fn begin(&mut self) -> Result<()> {
+        let store = &self.shared.disk()?.store;
+        while let Some((segment, chunks)) = self.runs.front_mut() {
+            let Some(mut lease) = self.pool.lease() else { return Ok(()) };
+            let (segment, index) = (*segment, chunks.start);
+            chunks.start += 1;
+            if chunks.start == chunks.end {
+                self.runs.pop_front();
+            }
+            let number = self.shared.saves.number();
+            let mut chunk = Chunk { segment, index, number, lease: None };
+            if store.written(segment, index) {
+                let mut parts = Vec::with_capacity(1);
+                store.parts(segment, index..index + 1, Direction::Read, 0, &mut parts);
+                let request = IoRequest { ticket: Ticket::Save(number).encode(), lease, parts };
+                store.engine().submit(request).map_err(|rejected| rejected.error)?;
+            } else {
+                lease.bytes().fill(0);
+                chunk.lease = Some(lease);
+            }
+            self.ahead.push_back(chunk);
+        }
+        Ok(())
+    }
+
+    /// The first chunk, once it is there and is what was written.
+    fn first(&mut self) -> Result<&mut Chunk> {
+        while self.ahead.front().is_some_and(|chunk| chunk.lease.is_none()) {
+            self.wait_one()?;
+        }
+        let nothing = || Error::new(Code::Stale, "a save reads what it did not ask for.");
+        let chunk = self.ahead.front_mut().ok_or_else(nothing)?;
+        if !std::mem::replace(&mut self.verified, true) {
+            let store = &self.shared.disk()?.store;
+            let len = store.chunk_len(chunk.segment, chunk.index) as usize;
+            if let Some(lease) = chunk.lease.as_mut().filter(|_| store.written(chunk.segment, chunk.index)) {
+                store.verify(chunk.segment, chunk.index, &lease.bytes()[..len])?;
             }
         }
+        Ok(chunk)
     }
-}
 
-impl Drop for ReadAhead {
-    fn drop(&mut self) {
-        // Without runs, without memory and without a listener it ends.
-        self.runs = None;
-        (self.ready, self.free) = (unbounded().1, unbounded().0);
-        if let Some(thread) = self.thread.take() {
-            // A panic was met as a reader that is gone.
-            let _ = thread.join();
+    fn wait_one(&mut self) -> Result<()> {
+        let done = loop {
+            match self.done.recv_timeout(Duration::from_millis(50)) {
+                Ok(done) => break done,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.control.check()?;
+                    drop(self.shared.lock()?);
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::new(Code::Stale, "another save has taken this one's reads."));
+                }
+            }
+        };
+        // What an earlier save had not waited for finds no chunk.
+        if let Some(chunk) = self.ahead.iter_mut().find(|chunk| u64::from(chunk.number) == done.ticket) {
+            done.result?;
+            chunk.lease = Some(done.lease);
         }
+        Ok(())
     }
-}
-
-/// Reads a run, as many chunks at a time as there is memory for; false if nobody wants more.
-fn read_run(
-    shared: &Shared,
-    control: &Control,
-    run: &Run,
-    empty: &Receiver<Vec<u8>>,
-    done: &Sender<Result<Chunk>>,
-) -> bool {
-    let Ok(disk) = shared.disk() else { return false };
-    let size = disk.store.chunk_bytes();
-    let at_once = Shared::chunks_at_once(disk);
-    let mut next = run.chunks.start;
-    while next < run.chunks.end {
-        // Waits here, where nothing is locked.
-        let Ok(first) = empty.recv() else { return false };
-        let mut room = vec![first];
-        while room.len() < at_once.min((run.chunks.end - next) as usize)
-            && let Ok(more) = empty.try_recv()
-        {
-            room.push(more);
-        }
-        let end = next + room.len() as u32;
-        let bytes = u64::from(next) * size..u64::from(end) * size;
-        let mut read = Vec::with_capacity(room.len());
-        let stop = &mut || control.check().is_err();
-        let result = shared.segment_io(disk, run.segment, bytes, Direction::Read, stop, &mut |piece, at| {
-            let mut bytes = room.pop().unwrap_or_default();
-            bytes.clear();
-            bytes.extend_from_slice(piece);
-            read.push(Chunk { segment: run.segment, start: at as u64, bytes });
-        });
-        if let Err(error) = result {
-            let _ = done.send(Err(error));
-            return false;
-        }
-        if read.into_iter().any(|chunk| done.send(Ok(chunk)).is_err()) {
-            return false;
-        }
-        next = end;
-    }
-    true
 }

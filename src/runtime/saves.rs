@@ -7,17 +7,19 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
     checkpoint::Control,
     error::{Code, Error, Result},
+    io::IoCompletion,
     units::UnitId,
 };
 
@@ -65,6 +67,9 @@ pub(crate) struct Saves {
     state: Mutex<State>,
     changed: Condvar,
     running: Mutex<Option<(Arc<Control>, JoinHandle<()>)>>,
+    /// Where the reads of the save under way end.
+    reads: Mutex<Option<Sender<IoCompletion>>>,
+    number: AtomicU32,
 }
 
 impl Saves {
@@ -80,6 +85,26 @@ impl Saves {
             (true, false) => Progress::Ready,
         }));
         self.active.store(true, Ordering::Release);
+    }
+
+    /// Takes the ends of the reads that saves begin, from whoever had them before.
+    pub(crate) fn reads(&self) -> Receiver<IoCompletion> {
+        let (sender, receiver) = unbounded();
+        *self.reads.lock() = Some(sender);
+        receiver
+    }
+
+    /// A number for a read that no other save has used.
+    pub(crate) fn number(&self) -> u32 {
+        self.number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A read of a save has ended.
+    pub(crate) fn was_read(&self, done: IoCompletion) {
+        if let Some(reads) = &*self.reads.lock() {
+            // Of a save that has ended: its memory goes with it.
+            let _ = reads.send(done);
+        }
     }
 
     /// The save needs nothing any more.

@@ -272,7 +272,7 @@ impl Shared {
         let taken = || Error::new(Code::Stale, "the service slot is taken.");
         let mut lease = disk.update_pool.lease().ok_or_else(taken)?;
         let size = disk.store.chunk_bytes() as usize;
-        let at_once = Self::chunks_at_once(disk) as u32;
+        let at_once = (lease.len() / size).max(1) as u32;
         let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
         let mut first = chunks.start;
         while first < chunks.end {
@@ -301,11 +301,6 @@ impl Shared {
             }
         }
         Ok(())
-    }
-
-    /// Chunks that [`Self::segment_io`] moves at a time.
-    pub(crate) fn chunks_at_once(disk: &Disk) -> usize {
-        (disk.update_pool.slot_len() / disk.store.chunk_bytes() as usize).max(1)
     }
 
     fn transfer(

@@ -73,6 +73,11 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             let busy = inner.busy_write.add(started, now);
             shared.stats.moved(Link::NvmeWrite, written, busy);
         }
+        if let Ticket::Save(number) = ticket {
+            drop(inner);
+            shared.saves.was_read(IoCompletion { ticket: u64::from(number), lease, parts, result, nanos });
+            return Ok(());
+        }
         if let Ticket::Service(number) = ticket {
             inner.service.out = false;
             // Whoever waited for an earlier one has given up: its slot goes back to the pool.
@@ -119,7 +124,7 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             drop(lease);
             shared.event(|m, out| m.chunk_written(unit, index, out))
         }
-        Ticket::Service(_) => Ok(()),
+        Ticket::Service(_) | Ticket::Save(_) => Ok(()),
     }
 }
 

@@ -10,6 +10,8 @@ pub(crate) enum Ticket {
     WriteChunk(UnitId, u32),
     /// Of what is not part of a step; numbered, so that one that was given up is not taken for a later one.
     Service(u32),
+    /// Of a save that reads ahead; numbered through all saves.
+    Save(u32),
 }
 
 impl Ticket {
@@ -20,6 +22,7 @@ impl Ticket {
             Self::ReadChunk(u, c) => pack(1, u, c),
             Self::WriteChunk(u, c) => pack(2, u, c),
             Self::Service(n) => 3 << 62 | u64::from(n),
+            Self::Save(n) => 3 << 62 | 1 << 32 | u64::from(n),
         }
     }
     pub(crate) const fn decode(n: u64) -> Self {
@@ -30,7 +33,8 @@ impl Ticket {
             0 => Self::Params(unit),
             1 => Self::ReadChunk(unit, chunk),
             2 => Self::WriteChunk(unit, chunk),
-            _ => Self::Service(chunk),
+            _ if unit.0 == 0 => Self::Service(chunk),
+            _ => Self::Save(chunk),
         }
     }
 }
@@ -47,6 +51,8 @@ mod tests {
             Ticket::WriteChunk(UnitId(3), 0),
             Ticket::Service(0),
             Ticket::Service(u32::MAX),
+            Ticket::Save(0),
+            Ticket::Save(u32::MAX),
         ] {
             assert_eq!(Ticket::decode(t.encode()), t);
         }

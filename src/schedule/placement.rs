@@ -114,6 +114,8 @@ pub struct Placement {
 pub const SAVE_FRAMES: u32 = 4;
 /// Bytes of the largest one.
 pub const SAVE_FRAME: u64 = 8 << 20;
+/// Chunks that a save reads ahead from NVMe at most.
+const SAVE_CHUNKS: u64 = 16;
 
 /// Places a model.
 ///
@@ -420,11 +422,10 @@ impl Placement {
         on_nvme.map(|(u, _)| u.param_bytes()).max().unwrap_or(0)
     }
 
-    /// Chunks of what a save reads from NVMe that are in host memory at a time, of which `slack` bytes are left: those of three reads,
-    /// from at most a quarter of it.
+    /// Chunks of what a save reads from NVMe that are in host memory at a time, of which `slack` bytes are left: at most a quarter of it.
     pub fn chunks_ahead(&self, slack: u64) -> u64 {
         let chunk = self.chunk_on_nvme().max(1);
-        (slack / 4 / chunk).clamp(2, 3 * (self.update_slots.1 / chunk).max(1))
+        (slack / 4 / chunk).clamp(2, SAVE_CHUNKS)
     }
 
     /// Host memory that a save or a load takes besides: frames of its writer, from at most half of what is left, and what it
