@@ -285,6 +285,32 @@ def test_reads_fail(host_world: World, saved: Path):
         run.train(1)
 
 
+@pytest.mark.parametrize(("fault", "code"), [("flip", "FN-E302"), ("eio", "FN-E301")])
+@pytest.mark.parametrize("engine", ["threads", "io_uring"])
+def test_the_tier_cannot_be_read(fault: str, code: str, engine: str, disk: str, io_uring: bool, tmp_path: Path):
+    """What a save reads from NVMe is not what was written, or cannot be read: an error by name, and nothing of the save stays."""
+    if engine == "io_uring" and not io_uring:
+        pytest.skip("io_uring does not work here")
+    world = World(DEVICE, (disk,), params="nvme", optimizer="nvme", engine=engine)
+    met = []
+    for number in range(1, 200, 7):
+        run = begin(world, debug={"faults": f"read:{fault}@{number}x{FOREVER}"})
+        try:
+            run.train(1, look=False)
+        except funicular.Error:
+            continue
+        try:
+            funicular.save(run.model, run.opt, tmp_path / "c")
+        except funicular.StorageError as error:
+            assert error.code == code, error
+            met.append(number)
+            assert not os.listdir(tmp_path)
+            continue
+        break
+    assert os.listdir(tmp_path) == ["c"]
+    assert len(met) > 2, "no read of a save was struck"
+
+
 def in_namespace(script: str, body: str, disk: str) -> list[str]:
     """Run a script behind mounts that only it sees."""
     if os.geteuid() != 0 or not shutil.which("unshare"):
