@@ -80,14 +80,21 @@ def test_gradients_go_down_once(host_world: World):
     assert funicular.stats(run.model).links["device_to_host"].bytes == 3 * total
 
 
-def test_updates_count_their_traffic(host_world: World):
-    """28 bytes per fp32 parameter and step."""
-    run = trained(host_world, steps=3, build=Stack)
+@pytest.mark.parametrize("spare", ["0B", "32MiB"], ids=["", "ahead"])
+def test_updates_count_their_traffic(host_world: World, spare: str):
+    """28 bytes per fp32 parameter and step, and 8 more to take over what was made ahead; padding counts too."""
+    run = trained(host_world, steps=3, build=Stack, optimizer={"where": "cpu", "spare": spare})
     for p in run.model.parameters():
         p.detach().sum()
-    numel = sum(p.numel() for p in run.model.parameters())
-    moved = funicular.stats(run.model).links["cpu_update"].bytes
-    assert 3 * 28 * numel <= moved <= 3 * 28 * (numel + 128 * len(list(run.model.parameters())))
+    stats = funicular.stats(run.model)
+    sizes = [p.numel() for p in run.model.parameters()]
+    least, padding = sum(sizes), 128 * len(sizes)
+    # Nothing is foreseen for the first step.
+    ahead = 8 * 2 if spare != "0B" else 0
+    assert (stats.ahead.used > 0, stats.ahead.in_vain) == (spare != "0B", 0)
+    moved = stats.links["cpu_update"].bytes
+    assert (3 * 28 + ahead) * least <= moved <= (3 * 28 + ahead) * (least + padding)
+    assert stats.links["gpu_update"].bytes == 0
 
 
 def test_everything_fits_nothing_moves(host_world: World):
