@@ -123,7 +123,7 @@ lint-python: package
 	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file pyproject.toml
 
 # Those that need no GPU.
-BENCHES := benches/adamw_vs_torch.py benches/checkpoint.py benches/plan_truth.py
+BENCHES := $(addprefix benches/,adamw_vs_torch.py checkpoint.py host_step.py plan_truth.py)
 
 bench: package
 	$(call say,benchmarks)
