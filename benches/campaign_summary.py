@@ -18,9 +18,8 @@ IN_HBM = 105e9
 
 def summary(lines: list[Line]) -> list[Line]:
     """Lines of their own; what cannot be said for want of others is left out."""
-    runs = {
-        (x["part"], x["system"], full_tokens(x), x["compiled"]): x for x in lines if "seconds" in x and "system" in x
-    }
+    steps = [x for x in lines if {"part", "system", "seconds"} <= x.keys()]
+    runs = {(x["part"], x["system"], full_tokens(x), x["compiled"]): x for x in steps}
     rates = next((x["profile"] for x in reversed(lines) if "profile" in x), None)
     return [
         {"summary": line.pop("of"), **line}
