@@ -1,9 +1,10 @@
 # Everything runs from here on a fresh Linux machine with Rust, Python >= 3.10, a C compiler and make.
-#   make demo test lint bench wheel gpu-test soak clean
+#   make demo test lint bench wheel gpu-test bench-gpu soak clean
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   VENV=system         use PYTHON as it is, with the torch, maturin, pytest, ... installed there; nothing is installed
 #   PIP_ARGS=...        more options for pip, such as an index of CPU-only torch wheels
-#   DEMO_ARGS=...       options of examples/demo.py, such as "--steps 20"; also TEST_ARGS, GPU_TEST_ARGS, SOAK_ARGS
+#   DEMO_ARGS=...       options of examples/demo.py, such as "--steps 20"; also TEST_ARGS, GPU_TEST_ARGS, SOAK_ARGS,
+#                       BENCH_GPU_ARGS
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,6 +20,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 GPU_TEST_ARGS ?=
 SOAK_ARGS ?=
+BENCH_GPU_ARGS ?=
 SIM_SEEDS ?= 100000
 # processes that share the Python tests
 TEST_JOBS ?= 2
@@ -42,10 +44,10 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find src kernels -type f
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-python lint lint-rust lint-python bench wheel gpu-test soak package clean
+.PHONY: help demo test test-rust test-python lint lint-rust lint-python bench wheel gpu-test bench-gpu soak package clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 ## What has to be there -----------------------------------------------------------------------------------------------
 
@@ -120,10 +122,13 @@ lint-python: package
 	@$(PY) -m mypy
 	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file pyproject.toml
 
+# Those that need no GPU.
+BENCHES := $(addprefix benches/,adamw_vs_torch.py checkpoint.py host_step.py plan_truth.py)
+
 bench: package
 	$(call say,benchmarks)
 	@$(CARGO) bench --locked
-	@for file in benches/*.py; do [ -e "$$file" ] || continue; echo "--- $$file"; $(PY) "$$file"; done
+	@for file in $(BENCHES); do echo "--- $$file"; $(PY) "$$file"; done
 
 wheel: $(VENV)/.installed need-rust
 	$(call say,wheel)
@@ -140,6 +145,11 @@ gpu-test: need-python
 	@FUNICULAR_REQUIRE_CUDA=1 $(CARGO) test --release --locked --test device_conformance
 	$(call say,Python tests on the GPU)
 	@FUNICULAR_REQUIRE_CUDA=1 FUNICULAR_TEST_DEVICE=cuda $(PY) -m pytest tests/python $(GPU_TEST_ARGS)
+
+# Lines go to standard output and into $(OUT), if that is set.
+bench-gpu: package
+	@nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "error: make bench-gpu needs a CUDA device; nvidia-smi finds none. To try its program without one: $(PY) benches/gpu_campaign.py --device host" >&2; exit 1; }
+	@$(PY) benches/gpu_campaign.py $(BENCH_GPU_ARGS)
 
 soak: package
 	@[ -e tests/python/soak.py ] || { echo "error: tests/python/soak.py does not exist." >&2; exit 1; }

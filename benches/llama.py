@@ -25,6 +25,11 @@ class Shape:
         """Parameters of matrix products: what 6 FLOPs per token and parameter are counted for."""
         return self.layers * (4 * self.dim**2 + 3 * self.dim * self.hidden) + self.vocab * self.dim
 
+    @property
+    def parameters(self) -> int:
+        """All of them: two tables, norms too."""
+        return self.matrix_parameters + self.vocab * self.dim + (2 * self.layers + 1) * self.dim
+
     def flops(self, tokens: int, seq: int) -> float:
         """FLOPs of a step: 6 per matrix parameter and token, and causal attention; recomputation is not counted."""
         return tokens * (6.0 * self.matrix_parameters + 6.0 * self.layers * self.dim * seq)
@@ -32,7 +37,9 @@ class Shape:
 
 #: by billions of parameters
 SHAPES = {
+    "toy": Shape(128, 4, 352, vocab=512, head=64),
     "0.1": Shape(768, 12, 2048),
+    "0.4": Shape(1280, 16, 3456),
     "1.35": Shape(2048, 24, 5504),
     "3.14": Shape(3072, 26, 8192),
     "6.7": Shape(4096, 32, 11008),

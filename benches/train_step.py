@@ -1,8 +1,11 @@
-"""One training step: everything in HBM against funicular under several policies, FSDP2's CPU offload too; JSON lines.
+"""Training steps: everything in HBM against funicular under several policies, FSDP2's CPU offload too; JSON lines.
 
-``python benches/train_step.py --size 3.14 --tokens 16384 --systems in_hbm,host,auto`` on a machine with a GPU. bf16 parameters with
-fp32 masters, AdamW, gradients clipped to norm 1.0, every block checkpointed, chunked cross entropy, sequences of 2048; the same
-initial weights and the same data for all. The losses of all systems are compared.
+``python benches/train_step.py --size 3.14 --tokens 16384,32768 --systems in_hbm,host,auto`` on a machine with a GPU. bf16 parameters
+with fp32 masters, AdamW, gradients clipped to norm 1.0, every block checkpointed, chunked cross entropy, sequences of 2048; the
+same initial weights and the same data for all. A system is set up once and goes through all workloads, so that its weights go on
+from one to the next; the losses of all systems are compared. What does not fit is said, and the next system runs.
+
+``--device host --size toy --seq 64 --tokens 128`` runs the same on the processor.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import argparse
 import gc
 import itertools
 import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,12 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import funicular
+from funicular.reference import ReferenceAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama import SHAPES, build
 
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-SEQ = 2048
+#: Bytes of HBM per parameter: bf16 weights and gradients; with fp32 masters, moments and gradients beside them.
+COMPUTE_BYTES, ADAMW_BYTES = 4, 20
 
 
 class InMemoryAdamW:
@@ -52,40 +59,102 @@ class InMemoryAdamW:
             p.grad = None
 
 
-def train(args: argparse.Namespace, model: nn.Module, opt: Any) -> dict[str, Any]:
+class NoUpdate:
+    """Forward and backward alone: what a step would take whose update costs nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def step(self) -> None:
+        """Leave the weights as they are."""
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+
+class Ends:
+    """The ends of steps, by the clock of the device."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.ends: list[Any] = []
+
+    def note(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ends.append(event)
+        else:
+            self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each to the next; all of them have to be over."""
+        if self.cuda:
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.ends)]
+        return [b - a for a, b in itertools.pairwise(self.ends)]
+
+
+def wait(args: argparse.Namespace) -> None:
+    """Wait for the device."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int) -> dict[str, Any]:
     """Time steps; the loss is read at the end only, so that the program runs ahead of the GPU as it would in training."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (args.tokens // SEQ, SEQ + 1)
+    generator = torch.Generator().manual_seed(tokens)
+    shape = (tokens // args.seq, args.seq + 1)
     count = args.warmup + args.steps
-    data = [torch.randint(args.vocab, shape, generator=generator).to("cuda") for _ in range(count)]
+    data = [torch.randint(args.vocab, shape, generator=generator).to(args.torch_device) for _ in range(count)]
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    ends: list[torch.cuda.Event] = []
+    ends = Ends(args.device)
     enqueued: list[tuple[float, float, float]] = []
-    for ids in data:
+    before = totals(model)
+    for i, ids in enumerate(data):
         began = time.perf_counter()
         loss = model(ids)
         forward = time.perf_counter()
         loss.backward()
         backward = time.perf_counter()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm).detach())
+        if not isinstance(opt, NoUpdate):
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm).detach())
         opt.step()
         opt.zero_grad()
         losses.append(loss.detach())
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        ends.append(event)
+        ends.note()
         enqueued.append((forward - began, backward - forward, time.perf_counter() - backward))
-    torch.cuda.synchronize()
-    seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(ends)][args.warmup - 1 :]
+        if i == args.warmup - 1:
+            wait(args)
+            before = totals(model)
+    wait(args)
+    after = totals(model)
+    seconds = ends.seconds()[args.warmup - 1 :]
     middle = statistics.median(seconds)
-    return {
+    result = {
         "seconds": round(middle, 4), "mean": round(statistics.mean(seconds), 4), "fastest": round(min(seconds), 4),
-        "slowest": round(max(seconds), 4), "tokens_per_s": round(args.tokens / middle),
+        "slowest": round(max(seconds), 4), "tokens_per_s": round(tokens / middle), "steps": len(seconds),
         "enqueue_s": [round(statistics.median(part), 4) for part in zip(*enqueued[args.warmup :], strict=True)],
-        "clipped": sum(float(n) > args.max_norm for n in norms[args.warmup :]), "steps": len(seconds),
-        "losses": [round(float(x), 5) for x in losses], "hbm_torch_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "clipped": sum(float(n) > args.max_norm for n in norms[args.warmup :]), "losses": [float(x) for x in losses],
+        "per_step": {k: round((after[k] - before[k]) / len(seconds) / 1e9, 4) for k in after if after[k] > before[k]},
     }  # fmt: skip
+    if args.device == "cuda":
+        result["hbm_torch_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return result
+
+
+def totals(model: nn.Module) -> dict[str, int]:
+    """Bytes over each link, and parameters updated, since the beginning; nothing for a model that is not offloaded."""
+    if not is_offloaded(model):
+        return {}
+    stats = funicular.stats(model)
+    moved = {name: link.bytes for name, link in stats.links.items()}
+    return moved | {"params_by_cpu": stats.updated.cpu, "params_by_gpu": stats.updated.gpu}
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether funicular has it."""
+    return "_funicular_session" in model.__dict__
 
 
 def host_gib() -> float:
@@ -97,45 +166,91 @@ def host_gib() -> float:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """What the runtime counted."""
+    """What the runtime counted since the beginning."""
     stats = funicular.stats(model)
-    links = {
-        k: {"gb": round(v.bytes / 1e9, 2), "gb_per_s": round(v.gb_per_s, 2)} for k, v in stats.links.items() if v.bytes
-    }
+    rates = {k: round(v.gb_per_s, 2) for k, v in stats.links.items() if v.bytes}
     return {
-        "step_time": None if stats.step is None else vars(stats.step), "lost": stats.lost,
-        "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "links": links, "binding": stats.binding,
-        "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "updated": vars(stats.updated), "home_uses": stats.home_uses,
-        "activations": vars(stats.activations),
+        "step_time": None if stats.last is None else vars(stats.last), "lost": stats.lost,
+        "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "gb_per_s": rates, "binding": stats.binding,
+        "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "updated": vars(stats.updated),
+        "home_uses": stats.home_uses, "activations": vars(stats.activations),
         "budgets_gib": {k: round(v.peak / 2**30, 2) for k, v in stats.budgets.items()},
     }  # fmt: skip
 
 
+def digest(model: nn.Module) -> str:
+    """A sum over the bits of all weights that changes with any of them."""
+    total = 0
+    for p in model.parameters():
+        bits = p.detach().reshape(-1).view(torch.int16).long()
+        odd = torch.arange(bits.numel(), device=bits.device) * 6364136223846793005 + 1442695040888963407
+        total = (total * 31 + int((bits * odd).sum())) % 2**64
+    return f"{total:016x}"
+
+
+class DoesNotFit(Exception):
+    """By arithmetic, before anything is tried."""
+
+
+def built(args: argparse.Namespace, bytes_per_param: int = 0) -> nn.Module:
+    """The model on the device, if that much of it fits there."""
+    params = SHAPES[args.size].parameters
+    if args.device == "cuda" and bytes_per_param:
+        free, needed = torch.cuda.mem_get_info()[0], params * bytes_per_param
+        if needed > free:
+            raise DoesNotFit(
+                f"{params / 1e9:.2f} B parameters of {bytes_per_param} bytes are {needed / 2**30:.1f} GiB without activations; "
+                f"{free / 2**30:.1f} GiB of HBM are free"
+            )
+    return build(args.size, args.torch_device)
+
+
 def in_hbm(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     """Everything on the GPU."""
-    model = build(args.size, "cuda")
+    model = built(args, ADAMW_BYTES)
     return model, InMemoryAdamW(model)
 
 
-def offloaded(args: argparse.Namespace, **tiers: str) -> tuple[nn.Module, Any]:
-    """Funicular, with homes where ``tiers`` says, else where the planner puts them."""
-    # Made on the GPU, so that the weights are those of the other systems, then moved out of it.
-    model = build(args.size, "cuda").to("cpu")
-    torch.cuda.empty_cache()
+def compute(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Weights and gradients on the GPU, no update."""
+    model = built(args, COMPUTE_BYTES)
+    return model, NoUpdate(model)
+
+
+def reference(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Everything on the GPU, with the arithmetic of funicular's update in plain torch: the same bits."""
+    model = built(args, ADAMW_BYTES)
+    return model, ReferenceAdamW(model.parameters(), **HYPER)
+
+
+def policy_of(args: argparse.Namespace, tiers: dict[str, str]) -> dict[str, Any]:
+    """Homes where ``tiers`` says, else where the planner puts them."""
+    optimizer = {"tier": tiers.get("optimizer", "auto"), "where": tiers.get("where", "auto")}
     policy: dict[str, Any] = {
-        "device": "cuda", "budget": {"hbm": args.hbm},
-        "params": {"tier": tiers.get("params", "auto")}, "optimizer": {"tier": tiers.get("optimizer", "auto"), "where": tiers.get("where", "auto")},
+        "device": args.device, "budget": {"hbm": args.hbm}, "params": {"tier": tiers.get("params", "auto")},
+        "optimizer": optimizer, "debug": {"poison": "poison" in tiers},
     }  # fmt: skip
+    if args.host:
+        policy["budget"]["host"] = args.host
     if args.spare:
-        policy["optimizer"]["spare"] = args.spare
+        optimizer["spare"] = args.spare
     if "nvme" in tiers.values():
-        policy["nvme"] = {"paths": [tempfile.mkdtemp(dir=args.disk)]}
+        policy["nvme"] = {"paths": [args.folder]}
     if args.micro_batch:
         policy["activations"] = {"micro_batch": args.micro_batch, "tier": args.activations}
-        model.recompute = False  # blocks in micro-batches keep their inputs only
     if args.trace:
         policy["log"] = {"trace": args.trace, "trace_steps": [args.warmup + 1, args.warmup + 2]}
-    funicular.offload(model, policy)
+    return policy
+
+
+def offloaded(args: argparse.Namespace, **tiers: str) -> tuple[nn.Module, Any]:
+    """Funicular; the weights are made on the device, as those of the other systems, and move from there to their homes."""
+    model = built(args)
+    if args.micro_batch:
+        model.recompute = False  # blocks in micro-batches keep their inputs only
+    funicular.offload(model, policy_of(args, tiers))
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
     return model, funicular.AdamW(model.parameters(), **HYPER)
 
 
@@ -146,7 +261,7 @@ def fsdp2(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
-    model = build(args.size, "cuda").to("cpu").float()
+    model = built(args).to("cpu").float()
     options = {"offload_policy": CPUOffloadPolicy(), "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
     for layer in model.layers:
         fully_shard(layer, **options)
@@ -156,75 +271,128 @@ def fsdp2(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 
 SYSTEMS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any]]] = {
     "in_hbm": in_hbm,
+    "compute": compute,
+    "reference": reference,
     "auto": offloaded,
     "host": lambda args: offloaded(args, params="host", optimizer="host"),
     "host_cpu": lambda args: offloaded(args, params="host", optimizer="host", where="cpu"),
     "host_gpu": lambda args: offloaded(args, params="host", optimizer="host", where="gpu"),
+    "host_poison": lambda args: offloaded(args, params="host", optimizer="host", poison="on"),
     "states_nvme": lambda args: offloaded(args, params="host", optimizer="nvme"),
     "nvme": lambda args: offloaded(args, params="nvme", optimizer="nvme"),
+    "three_tiers": lambda args: offloaded(args, disk="nvme"),
     "fsdp2": fsdp2,
 }
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+def say(line: dict[str, Any]) -> None:
+    """Print it."""
+    print(json.dumps(line), flush=True)
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One system: a line per workload."""
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.ones(1, device="cuda")  # starts CUDA: not part of the set-up
     start = time.perf_counter()
     model, opt = SYSTEMS[name](args)
-    torch.cuda.synchronize()
-    made = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    result: dict[str, Any] = {
-        "system": name,
-        "size": args.size,
-        "tokens": args.tokens,
-        "max_norm": args.max_norm,
-        "compiled": args.compile,
-    }
-    if args.compile:
-        for layer in model.layers:
-            layer.forward = torch.compile(layer.forward)
-    result |= train(args, model, opt)
-    flops = SHAPES[args.size].flops(args.tokens, SEQ)
-    result |= {"tflops": round(flops / result["seconds"] / 1e12, 1), "setup_s": round(made, 1), "host_gib": host_gib()}
-    if name not in ("in_hbm", "fsdp2"):
-        result |= facts(model)
-    print(json.dumps(result), flush=True)
-    del model, opt
-    return result
+    wait(args)
+    made = round(time.perf_counter() - start, 1)
+    results = []
+    for tokens, compiled in [(t, False) for t in args.tokens] + [(t, True) for t in args.compiled]:
+        if compiled and not any(r["compiled"] for r in results):
+            for layer in model.layers:
+                # One program for each size: a dynamic one would be slower.
+                layer.forward = torch.compile(layer.forward, dynamic=False)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        result = {
+            "system": name,
+            "size": args.size,
+            "params": SHAPES[args.size].parameters,
+            "tokens": tokens,
+            "compiled": compiled,
+            "max_norm": args.max_norm,
+        }
+        result |= {"hbm": args.hbm, "micro_batch": args.micro_batch, "setup_s": made}
+        result |= train(args, model, opt, tokens)
+        flops = SHAPES[args.size].flops(tokens, args.seq)
+        result |= {"tflops": round(flops / result["seconds"] / 1e12, 1), "host_gib": host_gib()}
+        if is_offloaded(model):
+            result |= facts(model)
+        if args.digest:
+            result["digest"] = digest(model)
+        say(result)
+        results.append(result)
+    return results
+
+
+def attempt(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """As ``measure``; what is refused, or fails, is a line too."""
+    line: dict[str, Any] = {"system": name, "size": args.size, "tokens": args.tokens, "hbm": args.hbm}
+    try:
+        return measure(name, args)
+    except (DoesNotFit, funicular.BudgetError) as error:
+        say(line | {"does_not_fit": str(error)})
+    except Exception as error:
+        say(line | {"failed": f"{type(error).__name__}: {error}"})
+    finally:
+        gc.collect()
+    return []
+
+
+def compare(results: list[dict[str, Any]]) -> None:
+    """Each result beside the first system's of the same workload."""
+    first: dict[tuple[int, bool], dict[str, Any]] = {}
+    for result in results:
+        one = first.setdefault((result["tokens"], result["compiled"]), result)
+        if one is not result:
+            apart = max(abs(x - y) for x, y in zip(one["losses"], result["losses"], strict=True))
+            line = {k: result[k] for k in ("system", "size", "tokens", "compiled")} | {"of": one["system"]}
+            say(line | {"ratio": round(result["tokens_per_s"] / one["tokens_per_s"], 4), "losses_apart": apart})
+
+
+def numbers(text: str) -> list[int]:
+    """``16384,32768`` as numbers."""
+    return [int(number) for number in text.split(",") if number]
 
 
 def main() -> None:
     """Run the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.35", choices=SHAPES)
-    parser.add_argument("--tokens", type=int, default=16384, help="per step, a multiple of 2048")
-    parser.add_argument("--warmup", type=int, default=8)
+    parser.add_argument(
+        "--tokens", type=numbers, default=[16384], help="per step, multiples of --seq: one workload each"
+    )
+    parser.add_argument("--compiled", type=numbers, default=[], help="workloads after those, with compiled blocks")
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--warmup", type=int, default=8, help="steps of each workload that do not count")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--systems", default="in_hbm,host,auto")
+    parser.add_argument("--systems", default="in_hbm,host,auto", help=", ".join(SYSTEMS))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "host"])
     parser.add_argument("--hbm", default="16GiB", help="budget of the compute tier")
+    parser.add_argument("--host", default="", help="budget of host memory")
     parser.add_argument("--spare", default="", help="optimizer.spare")
     parser.add_argument("--disk", default="/var/tmp", help="folder for what lives on NVMe")
     parser.add_argument("--trace", default="", help="file for a trace of two steps")
     parser.add_argument("--max-norm", type=float, default=1.0, help="what gradients are clipped to")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows that a block takes at a time; 0: checkpoints")
     parser.add_argument("--activations", default="hbm", choices=["hbm", "host"], help="where block inputs wait then")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--digest", action="store_true", help="tell the bits of all weights after each workload")
+    parser.add_argument("--deterministic", action="store_true", help="kernels that give the same bits every time")
     args = parser.parse_args()
-    args.vocab = SHAPES[args.size].vocab
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
-    results = [measure(name, args) for name in args.systems.split(",")]
-    first = results[0]
-    for other in results[1:]:
-        apart = max(abs(x - y) for x, y in zip(first["losses"], other["losses"], strict=True))
-        ratio = other["tokens_per_s"] / first["tokens_per_s"]
-        print(
-            json.dumps(
-                {"system": other["system"], "of": first["system"], "ratio": round(ratio, 4), "losses_apart": apart}
-            )
-        )
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    args.vocab, args.torch_device = SHAPES[args.size].vocab, "cuda" if args.device == "cuda" else "cpu"
+    args.folder = tempfile.mkdtemp(prefix="train-step-", dir=args.disk)
+    try:
+        gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+        say({"gpu": gpu, "torch": torch.__version__})
+        compare([line for name in args.systems.split(",") for line in attempt(name, args)])
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

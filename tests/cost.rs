@@ -23,19 +23,30 @@ fn layout(layers: usize, numel: u64, frozen: usize) -> Layout {
 }
 
 fn placed(layout: &Layout, tiers: Tiers, hbm: Option<u64>, host: u64, spare: Option<u64>) -> Placement {
+    placed_with(LaneUse::Never, layout, tiers, hbm, host, spare)
+}
+
+fn placed_with(
+    lanes: LaneUse,
+    layout: &Layout,
+    tiers: Tiers,
+    hbm: Option<u64>,
+    host: u64,
+    spare: Option<u64>,
+) -> Placement {
     let budgets = Budgets {
         hbm: hbm.map(ByteCount),
         host: ByteCount(host),
         nvme: ByteCount(u64::MAX),
         spare: spare.map(ByteCount),
     };
-    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true, lanes: LaneUse::Never };
+    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true, lanes };
     place(layout, &vec![tiers; layout.units.len()], &budgets, &limits).unwrap()
 }
 
 fn work(layers: usize, passes: u32, forward: f64) -> Work {
     let uses = Uses { passes, backward: vec![true; layers] };
-    Work { uses, forward: vec![forward; layers], backward: vec![2.0 * forward; layers], rest: 0.0 }
+    Work { uses, forward: vec![forward; layers], backward: vec![2.0 * forward; layers], rest: 0.0, lanes_alone: false }
 }
 
 const GIB: f64 = 1073741824.0;
@@ -44,6 +55,7 @@ fn rates() -> Rates {
     Rates {
         up: 50.0 * GIB,
         down: 50.0 * GIB,
+        both: 90.0 * GIB,
         nvme_read: 5.0 * GIB,
         nvme_write: 4.0 * GIB,
         nvme_both: 6.0 * GIB,
@@ -138,6 +150,46 @@ fn updates_ahead_of_the_step_hide_behind_the_backward() {
     assert!(ahead.seconds < behind.seconds - 0.05, "{} {}", ahead.seconds, behind.seconds);
 }
 
+/// Parameters per second that lanes update on what is left of a link in a step of so many seconds.
+fn lanes(rates: &Rates, up: u64, down: u64, step: f64) -> f64 {
+    let (up, down) = (up as f64 / step, down as f64 / step);
+    ((rates.up - up) / 14.0).min((rates.down - down) / 12.0).min((rates.both - up - down) / 26.0)
+}
+
+#[test]
+fn lanes_take_their_part_of_the_update_and_of_the_link() {
+    let (layers, n) = (16, 8 << 20);
+    let layout = layout(layers, n, 0);
+    let plan = placed_with(LaneUse::Always, &layout, HOST, Some(256 << 20), 8 << 30, Some(0));
+    assert!(plan.lane_elems > 0);
+    let processor = 1e9;
+    let rates = Rates { update: 26.0 * processor, update_beside: 26.0 * processor, ..rates() };
+    let mut work = work(layers, 1, 1e-5);
+    let without = predict(&layout, &Placement { lane_elems: 0, ..plan.clone() }, &rates, &work);
+    assert_eq!((without.by_lanes, without.binding), (0.0, Resource::Update));
+    let both = predict(&layout, &plan, &rates, &work);
+    // As fast as the processor and the lanes together, on what the copies of the step leave of the link.
+    let trained = layers as f64 * n as f64;
+    let paged = both.traffic;
+    let least = trained / (processor + lanes(&rates, paged.up, paged.down, both.seconds));
+    assert!((both.busy[Resource::Lanes as usize] / least - 1.0).abs() < 1e-4, "{least} {both:?}");
+    assert!((both.busy[Resource::Update as usize] - both.busy[Resource::Lanes as usize]).abs() < 1e-9, "they meet");
+    assert!((least..1.4 * least).contains(&both.seconds), "{least} {both:?}");
+    assert!(both.seconds < 0.6 * without.seconds, "{} {}", both.seconds, without.seconds);
+    assert!((0.5..0.8).contains(&both.by_lanes), "{both:?}");
+    // Alone they take longer, and what they copy is the link's time.
+    work.lanes_alone = true;
+    let alone = predict(&layout, &plan, &rates, &work);
+    assert!(alone.seconds > both.seconds, "{} {}", alone.seconds, both.seconds);
+    assert_eq!((alone.by_lanes, alone.binding), (1.0, Resource::Lanes));
+    assert_eq!(alone.busy[Resource::Update as usize], 0.0);
+    let copied = (paged.up as f64 + 14.0 * trained) / rates.up;
+    assert!((alone.busy[Resource::Up as usize] / copied - 1.0).abs() < 1e-6, "{copied} {alone:?}");
+    // A processor that is the device has none.
+    let host = Rates { shared: Some(4), ..rates };
+    assert_eq!(predict(&layout, &plan, &host, &work).by_lanes, 0.0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -152,11 +204,13 @@ proptest! {
         passes in 1u32..3,
         shared in prop::option::of(1u32..8),
         spare in prop::bool::ANY,
+        lanes in prop::option::of(prop::bool::ANY),
     ) {
         let n = 1 << 20;
         let layout = layout(layers, n, 0);
         let tiers = [HOST, NVME, Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Nvme) }][tiers];
-        let plan = placed(&layout, tiers, Some(hbm * 2 * n), 4 << 30, (!spare).then_some(0));
+        let (used, room) = if lanes.is_some() { (LaneUse::Always, 18 * n) } else { (LaneUse::Never, 0) };
+        let plan = placed_with(used, &layout, tiers, Some(hbm * 2 * n + room), 4 << 30, (!spare).then_some(0));
         let base = rates();
         let scaled = |s: [f64; 6]| Rates {
             up: base.up * s[0],
@@ -169,7 +223,7 @@ proptest! {
             shared,
             ..base
         };
-        let work = work(layers, passes, forward);
+        let work = Work { lanes_alone: lanes == Some(true), ..work(layers, passes, forward) };
         let cost = predict(&layout, &plan, &scaled(scale), &work);
         let compute = f64::from(passes) * layers as f64 * 3.0 * forward;
         prop_assert!(cost.seconds >= compute * 0.999, "no step is faster than its compute");

@@ -5,6 +5,18 @@ use std::process::Command;
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/plans.md");
 
+/// What `funicular plan` prints.
+fn plan(arguments: &str) -> String {
+    let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
+        .arg("plan")
+        .args(arguments.split_whitespace())
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(run.stderr.is_empty(), "{arguments}: {}", String::from_utf8_lossy(&run.stderr));
+    String::from_utf8(run.stdout).unwrap()
+}
+
 /// The page with the output of every `$ funicular plan ...` made anew.
 fn remade(text: &str) -> String {
     let mut out = String::new();
@@ -19,14 +31,7 @@ fn remade(text: &str) -> String {
         out += line;
         out.push('\n');
         if let Some(arguments) = line.strip_prefix("$ funicular plan ") {
-            let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
-                .arg("plan")
-                .args(arguments.split_whitespace())
-                .current_dir(env!("CARGO_MANIFEST_DIR"))
-                .output()
-                .unwrap();
-            assert!(run.stderr.is_empty(), "{arguments}: {}", String::from_utf8_lossy(&run.stderr));
-            out += &String::from_utf8(run.stdout).unwrap();
+            out += &plan(arguments);
             skipping = true;
         }
     }
@@ -43,4 +48,28 @@ fn the_page_of_plans_is_in_step() {
     }
     assert!(text.contains("$ funicular plan"), "there is something to compare");
     assert!(new == text, "docs/plans.md is old: run the test with FUNICULAR_WRITE_DOCS=1");
+}
+
+#[test]
+fn who_updates_is_planned() {
+    let model = "--params 11B --layers 48 --gpu 141GB --ram 125GB --cpus 16 --profile examples/profiles/h200.toml";
+    let planned = |wish: &str| -> serde_json::Value {
+        let out =
+            plan(&format!("{model} --tokens 16384 --flops 400e12 --recompute --json --set optimizer.where={wish}"));
+        serde_json::from_str(&out).unwrap()
+    };
+    let bytes = |plan: &serde_json::Value, link: &str| -> u64 {
+        let all = plan["traffic"].as_array().unwrap();
+        all.iter().find(|entry| entry[0] == link).unwrap()[1].as_u64().unwrap()
+    };
+    let seconds = |plan: &serde_json::Value| plan["step"]["seconds"].as_f64().unwrap();
+    let [cpu, gpu, auto] = ["cpu", "gpu", "auto"].map(planned);
+    let part = |plan: &serde_json::Value| plan["step"]["by_gpu"].as_f64().unwrap();
+    assert_eq!((part(&cpu), part(&gpu)), (0.0, 1.0));
+    assert!((0.4..0.8).contains(&part(&auto)), "{}", part(&auto));
+    assert_eq!((bytes(&cpu, "gpu_update"), bytes(&gpu, "cpu_update")), (0, 0));
+    assert!(seconds(&auto) < seconds(&cpu) && seconds(&auto) <= seconds(&gpu));
+    let together = bytes(&auto, "cpu_update") + bytes(&auto, "gpu_update");
+    // Lanes take memory of the GPU: a little less of the model is resident beside them.
+    assert!((1.0..1.01).contains(&(together as f64 / bytes(&cpu, "cpu_update") as f64)), "{together}");
 }

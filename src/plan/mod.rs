@@ -15,7 +15,7 @@ use crate::{
     error::{Error, Result},
     model::Layout,
     policy::{Policy, limits::HostLimits, profile::Profile},
-    runtime::Config,
+    runtime::{Config, Sharing},
     schedule::{
         Budgets, Limits, Placement, advice,
         cost::{self, Rates, Resource, Work},
@@ -115,6 +115,8 @@ pub struct StepPlan {
     pub twice_as_fast: Vec<(&'static str, f64)>,
     /// One more budget, and the seconds gained by it.
     pub more_memory: Option<(String, f64)>,
+    /// Of the parameters that are not resident, the part that the GPU updates.
+    pub by_gpu: f64,
 }
 
 /// What is written to the drives.
@@ -191,9 +193,10 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let sight = Sight { layout: &layout, config: &config, limits, budgets, placed: &placed };
     let moved = crate::schedule::traffic::of_step(&layout, &placed, &uses);
     let step = match machine.profile.as_ref().and_then(|p| rates(p, machine.gpu.is_some(), config.threads)) {
-        Some(rates) => work(&layout, uses, compute).map(|work| sight.step(&rates, &work)),
+        Some(rates) => work(&layout, uses, compute, &config).map(|work| sight.step(&rates, &work)),
         None => None,
     };
+    let (by_cpu, by_gpu) = sight.updates(moved.update, step.as_ref());
     let sum =
         |f: fn(&crate::model::Section) -> u64| -> u64 { layout.units.iter().flat_map(|u| &u.sections).map(f).sum() };
     Ok(Plan {
@@ -209,7 +212,8 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
             ("device_to_host", moved.down),
             ("nvme_read", moved.nvme_read),
             ("nvme_write", moved.nvme_write),
-            ("cpu_update", moved.update),
+            ("cpu_update", by_cpu),
+            ("gpu_update", by_gpu),
         ],
         wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
         step,
@@ -318,7 +322,22 @@ impl Sight<'_> {
                 .map(|(r, s)| (r.name(), s))
                 .collect(),
             more_memory: self.more_memory(rates, work, cost.seconds),
+            by_gpu: cost.by_lanes,
         }
+    }
+
+    /// Bytes of updates on the processor, and on the GPU on its behalf. Who is how fast is not known without rates.
+    fn updates(&self, bytes: u64, step: Option<&StepPlan>) -> (u64, u64) {
+        let alone = if self.placed.lane_elems > 0 && lanes_alone(self.config) { 1.0 } else { 0.0 };
+        let part = step.map_or(alone, |step| step.by_gpu);
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a part"
+        )]
+        let by_gpu = ((bytes as f64 * part).round() as u64).min(bytes);
+        (bytes - by_gpu, by_gpu)
     }
 
     /// Which budget, a quarter larger, gains the most.
@@ -338,6 +357,11 @@ impl Sight<'_> {
     }
 }
 
+/// Whether the GPU is to make all updates.
+fn lanes_alone(config: &Config) -> bool {
+    config.updates.0 == Sharing::Lanes
+}
+
 /// The rates of a profile, or none if it was not measured for such a device.
 fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
     let on_host = profile.device.name == "host";
@@ -351,6 +375,7 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
     Some(Rates {
         up: profile.device.host_to_device,
         down: profile.device.device_to_host,
+        both: known(profile.device.bidirectional, profile.device.host_to_device + profile.device.device_to_host),
         nvme_read: nvme(profile.nvme.read),
         nvme_write: nvme(profile.nvme.write),
         nvme_both: nvme(profile.nvme.read_write),
@@ -368,7 +393,7 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
 
 /// The seconds of each unit's windows: two operations per parameter and token forward, four backward, two more where
 /// blocks are computed again. None where nothing says how fast that goes.
-fn work(layout: &Layout, uses: Uses, compute: Compute) -> Option<Work> {
+fn work(layout: &Layout, uses: Uses, compute: Compute, config: &Config) -> Option<Work> {
     #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
     let size = |u: UnitId| -> f64 {
         let elems: u64 = layout.unit(u).sections.iter().filter(|s| s.dtype.trainable()).map(|s| s.elems).sum();
@@ -385,7 +410,7 @@ fn work(layout: &Layout, uses: Uses, compute: Compute) -> Option<Work> {
     };
     let per_pass = total / (3.0 + again) / f64::from(uses.passes);
     let part = |times: f64| sizes.iter().map(|s| if all > 0.0 { s / all * per_pass * times } else { 0.0 }).collect();
-    Some(Work { forward: part(1.0), backward: part(2.0 + again), rest: 0.0, uses })
+    Some(Work { forward: part(1.0), backward: part(2.0 + again), rest: 0.0, uses, lanes_alone: lanes_alone(config) })
 }
 
 fn wear(bytes_per_step: u64, step: Option<&StepPlan>, disk: Option<ByteCount>) -> Wear {

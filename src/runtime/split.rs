@@ -310,6 +310,19 @@ impl Shared {
         }
     }
 
+    /// A mark at which a trace may begin: where the program runs ahead of the device, the last one that it has yet to come to, so
+    /// that nothing enqueued before counts; else a new one.
+    fn present(&self) -> Result<Mark> {
+        if self.device.kind() == DeviceKind::Host {
+            return self.device.mark(StreamRef::Compute(0));
+        }
+        let last = self.split.state.lock().turns.back().map(|turn| turn.mark);
+        match last {
+            Some(mark) if self.device.elapsed(mark, mark)? == Elapsed::Pending => Ok(mark),
+            _ => self.device.mark(StreamRef::Down),
+        }
+    }
+
     /// Waits until the figures of the last step are complete, for as long as the thread that makes them so may take.
     fn caught_up(&self) {
         let mut state = self.split.state.lock();
@@ -343,9 +356,7 @@ impl Runtime {
     /// A failure of the device, or when closed.
     pub fn set_trace(&self, on: bool) -> Result<()> {
         let shared = self.shared()?;
-        // A stream of the runtime's own; where the caller computes, that is at once.
-        let stream = if shared.device.kind() == DeviceKind::Host { StreamRef::Compute(0) } else { StreamRef::Down };
-        shared.trace.set(on, &*shared.device, stream)
+        shared.trace.set(on, &*shared.device, || shared.present())
     }
 
     /// Writes the trace once the device has ended the last step; returns the number of events.

@@ -10,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    device::{Device, Elapsed, Mark, StreamRef},
+    device::{Device, Elapsed, Mark},
     error::{Code, Error, Result},
 };
 
@@ -81,15 +81,15 @@ impl Trace {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Starts or stops collecting. Times of the device count from a mark on a stream of it.
+    /// Starts or stops collecting. Times of the device count from the mark that `base` gives; what ended before it is not kept.
     ///
     /// # Errors
     /// `FN-E002` when the driver fails.
-    pub fn set(&self, on: bool, device: &dyn Device, stream: StreamRef) -> Result<()> {
+    pub fn set(&self, on: bool, device: &dyn Device, base: impl FnOnce() -> Result<Mark>) -> Result<()> {
         if on && !self.is_on() {
             self.events.lock().reserve(CAPACITY);
             let mut clock = self.clock.lock();
-            clock.base = device.mark(stream)?;
+            clock.base = base()?;
             clock.at = self.now().cast_signed();
             clock.began = clock.at;
             clock.late = (device.elapsed(clock.base, clock.base)? == Elapsed::Nanos(0)).then_some(0);
@@ -237,7 +237,7 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::HostDevice;
+    use crate::device::{HostDevice, StreamRef};
 
     const USER: StreamRef = StreamRef::Compute(0);
 
@@ -253,7 +253,7 @@ mod tests {
     fn writes_json_that_parses() {
         let (trace, device) = (Trace::default(), HostDevice::new().expect("starts"));
         trace.span("up", "page in", 1, 0, 10);
-        trace.set(true, &device, USER).expect("works");
+        trace.set(true, &device, || device.mark(USER)).expect("works");
         trace.span("up", "page in", 2, trace.now(), 20);
         trace.counter("host", 7);
         let events = written(&trace);
@@ -262,10 +262,22 @@ mod tests {
     }
 
     #[test]
+    fn begins_with_its_base_wherever_the_device_is() {
+        let (trace, device) = (Trace::default(), HostDevice::new().expect("starts"));
+        let marks: Vec<Mark> = (0..3).map(|_| device.mark(USER).expect("made")).collect();
+        trace.set(true, &device, || Ok(marks[1])).expect("works");
+        // The end of what came before is learned when the trace is on already.
+        for pair in marks.windows(2) {
+            trace.device_span(&device, "compute", "forward", 3, (pair[0], pair[1]), 0).expect("works");
+        }
+        assert_eq!(written(&trace).len(), 1);
+    }
+
+    #[test]
     fn times_of_the_device_lie_among_those_of_the_host() {
         let (trace, device) = (Trace::default(), HostDevice::new().expect("starts"));
         // The base is a mark of a stream that comes to it later, and is not known to have.
-        trace.set(true, &device, StreamRef::Down).expect("works");
+        trace.set(true, &device, || device.mark(StreamRef::Down)).expect("works");
         device.drain();
         std::thread::sleep(std::time::Duration::from_millis(20));
         let before = trace.now();

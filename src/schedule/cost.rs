@@ -19,6 +19,8 @@ pub struct Rates {
     pub up: f64,
     /// Over the link from the device.
     pub down: f64,
+    /// Over the link in both directions at once, together.
+    pub both: f64,
     /// Reads from all NVMe paths together.
     pub nvme_read: f64,
     /// Writes to them.
@@ -46,6 +48,8 @@ pub struct Work {
     pub backward: Vec<f64>,
     /// Seconds of everything else: loss, clipping, data.
     pub rest: f64,
+    /// Lanes of the device, where the plan has them, make all updates; else they share them with the processor.
+    pub lanes_alone: bool,
 }
 
 /// A part of the machine that a step may be bound by.
@@ -61,11 +65,13 @@ pub enum Resource {
     Nvme,
     /// AdamW on the processor.
     Update,
+    /// AdamW on the device, of states that pass through it.
+    Lanes,
 }
 
 impl Resource {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Compute, Self::Up, Self::Down, Self::Nvme, Self::Update];
+    pub const ALL: [Self; COUNT] = [Self::Compute, Self::Up, Self::Down, Self::Nvme, Self::Update, Self::Lanes];
 
     /// The name in tables: that of the statistics.
     pub const fn name(self) -> &'static str {
@@ -75,6 +81,7 @@ impl Resource {
             Self::Down => "device_to_host",
             Self::Nvme => "nvme",
             Self::Update => "cpu_update",
+            Self::Lanes => "gpu_update",
         }
     }
 }
@@ -85,54 +92,88 @@ pub struct Cost {
     /// From one step to the next.
     pub seconds: f64,
     /// How long each resource is busy, in the order of [`Resource::ALL`].
-    pub busy: [f64; 5],
+    pub busy: [f64; COUNT],
     /// How long the training thread waits for each; 0 for compute.
-    pub waits: [f64; 5],
+    pub waits: [f64; COUNT],
     /// What it is bound by.
     pub binding: Resource,
+    /// Of the parameters whose states are not the device's own, the part that its lanes update.
+    pub by_lanes: f64,
     /// Bytes moved.
     pub traffic: Traffic,
 }
 
+/// How many resources there are.
+const COUNT: usize = 6;
 /// What the hooks around a window cost the training thread.
 const WINDOW_SECONDS: f64 = 40e-6;
 /// Steps played before one is believed.
 const WARM: usize = 3;
 /// Waiting for less than this part of a step does not bind it.
 const NEGLIGIBLE: f64 = 0.02;
+/// Halvings of the interval in which a step's time lies; and how small an interval will do, as part of it.
+const HALVINGS: u32 = 40;
+const NARROW: f64 = 1e-6;
 
 /// Predicts a step.
+///
+/// Lanes have what parameters and gradients leave of the link: how much that is depends on how long the step takes, and the
+/// other way round. A longer step leaves more and is played through sooner, so there is one time at which both agree.
 pub fn predict(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) -> Cost {
+    let cost = play(layout, plan, rates, work, f64::INFINITY);
+    if cost.by_lanes == 0.0 {
+        return cost;
+    }
+    let (mut least, mut most) = (cost.seconds, play(layout, plan, rates, work, cost.seconds).seconds);
+    for _ in 0..HALVINGS {
+        if most - least <= NARROW * most {
+            break;
+        }
+        let middle = least.midpoint(most);
+        let longer = play(layout, plan, rates, work, middle).seconds > middle;
+        *(if longer { &mut least } else { &mut most }) = middle;
+    }
+    Cost { seconds: most, ..play(layout, plan, rates, work, most) }
+}
+
+/// Plays steps of which lanes believe that they take so long.
+fn play(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work, believed: f64) -> Cost {
     let windows = traffic::windows(layout, plan, &work.uses);
     let units: Vec<UnitTraffic> =
         layout.units.iter().zip(&plan.homes).map(|(u, h)| traffic::of_unit(u, h.params, h.optimizer)).collect();
+    let traffic = traffic::of_step(layout, plan, &work.uses);
+    // Where processor and device are the same, one's lanes have nothing to add.
+    let lanes = (plan.lane_elems > 0 && rates.shared.is_none()).then(|| Link::left(rates, &traffic, believed));
     let mut clocks = Clocks {
+        lanes,
         layout,
         plan,
         rates,
         work,
         units: &units,
         windows: &windows,
-        free: [0.0; 5],
+        free: [0.0; COUNT],
         home: vec![(0.0, Resource::Update); units.len()],
         landed: vec![0.0; units.len()],
         frames: vec![0.0; plan.ring_chunks as usize],
-        busy: [0.0; 5],
-        waits: [0.0; 5],
+        busy: [0.0; COUNT],
+        waits: [0.0; COUNT],
+        updated: [0.0; 2],
     };
     let mut start = 0.0;
     for _ in 0..WARM {
         start = clocks.step();
-        (clocks.busy, clocks.waits) = ([0.0; 5], [0.0; 5]);
+        (clocks.busy, clocks.waits, clocks.updated) = ([0.0; COUNT], [0.0; COUNT], [0.0; 2]);
     }
     let seconds = clocks.step() - start;
-    let (busy, waits) = (clocks.busy, clocks.waits);
-    let longest = |of: &[f64; 5]| Resource::ALL.into_iter().max_by(|a, b| of[*a as usize].total_cmp(&of[*b as usize]));
+    let (busy, waits, [updated, by_lanes]) = (clocks.busy, clocks.waits, clocks.updated);
+    let longest =
+        |of: &[f64; COUNT]| Resource::ALL.into_iter().max_by(|a, b| of[*a as usize].total_cmp(&of[*b as usize]));
     let waited: f64 = waits.iter().sum();
     let binding =
         if rates.shared.is_some() || waited < NEGLIGIBLE * seconds { longest(&busy) } else { longest(&waits) };
-    let traffic = traffic::of_step(layout, plan, &work.uses);
-    Cost { seconds, busy, waits, binding: binding.unwrap_or(Resource::Compute), traffic }
+    let by_lanes = if by_lanes > 0.0 { by_lanes / updated } else { 0.0 };
+    Cost { seconds, busy, waits, binding: binding.unwrap_or(Resource::Compute), by_lanes, traffic }
 }
 
 /// The seconds that a step would take less if a resource were twice as fast, the most helpful first.
@@ -147,8 +188,10 @@ pub fn gains(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) -> V
                     work.forward.iter_mut().chain(&mut work.backward).for_each(|s| *s /= 2.0);
                     work.rest /= 2.0;
                 }
-                Resource::Up => rates.up *= 2.0,
-                Resource::Down => rates.down *= 2.0,
+                Resource::Up => (rates.up, rates.both) = (rates.up * 2.0, rates.both * 1.5),
+                Resource::Down => (rates.down, rates.both) = (rates.down * 2.0, rates.both * 1.5),
+                // They are as fast as the link.
+                Resource::Lanes => {}
                 Resource::Update => {
                     (rates.update, rates.update_beside) = (rates.update * 2.0, rates.update_beside * 2.0);
                 }
@@ -164,6 +207,28 @@ pub fn gains(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) -> V
     gains
 }
 
+/// Rates of the link: up, down, both together.
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    up: f64,
+    down: f64,
+    both: f64,
+}
+
+impl Link {
+    /// What parameters and gradients leave of it in a step of so many seconds.
+    #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
+    fn left(rates: &Rates, paged: &Traffic, step: f64) -> Self {
+        let (up, down) = (paged.up as f64 / step, paged.down as f64 / step);
+        let left = |rate: f64, taken: f64| (rate - taken).max(0.01 * rate);
+        Self { up: left(rates.up, up), down: left(rates.down, down), both: left(rates.both, up + down) }
+    }
+
+    fn seconds(self, up: u64, down: u64) -> f64 {
+        seconds(up, self.up).max(seconds(down, self.down)).max(seconds(up + down, self.both))
+    }
+}
+
 /// When each resource is free, and since when each unit's bytes are where they are needed.
 struct Clocks<'a> {
     layout: &'a Layout,
@@ -172,15 +237,19 @@ struct Clocks<'a> {
     work: &'a Work,
     units: &'a [UnitTraffic],
     windows: &'a [Window],
-    free: [f64; 5],
+    /// What lanes have of the link; none without lanes.
+    lanes: Option<Link>,
+    free: [f64; COUNT],
     /// The unit's home holds the result of its last update, and what that waited for.
     home: Vec<(f64, Resource)>,
     /// Its last gradient is in host memory.
     landed: Vec<f64>,
     /// The last window over a chunk of the ring has ended.
     frames: Vec<f64>,
-    busy: [f64; 5],
-    waits: [f64; 5],
+    busy: [f64; COUNT],
+    waits: [f64; COUNT],
+    /// Parameters updated on behalf of the host, and those of them that lanes updated.
+    updated: [f64; 2],
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
@@ -274,7 +343,7 @@ impl Clocks<'_> {
         self.landed[u] = self.take(Resource::Down, self.free[Resource::Compute as usize], copy);
         if last_pass && self.plan.spare[u] {
             let update = self.on_processor(u, self.rates.update_beside);
-            self.home[u] = (self.take(Resource::Update, self.landed[u], update), Resource::Update);
+            self.home[u] = self.run(u, self.landed[u], update);
             if self.rates.shared.is_some() {
                 self.free[Resource::Compute as usize] += update;
             }
@@ -292,6 +361,33 @@ impl Clocks<'_> {
     fn on_processor(&self, u: usize, beside: f64) -> f64 {
         let rate = if self.rates.shared.is_some() { self.rates.update } else { beside };
         seconds(self.units[u].update, rate)
+    }
+
+    /// Makes a unit's update, which takes the processor so long: on its threads, on lanes, or on both at once until they meet. When
+    /// it is over, and who is to blame.
+    #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
+    fn run(&mut self, u: usize, ready: f64, processor: f64) -> (f64, Resource) {
+        let one = self.units[u];
+        let elems = one.trained as f64;
+        self.updated[0] += elems;
+        let Some(link) = self.lanes else {
+            return (self.take(Resource::Update, ready, processor), Resource::Update);
+        };
+        // What the update reads and writes, but for the gradient, crosses the link once each way.
+        let down = (one.update - one.grads) / 2;
+        let up = down + one.grads;
+        let alone = link.seconds(up, down);
+        let part = if self.work.lanes_alone || alone == 0.0 { 1.0 } else { processor / (processor + alone) };
+        self.updated[1] += part * elems;
+        self.busy[Resource::Up as usize] += part * seconds(up, self.rates.up);
+        self.busy[Resource::Down as usize] += part * seconds(down, self.rates.down);
+        // One thread leads both.
+        let end = self.take(Resource::Lanes, ready, part * alone);
+        if self.work.lanes_alone {
+            return (end, Resource::Lanes);
+        }
+        self.busy[Resource::Update as usize] += (1.0 - part) * processor;
+        (end, Resource::Update)
     }
 
     /// The updates of a step, in forward order: the device's at once, the processor's while the next forward begins.
@@ -314,14 +410,18 @@ impl Clocks<'_> {
                 self.home[u].0 = self.home[u].0.max(step);
                 continue;
             }
-            let update = self.on_processor(u, (self.rates.update + self.rates.update_beside) / 2.0);
+            // Copies of lanes are copies too.
+            let beside = self.rates.update_beside;
+            let rate = if self.lanes.is_some() { beside } else { f64::midpoint(self.rates.update, beside) };
+            let update = self.on_processor(u, rate);
             let moved = seconds(one.nvme_read + one.nvme_write, self.rates.nvme_both);
             let disk = self.take(Resource::Nvme, step, moved);
-            let end = self.take(Resource::Update, step, update);
-            self.home[u] = if moved > 0.0 && disk > end { (disk, Resource::Nvme) } else { (end, Resource::Update) };
+            let (end, whose) = self.run(u, step, update);
+            self.home[u] = if moved > 0.0 && disk > end { (disk, Resource::Nvme) } else { (end, whose) };
             // Pieces pass through both; the processor waits for the drive, not the drive for it.
             if moved > 0.0 {
-                let update = &mut self.free[Resource::Update as usize];
+                let runner = if self.lanes.is_some() { Resource::Lanes } else { Resource::Update };
+                let update = &mut self.free[runner as usize];
                 *update = update.max(disk);
             }
             if self.rates.shared.is_some() {

@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
@@ -25,6 +25,7 @@ gc.freeze()  # what the imports made stays out of later collections: 0.2 s each 
 torch.set_num_threads(1)  # one order of summation, and no pools that compete with the runtime's
 if CUDA:
     torch.use_deterministic_algorithms(True)
+    facts.get_ahead()
 
 DEVICE = "cuda" if CUDA else "host"
 #: A disk, not a tmpfs: pytest's own tmp_path often is one.
@@ -43,6 +44,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not CUDA:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test that failed had in hand goes once it is told: a model kept by a traceback would fail this test again, or others."""
+    report = yield
+    if report.failed and call.excinfo is not None and not item.config.getoption("usepdb"):
+        facts.forget_frames(call.excinfo.value)
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,28 @@ def process() -> dict[str, object]:
 def forget_backwards() -> None:
     """Have torch drop what a backward left behind that ended in an exception: nodes queued in this thread, until its next one."""
     torch.ones(1, requires_grad=True).sum().backward()
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the local variables that an exception keeps alive, and those of the exceptions that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            _ = frame.f_locals  # a copy that somebody looked at is kept with the frame: it is made anew
+        error = error.__cause__ or error.__context__
+
+
+def get_ahead(nodes: int = 1 << 17) -> None:
+    """Give the next nodes of this thread's graphs higher numbers than those of other threads.
+
+    Autograd adds up what comes to a node in the order of numbers that every thread counts for itself. In a second backward on a GPU
+    nodes of its thread and of this one meet, so that the order, and with it the last bit, would depend on what ran before.
+    """
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(nodes):
+        x.view(1)
 
 
 def rss() -> int:

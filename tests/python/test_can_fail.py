@@ -1,9 +1,13 @@
 """The judge sees what is broken: each mechanism left out on purpose makes the comparison fail."""
 
+import gc
+import traceback
+
 import pytest
 import torch
 from torch import nn
 
+import facts
 import funicular
 from funicular import _testing
 from models import Decoder, Stack, stack
@@ -83,32 +87,59 @@ def test_skipped_reload_is_silent_without_poison(host_world: World):
 
 
 class Wide(nn.Module):
-    """One weight, large enough that its gradient is on its way for milliseconds."""
+    """Two weights: the gradient of the first waits for that of the second on its way down."""
 
-    def __init__(self, width: int = 4096) -> None:
+    def __init__(self, width: int = 2048) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, width))
+        self.width = width
+        self.first = nn.Parameter(torch.ones(width, width))
+        self.second = nn.Parameter(torch.ones(width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
+        return x @ self.first @ self.second
 
 
 def last_gradient_entries(run: Run) -> None:
-    """Read the end of the gradient past the guard, as compiled code would, the moment that backward returns."""
+    """Read the end of the last gradient past the guard, as compiled code would, the moment that backward returns."""
     run.model = run.wrap(Wide(), budget={"host": "1GiB"})
     for scale in (1.0, 2.0, 3.0, 4.0):
-        run.model(torch.full((1, 4096), scale, device=run.device)).sum().backward()
+        run.model(torch.full((1, run.model.width), scale, device=run.device)).sum().backward()
         with torch._C.DisableTorchFunctionSubclass():
-            run.record("end", run.model.weight.grad[-1, -8:].clone())
+            run.record("end", run.model.first.grad[-1, -8:].clone())
         run.model.zero_grad(set_to_none=True)
 
 
 def test_wrong_gate(host_world: World):
     """Not waiting for the gradients' copies at the end of backward."""
-    slow = {"debug": {"faults": "down:times=50"}}  # a link may be faster than the program
+    slow = {"debug": {"faults": "down:times=50"}}  # each copy: the first would soon have brought the bytes
     compare(host_world, None, last_gradient_entries, **slow)
     with _testing.break_("wrong_gate"), pytest.raises(Mismatch, match="end"):
         compare(host_world, None, last_gradient_entries, **slow)
+
+
+def test_what_failed_is_forgotten(nvme_world: World):
+    """A model in the traceback of a failed test keeps its files, which the end of the test would complain of too."""
+
+    def fails() -> None:
+        run = Run(nvme_world, True)
+        model = run.wrap(Stack())
+        model(run.data(4, model.width))
+        raise ZeroDivisionError
+
+    def fails_again() -> None:
+        try:
+            fails()
+        except ZeroDivisionError as error:
+            raise ValueError("after that") from error
+
+    with pytest.raises(ValueError, match="after that") as caught:
+        fails_again()
+    assert all(frame.f_locals for frame, _ in traceback.walk_tb(caught.tb))  # as a report looks at them
+    gc.collect()
+    assert facts.files(nvme_world.paths[0])
+    facts.forget_frames(caught.value)
+    gc.collect()
+    assert not facts.files(nvme_world.paths[0])
 
 
 def test_no_such_mechanism():
@@ -149,7 +180,7 @@ def test_the_judge(change: str, host_world: World):
 def test_an_offloaded_model_is_really_paged(host_world: World):
     """The matrix would prove nothing if everything fitted: its budgets hold fewer frames than there are units."""
     run = Run(host_world, True)
-    run.model = run.wrap(Stack(depth=8))
+    run.model = run.wrap(Stack(depth=12))
     limit = funicular.stats(run.model).budgets["hbm"].limit
     assert limit is not None
     assert limit < sum(p.numel() * p.element_size() for p in run.model.parameters()) * 2 / 3

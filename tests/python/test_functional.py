@@ -1,12 +1,15 @@
 """Ways to call a model that are not ``model(x)``: functional_call, transforms, methods, autocast, compile."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils import parametrizations, parametrize
 
+import facts
 import funicular
 from models import WIDTH, Block, Decoder, Linear, Stack, stack
 from twin import Run, case, compare
@@ -48,6 +51,43 @@ def test_functional_call_with_scaled_weights(run: Run):
         inner = torch.autograd.grad(run.model(x).square().mean(), list(params.values()), create_graph=True)
         fast = {n: p - 0.1 * g for (n, p), g in zip(params.items(), inner)}
         run.step(functional_call(run.model, fast, (x,)).square().mean())
+
+
+def second_order(ahead: str) -> list[Tensor]:
+    """Gradients through a gradient that another thread computed, as those of a GPU are; ``ahead``: whose nodes have higher numbers."""
+    found: list[Tensor] = []
+
+    def first(loss: Tensor, params: list[Tensor]) -> None:
+        if ahead == "the other":
+            facts.get_ahead(1000)
+        found.extend(torch.autograd.grad(loss, params, create_graph=True))
+
+    def second() -> None:
+        if ahead == "this":
+            facts.get_ahead(1000)
+        torch.manual_seed(0)
+        model = Stack(width=32, block=lambda: Block(32))
+        x = torch.randn(4, 32)
+        params = dict(model.named_parameters())
+        other = threading.Thread(target=first, args=(model(x).square().mean(), list(params.values())))
+        other.start()
+        other.join()
+        fast = {n: p - 0.1 * g for (n, p), g in zip(params.items(), found)}
+        functional_call(model, fast, (x,)).square().mean().backward()
+        found[:] = [p.grad for p in params.values()]
+
+    this = threading.Thread(target=second)  # a new one: its nodes are numbered from 0
+    this.start()
+    this.join()
+    return found
+
+
+def test_second_order_depends_on_what_ran_before():
+    """In plain torch, by the last bit, unless one thread's nodes come first: the tests of a GPU see to that."""
+    equal = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert equal(second_order("this"), second_order("this"))
+    assert not equal(second_order("this"), second_order("the other"))
+    assert not equal(second_order("this"), second_order("neither"))
 
 
 def loss_of(model):

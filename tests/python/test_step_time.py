@@ -19,36 +19,42 @@ from funicular._offload import session_of
 from models import CUDA, Block, Stack
 from twin import World
 
+# Times are told apart by what is slow: nothing else may keep the processor, the GPU or the disk busy.
+pytestmark = pytest.mark.timing
+
 WIDTH = 512 if CUDA else 256
 DEPTH = 6
-#: What a slow thing takes; the step is made of little else.
-SLOW = 0.02
-#: How often a copy is made on a slow link; on a GPU as many as its queue holds for all copies under way.
+#: What a slow thing takes; the step is made of little else. Beside a GPU the program itself takes milliseconds for a step.
+SLOW = 0.05 if CUDA else 0.02
+DELAY = f"{int(SLOW * 1e3)}ms"
+#: How often a copy is made on a slow link. On a GPU its queue must hold all that are under way, so they are larger instead: a unit
+#: takes 30 ms there.
 TIMES = 50 if CUDA else 400
+LINK_WIDTH = 2048 if CUDA else WIDTH
 ALWAYS = "@1x1000000"
 
 
 class SlowBlock(Block):
-    """A block whose forward takes its time, on the GPU too."""
+    """A block whose forward takes its time on the device that computes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if CUDA:
-            torch.cuda._sleep(int(SLOW * 1.5e9))
+            torch.cuda._sleep(int(SLOW * 2e9))  # cycles, and no GPU of today makes more in a second
         else:
             time.sleep(SLOW)
         return super().forward(x)
 
 
 def offloaded(
-    world: World, block: Callable[[int], nn.Module] = Block, **sections: Any
+    world: World, block: Callable[[int], nn.Module] = Block, width: int = WIDTH, **sections: Any
 ) -> tuple[nn.Module, Callable[[], None]]:
     """A model and a function that takes a step with it."""
     torch.manual_seed(0)
-    model = Stack(lambda: block(WIDTH), DEPTH, width=WIDTH).to(world.torch_device)
+    model = Stack(lambda: block(width), DEPTH, width=width).to(world.torch_device)
     policy = world.policy(model, **{"debug": {"poison": False}, **sections})
     funicular.offload(model, policy)
     opt = funicular.AdamW(model.parameters())
-    x = torch.randn(4, WIDTH, device=world.torch_device)
+    x = torch.randn(4, width, device=world.torch_device)
 
     def step() -> None:
         model(x).square().mean().backward()
@@ -71,7 +77,11 @@ def adds_up(step: StepTime | None, wall: float | None = None) -> bool:
 @pytest.mark.parametrize("slow", ["compute", "update", "disk", "link"])
 def test_adds_up(world: World, slow: str):
     """Of the last step and of the mean, by the runtime's clock of the wall and by this test's."""
-    faults = {"update": "update:delay=20ms", "disk": f"read:delay=10ms{ALWAYS}", "link": "up:times=50,down:times=50"}
+    faults = {
+        "update": f"update:delay={DELAY}",
+        "disk": f"read:delay=10ms{ALWAYS}",
+        "link": "up:times=50,down:times=50",
+    }
     model, step = offloaded(world, SlowBlock, debug={"faults": faults.get(slow, ""), "poison": False})
     ends = []
     for _ in range(5):
@@ -87,15 +97,15 @@ def test_adds_up(world: World, slow: str):
 
 SLOWED: list[tuple[str, str, Callable[[int], nn.Module], str]] = [
     ("compute", "", SlowBlock, "host"),
-    ("cpu_update", "update:delay=20ms", Block, "host"),
+    ("cpu_update", f"update:delay={DELAY}", Block, "host"),
     ("host_to_device", f"up:times={TIMES}", Block, "host"),
     ("device_to_host", f"down:times={TIMES}", Block, "host"),
-    ("nvme_read", f"read:delay=20ms{ALWAYS}", Block, "nvme-threads"),
-    ("nvme_write", f"write:delay=20ms{ALWAYS}", Block, "nvme-threads"),
-    ("cpu_update", "update:delay=20ms", Block, "nvme-threads"),
-    ("nvme_read", f"read:delay=20ms{ALWAYS}", Block, "states"),
-    ("nvme_write", f"write:delay=20ms{ALWAYS}", Block, "states"),
-    ("cpu_update", "update:delay=20ms", Block, "states"),
+    ("nvme_read", f"read:delay={DELAY}{ALWAYS}", Block, "nvme-threads"),
+    ("nvme_write", f"write:delay={DELAY}{ALWAYS}", Block, "nvme-threads"),
+    ("cpu_update", f"update:delay={DELAY}", Block, "nvme-threads"),
+    ("nvme_read", f"read:delay={DELAY}{ALWAYS}", Block, "states"),
+    ("nvme_write", f"write:delay={DELAY}{ALWAYS}", Block, "states"),
+    ("cpu_update", f"update:delay={DELAY}", Block, "states"),
 ]
 
 
@@ -104,7 +114,8 @@ def test_what_is_slow_binds(disk: str, expected: str, faults: str, block: Callab
     """One thing is made slow, and the answer is that thing."""
     places = {"host": ("host", "host"), "nvme-threads": ("nvme", "nvme"), "states": ("host", "nvme")}[tiers]
     world = World("cuda" if CUDA else "host", (disk,), *places)
-    model, step = offloaded(world, block, debug={"faults": faults, "poison": False})
+    width = LINK_WIDTH if "times" in faults else WIDTH
+    model, step = offloaded(world, block, width, debug={"faults": faults, "poison": False})
     for _ in range(4):
         step()
     stats = funicular.stats(model)
@@ -115,7 +126,7 @@ def test_what_is_slow_binds(disk: str, expected: str, faults: str, block: Callab
 @pytest.mark.skipif(CUDA, reason="on a GPU updates and compute overlap")
 def test_time_goes_where_it_belongs(host_world: World):
     """Sleeps never take less than they should: what slept has at least that time."""
-    model, step = offloaded(host_world, SlowBlock, debug={"faults": "update:delay=20ms", "poison": False})
+    model, step = offloaded(host_world, SlowBlock, debug={"faults": f"update:delay={DELAY}", "poison": False})
     for _ in range(3):
         step()
     stats = funicular.stats(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,30 @@ def test_gradients_go_down_once(host_world: World):
     assert funicular.stats(run.model).links["device_to_host"].bytes == 3 * total
 
 
-def test_updates_count_their_traffic(host_world: World):
-    """28 bytes per fp32 parameter and step."""
-    run = trained(host_world, steps=3, build=Stack)
+@pytest.mark.parametrize("spare", ["0B", "32MiB"], ids=["", "ahead"])
+def test_updates_count_their_traffic(host_world: World, spare: str):
+    """28 bytes per fp32 parameter, and its own bytes twice to take over what was made ahead of the step; padding counts too."""
+    run = Run(host_world, True)
+    run.model = run.wrap(Stack(), optimizer={"where": "cpu", "spare": spare})
+    run.opt = run.adamw()
+    for _ in range(3):
+        run.model(run.data(4, WIDTH)).square().mean().backward()
+        time.sleep(0.05)  # the runner may begin with what it foresees
+        run.opt.step()
+        run.opt.zero_grad()
     for p in run.model.parameters():
         p.detach().sum()
-    numel = sum(p.numel() for p in run.model.parameters())
-    moved = funicular.stats(run.model).links["cpu_update"].bytes
-    assert 3 * 28 * numel <= moved <= 3 * 28 * (numel + 128 * len(list(run.model.parameters())))
+    stats = funicular.stats(run.model)
+    sizes = [p.numel() for p in run.model.parameters()]
+    padded = sum(sizes) + 128 * len(sizes)
+    assert 3 * sum(sizes) <= stats.updated.cpu <= 3 * padded
+    taken_over = stats.links["cpu_update"].bytes - 28 * stats.updated.cpu
+    assert (stats.ahead.used > 0, stats.ahead.in_vain) == (spare != "0B", 0)
+    assert (taken_over > 0) == (spare != "0B")
+    # Whole pages of units, read and written; nothing is foreseen for the first step.
+    assert taken_over % (2 * 4096) == 0
+    assert taken_over <= 2 * 2 * (4 * padded + 4096 * len(sizes))
+    assert stats.links["gpu_update"].bytes == 0
 
 
 def test_everything_fits_nothing_moves(host_world: World):

@@ -183,6 +183,21 @@ def test_what_it_takes_of_the_compute_tier(host_world: World):
     assert not session_of(model).engine.split_updates("lanes")
 
 
+@pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 28), (torch.bfloat16, 26)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["cpu", "gpu", "halves"])
+def test_traffic_is_counted_where_it_is(host_world: World, where: str, dtype: torch.dtype, each: int):
+    """The processor's in memory, the lanes' over the link: together every parameter's bytes once a step."""
+    run = Run(host_world, True)
+    wrap(run, dtype, where, optimizer={"spare": "0B"})
+    plain_steps(run, dtype)
+    session_of(run.model).engine.settle_all()
+    stats = funicular.stats(run.model)
+    sizes = [p.numel() for p in run.model.parameters()]
+    cpu, gpu = stats.links["cpu_update"].bytes, stats.links["gpu_update"].bytes
+    assert 4 * each * sum(sizes) <= cpu + gpu <= 4 * each * (sum(sizes) + 128 * len(sizes))
+    assert (cpu, gpu) == (each * stats.updated.cpu, each * stats.updated.gpu)
+
+
 def test_unknown_split(host_world: World):
     run = Run(host_world, True)
     run.model = run.wrap(build()())
