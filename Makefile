@@ -102,7 +102,8 @@ test-rust: need-rust
 
 test-python: package
 	$(call say,Python tests)
-	@$(PY) -m pytest tests/python -n $(TEST_JOBS) $(if $(CI),--durations=15)
+	@$(PY) -m pytest tests/python -n $(TEST_JOBS) -m "not timing" $(if $(CI),--durations=15)
+	@$(PY) -m pytest tests/python -q -m timing
 
 lint: lint-rust lint-python
 
