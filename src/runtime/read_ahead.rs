@@ -58,6 +58,9 @@ impl ReadAhead {
     /// # Errors
     /// From the I/O engine.
     pub(super) fn ask(&mut self, segment: usize, bytes: Range<u64>) -> Result<()> {
+        if bytes.start == bytes.end {
+            return Ok(());
+        }
         let mut chunks = Map::store_chunks(&self.shared.disk()?.store, bytes);
         // A chunk in which one tensor ends and the next begins is read once.
         if self.last == Some((segment, chunks.start)) {
