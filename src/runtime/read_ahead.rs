@@ -34,8 +34,6 @@ pub(super) struct ReadAhead {
     runs: VecDeque<(usize, Range<u32>)>,
     /// The next bytes may begin in the first: it stays until others are wanted.
     ahead: VecDeque<Chunk>,
-    /// Whether the first was compared with its checksum.
-    verified: bool,
     last: Option<(usize, u32)>,
 }
 
@@ -50,7 +48,7 @@ impl ReadAhead {
         let done = shared.saves.reads();
         let (shared, control) = (Arc::clone(shared), Arc::clone(control));
         let (runs, ahead) = (VecDeque::new(), VecDeque::new());
-        Ok(Self { shared, control, done, pool, runs, ahead, verified: false, last: None })
+        Ok(Self { shared, control, done, pool, runs, ahead, last: None })
     }
 
     /// These bytes will be read next, after those asked for before.
@@ -85,7 +83,6 @@ impl ReadAhead {
             let wanted = (segment, (at / size) as u32);
             if self.ahead.front().is_some_and(|c| (c.segment, c.index) != wanted) {
                 self.ahead.pop_front();
-                self.verified = false;
                 self.begin()?;
             }
             let chunk = self.first()?;
@@ -128,23 +125,16 @@ impl ReadAhead {
         Ok(())
     }
 
-    /// The first chunk, once it is there and is what was written.
+    /// The first chunk, once it is there.
     fn first(&mut self) -> Result<&mut Chunk> {
         while self.ahead.front().is_some_and(|chunk| chunk.lease.is_none()) {
             self.wait_one()?;
         }
         let nothing = || Error::new(Code::Stale, "a save reads what it did not ask for.");
-        let chunk = self.ahead.front_mut().ok_or_else(nothing)?;
-        if !std::mem::replace(&mut self.verified, true) {
-            let store = &self.shared.disk()?.store;
-            let len = store.chunk_len(chunk.segment, chunk.index) as usize;
-            if let Some(lease) = chunk.lease.as_mut().filter(|_| store.written(chunk.segment, chunk.index)) {
-                store.verify(chunk.segment, chunk.index, &lease.bytes()[..len])?;
-            }
-        }
-        Ok(chunk)
+        self.ahead.front_mut().ok_or_else(nothing)
     }
 
+    /// Waits for the end of one read, and sees whether its bytes are those that were written.
     fn wait_one(&mut self) -> Result<()> {
         let done = loop {
             match self.done.recv_timeout(Duration::from_millis(50)) {
@@ -161,7 +151,11 @@ impl ReadAhead {
         // What an earlier save had not waited for finds no chunk.
         if let Some(chunk) = self.ahead.iter_mut().find(|chunk| u64::from(chunk.number) == done.ticket) {
             done.result?;
-            chunk.lease = Some(done.lease);
+            let mut lease = done.lease;
+            let store = &self.shared.disk()?.store;
+            let len = store.chunk_len(chunk.segment, chunk.index) as usize;
+            store.verify(chunk.segment, chunk.index, &lease.bytes()[..len])?;
+            chunk.lease = Some(lease);
         }
         Ok(())
     }

@@ -236,14 +236,14 @@ impl Shared {
     fn populate(&self, fills: &[Fill<'_>], over: &AtomicBool) {
         for Fill { item, .. } in fills {
             let packed = &self.layout.unit(item.unit).sections[item.section];
-            let bytes = item.len * item.kind.element_size(packed.dtype) as u64;
-            let start = item.start * item.kind.element_size(packed.dtype) as u64;
-            for at in (0..bytes).step_by(POPULATED as usize) {
+            let size = item.kind.element_size(packed.dtype) as u64;
+            let (start, end) = (item.start * size, (item.start + item.len) * size);
+            for at in (start..end).step_by(POPULATED as usize) {
                 if over.load(Ordering::Relaxed) {
                     return;
                 }
-                let len = (bytes - at).min(POPULATED);
-                self.homes.populate(item.unit, item.section, packed.offset, item.kind, start + at..start + at + len);
+                let bytes = at..end.min(at + POPULATED);
+                self.homes.populate(item.unit, item.section, packed.offset, item.kind, bytes);
             }
         }
     }

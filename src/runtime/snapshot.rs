@@ -92,8 +92,7 @@ impl Runtime {
         for (tensor, source) in request.tensors.iter_mut().zip(&sources) {
             tensor.group = source.group();
         }
-        let slack = shared.placement.shadow_bytes.saturating_sub(shared.stats.shadows().0);
-        let chunks = if shared.disk.is_some() { shared.placement.chunks_ahead(slack) } else { 0 };
+        let chunks = if shared.disk.is_some() { shared.placement.chunks_ahead(shared.host_left()) } else { 0 };
         let kept = chunks * shared.disk.as_ref().map_or(0, |d| d.store.chunk_bytes());
         let means = shared.means(kept)?;
         let memory = means.bytes() + kept;
@@ -361,13 +360,20 @@ impl Snapshot<'_> {
 }
 
 impl Shared {
+    /// What is left of the host budget now.
+    fn host_left(&self) -> u64 {
+        self.placement.shadow_bytes.saturating_sub(self.stats.shadows().0)
+    }
+
     /// How a save or a load works within what is left of the host budget, its frames and `more` bytes counted there; to be given back
     /// with [`crate::runtime::stats::Stats::returned`].
     pub(crate) fn means(&self, more: u64) -> Result<Means> {
-        let limit = self.placement.shadow_bytes;
-        let slack = limit.saturating_sub(self.stats.shadows().0);
-        let found = means(slack.saturating_sub(more), &self.checkpoint_io)?;
-        if self.stats.lent(found.bytes() + more, limit) { Ok(found) } else { means(0, &self.checkpoint_io) }
+        let found = means(self.host_left().saturating_sub(more), &self.checkpoint_io)?;
+        if self.stats.lent(found.bytes() + more, self.placement.shadow_bytes) {
+            Ok(found)
+        } else {
+            means(0, &self.checkpoint_io)
+        }
     }
 
     /// Waits until what was updated of a unit is on NVMe. Its next update may be queued, or wait for this save.
