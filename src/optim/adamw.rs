@@ -234,6 +234,9 @@ trait Weight {
     type Param: Copy;
     /// What there is beyond the parameter.
     type Master: Copy;
+    /// Whether a chunk is updated in copies of its arrays, which the compiler keeps in registers: 1.8 in place of 1.35 Gparam/s for
+    /// bf16 on two Zen 5 cores. The conversions of fp16 need the registers themselves: 0.7 in place of 1.1.
+    const IN_REGISTERS: bool;
     fn value(x: Self::Param) -> f32;
     /// The element of this type that is nearest to a value.
     fn round(x: f32) -> Self::Param;
@@ -251,6 +254,7 @@ struct F16;
 impl Weight for F32 {
     type Param = f32;
     type Master = ();
+    const IN_REGISTERS: bool = true;
     #[inline(always)]
     fn value(x: f32) -> f32 {
         x
@@ -274,6 +278,7 @@ impl Weight for F32 {
 impl Weight for Bf16 {
     type Param = u16;
     type Master = i16;
+    const IN_REGISTERS: bool = true;
     #[inline(always)]
     fn value(x: u16) -> f32 {
         bf16_to_f32(x)
@@ -299,6 +304,7 @@ impl Weight for Bf16 {
 impl Weight for F16 {
     type Param = u16;
     type Master = f32;
+    const IN_REGISTERS: bool = false;
     #[inline(always)]
     fn value(x: u16) -> f32 {
         f16_to_f32(x)
@@ -392,7 +398,13 @@ fn step_all<W: Weight>(
         prefetch_after(master);
         prefetch_after(m);
         prefetch_after(v);
-        step_few::<W>(param, grad, master, m, v, &h);
+        if W::IN_REGISTERS {
+            let (mut new_param, mut new_master, mut new_m, mut new_v) = (*param, *master, *m, *v);
+            step_few::<W>(&mut new_param, grad, &mut new_master, &mut new_m, &mut new_v, &h);
+            (*param, *master, *m, *v) = (new_param, new_master, new_m, new_v);
+        } else {
+            step_few::<W>(param, grad, master, m, v, &h);
+        }
     }
     step_few::<W>(param, grad, master, m, v, &h);
 }

@@ -167,56 +167,50 @@ per_isa! {
 
 #[inline(always)]
 fn into_all<W: Weight>(old: Old<'_, W>, new: New<'_, W>, h: Hyper) {
-    let whole = old.param.len() / CHUNK;
-    for i in 0..whole {
-        let at = i * CHUNK;
-        let mut param = chunk(old.param, at);
-        let mut master = chunk(old.master, at);
-        let (mut m, mut v) = (chunk(old.m, at), chunk(old.v, at));
-        prefetch_after(&old.param[at..at + CHUNK]);
-        prefetch_after(&old.grad[at..at + CHUNK]);
-        prefetch_after(&old.master[at..at + CHUNK]);
-        prefetch_after(&old.m[at..at + CHUNK]);
-        prefetch_after(&old.v[at..at + CHUNK]);
-        if old.reset_master {
-            master = param.map(W::fresh);
-        }
-        step_few::<W>(&mut param, &old.grad[at..at + CHUNK], &mut master, &mut m, &mut v, &h);
-        stream(&mut new.param[at..at + CHUNK], &param);
-        stream(&mut new.master[at..at + CHUNK], &master);
-        stream(&mut new.m[at..at + CHUNK], &m);
-        stream(&mut new.v[at..at + CHUNK], &v);
+    // Whole arrays at compile time: element by element, each copy would end in a loop without vectors.
+    let (params, param) = old.param.as_chunks::<CHUNK>();
+    let (grads, grad) = old.grad.as_chunks::<CHUNK>();
+    let (masters, master) = old.master.as_chunks::<CHUNK>();
+    let (ms, m) = old.m.as_chunks::<CHUNK>();
+    let (vs, v) = old.v.as_chunks::<CHUNK>();
+    let (new_params, new_param) = new.param.as_chunks_mut::<CHUNK>();
+    let (new_masters, new_master) = new.master.as_chunks_mut::<CHUNK>();
+    let (new_ms, new_m) = new.m.as_chunks_mut::<CHUNK>();
+    let (new_vs, new_v) = new.v.as_chunks_mut::<CHUNK>();
+    let from = params.iter().zip(grads).zip(masters).zip(ms).zip(vs);
+    let to = new_params.iter_mut().zip(new_masters).zip(new_ms).zip(new_vs);
+    for (((((old_param, grad), old_master), old_m), old_v), (((to_param, to_master), to_m), to_v)) in from.zip(to) {
+        prefetch_after(old_param);
+        prefetch_after(grad);
+        prefetch_after(old_master);
+        prefetch_after(old_m);
+        prefetch_after(old_v);
+        let (mut param, mut m, mut v) = (*old_param, *old_m, *old_v);
+        let mut master = if old.reset_master { param.map(W::fresh) } else { *old_master };
+        step_few::<W>(&mut param, grad, &mut master, &mut m, &mut v, &h);
+        stream(to_param, &param);
+        stream(to_master, &master);
+        stream(to_m, &m);
+        stream(to_v, &v);
     }
-    for i in whole * CHUNK..old.param.len() {
-        new.param[i] = old.param[i];
-        new.master[i] = if old.reset_master { W::fresh(old.param[i]) } else { old.master[i] };
-        (new.m[i], new.v[i]) = (old.m[i], old.v[i]);
-        let one = i..=i;
-        step_few::<W>(
-            &mut new.param[one.clone()],
-            &old.grad[one.clone()],
-            &mut new.master[one.clone()],
-            &mut new.m[one.clone()],
-            &mut new.v[one],
-            &h,
-        );
+    new_param.copy_from_slice(param);
+    new_m.copy_from_slice(m);
+    new_v.copy_from_slice(v);
+    for ((to, &param), &master) in new_master.iter_mut().zip(param).zip(master) {
+        *to = if old.reset_master { W::fresh(param) } else { master };
     }
+    step_few::<W>(new_param, grad, new_master, new_m, new_v, &h);
     fence();
-}
-
-#[inline(always)]
-fn chunk<T: Copy>(from: &[T], at: usize) -> [T; CHUNK] {
-    std::array::from_fn(|i| from[at + i])
 }
 
 /// Copies a chunk past the caches where its place is aligned for that.
 #[inline(always)]
-fn stream<T: Copy>(to: &mut [T], from: &[T; CHUNK]) {
+fn stream<T: Copy>(to: &mut [T; CHUNK], from: &[T; CHUNK]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
         let at = to.as_mut_ptr().cast::<__m128i>();
-        if at.is_aligned() && to.len() == CHUNK {
+        if at.is_aligned() {
             let source = from.as_ptr().cast::<__m128i>();
             for i in 0..size_of_val(from) / size_of::<__m128i>() {
                 // SAFETY: SSE2 is part of x86-64; both hold CHUNK elements, a whole number of vectors, and the target is aligned.
@@ -225,7 +219,7 @@ fn stream<T: Copy>(to: &mut [T], from: &[T; CHUNK]) {
             return;
         }
     }
-    to.copy_from_slice(from);
+    *to = *from;
 }
 
 /// Makes what was streamed visible before whatever says that it is there.

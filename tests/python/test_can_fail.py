@@ -101,7 +101,6 @@ class Wide(nn.Module):
 
 def last_gradient_entries(run: Run) -> None:
     """Read the end of the last gradient past the guard, as compiled code would, the moment that backward returns."""
-    run.model = run.wrap(Wide(), budget={"host": "1GiB"})
     for scale in (1.0, 2.0, 3.0, 4.0):
         run.model(torch.full((1, run.model.width), scale, device=run.device)).sum().backward()
         with torch._C.DisableTorchFunctionSubclass():
@@ -111,10 +110,10 @@ def last_gradient_entries(run: Run) -> None:
 
 def test_wrong_gate(host_world: World):
     """Not waiting for the gradients' copies at the end of backward."""
-    slow = {"debug": {"faults": "down:times=50"}}  # each copy: the first would soon have brought the bytes
-    compare(host_world, None, last_gradient_entries, **slow)
+    slow = {"budget": {"host": "1GiB"}, "debug": {"faults": "down:times=50"}}
+    compare(host_world, Wide, last_gradient_entries, **slow)
     with _testing.break_("wrong_gate"), pytest.raises(Mismatch, match="end"):
-        compare(host_world, None, last_gradient_entries, **slow)
+        compare(host_world, Wide, last_gradient_entries, **slow)
 
 
 def test_what_failed_is_forgotten(nvme_world: World):

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import funicular
 from funicular.reference import ReferenceAdamW
+from models import CUDA
 
 SEED = 20240611
 #: Frames of the compute tier, in units of the largest unit, that most cases get; their models have more units.
@@ -51,7 +52,7 @@ class World:
         """A policy whose compute tier holds ``frames`` of the model's units; ``sections`` override parts of it."""
         largest = max(unit_bytes(model))
         hbm = int(frames * -(-largest // self.granularity)) * self.granularity
-        roomy = "2GiB" if self.device == "cuda" else "64MiB"
+        roomy = "2GiB" if CUDA else "64MiB"  # the models are wider there, whatever this world's device
         policy: dict[str, Any] = {
             "device": self.device,
             "budget": {"hbm": f"{hbm}B", "host": roomy, "nvme": roomy},
