@@ -12,6 +12,10 @@ Line = dict[str, Any]
 TARGETS = {(16384, False): 0.95, (32768, False): 0.98, (16384, True): 0.93, (32768, True): 0.97}
 #: bytes over the link, up and down, for each parameter that the GPU updates on behalf of the host
 LANES = (14, 12)
+#: a norm that no gradients reach
+FREE = 1e6
+#: of a step with checkpointed blocks: forward, then recomputation and backward
+FORWARD = 0.25
 #: parameters per second of AdamW in HBM, where it was not measured
 IN_HBM = 105e9
 
@@ -19,11 +23,12 @@ IN_HBM = 105e9
 def summary(lines: list[Line]) -> list[Line]:
     """Lines of their own; what cannot be said for want of others is left out."""
     steps = [x for x in lines if {"part", "system", "seconds"} <= x.keys()]
-    runs = {(x["part"], x["system"], full_tokens(x), x["compiled"]): x for x in steps}
+    # A step whose gradients are all clipped is another workload than one in which they are not.
+    runs = {(x["part"], x["system"], full_tokens(x), x["compiled"], x["max_norm"] > FREE): x for x in steps}
     rates = next((x["profile"] for x in reversed(lines) if "profile" in x), None)
     return [
         {"summary": line.pop("of"), **line}
-        for found in (bits(runs), main(runs), bound(runs, rates), nvme(runs, rates), six(runs, rates), eleven(runs))
+        for found in (bits(runs), main(runs, rates), nvme(runs, rates), six(runs, rates), eleven(runs))
         for line in found
     ]
 
@@ -41,7 +46,7 @@ def digits(a: Line, b: Line) -> Line:
 
 def bits(runs: dict[Any, Line]) -> list[Line]:
     """Whoever updates: the bits of a resident model with the same arithmetic in plain torch."""
-    of_part = {system: x for (part, system, _, _), x in runs.items() if part == "bits"}
+    of_part = {system: x for (part, system, *_), x in runs.items() if part == "bits"}
     base = of_part.pop("reference", None)
     if base is None:
         return []
@@ -54,62 +59,73 @@ def bits(runs: dict[Any, Line]) -> list[Line]:
     ]  # fmt: skip
 
 
-def main(runs: dict[Any, Line]) -> list[Line]:
-    """Against everything in HBM."""
+def main(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
+    """Against everything in HBM, and against the least time that the measured rates allow."""
     out = []
-    for (part, system, tokens, compiled), x in runs.items():
-        base = runs.get((part, "in_hbm", tokens, compiled))
+    for (part, system, tokens, compiled, free), x in runs.items():
+        base = runs.get((part, "in_hbm", tokens, compiled, free)) or runs.get((part, "in_hbm", tokens, compiled, False))
         if part == "main" and system != "in_hbm" and base is not None:
             target = TARGETS.get((tokens, compiled))
             ratio = base["seconds"] / x["seconds"]
-            line = {"of": "main", "system": system, "tokens": tokens, "compiled": compiled, "ratio": round(ratio, 4)}
+            line = {"of": "main", "system": system, "tokens": tokens, "compiled": compiled, "max_norm": x["max_norm"]}
+            line |= {"clipped": f"{x['clipped']} of {x['steps']}", "ratio": round(ratio, 4)}
             line |= {"target": target, "reached": None if target is None else ratio >= target, "seconds": x["seconds"]}
-            out.append(line | {"in_hbm": base["seconds"], "binding": x["binding"], "lost": x["lost"]} | digits(base, x))
+            line |= {"in_hbm": base["seconds"], "binding": x["binding"], "lost": x["lost"]} | digits(base, x)
+            out.append(line | bound(base, x, rates))
     return out
 
 
-def bound(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
-    """The least that a step of 8,192 tokens can take at the measured rates, with the best split of the update."""
-    out = []
-    for system in ("host", "auto"):
-        base, x = (runs.get(("main", name, 8192, False)) for name in ("in_hbm", system))
-        if base is None or x is None or not rates or not x["per_step"].get("host_to_device"):
-            continue
-        device, moved = rates["device"], x["per_step"]
-        up = min(device["host_to_device"], device["bidirectional"] / 2)
-        down = min(device["device_to_host"], device["bidirectional"] / 2)
-        cpu = rates["memory"]["adamw_params_beside_copies"] or rates["memory"]["adamw_params"]
-        params = 1e9 * (moved.get("params_by_cpu", 0) + moved.get("params_by_gpu", 0))
+def bound(base: Line, x: Line, rates: Line | None) -> Line:
+    """The least that a step can take at the measured rates, with the best split of the update between processor and GPU.
 
-        tries = [parts(i / 100, base["seconds"], params, moved, (up, down, cpu)) for i in range(101)]
-        best = min(tries, key=lambda parts: max(parts.values()))
-        least = max(best.values())
-        line = {"of": "8192", "system": system, "seconds": x["seconds"], "bound": round(least, 4)}
-        line |= {"ratio": round(least / x["seconds"], 4), "target": 0.9, "reached": least >= 0.9 * x["seconds"]}
-        line |= {"made_from": {k: round(v, 4) for k, v in best.items()}, "gpu_share": tries.index(best) / 100}
-        out.append(line | {"in_hbm": base["seconds"], "binding": x["binding"]})
-    return out
+    Where clipping changes all gradients no update can begin before the norm is known: they and the forward share the time after it.
+    """
+    moved = x["per_step"]
+    if not rates or not moved.get("host_to_device"):
+        return {}
+    device, memory = rates["device"], rates["memory"]
+    up = min(device["host_to_device"], device["bidirectional"] / 2)
+    down = min(device["device_to_host"], device["bidirectional"] / 2)
+    cpu = memory["adamw_params_beside_copies"] or memory["adamw_params"]
+    # Work in vain is not needed.
+    params = min(x["params"], 1e9 * (moved.get("params_by_cpu", 0) + moved.get("params_by_gpu", 0)))
+    late = x["clipped"] == x["steps"]
+    tries = [
+        parts(i / 100, base["seconds"], params, moved, (up, down, cpu, memory["bandwidth"]), late) for i in range(101)
+    ]
+    best = min(tries, key=lambda parts: max(parts.values()))
+    least = max(best.values())
+    made_from = {k: round(v, 4) for k, v in best.items()}
+    return {
+        "bound": round(least, 4),
+        "of_bound": round(least / x["seconds"], 4),
+        "made_from": made_from,
+        "gpu_share": tries.index(best) / 100,
+    }
 
 
 def parts(
-    gpu: float, compute: float, params: float, moved: Line, rates: tuple[float, float, float]
+    gpu: float, compute: float, params: float, moved: Line, rates: tuple[float, float, float, float], late: bool
 ) -> dict[str, float]:
-    """Seconds that each part of the machine is busy, where the GPU makes that share of the update."""
-    up, down, cpu = rates
-    return {
-        "compute": compute,
+    """Seconds that a step needs for each part of the machine, where the GPU makes that share of the update."""
+    up, down, cpu, memory = rates
+    traffic = params * (26 * (1 - gpu) + (LANES[0] + LANES[1]) * gpu) + 1e9 * moved["host_to_device"]
+    busy = {
         "cpu_update": (1 - gpu) * params / cpu,
-        "up": (1e9 * moved["host_to_device"] + LANES[0] * gpu * params) / up,
-        "down": (1e9 * moved["device_to_host"] + LANES[1] * gpu * params) / down,
+        "host_memory": (traffic + (0 if late else 1e9 * moved["device_to_host"])) / memory,
+        "up": (1e9 * moved["host_to_device"] / (2 if late else 1) + LANES[0] * gpu * params) / up,
+        "down": ((0 if late else 1e9 * moved["device_to_host"]) + LANES[1] * gpu * params) / down,
     }
+    before = (1 - FORWARD) * compute if late else 0.0
+    return {"compute": compute} | {name: before + seconds for name, seconds in busy.items()}
 
 
 def nvme(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
     """Against what the disk and the GPU need at least: each direction alone, and both at once."""
-    base = runs.get(("nvme", "in_hbm", 16384, False))
+    base = runs.get(("nvme", "in_hbm", 16384, False, False))
     out = []
     for system in ("nvme", "states_nvme"):
-        x = runs.get(("nvme", system, 16384, False))
+        x = runs.get(("nvme", system, 16384, False, False))
         if x is None or base is None or not rates or not rates["nvme"]["read"]:
             continue
         disk, read, write = rates["nvme"], *(1e9 * x["per_step"].get(k, 0) for k in ("nvme_read", "nvme_write"))
@@ -130,7 +146,7 @@ def nvme(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
 
 def six(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
     """6.7 B in micro-batches: in HBM it would be forward, backward, and an update at the rate of HBM."""
-    base, x = (runs.get(("six", system, 32768, False)) for system in ("compute", "host"))
+    base, x = (runs.get(("six", system, 32768, False, False)) for system in ("compute", "host"))
     if base is None or x is None:
         return []
     params = x["params"]
@@ -148,7 +164,10 @@ def six(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
 
 def eleven(runs: dict[Any, Line]) -> list[Line]:
     """11 B over three tiers, against the token rate of forward and backward alone."""
-    base, x = runs.get(("eleven", "compute", 16384, False)), runs.get(("eleven", "three_tiers", 65536, False))
+    base, x = (
+        runs.get(("eleven", "compute", 16384, False, False)),
+        runs.get(("eleven", "three_tiers", 65536, False, False)),
+    )
     if base is None or x is None:
         return []
     ratio = x["tokens_per_s"] / base["tokens_per_s"]

@@ -100,7 +100,7 @@ def wait(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int) -> dict[str, Any]:
+def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int, max_norm: float) -> dict[str, Any]:
     """Time steps; the loss is read at the end only, so that the program runs ahead of the GPU as it would in training."""
     generator = torch.Generator().manual_seed(tokens)
     shape = (tokens // args.seq, args.seq + 1)
@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int) -> 
         loss.backward()
         backward = time.perf_counter()
         if not isinstance(opt, NoUpdate):
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm).detach())
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).detach())
         opt.step()
         opt.zero_grad()
         losses.append(loss.detach())
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int) -> 
         "seconds": round(middle, 4), "mean": round(statistics.mean(seconds), 4), "fastest": round(min(seconds), 4),
         "slowest": round(max(seconds), 4), "tokens_per_s": round(tokens / middle), "steps": len(seconds),
         "enqueue_s": [round(statistics.median(part), 4) for part in zip(*enqueued[args.warmup :], strict=True)],
-        "clipped": sum(float(n) > args.max_norm for n in norms[args.warmup :]), "losses": [float(x) for x in losses],
+        "clipped": sum(float(n) > max_norm for n in norms[args.warmup :]), "losses": [float(x) for x in losses],
         "per_step": {k: round((after[k] - before[k]) / len(seconds) / 1e9, 4) for k in after if after[k] > before[k]},
     }  # fmt: skip
     if args.device == "cuda":
@@ -300,7 +300,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     wait(args)
     made = round(time.perf_counter() - start, 1)
     results = []
-    for tokens, compiled in [(t, False) for t in args.tokens] + [(t, True) for t in args.compiled]:
+    for (tokens, norm), compiled in [(t, False) for t in args.tokens] + [(t, True) for t in args.compiled]:
         if compiled and not any(r["compiled"] for r in results):
             for layer in model.layers:
                 # One program for each size: a dynamic one would be slower.
@@ -313,10 +313,10 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "params": SHAPES[args.size].parameters,
             "tokens": tokens,
             "compiled": compiled,
-            "max_norm": args.max_norm,
+            "max_norm": norm,
         }
         result |= {"hbm": args.hbm, "micro_batch": args.micro_batch, "setup_s": made}
-        result |= train(args, model, opt, tokens)
+        result |= train(args, model, opt, tokens, norm)
         flops = SHAPES[args.size].flops(tokens, args.seq)
         result |= {"tflops": round(flops / result["seconds"] / 1e12, 1), "host_gib": host_gib()}
         if is_offloaded(model):
@@ -330,7 +330,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def attempt(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """As ``measure``; what is refused, or fails, is a line too."""
-    line: dict[str, Any] = {"system": name, "size": args.size, "tokens": args.tokens, "hbm": args.hbm}
+    line: dict[str, Any] = {"system": name, "size": args.size, "tokens": [t for t, _ in args.tokens], "hbm": args.hbm}
     try:
         return measure(name, args)
     except (DoesNotFit, funicular.BudgetError) as error:
@@ -344,18 +344,19 @@ def attempt(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def compare(results: list[dict[str, Any]]) -> None:
     """Each result beside the first system's of the same workload."""
-    first: dict[tuple[int, bool], dict[str, Any]] = {}
+    first: dict[Any, dict[str, Any]] = {}
     for result in results:
-        one = first.setdefault((result["tokens"], result["compiled"]), result)
+        one = first.setdefault((result["tokens"], result["max_norm"], result["compiled"]), result)
         if one is not result:
             apart = max(abs(x - y) for x, y in zip(one["losses"], result["losses"], strict=True))
             line = {k: result[k] for k in ("system", "size", "tokens", "compiled")} | {"of": one["system"]}
             say(line | {"ratio": round(result["tokens_per_s"] / one["tokens_per_s"], 4), "losses_apart": apart})
 
 
-def numbers(text: str) -> list[int]:
-    """``16384,32768`` as numbers."""
-    return [int(number) for number in text.split(",") if number]
+def workloads(text: str) -> list[tuple[int, float]]:
+    """``16384,8192@1e9`` as tokens of a step and the norm that gradients are clipped to, 1 where none is said."""
+    parts = [part.partition("@") for part in text.split(",") if part]
+    return [(int(tokens), float(norm or 1)) for tokens, _, norm in parts]
 
 
 def main() -> None:
@@ -363,9 +364,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1.35", choices=SHAPES)
     parser.add_argument(
-        "--tokens", type=numbers, default=[16384], help="per step, multiples of --seq: one workload each"
+        "--tokens",
+        type=workloads,
+        default="16384",
+        help="per step, multiples of --seq: a workload each; @NORM: clipped to it",
     )
-    parser.add_argument("--compiled", type=numbers, default=[], help="workloads after those, with compiled blocks")
+    parser.add_argument("--compiled", type=workloads, default="", help="workloads after those, with compiled blocks")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=8, help="steps of each workload that do not count")
     parser.add_argument("--steps", type=int, default=8)
@@ -376,7 +380,6 @@ def main() -> None:
     parser.add_argument("--spare", default="", help="optimizer.spare")
     parser.add_argument("--disk", default="/var/tmp", help="folder for what lives on NVMe")
     parser.add_argument("--trace", default="", help="file for a trace of two steps")
-    parser.add_argument("--max-norm", type=float, default=1.0, help="what gradients are clipped to")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows that a block takes at a time; 0: checkpoints")
     parser.add_argument("--activations", default="hbm", choices=["hbm", "host"], help="where block inputs wait then")
     parser.add_argument("--digest", action="store_true", help="tell the bits of all weights after each workload")

@@ -45,14 +45,18 @@ class StepTime:
     def binding(self) -> str:
         """Name the resource that the step waited for most; ``compute`` where stalls are less than 5 % of it.
 
-        An update passes through a processor, and states on disk through the disk: it is bound by what was busy most of these.
+        An update passes through a processor, and states on disk through the disk: it is bound by what was busy most of these. Where
+        updates are waited for, the copies that come after them are a stage of the same chain: a faster link alone would move the
+        wait to the stage before it.
         """
         if self.stalled <= COMPUTE_BOUND * self.seconds:
             return "compute"
-        stage = max(_UPDATE_STAGES, key=lambda link: self.busy[link])
+        chained = self.stalls["update"] > COMPUTE_BOUND * self.seconds
+        stages = (*_UPDATE_STAGES, "host_to_device") if chained else _UPDATE_STAGES
+        stage = max(stages, key=lambda link: self.busy[link])
         waited: dict[str, float] = {}
         for cause, seconds in self.stalls.items():
-            resource = _RESOURCES.get(cause, stage)
+            resource = stage if cause == "update" or (chained and cause == "copy") else _RESOURCES[cause]
             waited[resource] = waited.get(resource, 0.0) + seconds
         return max(waited, key=lambda resource: waited[resource])
 

@@ -6,7 +6,7 @@
 //! on it, piece by piece, and goes to whatever a step needs first.
 #![expect(unsafe_code, reason = "hands raw spans of homes and spare frames to the kernel")]
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
@@ -30,6 +30,40 @@ use crate::{
 const PIECE: [u64; 2] = [16 << 20, 64 << 20];
 /// Bytes of one piece of a copy home.
 const COPY: usize = 1 << 20;
+
+/// So many steps in a row whose gradients were clipped, and the next one will be too, as a rule. Work in vain costs little, for the
+/// processor has nothing else to do meanwhile; work left undone costs the step.
+const PATIENCE: u32 = 3;
+
+/// In how many steps up to now the gradients were clipped, without one between in which they were not.
+#[derive(Debug, Default)]
+pub(crate) struct Clipped {
+    /// Up to the step before the last.
+    row: AtomicU32,
+    last: AtomicBool,
+}
+
+impl Clipped {
+    /// A step is submitted: what it is told of from now on is its own.
+    pub(crate) fn next_step(&self) {
+        let row = if self.last.swap(false, Ordering::Relaxed) {
+            self.row.load(Ordering::Relaxed).saturating_add(1)
+        } else {
+            0
+        };
+        self.row.store(row, Ordering::Relaxed);
+    }
+
+    /// The gradients of the last step were clipped.
+    fn note(&self) {
+        self.last.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the next step's are expected to be.
+    fn expected(&self) -> bool {
+        self.last.load(Ordering::Relaxed) && self.row.load(Ordering::Relaxed) + 1 >= PATIENCE
+    }
+}
 
 /// An update that was begun before its step.
 #[derive(Debug)]
@@ -67,8 +101,7 @@ impl Shared {
     /// Begins a unit's update; false where it has no spare frames, or is being updated.
     pub(crate) fn begin_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
         let unit = update.unit;
-        // Where the last step was clipped, this one will be as a rule, and the work in vain.
-        if !self.placement.spare[unit.index()] || self.clipped.load(Ordering::Relaxed) {
+        if !self.placement.spare[unit.index()] || self.clipped.expected() {
             return Ok(false);
         }
         let after = {
@@ -131,9 +164,11 @@ impl Shared {
     pub(crate) fn commit_ahead(&self, unit: UnitId, job: &Job) -> Result<bool> {
         // Multiplying by 1 changes nothing; anything else is not foreseen.
         let clip = |h: &StepHyper| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits();
-        self.clipped.store(job.hypers.iter().any(clip), Ordering::Relaxed);
+        let clipped = job.hypers.iter().any(clip);
+        if clipped {
+            self.clipped.note();
+        }
         let Some(mut guess) = self.guesses[unit.index()].lock().take() else { return Ok(false) };
-        let clipped = self.clipped.load(Ordering::Relaxed);
         let good = job.guessed && guess.begun() && !clipped && guess.same_as(job);
         if guess.begun() {
             self.stats.guessed(good);
@@ -186,4 +221,25 @@ pub(crate) fn covers(unit: &crate::model::Unit, spans: &[JobSpan]) -> bool {
         let inside = |s: &JobSpan| s.section == p.section && s.start <= p.start && p.start + p.numel <= s.start + s.len;
         spans.iter().any(inside)
     }) && unit.sections.iter().any(|s| s.bytes(StateKind::ExpAvg) > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_expected_to_be_clipped_after_three_that_were() {
+        let clipped = Clipped::default();
+        let mut step = |bites: bool| {
+            clipped.next_step();
+            // Once for each unit.
+            (0..2).filter(|_| bites).for_each(|_| clipped.note());
+            clipped.expected()
+        };
+        assert_eq!([true, true, true, true].map(&mut step), [false, false, true, true]);
+        assert_eq!(
+            [false, true, true, false, true, true, true].map(&mut step),
+            [false, false, false, false, false, false, true]
+        );
+    }
 }

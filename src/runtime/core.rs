@@ -4,10 +4,7 @@
 //! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
 #![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
 
-use std::{
-    sync::{Arc, atomic::AtomicBool},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use crossbeam::channel::Sender;
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -86,8 +83,7 @@ pub(crate) struct Shared {
     pub(crate) factors: Factors,
     pub(crate) jobs: Vec<Mutex<Job>>,
     pub(crate) guesses: Vec<ahead::Place>,
-    /// The gradients of the last step were clipped.
-    pub(crate) clipped: AtomicBool,
+    pub(crate) clipped: ahead::Clipped,
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,
     pub(crate) split: Split,

@@ -1,9 +1,6 @@
 //! Setting a runtime up: plan, memory, disk space, threads.
 
-use std::{
-    sync::{Arc, atomic::AtomicBool},
-    thread::JoinHandle,
-};
+use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
@@ -18,6 +15,7 @@ use crate::{
     policy::Policy,
     runtime::{
         admission::{self, Running},
+        ahead::Clipped,
         config::Config,
         core::{Disk, RunTask, Shared},
         factors::Factors,
@@ -97,7 +95,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let units = layout.units.len();
     let shared = Arc::new(Shared {
         jobs: (0..units).map(|_| Mutex::new(Job::default())).collect(),
-        clipped: AtomicBool::new(false),
+        clipped: Clipped::default(),
         guesses: (0..units).map(|_| Mutex::new(None)).collect(),
         inner: Mutex::new(Inner::new(machine, units)),
         placement: plan,

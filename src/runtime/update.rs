@@ -90,6 +90,7 @@ impl Shared {
             job.hypers.extend_from_slice(hypers);
             job.guessed = update.guessed;
         }
+        self.clipped.next_step();
         self.happened(&mut inner, |m, out| updates.iter().for_each(|u| m.submit(u.unit, out)))?;
         self.stats.stepped();
         self.trace.counter("updates queued", updates.len() as u64);

@@ -381,11 +381,16 @@ def test_budgets_hold(disk: str, tmp_path: Path):
 def test_room_for_a_checkpoint(disk: str, tmp_path: Path):
     """A model whose checkpoint would not fit is refused before it trains; what somebody holds is told by the save."""
     world = World(DEVICE, (disk,), "host", "nvme")
+
+    def build() -> Stack:
+        """With moments small enough to leave less room than a save's frames need."""
+        return Stack(lambda: Block(128), width=128)
+
     with pytest.raises(funicular.BudgetError, match="FN-E202") as refused:
-        begin(world, lambda: Stack(lambda: Block(4 * WIDTH), width=4 * WIDTH), budget={"host": "64KiB"})
+        begin(world, build, budget={"host": "64KiB"})
     enough = re.search(r"Raise budget\.host to (\S+)\.", str(refused.value))
     assert enough is not None
-    run = begin(world, lambda: Stack(lambda: Block(4 * WIDTH), width=4 * WIDTH), budget={"host": enough[1]})
+    run = begin(world, build, budget={"host": enough[1]})
     run.train(1, look=False)
     held: list[torch.Tensor] = []
     with pytest.raises(funicular.BudgetError, match="FN-E205"):
