@@ -80,6 +80,8 @@ pub(crate) struct Shared {
     pub(crate) frames: Arc<dyn Frames>,
     pub(crate) disk: Option<Disk>,
     pub(crate) pool: Pool,
+    /// The beginning of the copy up that ends next, while its end is waited for.
+    pub(crate) paging: Mutex<Option<Mark>>,
     pub(crate) factors: Factors,
     pub(crate) jobs: Vec<Mutex<Job>>,
     pub(crate) guesses: Vec<ahead::Place>,

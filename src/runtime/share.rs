@@ -2,7 +2,8 @@
 //!
 //! H1: every element is updated once: pieces are claimed from one word, the processor's from the front, the lanes' in groups from
 //! the back. H2: when a run is over, be it by an error, nothing touches the arrays any more. H3: in steady state nothing
-//! allocates. H4: a lane takes no group for which the processor would have to wait.
+//! allocates. H4: a lane takes no group for which the processor would have to wait, and none while the link brings a unit that
+//! somebody computes with next.
 #![expect(unsafe_code, reason = "hands raw spans to the kernel and to lanes")]
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
 };
 
 use crate::{
-    device::Lanes,
+    device::{Elapsed, Lanes},
     error::{Code, Error, Result},
     optim::{Hyper, Isa, PIECE, Pool, Span, Target, adamw, adamw_into_with, unsupported},
     runtime::{core::Shared, stats::Link},
@@ -25,6 +26,8 @@ use crate::{
 /// A wait for a lane looks this often at the clock, and gives up after so many looks.
 const SLICE: Duration = Duration::from_millis(100);
 const SLICES: u32 = 1200;
+/// Between two looks whether the link is free again.
+const NAP: Duration = Duration::from_micros(50);
 
 /// Who updates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,14 +128,20 @@ impl Share {
         Ok(())
     }
 
-    /// Updates the set; gives what the processor and the lanes did. `now` is the time in nanoseconds.
+    /// Updates the set; gives what the processor and the lanes did. `now` is the time in nanoseconds, `paging` tells whether a unit is
+    /// on its way up at the moment.
     ///
     /// # Errors
     /// A panic on the pool's threads, a failure of the device. Some elements are not updated then.
     ///
     /// # Safety
     /// For the spans and targets of the set: as for [`adamw`], [`adamw_into_with`] and, with lanes, [`Lanes::launch`].
-    pub(crate) unsafe fn run(&mut self, pool: &Pool, now: &(dyn Fn() -> u64 + Sync)) -> Result<[Work; 2]> {
+    pub(crate) unsafe fn run(
+        &mut self,
+        pool: &Pool,
+        now: &(dyn Fn() -> u64 + Sync),
+        paging: &dyn Fn() -> Result<bool>,
+    ) -> Result<[Work; 2]> {
         let Self { lanes, group, pace, parts, pieces, flights, .. } = self;
         let lanes = lanes.as_deref().filter(|_| self.split != Sharing::Processor);
         let claims = Claims::new(*pieces, if lanes.is_some() { self.split } else { Sharing::Processor });
@@ -167,6 +176,7 @@ impl Share {
                     pace,
                     flights,
                     now,
+                    paging,
                     flown: &mut flown,
                 };
                 let mut fed = Ok(());
@@ -306,6 +316,7 @@ struct Feeder<'a> {
     pace: &'a mut Pace,
     flights: &'a mut [Option<Flight>],
     now: &'a (dyn Fn() -> u64 + Sync),
+    paging: &'a dyn Fn() -> Result<bool>,
     flown: &'a mut Work,
 }
 
@@ -321,11 +332,7 @@ impl Feeder<'_> {
         for turn in 0.. {
             let lane = turn % self.flights.len();
             self.land(lane)?;
-            let left = self.claims.left();
-            if self.rates && !self.pace.worth_it(u64::from(left) * PIECE as u64) {
-                if turn == 0 && left >= self.group {
-                    self.pace.declined();
-                }
+            if self.rates && !self.worth_it(turn)? {
                 break;
             }
             let start = |back: u32| self.parts[holder(self.parts, back - 1)].first.max(back.saturating_sub(self.group));
@@ -337,6 +344,23 @@ impl Feeder<'_> {
             unsafe { self.lanes.launch(lane, &span, &to.unwrap_or_else(|| Target::in_place(&span)), &part.hyper) }?;
         }
         Ok(())
+    }
+
+    /// Whether a group should be launched, now that the link is free; false when the processor would be through sooner.
+    fn worth_it(&mut self, turn: usize) -> Result<bool> {
+        loop {
+            let left = self.claims.left();
+            if !self.pace.worth_it(u64::from(left) * PIECE as u64) {
+                if turn == 0 && left >= self.group {
+                    self.pace.declined();
+                }
+                return Ok(false);
+            }
+            if !(self.paging)()? {
+                return Ok(true);
+            }
+            std::thread::sleep(NAP);
+        }
     }
 
     /// Waits for the group on a lane, if there is one.
@@ -376,13 +400,19 @@ impl Drop for Feeder<'_> {
 }
 
 impl Shared {
+    /// Whether a unit is on its way up: the copy that the reaper waits for has begun.
+    fn paging(&self) -> Result<bool> {
+        let Some(began) = *self.paging.lock() else { return Ok(false) };
+        Ok(matches!(self.device.elapsed(began, began)?, Elapsed::Nanos(_)))
+    }
+
     /// Updates a set of a unit's, and notes who did how much.
     ///
     /// # Safety
     /// As for [`Share::run`].
     pub(crate) unsafe fn run_share(&self, share: &mut Share, unit: UnitId, name: &'static str) -> Result<()> {
         // SAFETY: passed on.
-        let done = unsafe { share.run(&self.pool, &|| self.trace.now()) }?;
+        let done = unsafe { share.run(&self.pool, &|| self.trace.now(), &|| self.paging()) }?;
         self.stats.updated(done.map(|work| work.elems));
         let sides = [(Link::Update, "cpu update"), (Link::GpuUpdate, "gpu update")];
         for ((link, track), work) in sides.into_iter().zip(done).filter(|(_, work)| work.elems > 0) {

@@ -179,7 +179,7 @@ fn run(share: &mut Share, pool: &Pool, arrays: &mut [Arrays], aside: bool) -> Re
         share.add(array.span(), hyper(step as u64 + 1), to)?;
     }
     // SAFETY: the arrays are the test's own and outlive the run.
-    unsafe { share.run(pool, &clock()) }
+    unsafe { share.run(pool, &clock(), &|| Ok(false)) }
 }
 
 #[test]
@@ -224,6 +224,26 @@ fn the_bits_do_not_depend_on_who_updates() {
 }
 
 #[test]
+fn lanes_leave_the_link_to_a_unit_on_its_way_up() {
+    let pool = Pool::new(Some(2)).expect("threads");
+    let elems = 2 * PIECE as u64;
+    let mut share = Share::new(Some((host_lanes(elems), elems)), Sharing::Rates);
+    let mut array = Arrays::new(DType::F32, 64 * PIECE);
+    let mut lanes_with = |paging: bool| {
+        share.pace.ran(1_000_000, 1_000_000_000);
+        share.pace.flight = 1.0; // a group is always worth it
+        share.clear();
+        share.add(array.span(), hyper(1), None).expect("trainable");
+        // SAFETY: the array is the test's own and outlives the run.
+        let [processor, lanes] = unsafe { share.run(&pool, &clock(), &|| Ok(paging)) }.expect("works");
+        assert_eq!(processor.elems + lanes.elems, 64 * PIECE as u64);
+        lanes.elems
+    };
+    assert!((0..100).any(|_| lanes_with(false) > 0), "lanes take their part of a free link");
+    assert!((0..10).all(|_| lanes_with(true) == 0));
+}
+
+#[test]
 fn nothing_is_added_without_a_kernel_and_nothing_is_nothing() {
     let mut share = Share::new(None, Sharing::Lanes);
     let mut array = Arrays::new(DType::F32, 8);
@@ -232,7 +252,7 @@ fn nothing_is_added_without_a_kernel_and_nothing_is_nothing() {
     assert!(!share.set_split(Sharing::Lanes) && !share.shares());
     let pool = Pool::new(Some(1)).expect("threads");
     // SAFETY: there is nothing in the set.
-    let done = unsafe { share.run(&pool, &clock()) }.expect("works");
+    let done = unsafe { share.run(&pool, &clock(), &|| Ok(false)) }.expect("works");
     assert_eq!(done.map(|work| (work.elems, work.bytes)), [(0, 0); 2]);
 }
 

@@ -96,6 +96,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let shared = Arc::new(Shared {
         jobs: (0..units).map(|_| Mutex::new(Job::default())).collect(),
         clipped: Clipped::default(),
+        paging: Mutex::new(None),
         guesses: (0..units).map(|_| Mutex::new(None)).collect(),
         inner: Mutex::new(Inner::new(machine, units)),
         placement: plan,

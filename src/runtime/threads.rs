@@ -131,10 +131,18 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
 /// Waits for the end of a copy, or of a step.
 pub(crate) fn ended(shared: &Shared, link: Link, what: Ended) -> Result<()> {
     let (Ended::Copy(Landing { gate, .. }) | Ended::Step { gate, .. }) = what;
+    if let Ended::Copy(Landing { marks, .. }) = &what
+        && link == Link::Up
+    {
+        *shared.paging.lock() = Some(marks.0);
+    }
     while !shared.device.block(gate, Duration::from_millis(100))? {
         if shared.inner.lock().closing {
             return Ok(());
         }
+    }
+    if link == Link::Up {
+        *shared.paging.lock() = None;
     }
     match what {
         Ended::Copy(landing) => landed(shared, link, landing),
