@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from multiprocessing.reduction import ForkingPickler
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.utils._foreach_utils
 import torch.utils.checkpoint
 from torch import nn
+from torch.multiprocessing.reductions import reduce_tensor
 
 from funicular._clip import NOTHING, recognised
 from funicular._core import ThreadSwitch
@@ -454,6 +456,15 @@ class GuardedGrad(torch.Tensor):
         """Pickle as an ordinary tensor."""
         copy: Any = self.clone()
         return copy.__reduce_ex__(proto)
+
+
+def _send(grad: GuardedGrad) -> Any:
+    """Send an ordinary tensor with the same bytes to another process, as torch sends tensors."""
+    return reduce_tensor(grad.clone())  # type: ignore[no-untyped-call]
+
+
+# As torch does for its own classes: on a GPU a storage cannot be sent, only a tensor.
+ForkingPickler.register(GuardedGrad, _send)
 
 
 def _known_to_foreach() -> None:

@@ -280,10 +280,14 @@ def _remove_hooks(session: Session, p: Any) -> None:
 
 
 def _move_buffers(model: nn.Module, session: Session) -> None:
+    """Bring buffers to the device; one that several modules share stays one."""
+    moved: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != session.device:
-                module._buffers[name] = buffer.to(session.device)
+                if id(buffer) not in moved:
+                    moved[id(buffer)] = buffer.to(session.device)
+                module._buffers[name] = moved[id(buffer)]
 
 
 def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:

@@ -141,8 +141,9 @@ class Session:
         if unit.moving:
             self._go_home(unit)
         self._before_use(unit)
-        for other in unit.neighbours:
-            if other.held and other.depth == 0:
+        # In backward nothing else tells that a window has been passed; its frames are wanted for what comes next.
+        for other in self.units if phase == BACKWARD else unit.neighbours:
+            if other.held and other.depth == 0 and other is not unit:
                 self.close(other)
         # First, so that whatever strikes in between leaves something to be put right.
         unit.held = unit.moving = True

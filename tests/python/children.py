@@ -51,10 +51,15 @@ def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, st
 
 
 def succeed(
-    body: str, disk: str, placement: dict[str, str], device: str = "host", prefix: Sequence[str] = ()
+    body: str,
+    disk: str,
+    placement: dict[str, str],
+    device: str = "host",
+    prefix: Sequence[str] = (),
+    seconds: float = 60,
 ) -> list[str]:
     """Run a script that must end well; its lines."""
-    status, out, err = finish(start(body, disk, placement, device, prefix))
+    status, out, err = finish(start(body, disk, placement, device, prefix), seconds)
     assert status == 0, f"status {status}\n{out}\n{err}"
     assert "panicked" not in err, err
     return out.splitlines()

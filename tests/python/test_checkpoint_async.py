@@ -14,7 +14,7 @@ import children
 import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS
-from models import WIDTH, Stack
+from models import WIDTH, Block, Stack, stack
 from test_checkpoint import PLACES, SECTIONS, Odd, assert_same_files, begin, build, go_on, world_of
 from twin import Run, World, match
 
@@ -198,10 +198,11 @@ def test_many_in_a_row(nvme_world: World, tmp_path: Path):
 
 def test_an_error_is_told_by_the_handle_or_by_the_next_save(host_world: World, tmp_path: Path):
     """Training goes on as if nothing had been; the next save tells once, and the one after it works."""
-    alone = begin(host_world, Stack)
+    small = stack(lambda: Block(32), width=32)  # a file of it is one write
+    alone = begin(host_world, small)
     alone.train(2, look=False)
     expected = go_on(alone)
-    run = begin(host_world, Stack, debug={"faults": "write:enospc@1x2"})
+    run = begin(host_world, small, debug={"faults": "write:enospc@1x2"})
     run.train(2, look=False)
     told = funicular.save(run.model, None, tmp_path / "a", wait=False)
     for _ in range(2):

@@ -1,5 +1,6 @@
 """Everything that can go wrong around a checkpoint: an error with a name, nothing lost, and training goes on."""
 
+import bisect
 import os
 import random
 import shutil
@@ -292,23 +293,30 @@ def test_the_tier_cannot_be_read(fault: str, code: str, engine: str, disk: str, 
     if engine == "io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
     world = World(DEVICE, (disk,), params="nvme", optimizer="nvme", engine=engine)
-    met = []
-    for number in range(1, 200, 7):
+
+    def struck(number: int) -> str:
+        """Which phase the fault meets that begins at this read."""
         run = begin(world, debug={"faults": f"read:{fault}@{number}x{FOREVER}"})
         try:
             run.train(1, look=False)
         except funicular.Error:
-            continue
+            return "1 training"
         try:
             funicular.save(run.model, run.opt, tmp_path / "c")
         except funicular.StorageError as error:
             assert error.code == code, error
-            met.append(number)
             assert not os.listdir(tmp_path)
-            continue
-        break
-    assert os.listdir(tmp_path) == ["c"]
-    assert len(met) > 2, "no read of a save was struck"
+            return "2 save"
+        assert os.listdir(tmp_path) == ["c"]
+        shutil.rmtree(tmp_path / "c")
+        return "3 none"
+
+    numbers = range(1, 1 << 14)
+    first, end = (bisect.bisect_left(numbers, phase, key=struck) + 1 for phase in ("2 save", "3 none"))
+    assert end - first > 2, "no read of a save was struck"
+    some = (end - first) // 4  # reads ahead make the ends a little uncertain
+    for number in range(first + some, end - some, max(1, some // 2)):
+        assert struck(number) == "2 save", number
 
 
 def in_namespace(script: str, body: str, disk: str) -> list[str]:

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -13,8 +14,9 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
+from funicular._offload import session_of
 from models import WIDTH, Block, Decoder, Stack, stack
-from twin import Run, case, compare
+from twin import Run, World, case, compare
 
 # Torch says so when an outer reentrant checkpoint runs an inner one without gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
@@ -217,3 +219,27 @@ def test_save_on_cpu_around_checkpoints(run: Run):
         with torch.autograd.graph.save_on_cpu():
             loss = run.model(run.data(4, WIDTH)).square().mean()
         run.step(loss)
+
+
+@pytest.mark.parametrize("how", ["plain", "saved_tensors", "reentrant"])
+def test_backward_gives_up_what_it_has_passed(how: str, host_world: World):
+    """A window ends where the next one begins: its frames are needed for what comes after that."""
+    call = functools.partial(checkpoint, use_reentrant=how == "reentrant")
+    run = Run(host_world, True)
+    run.model = run.wrap(Stack(depth=10, call=lambda b, x: b(x) if how == "plain" else call(b, x)), frames=6)
+    session = session_of(run.model)
+    held: list[int] = []
+
+    def count(grad: torch.Tensor) -> None:
+        held.append(sum(unit.held for unit in session.units))
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        if out.requires_grad:  # not in the first run of a reentrant checkpoint
+            out.register_hook(count)
+
+    for layer in run.model.layers:
+        layer.register_forward_hook(watch)
+    for _ in range(2):
+        run.model(run.data(4, run.model.width)).square().mean().backward()
+    assert len(held) >= 20
+    assert max(held) <= 2, held

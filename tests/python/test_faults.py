@@ -12,7 +12,7 @@ import children
 import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS
-from models import WIDTH, Stack, stack
+from models import CUDA, WIDTH, Stack, stack
 from twin import Mismatch, Run, World, compare
 
 FOREVER = 10**9
@@ -183,7 +183,8 @@ def test_read_outside_a_step(what: str, engine: str, disk: str):
     """A stray read that fails is an error there and then, not stale memory."""
     world = World(DEVICE, (disk,), "nvme", "nvme", engine)
     run = Run(world, True)
-    run.model = run.wrap(Stack(), debug={"faults": f"read:eio@200x{FOREVER}"})
+    # Somewhere in the reads below: units have more blocks on a GPU.
+    run.model = run.wrap(Stack(), debug={"faults": f"read:eio@{1500 if CUDA else 200}x{FOREVER}"})
     run.opt = run.adamw()
     run.train(2, look=False)
     run.model(run.data(4, WIDTH)).mean().backward()
@@ -275,9 +276,11 @@ def test_interrupted_in_user_code(engine: str, disk: str):
     """Ctrl-C in a slow module, in forward and in backward: KeyboardInterrupt, then exact training."""
     body = "FAULTS, HOOK = '', True\n" + INTERRUPTED
     lines = children.succeed(body, disk, PLACEMENTS[f"nvme-{engine}"], DEVICE)
-    assert lines == ["forward in time", "backward in time", "exact"]
+    # A GPU's backward runs in a thread of autograd; torch's own wait for it looks at no signals.
+    assert lines == ["forward in time", f"backward {'late' if CUDA else 'in time'}", "exact"]
 
 
+@pytest.mark.timing
 def test_interrupted_while_waiting_for_the_disk(engine: str, disk: str):
     """Ctrl-C while a page-in hangs for seconds: the wait ends at once, the read when it can; then exact training."""
     body = """
@@ -285,6 +288,7 @@ def test_interrupted_while_waiting_for_the_disk(engine: str, disk: str):
     def script(run):
         run.model = run.wrap(Stack(depth=12), debug={"faults": "read:delay=2500ms@150x1"})
         run.opt = run.adamw()
+        run.train(2)  # what is done once takes seconds on a GPU
         for step in range(12):
             x = run.data(4, WIDTH)
             done = threading.Event()

@@ -10,6 +10,7 @@ import children
 import facts
 import interrupts
 from conftest import DEVICE, PLACEMENTS
+from models import CUDA
 
 SCENARIOS = {
     "host": ["forward_and_backward", "step_and_zero_grad"],
@@ -37,7 +38,8 @@ def in_child(call: str, placement: str, disk: str, io_uring: bool) -> str:
 @pytest.mark.parametrize(("placement", "scenario"), [(p, s) for p, scenarios in SCENARIOS.items() for s in scenarios])
 def test_at_every_point(placement: str, scenario: str, disk: str, io_uring: bool):
     """At points at which CPython looks at signals, once each; `make soak` takes all of them."""
-    assert int(in_child(f"{scenario}(world, every=False)", placement, disk, io_uring)) > 100
+    # Of a GPU's backward, which runs in a thread of its own, signals strike none.
+    assert int(in_child(f"{scenario}(world, every=False)", placement, disk, io_uring)) > (50 if CUDA else 100)
 
 
 @pytest.mark.slow

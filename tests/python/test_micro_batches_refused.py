@@ -41,7 +41,9 @@ def calls(*args, **kwargs):
 
 def test_a_table_over_positions(host_world):
     build = calls(lambda x: torch.ones(3, WIDTH))
-    refused(host_world, build, r"argument 'table' has shape \(3, 32\).*neither the batch, 4, nor 1.*unsqueeze\(0\)")
+    refused(
+        host_world, build, rf"argument 'table' has shape \(3, {WIDTH}\).*neither the batch, 4, nor 1.*unsqueeze\(0\)"
+    )
 
 
 def test_a_table_in_a_nest(host_world):
@@ -122,7 +124,7 @@ def test_scalar_outputs(host_world):
 
 
 def test_flattened_outputs(host_world):
-    refused(host_world, gives(lambda x: x.flatten(0, 1)), r"its output 1 has shape \(6, 32\)")
+    refused(host_world, gives(lambda x: x.flatten(0, 1)), rf"its output 1 has shape \(6, {WIDTH}\)")
 
 
 def test_an_output_of_one_element(host_world):
@@ -193,7 +195,7 @@ def test_arguments_that_change(host_world):
             table += 1
             return super().forward(x) + table
 
-    refused(host_world, lambda: Stack(Adds, call=lambda b, x: b(x, torch.ones(4, 1, 1))), "changes its argument 1 in place", "FN-E121")  # fmt: skip
+    refused(host_world, lambda: Stack(Adds, call=lambda b, x: b(x, x.new_ones(4, 1, 1))), "changes its argument 1 in place", "FN-E121")  # fmt: skip
 
 
 def test_another_shape_the_second_time(host_world):

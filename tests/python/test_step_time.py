@@ -263,6 +263,8 @@ def test_ranges_are_only_where_asked_for(host_world: World):
 )
 def test_the_slower_stage_of_a_chain_binds(update: float, copy: float, cpu: float, up: float, binds: str):
     stalls = {"update": update, "nvme_read": 0.0, "nvme_write": 0.0, "copy": copy, "grads": 0.0}
-    busy = dict.fromkeys(("host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update", "gpu_update"), 0.0)
+    busy = dict.fromkeys(
+        ("host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update", "gpu_update"), 0.0
+    )
     step = StepTime(1.15, 0.8, stalls, busy | {"cpu_update": cpu, "host_to_device": up})
     assert step.binding == binds
