@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 __all__ = ["summary"]
@@ -25,7 +26,12 @@ def summary(lines: list[Line]) -> list[Line]:
     steps = [x for x in lines if {"part", "system", "seconds"} <= x.keys()]
     # A step whose gradients are all clipped is another workload than one in which they are not.
     runs = {(x["part"], x["system"], full_tokens(x), x["compiled"], x["max_norm"] > FREE): x for x in steps}
-    rates = next((x["profile"] for x in reversed(lines) if "profile" in x), None)
+    profiles = [x["profile"] for x in lines if "profile" in x]
+    rates = profiles[-1] if profiles else None
+    if rates and all("nvme" in profile for profile in profiles):
+        # Measured before and after: the rate of a virtual disk changes.
+        kinds = ("read", "write", "read_write")
+        rates = rates | {"nvme": {k: statistics.mean(profile["nvme"][k] for profile in profiles) for k in kinds}}
     return [
         {"summary": line.pop("of"), **line}
         for found in (bits(runs), main(runs, rates), nvme(runs, rates), six(runs, rates), eleven(runs))

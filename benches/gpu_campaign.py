@@ -107,7 +107,8 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         else ["--layers", "24", "--dim", "2048", "--seq", "2048", "--tokens", "16384", "--dtype", "bfloat16"]
     )
     share = [str(HERE / "update_share.py"), "--units", "4", "--millions", "128", "--rounds", "7"]
-    nvme = ["--tokens", s.tokens(16384), *few]
+    # The update of one step ends in the next, and the first of all reads nothing.
+    nvme = ["--tokens", s.tokens(16384), "--warmup", "2", "--steps", "3"]
     six = ["--tokens", s.tokens(32768), *few]
     eleven = ["--tokens", s.tokens(65536), "--micro-batch", rows, *few]
     # Less than it could have, so that the disk gets its part.
@@ -122,6 +123,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         Case("nvme", "in_hbm", s.train("1.35", "--systems", "in_hbm,compute", *nvme), 15, 40),
         Case("nvme", "nvme", s.train("1.35", "--systems", "nvme", *nvme, disk=disk), 50, 110),
         Case("nvme", "states", s.train("1.35", "--systems", "states_nvme", *nvme, disk=disk), 50, 110),
+        Case("nvme", "bench", bench, 20, 50),
         Case("six", "compute", s.train("6.7", "--systems", "compute", *six), 25, 50),
         Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *six), 60, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
@@ -196,7 +198,7 @@ class Campaign:
     def profile(self, case: Case) -> None:
         """Keep the rates that a case has measured."""
         file = Path(self.file.name).with_name("profile.toml")
-        if case.part != "rates" or not file.exists():
+        if "--save" not in case.argv or not file.exists():
             return
         try:
             import tomllib
