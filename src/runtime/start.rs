@@ -6,7 +6,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device::{self, Device, DeviceKind},
+    device::{self, Device, DeviceKind, Lanes},
     error::{Code, Result},
     io::{DirectIo, EngineOptions, IoCompletion},
     memory::SlotPool,
@@ -62,7 +62,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let (mut plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let mut notes = running.notes();
-    let share = open_share(&*device, config, &mut plan, &mut notes)?;
+    let share = open_share(|count, bytes| device.create_lanes(count, bytes), config.updates, &mut plan, &mut notes)?;
     let homes = Homes::new(&layout, &plan)?;
     let channels = Channels {
         done: bounded(4096),
@@ -135,13 +135,17 @@ impl Disk {
 }
 
 /// Makes the lanes that the plan has room for. Where nobody insists on them, there are none without a compiler for their kernels.
-fn open_share(device: &dyn Device, config: &Config, plan: &mut Placement, notes: &mut Vec<String>) -> Result<Share> {
-    let (split, wish) = config.updates;
+pub(super) fn open_share(
+    create: impl FnOnce(usize, u64) -> Result<Arc<dyn Lanes>>,
+    (split, wish): (Sharing, LaneUse),
+    plan: &mut Placement,
+    notes: &mut Vec<String>,
+) -> Result<Share> {
     if plan.lane_elems == 0 {
         return Ok(Share::new(None, Sharing::Processor));
     }
     let lanes = placement::lanes::COUNT;
-    match device.create_lanes(lanes as usize, plan.lane_bytes / lanes) {
+    match create(lanes as usize, plan.lane_bytes / lanes) {
         Ok(lanes) => Ok(Share::new(Some((lanes, plan.lane_elems)), split)),
         Err(error) if wish == LaneUse::IfRoom && error.code() == Code::NoCompiler => {
             notes.push(format!("FN-W210 the GPU takes no part in updates: {}", error.message()));

@@ -10,6 +10,7 @@ use crate::{
     model::{ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
     runtime::stats::Link,
+    schedule::LaneUse,
     units::ByteCount,
 };
 
@@ -29,6 +30,33 @@ fn runtime(dir: &tempfile::TempDir, params: &str, faults: &str) -> Runtime {
         dir.path()
     );
     Runtime::open(Layout::new(&units).unwrap(), &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0)).unwrap()
+}
+
+#[test]
+fn without_a_compiler_the_processor_updates_alone_and_says_so() {
+    let unit = UnitSpec {
+        name: "unit".to_owned(),
+        params: vec![ParamSpec { name: "w".to_owned(), numel: ELEMS, dtype: DType::F32, trainable: true }],
+    };
+    let policy =
+        r#"{"device": "host", "budget": {"host": "64MiB"}, "params": {"tier": "host"}, "optimizer": {"where": "gpu"}}"#;
+    let policy = Policy::from_json_str(policy, "test").unwrap();
+    let rt = Runtime::open(Layout::new(&[unit]).unwrap(), &policy, ByteCount(0)).unwrap();
+    let planned = rt.shared().unwrap().placement.clone();
+    assert!(planned.lane_elems > 0 && planned.lane_bytes > 0);
+    let open = |wish, code| {
+        let (mut plan, mut notes) = (planned.clone(), Vec::new());
+        let create = |_: usize, _: u64| Err(Error::new(code, "libnvrtc is not to be found."));
+        start::open_share(create, (Sharing::Rates, wish), &mut plan, &mut notes)
+            .map(|share| (share.shares(), plan, notes))
+    };
+    let (shares, plan, notes) = open(LaneUse::IfRoom, Code::NoCompiler).unwrap();
+    assert!(!shares, "there is nobody to share with");
+    assert_eq!((plan.lane_elems, plan.lane_bytes), (0, 0));
+    assert_eq!(plan.hbm_bytes, planned.hbm_bytes - planned.lane_bytes);
+    assert_eq!(notes, ["FN-W210 the GPU takes no part in updates: libnvrtc is not to be found."]);
+    assert_eq!(open(LaneUse::Always, Code::NoCompiler).unwrap_err().code(), Code::NoCompiler);
+    assert_eq!(open(LaneUse::IfRoom, Code::Cuda).unwrap_err().code(), Code::Cuda);
 }
 
 fn disk() -> tempfile::TempDir {
