@@ -31,6 +31,7 @@ mod threads;
 mod ticket;
 pub mod trace;
 mod update;
+mod write_behind;
 
 use std::{sync::Arc, thread::JoinHandle};
 

@@ -45,7 +45,7 @@ impl ReadAhead {
     pub(super) fn new(shared: &Arc<Shared>, chunks: u64, control: &Arc<Control>) -> Result<Self> {
         let size = ByteCount(shared.disk()?.store.chunk_bytes());
         let pool = SlotPool::new(chunks as u32, size, "a save's reads")?;
-        let done = shared.saves.reads();
+        let done = shared.saves.reads.open();
         let (shared, control) = (Arc::clone(shared), Arc::clone(control));
         let (runs, ahead) = (VecDeque::new(), VecDeque::new());
         Ok(Self { shared, control, done, pool, runs, ahead, last: None })
@@ -109,7 +109,7 @@ impl ReadAhead {
             if chunks.start == chunks.end {
                 self.runs.pop_front();
             }
-            let number = self.shared.saves.number();
+            let number = self.shared.saves.reads.number();
             let mut chunk = Chunk { segment, index, number, lease: None };
             if store.written(segment, index) {
                 let mut parts = Vec::with_capacity(1);

@@ -15,8 +15,10 @@ use crate::{
     runtime::{
         Interrupted, Runtime,
         core::{Disk, Shared},
+        files::Map,
         saves::group_of,
         stats::Cause,
+        write_behind::WriteBehind,
     },
     units::UnitId,
 };
@@ -71,6 +73,15 @@ struct Fill<'a> {
     conversion: Conversion,
 }
 
+/// A load, and the memory that it may take: frames of its reader, chunks on their way to NVMe.
+struct Work<'a> {
+    contents: &'a Contents,
+    fills: &'a [Fill<'a>],
+    means: &'a Means,
+    chunks: u64,
+    control: &'a Control,
+}
+
 impl Runtime {
     /// Loads states, after the work on `stream`; the units' windows are closed. `control` tells how far it is.
     ///
@@ -98,9 +109,11 @@ impl Runtime {
             let gate = shared.device.record(on)?;
             shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
         }
-        let means = shared.means(0)?;
-        let result = aside(control, interrupted, || shared.fill(contents, &fills, &means, control));
-        shared.stats.returned(means.bytes());
+        let (chunks, kept) = shared.chunks_kept();
+        let means = shared.means(kept)?;
+        let work = Work { contents, fills: &fills, means: &means, chunks, control };
+        let result = aside(control, interrupted, || shared.fill(&work));
+        shared.stats.returned(means.bytes() + kept);
         result
     }
 }
@@ -222,11 +235,11 @@ fn fill_of<'a>(shared: &Shared, contents: &'a Contents, item: Item) -> Result<Fi
 }
 
 impl Shared {
-    fn fill(&self, contents: &Contents, fills: &[Fill<'_>], means: &Means, control: &Control) -> Result<()> {
+    fn fill(&self, work: &Work<'_>) -> Result<()> {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| self.populate(fills, &over));
-            let filled = self.fill_all(contents, fills, means, control);
+            scope.spawn(|| self.populate(work.fills, &over));
+            let filled = self.fill_all(work);
             over.store(true, Ordering::Relaxed);
             filled
         })
@@ -248,14 +261,16 @@ impl Shared {
         }
     }
 
-    fn fill_all(&self, contents: &Contents, fills: &[Fill<'_>], means: &Means, control: &Control) -> Result<()> {
+    fn fill_all(&self, &Work { contents, fills, means, chunks, control }: &Work<'_>) -> Result<()> {
         let tensors = fills.iter().filter_map(|f| f.found).collect();
         let mut reader = TensorReader::open(contents, tensors, means, control)?;
+        let writer = self.disk.as_ref().map(|disk| WriteBehind::new(self, disk, chunks, control));
+        let mut writer = writer.transpose()?;
         for segment in fills.chunk_by(|a, b| key(a) == key(b)) {
             let (unit, _, kind) = key(&segment[0]);
             self.settle_disk(unit, &mut || control.check().is_err())?;
             if kind != StateKind::Param {
-                self.fill_segment(segment, &mut reader, control)?;
+                self.fill_segment(segment, &mut reader, writer.as_mut(), control)?;
                 continue;
             }
             self.event(|m, _| m.begin_write(unit))?;
@@ -263,7 +278,10 @@ impl Shared {
             let quiet = self.wait(self.lock()?, &what, &mut || control.check().is_err(), |i| {
                 Ok((!i.machine.reading(unit)).then_some(()))
             });
-            let filled = quiet.and_then(|()| self.fill_segment(segment, &mut reader, control));
+            let filled = quiet.and_then(|()| {
+                self.fill_segment(segment, &mut reader, writer.as_mut(), control)?;
+                writer.as_mut().map_or(Ok(()), WriteBehind::finish)
+            });
             self.event(|m, out| {
                 // A copy out of the home that was enqueued before is of no use.
                 m.invalidate(unit);
@@ -271,16 +289,22 @@ impl Shared {
             })?;
             filled?;
         }
-        Ok(())
+        writer.as_mut().map_or(Ok(()), WriteBehind::finish)
     }
 
-    /// Fills one state of one section.
-    fn fill_segment(&self, fills: &[Fill<'_>], reader: &mut TensorReader<'_>, control: &Control) -> Result<()> {
+    /// Fills one state of one section; what goes to NVMe may still be on its way.
+    fn fill_segment(
+        &self,
+        fills: &[Fill<'_>],
+        reader: &mut TensorReader<'_>,
+        writer: Option<&mut WriteBehind<'_>>,
+        control: &Control,
+    ) -> Result<()> {
         let Item { unit, section, kind, .. } = fills[0].item;
         let packed = &self.layout.unit(unit).sections[section];
         let size = kind.element_size(packed.dtype);
         let on_disk = self.disk.as_ref().and_then(|d| Some((d, d.map.segment(unit, section, kind)?)));
-        let Some((disk, segment)) = on_disk else {
+        let (Some((disk, segment)), Some(writer)) = (on_disk, writer) else {
             let home = self.homes.address(unit, section, packed.offset, kind);
             for fill in fills {
                 control.check()?;
@@ -297,14 +321,14 @@ impl Shared {
         if covered < places.map(|p| p.numel).sum() {
             return self.fill_around((disk, segment), fills, size, reader, control);
         }
-        let all = 0..packed.bytes(kind);
-        let (mut next, mut failed) = (0, None);
-        self.segment_io(disk, segment, all, Direction::Write, &mut || control.check().is_err(), &mut |piece, at| {
-            if failed.is_none() {
-                failed = fill_piece(fills, &mut next, size, piece, at, reader).err();
-            }
-        })?;
-        failed.map_or(Ok(()), Err)
+        let (mut next, store) = (0, &disk.store);
+        for chunk in Map::store_chunks(store, 0..packed.bytes(kind)) {
+            let mut lease = writer.chunk()?;
+            let piece = &mut lease.bytes()[..store.chunk_len(segment, chunk) as usize];
+            fill_piece(fills, &mut next, size, piece, chunk as usize * store.chunk_bytes() as usize, reader)?;
+            writer.write(segment, chunk, lease)?;
+        }
+        Ok(())
     }
 
     /// Fills part of a segment on NVMe, and keeps the rest: another optimizer's states, parameters of other strides.

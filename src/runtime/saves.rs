@@ -67,9 +67,38 @@ pub(crate) struct Saves {
     state: Mutex<State>,
     changed: Condvar,
     running: Mutex<Option<(Arc<Control>, JoinHandle<()>)>>,
-    /// Where the reads of the save under way end.
-    reads: Mutex<Option<Sender<IoCompletion>>>,
+    /// Where the reads of the save under way end, and the writes of a load.
+    pub(crate) reads: Ends,
+    pub(crate) writes: Ends,
+}
+
+/// Where requests end that neither steps nor a single wait have begun.
+#[derive(Debug, Default)]
+pub(crate) struct Ends {
+    to: Mutex<Option<Sender<IoCompletion>>>,
     number: AtomicU32,
+}
+
+impl Ends {
+    /// Takes the ends of requests from whoever had them before.
+    pub(crate) fn open(&self) -> Receiver<IoCompletion> {
+        let (sender, receiver) = unbounded();
+        *self.to.lock() = Some(sender);
+        receiver
+    }
+
+    /// A number that no other request has used.
+    pub(crate) fn number(&self) -> u32 {
+        self.number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A request has ended.
+    pub(crate) fn ended(&self, done: IoCompletion) {
+        if let Some(to) = &*self.to.lock() {
+            // Of somebody who has given up: its memory goes with it.
+            let _ = to.send(done);
+        }
+    }
 }
 
 impl Saves {
@@ -85,26 +114,6 @@ impl Saves {
             (true, false) => Progress::Ready,
         }));
         self.active.store(true, Ordering::Release);
-    }
-
-    /// Takes the ends of the reads that saves begin, from whoever had them before.
-    pub(crate) fn reads(&self) -> Receiver<IoCompletion> {
-        let (sender, receiver) = unbounded();
-        *self.reads.lock() = Some(sender);
-        receiver
-    }
-
-    /// A number for a read that no other save has used.
-    pub(crate) fn number(&self) -> u32 {
-        self.number.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// A read of a save has ended.
-    pub(crate) fn was_read(&self, done: IoCompletion) {
-        if let Some(reads) = &*self.reads.lock() {
-            // Of a save that has ended: its memory goes with it.
-            let _ = reads.send(done);
-        }
     }
 
     /// The save needs nothing any more.

@@ -92,8 +92,7 @@ impl Runtime {
         for (tensor, source) in request.tensors.iter_mut().zip(&sources) {
             tensor.group = source.group();
         }
-        let chunks = if shared.disk.is_some() { shared.placement.chunks_ahead(shared.host_left()) } else { 0 };
-        let kept = chunks * shared.disk.as_ref().map_or(0, |d| d.store.chunk_bytes());
+        let (chunks, kept) = shared.chunks_kept();
         let means = shared.means(kept)?;
         let memory = means.bytes() + kept;
         begin(shared, request, sources, unchanged, (means, chunks), memory, stream).inspect_err(|_| {
@@ -363,6 +362,13 @@ impl Shared {
     /// What is left of the host budget now.
     fn host_left(&self) -> u64 {
         self.placement.shadow_bytes.saturating_sub(self.stats.shadows().0)
+    }
+
+    /// How many chunks a save reads ahead, or a load writes behind, and their bytes.
+    pub(crate) fn chunks_kept(&self) -> (u64, u64) {
+        let Some(disk) = &self.disk else { return (0, 0) };
+        let chunks = self.placement.chunks_ahead(self.host_left());
+        (chunks, chunks * disk.store.chunk_bytes())
     }
 
     /// How a save or a load works within what is left of the host budget, its frames and `more` bytes counted there; to be given back

@@ -6,7 +6,7 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device::{self, Device, DeviceKind, Lanes},
+    device::{self, DeviceKind, Lanes},
     error::{Code, Result},
     io::{DirectIo, EngineOptions, IoCompletion},
     memory::SlotPool,

@@ -56,7 +56,7 @@ fn without_a_compiler_the_processor_updates_alone_and_says_so() {
     assert_eq!(plan.hbm_bytes, planned.hbm_bytes - planned.lane_bytes);
     assert_eq!(notes, ["FN-W210 the GPU takes no part in updates: libnvrtc is not to be found."]);
     assert_eq!(open(LaneUse::Always, Code::NoCompiler).unwrap_err().code(), Code::NoCompiler);
-    assert_eq!(open(LaneUse::IfRoom, Code::Cuda).unwrap_err().code(), Code::Cuda);
+    assert_eq!(open(LaneUse::IfRoom, Code::Stale).unwrap_err().code(), Code::Stale);
 }
 
 fn disk() -> tempfile::TempDir {

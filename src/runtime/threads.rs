@@ -73,9 +73,10 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             let busy = inner.busy_write.add(started, now);
             shared.stats.moved(Link::NvmeWrite, written, busy);
         }
-        if let Ticket::Save(number) = ticket {
+        if let Ticket::Save(number) | Ticket::Load(number) = ticket {
             drop(inner);
-            shared.saves.was_read(IoCompletion { ticket: u64::from(number), lease, parts, result, nanos });
+            let ends = if matches!(ticket, Ticket::Save(_)) { &shared.saves.reads } else { &shared.saves.writes };
+            ends.ended(IoCompletion { ticket: u64::from(number), lease, parts, result, nanos });
             return Ok(());
         }
         if let Ticket::Service(number) = ticket {
@@ -124,7 +125,7 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             drop(lease);
             shared.event(|m, out| m.chunk_written(unit, index, out))
         }
-        Ticket::Service(_) | Ticket::Save(_) => Ok(()),
+        Ticket::Service(_) | Ticket::Save(_) | Ticket::Load(_) => Ok(()),
     }
 }
 

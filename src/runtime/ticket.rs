@@ -12,6 +12,8 @@ pub(crate) enum Ticket {
     Service(u32),
     /// Of a save that reads ahead; numbered through all saves.
     Save(u32),
+    /// Of a load that writes behind; likewise.
+    Load(u32),
 }
 
 impl Ticket {
@@ -23,6 +25,7 @@ impl Ticket {
             Self::WriteChunk(u, c) => pack(2, u, c),
             Self::Service(n) => 3 << 62 | u64::from(n),
             Self::Save(n) => 3 << 62 | 1 << 32 | u64::from(n),
+            Self::Load(n) => 3 << 62 | 2 << 32 | u64::from(n),
         }
     }
     pub(crate) const fn decode(n: u64) -> Self {
@@ -34,7 +37,8 @@ impl Ticket {
             1 => Self::ReadChunk(unit, chunk),
             2 => Self::WriteChunk(unit, chunk),
             _ if unit.0 == 0 => Self::Service(chunk),
-            _ => Self::Save(chunk),
+            _ if unit.0 == 1 => Self::Save(chunk),
+            _ => Self::Load(chunk),
         }
     }
 }
@@ -53,6 +57,8 @@ mod tests {
             Ticket::Service(u32::MAX),
             Ticket::Save(0),
             Ticket::Save(u32::MAX),
+            Ticket::Load(0),
+            Ticket::Load(u32::MAX),
         ] {
             assert_eq!(Ticket::decode(t.encode()), t);
         }

@@ -319,6 +319,35 @@ def test_the_tier_cannot_be_read(fault: str, code: str, engine: str, disk: str, 
         assert struck(number) == "2 save", number
 
 
+@pytest.mark.parametrize("engine", ["threads", "io_uring"])
+def test_the_tier_cannot_be_written(engine: str, saved: Path, disk: str, io_uring: bool):
+    """What a load writes to NVMe fails: an error by name, and a model that is half loaded does not run."""
+    if engine == "io_uring" and not io_uring:
+        pytest.skip("io_uring does not work here")
+    world = World(DEVICE, (disk,), params="nvme", optimizer="nvme", engine=engine)
+
+    def struck(number: int) -> str:
+        """Which phase the fault meets that begins at this write."""
+        try:
+            run = begin(world, debug={"faults": f"write:eio@{number}x{FOREVER}"})
+        except funicular.Error:
+            return "1 offload"
+        try:
+            funicular.load(saved, run.model, run.opt)
+        except funicular.StorageError as error:
+            assert error.code == "FN-E301", error
+            with pytest.raises(funicular.RuntimeFailure, match="FN-E410"):
+                run.train(1)
+            return "2 load"
+        return "3 none"
+
+    numbers = range(1, 1 << 12)
+    first, end = (bisect.bisect_left(numbers, phase, key=struck) + 1 for phase in ("2 load", "3 none"))
+    assert end - first > 2, "no write of a load was struck"
+    for number in {first, (first + end) // 2, end - 1}:
+        assert struck(number) == "2 load", number
+
+
 def in_namespace(script: str, body: str, disk: str) -> list[str]:
     """Run a script behind mounts that only it sees."""
     if os.geteuid() != 0 or not shutil.which("unshare"):
