@@ -111,8 +111,8 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     nvme = ["--tokens", s.tokens(16384), "--warmup", "2", "--steps", "3"]
     six = ["--tokens", s.tokens(32768), *few]
     eleven = ["--tokens", s.tokens(65536), "--micro-batch", rows, *few]
-    # Less than it could have, so that the disk gets its part.
-    host = f"{int(limits()[0] * 0.82)}B"
+    # Less than it could have, so that the disk gets its part, and room for activations.
+    host, hbm = f"{int(limits()[0] * 0.82)}B", f"{int(hbm_bytes() * 0.55)}B" if device == "cuda" else ""
     check = ["compute-sanitizer", "--error-exitcode", "1", sys.executable]
     return [
         Case("bits", "bits", s.train("0.4", *bits), 40, 90),
@@ -127,7 +127,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         Case("six", "compute", s.train("6.7", "--systems", "compute", *six), 25, 50),
         Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *six), 60, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
-        Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm="36GiB", host=host, disk=disk), 100, 200),
+        Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 100, 230),
         Case("share", "alone", share, 20, 40),
         Case("share", "beside", [*share, "--beside"], 20, 40),
         Case("truth", "plan_truth", truth, 40, 90),
@@ -213,6 +213,12 @@ class Campaign:
             except ValueError:
                 line = None
             self.say(named | (line if isinstance(line, dict) else {"says": text.rstrip()}))
+
+
+def hbm_bytes() -> int:
+    """Of the first GPU."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 
 
 def limits() -> tuple[int, int]:
