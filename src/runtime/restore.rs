@@ -278,10 +278,9 @@ impl Shared {
             let quiet = self.wait(self.lock()?, &what, &mut || control.check().is_err(), |i| {
                 Ok((!i.machine.reading(unit)).then_some(()))
             });
-            let filled = quiet.and_then(|()| {
-                self.fill_segment(segment, &mut reader, writer.as_mut(), control)?;
-                writer.as_mut().map_or(Ok(()), WriteBehind::finish)
-            });
+            let filled = quiet.and_then(|()| self.fill_segment(segment, &mut reader, writer.as_mut(), control));
+            // Before anybody reads them again.
+            let filled = filled.and(writer.as_mut().map_or(Ok(()), WriteBehind::finish));
             self.event(|m, out| {
                 // A copy out of the home that was enqueued before is of no use.
                 m.invalidate(unit);

@@ -77,15 +77,23 @@ impl<'a> WriteBehind<'a> {
         Ok(())
     }
 
-    /// Waits until everything is written.
+    /// Waits until nothing is on its way any more, also when an end was asked for; the first failure of what was.
     ///
     /// # Errors
-    /// As [`Self::chunk`].
+    /// From the disk; `FN-E102` when it does not answer.
     pub(super) fn finish(&mut self) -> Result<()> {
+        let end = Instant::now() + LONGEST;
+        let mut first = Ok(());
         while !self.out.is_empty() {
-            self.wait_one()?;
+            let Ok(done) = self.done.recv_deadline(end) else {
+                let text = format!("{} writes of a load did not end for {LONGEST:?}.", self.out.len());
+                return Err(Error::new(Code::Stuck, text)
+                    .action("The kernel log may show a failing drive; start again from the last checkpoint."));
+            };
+            self.out.remove(&(done.ticket as u32));
+            first = first.and(done.result);
         }
-        Ok(())
+        first
     }
 
     fn wait_one(&mut self) -> Result<()> {
@@ -108,20 +116,12 @@ impl<'a> WriteBehind<'a> {
 }
 
 impl Drop for WriteBehind<'_> {
-    /// After a failure too (B2).
+    /// After a failure too (B2), which is what is told; but what never ends must not be overtaken.
     fn drop(&mut self) {
-        let end = Instant::now() + LONGEST;
-        while !self.out.is_empty() {
-            match self.done.recv_deadline(end) {
-                Ok(done) => _ = self.out.remove(&(done.ticket as u32)),
-                Err(_) => {
-                    let text = format!("{} writes of a load did not end for {LONGEST:?}.", self.out.len());
-                    return self.shared.fail(
-                        Error::new(Code::Stuck, text)
-                            .action("The kernel log may show a failing drive; start again from the last checkpoint."),
-                    );
-                }
-            }
+        if let Err(error) = self.finish()
+            && !self.out.is_empty()
+        {
+            self.shared.fail(error);
         }
     }
 }
