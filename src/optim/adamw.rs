@@ -398,13 +398,7 @@ fn step_all<W: Weight>(
     let (ms, m) = m.as_chunks_mut::<CHUNK>();
     let (vs, v) = v.as_chunks_mut::<CHUNK>();
     for ((((param, grad), master), m), v) in params.iter_mut().zip(grads).zip(masters).zip(ms).zip(vs) {
-        if W::PREFETCHED {
-            prefetch_after(param);
-            prefetch_after(grad);
-            prefetch_after(master);
-            prefetch_after(m);
-            prefetch_after(v);
-        }
+        prefetch_next::<W>(param, grad, master, m, v);
         if W::IN_REGISTERS {
             let (mut new_param, mut new_master, mut new_m, mut new_v) = (*param, *master, *m, *v);
             step_few::<W>(&mut new_param, grad, &mut new_master, &mut new_m, &mut new_v, &h);
@@ -414,6 +408,18 @@ fn step_all<W: Weight>(
         }
     }
     step_few::<W>(param, grad, master, m, v, &h);
+}
+
+/// Prefetches what a later chunk will need, where that helps.
+#[inline(always)]
+fn prefetch_next<W: Weight>(param: &[W::Param], grad: &[W::Param], master: &[W::Master], m: &[f32], v: &[f32]) {
+    if W::PREFETCHED {
+        prefetch_after(param);
+        prefetch_after(grad);
+        prefetch_after(master);
+        prefetch_after(m);
+        prefetch_after(v);
+    }
 }
 
 /// Prefetches what lies [`AHEAD`] elements after `chunk`, be it inside the array or not.

@@ -5,7 +5,7 @@
 
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
-use super::{Bf16, CHUNK, F16, F32, PIECE, Span, Update, Weight, prefetch_after, step_few, unsupported};
+use super::{Bf16, CHUNK, F16, F32, PIECE, Span, Update, Weight, prefetch_next, step_few, unsupported};
 use crate::{
     dtype::{DType, StateKind},
     error::Result,
@@ -180,13 +180,7 @@ fn into_all<W: Weight>(old: Old<'_, W>, new: New<'_, W>, h: Hyper) {
     let from = params.iter().zip(grads).zip(masters).zip(ms).zip(vs);
     let to = new_params.iter_mut().zip(new_masters).zip(new_ms).zip(new_vs);
     for (((((old_param, grad), old_master), old_m), old_v), (((to_param, to_master), to_m), to_v)) in from.zip(to) {
-        if W::PREFETCHED {
-            prefetch_after(old_param);
-            prefetch_after(grad);
-            prefetch_after(old_master);
-            prefetch_after(old_m);
-            prefetch_after(old_v);
-        }
+        prefetch_next::<W>(old_param, grad, old_master, old_m, old_v);
         let (mut param, mut m, mut v) = (*old_param, *old_m, *old_v);
         let mut master = if old.reset_master { param.map(W::fresh) } else { *old_master };
         step_few::<W>(&mut param, grad, &mut master, &mut m, &mut v, &h);

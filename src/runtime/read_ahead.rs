@@ -2,14 +2,14 @@
 //!
 //! A1: bytes come in the order in which they were asked for. A2: no more memory than the chunks given to [`ReadAhead::new`].
 
-use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
+use std::{collections::VecDeque, ops::Range, sync::Arc};
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use crossbeam::channel::Receiver;
 
 use crate::{
     checkpoint::Control,
     error::{Code, Error, Result},
-    io::{Direction, IoCompletion, IoRequest},
+    io::{Direction, IoCompletion},
     memory::{SlotLease, SlotPool},
     runtime::{core::Shared, files::Map, ticket::Ticket},
     units::ByteCount,
@@ -114,8 +114,7 @@ impl ReadAhead {
             if store.written(segment, index) {
                 let mut parts = Vec::with_capacity(1);
                 store.parts(segment, index..index + 1, Direction::Read, 0, &mut parts);
-                let request = IoRequest { ticket: Ticket::Save(number).encode(), lease, parts };
-                store.engine().submit(request).map_err(|rejected| rejected.error)?;
+                self.shared.submit_io(Ticket::Save(number), lease, parts)?;
             } else {
                 lease.bytes().fill(0);
                 chunk.lease = Some(lease);
@@ -136,18 +135,7 @@ impl ReadAhead {
 
     /// Waits for the end of one read, and sees whether its bytes are those that were written.
     fn wait_one(&mut self) -> Result<()> {
-        let done = loop {
-            match self.done.recv_timeout(Duration::from_millis(50)) {
-                Ok(done) => break done,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.control.check()?;
-                    drop(self.shared.lock()?);
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::new(Code::Stale, "another save has taken this one's reads."));
-                }
-            }
-        };
+        let done = self.shared.next_end(&self.done, &self.control)?;
         // What an earlier save had not waited for finds no chunk.
         if let Some(chunk) = self.ahead.iter_mut().find(|chunk| u64::from(chunk.number) == done.ticket) {
             done.result?;

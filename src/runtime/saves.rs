@@ -13,13 +13,14 @@ use std::{
     time::Duration,
 };
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
     checkpoint::Control,
     error::{Code, Error, Result},
     io::IoCompletion,
+    runtime::core::Shared,
     units::UnitId,
 };
 
@@ -97,6 +98,24 @@ impl Ends {
         if let Some(to) = &*self.to.lock() {
             // Of somebody who has given up: its memory goes with it.
             let _ = to.send(done);
+        }
+    }
+}
+
+impl Shared {
+    /// The next end of a request from [`Ends`], as long as no end was asked for and the runtime has not failed.
+    pub(crate) fn next_end(&self, ends: &Receiver<IoCompletion>, control: &Control) -> Result<IoCompletion> {
+        loop {
+            match ends.recv_timeout(SLICE) {
+                Ok(done) => return Ok(done),
+                Err(RecvTimeoutError::Timeout) => {
+                    control.check()?;
+                    drop(self.lock()?);
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::new(Code::Stale, "another save or load has taken this one's requests."));
+                }
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use crossbeam::channel::Receiver;
 
 use crate::{
     checkpoint::Control,
@@ -22,7 +22,6 @@ use crate::{
     units::ByteCount,
 };
 
-const SLICE: Duration = Duration::from_millis(50);
 /// A disk that takes longer for what was begun has failed.
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -97,21 +96,9 @@ impl<'a> WriteBehind<'a> {
     }
 
     fn wait_one(&mut self) -> Result<()> {
-        loop {
-            match self.done.recv_timeout(SLICE) {
-                Ok(done) => {
-                    self.out.remove(&(done.ticket as u32));
-                    return done.result;
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    self.control.check()?;
-                    drop(self.shared.lock()?);
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::new(Code::Stale, "another load has taken this one's writes."));
-                }
-            }
-        }
+        let done = self.shared.next_end(&self.done, self.control)?;
+        self.out.remove(&(done.ticket as u32));
+        done.result
     }
 }
 

@@ -186,6 +186,7 @@ def play(
     world: World, build: Build | None, script: Script, offloaded: bool, frames: float, sections: dict[str, Any]
 ) -> Run:
     """Run a script on one side, to the end."""
+    assert build is not None or not sections, "a script that wraps its model itself would not get them"
     run = Run(world, offloaded)
     if build is not None:
         run.model = run.wrap(build(), frames, **sections)
