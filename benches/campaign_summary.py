@@ -76,8 +76,10 @@ def main(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
             line = {"of": "main", "system": system, "tokens": tokens, "compiled": compiled, "max_norm": x["max_norm"]}
             line |= {"clipped": f"{x['clipped']} of {x['steps']}", "ratio": round(ratio, 4)}
             line |= {"target": target, "reached": None if target is None else ratio >= target, "seconds": x["seconds"]}
-            line |= {"in_hbm": base["seconds"], "binding": x["binding"], "lost": x["lost"]} | digits(base, x)
-            out.append(line | bound(base, x, rates))
+            line |= {"in_hbm": base["seconds"], "binding": x["binding"], "lost": x["lost"]} | bound(base, x, rates)
+            # Later workloads begin with the weights of those before them, which are not those of the other system.
+            same = not compiled and base["max_norm"] == x["max_norm"]
+            out.append(line | (digits(base, x) if same else {}))
     return out
 
 
@@ -152,20 +154,25 @@ def nvme(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
 
 def six(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
     """6.7 B in micro-batches: in HBM it would be forward, backward, and an update at the rate of HBM."""
-    base, x = (runs.get(("six", system, 32768, False, False)) for system in ("compute", "host"))
-    if base is None or x is None:
-        return []
+    base = runs.get(("six", "compute", 32768, False, False))
+    ran = [runs.get(("six", "host", 32768, False, free)) for free in (False, True)]
+    return [] if base is None else [six_line(base, x, rates) for x in ran if x is not None]
+
+
+def six_line(base: Line, x: Line, rates: Line | None) -> Line:
+    """Of one workload."""
     params = x["params"]
     resident = base["seconds"] + params / ((rates or {}).get("device", {}).get("adamw_params") or IN_HBM)
     line = {
         "of": "six",
+        "clipped": f"{x['clipped']} of {x['steps']}",
         "seconds": x["seconds"],
         "in_hbm_by_arithmetic": round(resident, 4),
         "compute": base["seconds"],
     }
     line |= {"ratio": round(resident / x["seconds"], 4), "target": 0.95, "reached": resident >= 0.95 * x["seconds"]}
     host = {"host_gib": x["budgets_gib"]["host"], "allowed_without_spare_gib": round((14 * params + 2**31) / 2**30, 2)}
-    return [line | host | {"binding": x["binding"], "ahead": x["ahead"]}]
+    return line | host | {"binding": x["binding"], "ahead": x["ahead"]}
 
 
 def eleven(runs: dict[Any, Line]) -> list[Line]:

@@ -2,6 +2,7 @@
 
 ``python benches/plan_truth.py`` on the host device, ``--device cuda --layers 24 --dim 2048 --tokens 16384`` on a GPU. Rates are
 measured first, by ``funicular bench --quick``, unless ``--profile`` names them; compute is measured on the same model, resident.
+``--again`` measures those of the disk before and after each policy that uses it: that of a virtual disk changes.
 Exit code 1 if a predicted peak is below what a run used, or more than 2 % above, or a step time is off by more than 15 %.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from transformer import Config, Transformer
 
 SHAPE = "FUNICULAR_TRUTH_SHAPE"
+DISK_RATES = ("read", "write", "read_write")
 
 
 def build() -> nn.Module:
@@ -38,6 +41,12 @@ def build() -> nn.Module:
         vocab=int(vocab), dim=int(dim), layers=int(layers), heads=max(1, int(dim) // 64), hidden=3 * int(dim)
     )
     return Transformer(config).to(getattr(torch, dtype))
+
+
+def built(device: torch.device) -> nn.Module:
+    """The model where it is to compute: there its weights are made fastest."""
+    with device:
+        return build()
 
 
 def policies(params: int, largest: int, folder: str) -> dict[str, dict[str, Any]]:
@@ -92,7 +101,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def compute_seconds(args: argparse.Namespace, device: torch.device) -> float:
     """Forward and backward of the resident model."""
-    model = build().to(device)
+    model = built(device)
     x, y = batch(args, device)
 
     def step() -> None:
@@ -119,7 +128,9 @@ def ran(
     policy: dict[str, Any], args: argparse.Namespace, device: torch.device
 ) -> tuple[float, dict[str, int], dict[str, int]]:
     """Step time, peaks by tier, and bytes per step by link of a run."""
-    model = funicular.offload(build(), policy)
+    model = funicular.offload(built(device), policy)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     opt = funicular.AdamW(model.parameters(), lr=1e-5)
     x, y = batch(args, device)
 
@@ -140,6 +151,31 @@ def ran(
     return seconds, peaks, links
 
 
+def bench(args: argparse.Namespace, folder: str, profile: Path) -> None:
+    """Measure this machine's rates."""
+    command = [sys.executable, "-m", "funicular", "bench", "--quick", "--no-sweep", "--path", folder]
+    command += ["--device", args.device, "--save", str(profile)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def disk_rates(args: argparse.Namespace, folder: str) -> tuple[float, ...]:
+    """Those of the disk alone, as of now: read, write, both at once."""
+    profile = Path(folder) / "again.toml"
+    bench(args, folder, profile)
+    found = [re.search(rf"^{kind} = (.*)$", profile.read_text(), re.MULTILINE) for kind in DISK_RATES]
+    return tuple(float(match[1]) for match in found if match)
+
+
+def between(profile: Path, before: tuple[float, ...], after: tuple[float, ...], folder: str) -> Path:
+    """The same rates, but for the disk those of the time between two measurements."""
+    text = profile.read_text()
+    for kind, a, b in zip(DISK_RATES, before, after, strict=True):
+        text = re.sub(rf"^{kind} = .*$", f"{kind} = {(a + b) / 2}", text, flags=re.MULTILINE)
+    file = Path(folder) / "between.toml"
+    file.write_text(text)
+    return file
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +185,8 @@ def main() -> int:
     parser.add_argument("--device", default="host", choices=["host", "cuda"])
     parser.add_argument("--path", default="/var/tmp", help="a directory on a disk")
     parser.add_argument("--profile", type=Path, help="rates measured before")
-    parser.add_argument("--only", help="policies whose names contain this")
+    parser.add_argument("--only", default="", help="policies whose names contain one of these, with semicolons between")
+    parser.add_argument("--again", action="store_true", help="measure the disk around each policy that uses it")
     args = parser.parse_args()
     os.environ[SHAPE] = f"{args.vocab},{args.dim},{args.layers},{args.dtype}"
     os.environ["FUNICULAR_DEVICE"] = args.device
@@ -157,27 +194,28 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.path) as folder:
         profile = args.profile or Path(folder) / "profile.toml"
         if args.profile is None:
-            bench = [sys.executable, "-m", "funicular", "bench", "--quick", "--no-sweep", "--path", folder,
-                     "--device", args.device, "--save", str(profile)]  # fmt: skip
-            subprocess.run(bench, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        sizes = [sum(p.nbytes for p in block.parameters()) for block in build().blocks]
-        all_params = sum(p.nbytes for p in build().parameters())
+            bench(args, folder, profile)
+        shape = built(torch.device("meta"))
+        sizes = [sum(p.nbytes for p in block.parameters()) for block in shape.blocks]
+        all_params = sum(p.nbytes for p in shape.parameters())
         print(
             f"{'policy':28}{'seconds':>9}{'planned':>9}{'off':>7}   peaks in MiB, run / planned; bytes per step, run / planned"
         )
         wrong = 0
         for name, policy in policies(all_params, max(sizes), folder).items():
-            if args.only and args.only not in name:
+            if not any(part in name for part in args.only.split(";")):
                 continue
             file = Path(folder) / "policy.json"
             file.write_text(json.dumps(policy))
+            again = args.again and "nvme" in policy
+            disk = disk_rates(args, folder) if again else ()
             before = compute_seconds(args, device)
             gc.collect()
             seconds, peaks, links = ran(policy, args, device)
             gc.collect()
             compute = (before + compute_seconds(args, device)) / 2
-            plan = planned(file, profile, compute, args)
-            wrong += report(name, seconds, peaks, links, plan)
+            rates = between(profile, disk, disk_rates(args, folder), folder) if again else profile
+            wrong += report(name, seconds, peaks, links, planned(file, rates, compute, args))
         print("all true" if wrong == 0 else f"{wrong} wrong")
     return int(wrong > 0)
 

@@ -171,7 +171,9 @@ def facts(model: nn.Module) -> dict[str, Any]:
     rates = {k: round(v.gb_per_s, 2) for k, v in stats.links.items() if v.bytes}
     return {
         "step_time": None if stats.last is None else vars(stats.last), "lost": stats.lost,
-        "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "gb_per_s": rates, "binding": stats.binding,
+        "stalls": {k: round(v, 3) for k, v in stats.stalls.items()}, "gb_per_s": rates,
+        # Of the last step: those before it may have been of another workload.
+        "binding": stats.binding if stats.last is None else stats.last.binding,
         "prefetch": vars(stats.prefetch), "ahead": vars(stats.ahead), "updated": vars(stats.updated),
         "home_uses": stats.home_uses, "activations": vars(stats.activations),
         "budgets_gib": {k: round(v.peak / 2**30, 2) for k, v in stats.budgets.items()},

@@ -12,6 +12,8 @@ __all__ = ["StepTime", "step_time"]
 
 #: Of a step's time: where stalls are less, it is bound by compute.
 COMPUTE_BOUND = 0.05
+#: Of a step's time: where updates are waited for longer, copies are late because updates are.
+CHAINED = 0.01
 
 #: What a wait is for tells which resource is late, but for updates: they pass through several.
 _RESOURCES = {
@@ -47,11 +49,11 @@ class StepTime:
 
         An update passes through a processor, and states on disk through the disk: it is bound by what was busy most of these. Where
         updates are waited for, the copies that come after them are a stage of the same chain: a faster link alone would move the
-        wait to the stage before it.
+        wait to the stage before it. Most of the wait may be for copies then, each of them begun when its update was over.
         """
         if self.stalled <= COMPUTE_BOUND * self.seconds:
             return "compute"
-        chained = self.stalls["update"] > COMPUTE_BOUND * self.seconds
+        chained = self.stalls["update"] > CHAINED * self.seconds
         stages = (*_UPDATE_STAGES, "host_to_device") if chained else _UPDATE_STAGES
         stage = max(stages, key=lambda link: self.busy[link])
         waited: dict[str, float] = {}

@@ -257,6 +257,7 @@ def test_ranges_are_only_where_asked_for(host_world: World):
     [
         (0.14, 0.20, 0.53, 0.20, "cpu_update"),  # each copy comes after an update, which takes longer
         (0.14, 0.20, 0.20, 0.53, "host_to_device"),
+        (0.02, 0.20, 0.53, 0.30, "cpu_update"),  # most updates end while the window before them is open
         (0.01, 0.20, 0.53, 0.30, "host_to_device"),  # updates are done in time
         (0.01, 0.02, 0.53, 0.30, "compute"),
     ],
