@@ -218,6 +218,7 @@ pub fn profile(report: &Report) -> Profile {
         memory: MemoryRates {
             bandwidth: fastest(&report.hops, "host_memory").map_or(0.0, Hop::rate),
             adamw_params: params("adamw_cpu"),
+            adamw_params_one_thread: params("adamw_one_thread"),
             adamw_params_beside_copies: params("adamw_and_copies"),
             copies_beside_adamw: beside.unwrap_or(0.0),
             threads: report.machine.cpus,

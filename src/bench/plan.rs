@@ -21,6 +21,7 @@ use crate::{
     device::DeviceKind,
     doctor::machine,
     error::Result,
+    optim::Pool,
 };
 
 const UP: &[Way] = &[Way::Up];
@@ -70,7 +71,7 @@ impl Bench<'_> {
         self.disk = disk;
         self.link_hops(&mut planned);
         self.device_hops(&mut planned);
-        self.memory_hops(&mut planned);
+        self.memory_hops(&mut planned)?;
         Ok(planned)
     }
 
@@ -203,24 +204,27 @@ impl Bench<'_> {
         });
     }
 
-    fn memory_hops(&self, planned: &mut Vec<Planned>) {
+    fn memory_hops(&self, planned: &mut Vec<Planned>) -> Result<()> {
         let threads = self.threads();
         let (triad, in_place) = (format!("{threads}, triad"), format!("{threads}, in place"));
         if let Some(why) = &self.cached {
             for name in ["host_memory", "adamw_cpu"] {
                 planned.push(Planned::skipped(name, &threads, Group::Host, Some(why.clone())));
             }
-            return;
+            return Ok(());
         }
         let (arrays, states, pool) =
             (|| Rc::clone(&self.arrays), || Rc::clone(&self.states), || Arc::clone(&self.pool));
         let block = self.link.block(LINK_BLOCK as usize);
         let copies = LinkHop::new(Rc::clone(&self.link), BOTH, HostMemory::Pinned, block);
+        let one = Arc::new(Pool::new(Some(1))?);
         planned.extend([
             Planned::new("host_memory", &triad, Group::Host, Bandwidth::triad(arrays(), states(), pool())),
             Planned::new("host_memory", &in_place, Group::Host, Bandwidth::in_place(arrays(), states(), pool())),
             Planned::new("adamw_cpu", &threads, Group::Host, AdamwCpu::new(states(), pool())),
+            Planned::new("adamw_one_thread", "1 thread", Group::Host, AdamwCpu::new(states(), one)),
             Planned::new("adamw_and_copies", &threads, Group::Host, AdamwAndCopies::new(states(), pool(), copies)),
         ]);
+        Ok(())
     }
 }

@@ -368,9 +368,11 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
     if gpu == on_host || profile.device.host_to_device <= 0.0 || profile.memory.adamw_params <= 0.0 {
         return None;
     }
-    // A processor's memory is saturated by fewer threads than it has; fewer than measured are slower in proportion.
-    let share = (f64::from(threads) / f64::from(profile.memory.threads.max(1))).min(1.0);
     let known = |rate: f64, else_| if rate > 0.0 { rate } else { else_ };
+    // Each thread does what one does alone, until the memory is saturated: by fewer threads than there are.
+    let all = profile.memory.adamw_params;
+    let one = known(profile.memory.adamw_params_one_thread, all / f64::from(profile.memory.threads.max(1)));
+    let share = (one * f64::from(threads) / all).min(1.0);
     let nvme = |rate: f64| known(rate, f64::MIN_POSITIVE);
     Some(Rates {
         up: profile.device.host_to_device,

@@ -53,7 +53,9 @@ pub struct MemoryRates {
     pub bandwidth: f64,
     /// Parameters per second of AdamW in bf16, alone.
     pub adamw_params: f64,
-    /// The same while copies run in both directions of the link.
+    /// The same on one thread.
+    pub adamw_params_one_thread: f64,
+    /// As `adamw_params`, while copies run in both directions of the link.
     pub adamw_params_beside_copies: f64,
     /// What those copies carried meanwhile, both directions together.
     pub copies_beside_adamw: f64,

@@ -112,8 +112,15 @@ fn everything_is_measured_and_every_output_is_whole() {
 
     let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).expect(name);
     let report: Value = serde_json::from_str(&read("r.json")).expect("JSON");
-    let measured =
-        ["host_to_device", "device_to_host", "bidirectional", "host_memory", "adamw_cpu", "adamw_and_copies"];
+    let measured = [
+        "host_to_device",
+        "device_to_host",
+        "bidirectional",
+        "host_memory",
+        "adamw_cpu",
+        "adamw_one_thread",
+        "adamw_and_copies",
+    ];
     for name in measured {
         let figure = &hop(&report, name)["figure"];
         let median = figure["bytes_per_second"].as_f64().expect(name);
@@ -140,7 +147,8 @@ fn everything_is_measured_and_every_output_is_whole() {
         let all = [
             [path.read, path.write, path.read_write],
             [nvme.read, nvme.write, nvme.read_write],
-            [memory.bandwidth, memory.adamw_params, memory.adamw_params_beside_copies],
+            [memory.adamw_params, memory.adamw_params_one_thread, memory.adamw_params_beside_copies],
+            [memory.bandwidth; 3],
             [device.host_to_device, device.device_to_host, device.bidirectional],
         ];
         assert!(all.as_flattened().iter().all(|&rate| rate > 0.0), "{profile:?}");

@@ -143,6 +143,23 @@ def test_times_need_rates_and_name_what_binds(tmp_path: Path) -> None:
     assert any("'host'" in note for note in other["notes"])
 
 
+def test_a_thread_updates_what_one_was_measured_to(tmp_path: Path) -> None:
+    """Memory is saturated by some threads: one of sixteen does more than a sixteenth."""
+    model = ("--params", "7B", "--layers", "32", "--gpu", "24GB", "--ram", "200GB", "--cpus", "16", "--tokens", "16")
+    model += ("--flops", "100e12", "--set", 'optimizer.where="cpu"', "--profile", str(tmp_path / "profile.toml"))
+
+    def seconds(threads: int, one: float) -> float:
+        (tmp_path / "profile.toml").write_text(
+            'version = 1\n[device]\nname = "a GPU"\nhost_to_device = 50e9\ndevice_to_host = 50e9\n'
+            f"[memory]\nadamw_params = 4e9\nadamw_params_one_thread = {one}\nthreads = 16\n"
+        )
+        return float(plan(*model, "--set", f"budget.threads={threads}")["step"]["seconds"])
+
+    assert seconds(16, 1e9) == seconds(4, 1e9) == seconds(16, 0.0)
+    assert seconds(1, 1e9) == pytest.approx(4 * seconds(1, 0.25e9) / 16, rel=0.1)
+    assert seconds(1, 0.0) == seconds(1, 0.25e9)
+
+
 def _policies(folder: str) -> dict[str, dict[str, Any]]:
     disk = {"nvme": {"paths": [folder]}}
     host, nvme = {"tier": "host"}, {"tier": "nvme"}
