@@ -9,14 +9,17 @@ rates of a file that is there already, so that each ratio is of one minute. Ever
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
+import mmap
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +104,26 @@ def fio_rates(args: argparse.Namespace, size: int) -> dict[str, float]:
     return rates
 
 
+def memory_rate(size: int) -> float:
+    """Bytes per second at which the machine gives memory that nobody had: a virtual one may have to ask for it."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start, cores = ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(os.sched_getaffinity(0))
+    part = size // cores // 4096 * 4096
+    libc = ctypes.CDLL(None)
+    populate = 23  # MADV_POPULATE_WRITE
+    threads = [
+        threading.Thread(target=libc.madvise, args=(ctypes.c_void_p(start + i * part), ctypes.c_size_t(part), populate))
+        for i in range(cores)
+    ]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return cores * part / (time.perf_counter() - began)
+
+
 class Training:
     """A model at work, and places to save it to."""
 
@@ -167,6 +190,12 @@ def timed(action: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - start
 
 
+def quiet(args: argparse.Namespace) -> None:
+    """Let the disk finish with what was deleted: file systems tell it of every block, in the background."""
+    os.sync()
+    time.sleep(args.pause)
+
+
 def say(**facts: Any) -> None:
     """Print one line of JSON."""
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}), flush=True)
@@ -179,28 +208,35 @@ def waited_for(args: argparse.Namespace, place: str) -> None:
     """
     t = Training(args, place)
     t.step()
+    # Not counted: it waits for the step's update, and touches memory for the first time.
+    funicular.save(t.model, t.opt, t.path())
+    shutil.rmtree(t.base / f"c{t.count}")
     both = PLACES[place]["optimizer"]["tier"] == "nvme"
     for _ in range(args.rounds):
         path = t.path()
+        quiet(args)
         save = timed(funicular.save, t.model, t.opt, path)
         size = size_of(path)
         verified = timed(funicular.load, path, t.model, t.opt)
+        facts: dict[str, Any] = {} if both else {"fresh_memory_gb_s": memory_rate(size) / 1e9}
         fresh = Training(args, place)
         load = timed(funicular.load, path, fresh.model, fresh.opt)
         fresh.close()
         shutil.rmtree(path)
-        facts = {
+        facts |= {
             "what": "sync", "place": place, "gb": size / 1e9, "save_s": save, "save_gb_s": size / save / 1e9,
             "load_s": load, "load_gb_s": size / load / 1e9, "verified_load_s": verified,
         }  # fmt: skip
         if shutil.which("fio"):
+            quiet(args)
             rates = fio_rates(args, size)
             facts |= {f"fio_{what}": rate / 1e9 for what, rate in rates.items()}
             facts["save_of_fio"] = size / save / rates["both" if both else "write"]
             facts["load_of_fio"] = size / load / rates["both" if both else "read"]
-        hot = bench_rates(args)
-        facts["save_of_bench"] = size / save / hot["write"]
-        facts["load_of_bench"] = size / load / hot["read"]
+        if not args.no_bench:
+            hot = bench_rates(args)
+            facts["save_of_bench"] = size / save / hot["write"]
+            facts["load_of_bench"] = size / load / hot["read"]
         say(**facts)
     t.close()
 
@@ -292,6 +328,8 @@ def main() -> None:
     parser.add_argument("--places", default=",".join(PLACES))
     parser.add_argument("--device", default="host")
     parser.add_argument("--hbm", default="", help="budget of the compute tier")
+    parser.add_argument("--pause", type=float, default=3, help="seconds after files were deleted")
+    parser.add_argument("--no-bench", action="store_true", help="leave out the rates of funicular bench")
     parser.add_argument("--what", default="sync,async,torch")
     args = parser.parse_args()
     torch.manual_seed(0)

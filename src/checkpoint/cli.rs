@@ -21,7 +21,7 @@ use crate::{
 };
 
 fn means() -> Means {
-    Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 }
+    Means { engine: EngineOptions::default(), direct: true, frames: 8, frame: 2 << 20 }
 }
 
 /// A table of the checkpoints at `path`: itself one, or a directory of some. The flag says whether all are complete.

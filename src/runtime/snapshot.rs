@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Bytes of the smallest frame of a save.
-const SMALLEST_FRAME: u64 = 16 << 10;
+const SMALLEST_FRAME: u64 = 8 << 10;
 /// Elements are widened through this many bytes.
 const SCRATCH: usize = 64 << 10;
 

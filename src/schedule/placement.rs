@@ -111,9 +111,9 @@ pub struct Placement {
 }
 
 /// Frames of a save.
-pub const SAVE_FRAMES: u32 = 4;
+pub const SAVE_FRAMES: u32 = 8;
 /// Bytes of the largest one.
-pub const SAVE_FRAME: u64 = 8 << 20;
+pub const SAVE_FRAME: u64 = 2 << 20;
 /// Chunks that a save reads ahead from NVMe at most.
 const SAVE_CHUNKS: u64 = 16;
 
