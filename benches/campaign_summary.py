@@ -51,16 +51,16 @@ def digits(a: Line, b: Line) -> Line:
 
 
 def bits(runs: dict[Any, Line]) -> list[Line]:
-    """Whoever updates: the bits of a resident model with the same arithmetic in plain torch."""
+    """Whoever updates: the bits of a resident model with the same arithmetic in plain torch, and the losses of torch's own AdamW."""
     of_part = {system: x for (part, system, *_), x in runs.items() if part == "bits"}
-    base = of_part.pop("reference", None)
+    base, fused = of_part.pop("reference", None), of_part.pop("in_hbm", None)
     if base is None:
         return []
     return [
         {
             "of": "bits", "system": system, "steps": len(x["losses"]), "losses_equal": x["losses"] == base["losses"],
             "weights_equal": x["digest"] == base["digest"], "by_gpu": x["updated"]["gpu"], "by_cpu": x["updated"]["cpu"],
-        }
+        } | ({} if fused is None else digits(fused, x))
         for system, x in of_part.items()
     ]  # fmt: skip
 

@@ -84,7 +84,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     # After three steps that were clipped nothing is tried ahead any more.
     main += ["--warmup", "3", "--steps", "4"]
     few = ["--warmup", "2", "--steps", "3"]
-    systems = "reference,host_cpu,host_gpu,host,host_poison"
+    systems = "reference,in_hbm,host_cpu,host_gpu,host,host_poison"
     bits = [
         "--systems",
         systems,
