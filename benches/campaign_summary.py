@@ -45,9 +45,10 @@ def full_tokens(run: Line) -> int:
 
 
 def digits(a: Line, b: Line) -> Line:
-    """How far the losses of two runs are apart, as part of them."""
-    apart = max(abs(x - y) / abs(x) for x, y in zip(a["losses"], b["losses"], strict=True))
-    return {"losses": len(a["losses"]), "losses_apart": apart, "equal_to_4_digits": apart < 5e-4}
+    """How far the losses of the steps that both made are apart, as part of them."""
+    pairs = list(zip(a["losses"], b["losses"], strict=False))
+    apart = max(abs(x - y) / abs(x) for x, y in pairs)
+    return {"losses": len(pairs), "losses_apart": apart, "equal_to_4_digits": apart < 5e-4}
 
 
 def bits(runs: dict[Any, Line]) -> list[Line]:

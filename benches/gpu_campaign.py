@@ -82,8 +82,8 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     ]
     main = ["--tokens", s.tokens(16384, 32768, free=(16384, 8192)), "--compiled", s.tokens(32768, free=(16384,))]
     # After three steps that were clipped nothing is tried ahead any more.
-    main += ["--warmup", "3", "--steps", "4"]
-    few = ["--warmup", "2", "--steps", "3"]
+    main += ["--warmup", "3", "--steps", "3"]
+    few = ["--warmup", "1", "--steps", "2"]
     systems = "reference,in_hbm,host_cpu,host_gpu,host,host_poison"
     bits = [
         "--systems",
@@ -102,9 +102,9 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     bench += ["--save", str(out / "profile.toml"), "--json", str(out / "bench.json")]
     share = [str(HERE / "update_share.py"), "--units", "4", "--millions", "128", "--rounds", "7"]
     # The update of one step ends in the next, and the first of all reads nothing.
-    nvme = ["--tokens", s.tokens(16384), "--warmup", "2", "--steps", "2"]
+    nvme = ["--systems", "in_hbm,nvme,states_nvme", "--tokens", s.tokens(16384), "--warmup", "2", "--steps", "2"]
     six = ["--tokens", s.tokens(32768), *few]
-    both = ["--tokens", s.tokens(32768, free=(32768,)), *few]
+    both = ["--tokens", s.tokens(32768, free=(32768,)), "--warmup", "2", "--steps", "2"]
     # What masters, moments, weights and waiting gradients leave of the machine lets updates run during backward.
     both += [] if s.toy else ["--spare", f"{int(limits()[0] * 0.94 - 14.3 * 6.74e9)}B"]
     eleven = ["--tokens", s.tokens(65536), "--micro-batch", rows, "--warmup", "1", "--steps", "3"]
@@ -118,17 +118,15 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         Case("main", "host", s.train("3.14", "--systems", "host", *main), 60, 150),
         Case("main", "auto", s.train("3.14", "--systems", "auto", *main), 50, 140),
         Case("rates", "bench", bench, 20, 50),
-        Case("nvme", "in_hbm", s.train("1.35", "--systems", "in_hbm,compute", *nvme), 15, 40),
-        Case("nvme", "nvme", s.train("1.35", "--systems", "nvme", *nvme, disk=disk), 50, 110),
-        Case("nvme", "states", s.train("1.35", "--systems", "states_nvme", *nvme, disk=disk), 50, 110),
+        Case("nvme", "nvme", s.train("1.35", *nvme, disk=disk), 90, 210),
         Case("nvme", "bench", bench, 20, 50),
         Case("six", "compute", s.train("6.7", "--systems", "compute", *six), 25, 50),
         Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=most), 70, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
         Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 100, 230),
+        Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 30, 90),
         Case("share", "alone", share, 20, 40),
         Case("share", "beside", [*share, "--beside"], 20, 40),
-        Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 30, 90),
     ]  # fmt: skip
 
 
