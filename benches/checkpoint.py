@@ -9,17 +9,14 @@ rates of a file that is there already, so that each ratio is of one minute. Ever
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import mmap
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +26,9 @@ import torch
 from torch import nn
 
 import funicular
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from fresh_memory import touch
 
 PLACES = {
     "host": {"params": {"tier": "host"}, "optimizer": {"tier": "host"}},
@@ -102,26 +102,6 @@ def fio_rates(args: argparse.Namespace, size: int) -> dict[str, float]:
             found = {job["jobname"]: job for job in json.loads(out[out.index("{") :])["jobs"]}
             rates[what] = min(job[name]["bw_bytes"] for name, job in found.items())
     return rates
-
-
-def memory_rate(size: int) -> float:
-    """Bytes per second at which the machine gives memory that nobody had: a virtual one may have to ask for it."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    start, cores = ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(os.sched_getaffinity(0))
-    part = size // cores // 4096 * 4096
-    libc = ctypes.CDLL(None)
-    populate = 23  # MADV_POPULATE_WRITE
-    threads = [
-        threading.Thread(target=libc.madvise, args=(ctypes.c_void_p(start + i * part), ctypes.c_size_t(part), populate))
-        for i in range(cores)
-    ]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return cores * part / (time.perf_counter() - began)
 
 
 class Training:
@@ -218,7 +198,7 @@ def waited_for(args: argparse.Namespace, place: str) -> None:
         save = timed(funicular.save, t.model, t.opt, path)
         size = size_of(path)
         verified = timed(funicular.load, path, t.model, t.opt)
-        facts: dict[str, Any] = {} if both else {"fresh_memory_gb_s": memory_rate(size) / 1e9}
+        facts: dict[str, Any] = {} if both else {"fresh_memory_gb_s": size / touch(size) / 1e9}
         fresh = Training(args, place)
         load = timed(funicular.load, path, fresh.model, fresh.opt)
         fresh.close()

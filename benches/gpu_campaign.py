@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import json
-import mmap
 import os
 import shutil
 import signal
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign_summary import summary
+from fresh_memory import touch
 
 HERE = Path(__file__).resolve().parent
 TRAIN = str(HERE / "train_step.py")
@@ -105,12 +104,13 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     nvme = ["--systems", "in_hbm,nvme,states_nvme", "--tokens", s.tokens(16384), "--warmup", "2", "--steps", "2"]
     six = ["--tokens", s.tokens(32768), *few]
     both = ["--tokens", s.tokens(32768, free=(32768,)), "--warmup", "2", "--steps", "2"]
+    available = limits()[0]
+    most = int(available * 0.94)
     # What masters, moments, weights and waiting gradients leave of the machine lets updates run during backward.
-    both += [] if s.toy else ["--spare", f"{int(limits()[0] * 0.94 - 14.3 * 6.74e9)}B"]
+    both += [] if s.toy else ["--spare", f"{int(most - 14.3 * 6.74e9)}B"]
     eleven = ["--tokens", s.tokens(65536), "--micro-batch", rows, "--warmup", "1", "--steps", "3"]
-    most = f"{int(limits()[0] * 0.94)}B"
     # Less than it could have, so that the disk gets its part, and room for activations.
-    host, hbm = f"{int(limits()[0] * 0.565)}B", f"{int(hbm_bytes() * 0.55)}B" if device == "cuda" else ""
+    host, hbm = f"{int(available * 0.565)}B", f"{int(hbm_bytes() * 0.55)}B" if device == "cuda" else ""
     check = ["compute-sanitizer", "--error-exitcode", "1", sys.executable]
     return [
         Case("bits", "bits", s.train("0.4", *bits), 40, 90),
@@ -121,7 +121,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         Case("nvme", "nvme", s.train("1.35", *nvme, disk=disk), 90, 210),
         Case("nvme", "bench", bench, 20, 50),
         Case("six", "compute", s.train("6.7", "--systems", "compute", *six), 25, 50),
-        Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=most), 70, 120),
+        Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=f"{most}B"), 70, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
         Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 100, 230),
         Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 30, 90),
@@ -159,9 +159,6 @@ class Campaign:
         if self.left() < case.needs:
             return self.say(named | {"skipped": f"takes about {case.needs:.0f} s, {self.left():.0f} s are left"})
         argv = case.argv if program != sys.executable else [sys.executable, *case.argv]
-        if "--profile" in argv and not Path(argv[argv.index("--profile") + 1]).exists():
-            at = argv.index("--profile")  # it measures for itself
-            argv = argv[:at] + argv[at + 2 :]
         began, limit = time.monotonic(), min(case.limit, self.left())
         child = subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -231,31 +228,6 @@ def limits() -> tuple[int, int]:
     return available, total
 
 
-def touch(size: int) -> None:
-    """Take memory once: where a machine is a virtual one, that of its first user comes at a tenth of the speed."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    start, part = ctypes.addressof(ctypes.c_char.from_buffer(memory)), 64 << 20
-    parts = iter(range(0, size, part))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                at = next(parts, None)
-            if at is None:
-                return
-            ctypes.memset(start + at, 0, min(part, size - at))
-
-    threads = [threading.Thread(target=work) for _ in range(max(1, len(os.sched_getaffinity(0)) - 2))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 @contextlib.contextmanager
 def touched(campaign: Campaign, share: float) -> Iterator[None]:
     """Beside a part whose times do not matter, have the memory that later parts will take touched once."""
@@ -309,7 +281,10 @@ def main() -> None:
     parser.add_argument("--touch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.touch:
-        return touch(args.touch)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+        touch(args.touch, spared=2)
+        return
     out = args.out or Path(tempfile.mkdtemp(prefix="gpu-campaign-"))
     out.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "python"), os.environ.get("PYTHONPATH", "")])

@@ -202,19 +202,24 @@ def main() -> int:
             f"{'policy':28}{'seconds':>9}{'planned':>9}{'off':>7}   peaks in MiB, run / planned; bytes per step, run / planned"
         )
         wrong = 0
+        disk: tuple[float, ...] = ()
         for name, policy in policies(all_params, max(sizes), folder).items():
             if not any(part in name for part in args.only.split(";")):
                 continue
             file = Path(folder) / "policy.json"
             file.write_text(json.dumps(policy))
             again = args.again and "nvme" in policy
-            disk = disk_rates(args, folder) if again else ()
+            # Those after one policy are those before the next.
+            disk = (disk or disk_rates(args, folder)) if again else ()
             before = compute_seconds(args, device)
             gc.collect()
             seconds, peaks, links = ran(policy, args, device)
             gc.collect()
             compute = (before + compute_seconds(args, device)) / 2
-            rates = between(profile, disk, disk_rates(args, folder), folder) if again else profile
+            rates = profile
+            if again:
+                after = disk_rates(args, folder)
+                rates, disk = between(profile, disk, after, folder), after
             wrong += report(name, seconds, peaks, links, planned(file, rates, compute, args))
         print("all true" if wrong == 0 else f"{wrong} wrong")
     return int(wrong > 0)

@@ -17,11 +17,12 @@ use crate::{
     },
     error::{Code, Error, Result},
     io::EngineOptions,
+    schedule::placement::{SAVE_FRAME, SAVE_FRAMES},
     units::ByteCount,
 };
 
 fn means() -> Means {
-    Means { engine: EngineOptions::default(), direct: true, frames: 8, frame: 2 << 20 }
+    Means { engine: EngineOptions::default(), direct: true, frames: SAVE_FRAMES, frame: SAVE_FRAME }
 }
 
 /// A table of the checkpoints at `path`: itself one, or a directory of some. The flag says whether all are complete.

@@ -15,12 +15,10 @@ use crate::{
         read_ahead::ReadAhead,
         saves::{Next, PLAIN, group_of},
     },
-    schedule::placement::{SAVE_FRAME, SAVE_FRAMES},
+    schedule::placement::{SAVE_FRAME, SAVE_FRAMES, SMALLEST_SAVE_FRAME},
     units::{ByteCount, UnitId},
 };
 
-/// Bytes of the smallest frame of a save.
-const SMALLEST_FRAME: u64 = 8 << 10;
 /// Elements are widened through this many bytes.
 const SCRATCH: usize = 64 << 10;
 
@@ -184,8 +182,8 @@ pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unch
 /// How a save or a load works within `slack` bytes of memory: half of it at most, so that others find some too.
 fn means(slack: u64, io: &(EngineOptions, bool)) -> Result<Means> {
     let frame = (slack / 2 / u64::from(SAVE_FRAMES)).min(SAVE_FRAME) / 4096 * 4096;
-    if frame < SMALLEST_FRAME {
-        let need = ByteCount(2 * u64::from(SAVE_FRAMES) * SMALLEST_FRAME);
+    if frame < SMALLEST_SAVE_FRAME {
+        let need = ByteCount(2 * u64::from(SAVE_FRAMES) * SMALLEST_SAVE_FRAME);
         let text = format!("a save or load needs {need} of host memory, {} are left of budget.host.", ByteCount(slack));
         return Err(Error::new(Code::CheckpointMemory, text).action("Raise budget.host by that much."));
     }

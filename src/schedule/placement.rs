@@ -114,6 +114,8 @@ pub struct Placement {
 pub const SAVE_FRAMES: u32 = 8;
 /// Bytes of the largest one.
 pub const SAVE_FRAME: u64 = 2 << 20;
+/// Bytes of the smallest one.
+pub const SMALLEST_SAVE_FRAME: u64 = 8 << 10;
 /// Chunks that a save reads ahead from NVMe at most.
 const SAVE_CHUNKS: u64 = 16;
 

@@ -1,6 +1,6 @@
 //! The host's memory: homes, gradients and staging, from the least that works to as much as the budget has room for.
 
-use super::{Budgets, Homes, chunk_on_nvme, device::Device, nvme_bytes};
+use super::{Budgets, Homes, SAVE_FRAMES, SMALLEST_SAVE_FRAME, chunk_on_nvme, device::Device, nvme_bytes};
 use crate::{
     model::{Layout, SECTION_ALIGN},
     units::Tier,
@@ -15,8 +15,9 @@ const UPDATE_SLOTS: u32 = 5;
 /// Room for parameter, master and both moments, four bytes each.
 const SLOT_BYTES_PER_ELEM: u64 = 16;
 const PAGE_SLOTS: u32 = 3;
-/// What a checkpoint needs at least, so that a model that fits can be saved and loaded.
-const CHECKPOINT_BYTES: u64 = 256 << 10;
+/// What a checkpoint needs at least, so that a model that fits can be saved and loaded: it takes half of what is left, and as much
+/// again is somebody else's.
+const CHECKPOINT_BYTES: u64 = 4 * SAVE_FRAMES as u64 * SMALLEST_SAVE_FRAME;
 /// Frames of the largest unit, where the ring is the host's memory.
 const RING_FRAMES: u64 = 4;
 const FAIR_RING_FRAMES: u64 = 2;
