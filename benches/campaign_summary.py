@@ -78,8 +78,8 @@ def main(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
             line |= {"clipped": f"{x['clipped']} of {x['steps']}", "ratio": round(ratio, 4)}
             line |= {"target": target, "reached": None if target is None else ratio >= target, "seconds": x["seconds"]}
             line |= {"in_hbm": base["seconds"], "binding": x["binding"], "lost": x["lost"]} | bound(base, x, rates)
-            # Later workloads begin with the weights of those before them, which are not those of the other system.
-            same = not compiled and base["max_norm"] == x["max_norm"]
+            # After other steps the weights are others, and the losses with them.
+            same = base["max_norm"] == x["max_norm"] and base["steps_before"] == x["steps_before"]
             out.append(line | (digits(base, x) if same else {}))
     return out
 
@@ -154,25 +154,25 @@ def nvme(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
 
 
 def six(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
-    """6.7 B in micro-batches: in HBM it would be forward, backward, and an update at the rate of HBM."""
-    base = runs.get(("six", "compute", 32768, False, False))
+    """6.7 B in micro-batches, against all of it in HBM: measured where it fits, else forward, backward, and an update at HBM's rate."""
+    compute, fits = (runs.get(("six", system, 32768, False, False)) for system in ("compute", "in_hbm"))
     ran = [runs.get(("six", "host", 32768, False, free)) for free in (False, True)]
-    return [] if base is None else [six_line(base, x, rates) for x in ran if x is not None]
+    if compute is None:
+        return []
+    params = compute["params"] / ((rates or {}).get("device", {}).get("adamw_params") or IN_HBM)
+    base = {"compute": compute["seconds"], "in_hbm_by_arithmetic": round(compute["seconds"] + params, 4)}
+    if fits is not None:
+        base["in_hbm"] = fits["seconds"]
+    return [six_line(base, x) for x in ran if x is not None]
 
 
-def six_line(base: Line, x: Line, rates: Line | None) -> Line:
+def six_line(base: Line, x: Line) -> Line:
     """Of one workload."""
-    params = x["params"]
-    resident = base["seconds"] + params / ((rates or {}).get("device", {}).get("adamw_params") or IN_HBM)
-    line = {
-        "of": "six",
-        "clipped": f"{x['clipped']} of {x['steps']}",
-        "seconds": x["seconds"],
-        "in_hbm_by_arithmetic": round(resident, 4),
-        "compute": base["seconds"],
-    }
+    resident = base.get("in_hbm", base["in_hbm_by_arithmetic"])
+    line = {"of": "six", "clipped": f"{x['clipped']} of {x['steps']}", "seconds": x["seconds"], **base}
     line |= {"ratio": round(resident / x["seconds"], 4), "target": 0.95, "reached": resident >= 0.95 * x["seconds"]}
-    host = {"host_gib": x["budgets_gib"]["host"], "allowed_without_spare_gib": round((14 * params + 2**31) / 2**30, 2)}
+    allowed = round((14 * x["params"] + 2**31) / 2**30, 2)
+    host = {"host_gib": x["budgets_gib"]["host"], "allowed_without_spare_gib": allowed}
     return line | host | {"binding": x["binding"], "ahead": x["ahead"]}
 
 

@@ -79,7 +79,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         "--steps",
         "3",
     ]
-    main = ["--tokens", s.tokens(16384, 32768, free=(16384, 8192)), "--compiled", s.tokens(32768, free=(16384,))]
+    main = ["--tokens", s.tokens(16384, free=(16384, 32768, 8192)), "--compiled", s.tokens(free=(16384, 32768))]
     # After three steps that were clipped nothing is tried ahead any more.
     main += ["--warmup", "3", "--steps", "3"]
     few = ["--warmup", "1", "--steps", "2"]
@@ -120,7 +120,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         Case("rates", "bench", bench, 20, 50),
         Case("nvme", "nvme", s.train("1.35", *nvme, disk=disk), 90, 210),
         Case("nvme", "bench", bench, 20, 50),
-        Case("six", "compute", s.train("6.7", "--systems", "compute", *six), 25, 50),
+        Case("six", "in_hbm", s.train("6.7", "--systems", "compute,in_hbm", *six), 40, 80),
         Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=f"{most}B"), 70, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
         Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 100, 230),

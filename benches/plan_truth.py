@@ -2,7 +2,8 @@
 
 ``python benches/plan_truth.py`` on the host device, ``--device cuda --layers 24 --dim 2048 --tokens 16384`` on a GPU. Rates are
 measured first, by ``funicular bench --quick``, unless ``--profile`` names them; compute is measured on the same model, resident.
-``--again`` measures those of the disk before and after each policy that uses it: that of a virtual disk changes.
+``--again`` measures those of the disk before and after each policy that uses it, ``--pause`` seconds after its files are gone: the
+rate of a virtual disk changes, and what is deleted keeps it busy for a while.
 Exit code 1 if a predicted peak is below what a run used, or more than 2 % above, or a step time is off by more than 15 %.
 """
 
@@ -187,6 +188,7 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, help="rates measured before")
     parser.add_argument("--only", default="", help="policies whose names contain one of these, with semicolons between")
     parser.add_argument("--again", action="store_true", help="measure the disk around each policy that uses it")
+    parser.add_argument("--pause", type=float, default=8, help="seconds between a run and that")
     args = parser.parse_args()
     os.environ[SHAPE] = f"{args.vocab},{args.dim},{args.layers},{args.dtype}"
     os.environ["FUNICULAR_DEVICE"] = args.device
@@ -218,8 +220,14 @@ def main() -> int:
             compute = (before + compute_seconds(args, device)) / 2
             rates = profile
             if again:
+                time.sleep(args.pause)
                 after = disk_rates(args, folder)
-                rates, disk = between(profile, disk, after, folder), after
+                rates = between(profile, disk, after, folder)
+                print(
+                    "disk, GB/s, before and after:",
+                    *(f"{a / 1e9:.2f} {b / 1e9:.2f}" for a, b in zip(disk, after, strict=True)),
+                )
+                disk = after
             wrong += report(name, seconds, peaks, links, planned(file, rates, compute, args))
         print("all true" if wrong == 0 else f"{wrong} wrong")
     return int(wrong > 0)

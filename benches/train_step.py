@@ -318,6 +318,8 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "max_norm": norm,
         }
         result |= {"hbm": args.hbm, "micro_batch": args.micro_batch, "setup_s": made}
+        # Systems that made other numbers of steps before have other weights, so other losses.
+        result["steps_before"] = len(results) * (args.warmup + args.steps)
         result |= train(args, model, opt, tokens, norm)
         flops = SHAPES[args.size].flops(tokens, args.seq)
         result |= {"tflops": round(flops / result["seconds"] / 1e12, 1), "host_gib": host_gib()}

@@ -383,14 +383,18 @@ class _Sum:
 
     def add(self, grad: torch.Tensor | None, *, last: bool) -> None:
         """Add a slice's part; ``last``: nothing follows."""
+        total = self._total
         if grad is None:
             return
-        if self._total is None:
-            # Alone, it is what it is.
-            low = grad.dtype in (torch.bfloat16, torch.float16) and not _testing.broken("round_every_slice")
-            self._total = grad.float() if low and not last else grad
+        if total is None:
+            self._total = grad  # alone, it is what it is
+        elif grad.dtype not in (torch.bfloat16, torch.float16) or _testing.broken("round_every_slice"):
+            total.add_(grad)
+        elif last:
+            # The kernel adds in fp32 and rounds what it writes: nothing of fp32 passes through memory.
+            self._total = torch.add(total, grad, out=grad)
         else:
-            self._total.add_(grad)
+            self._total = (total.float() if total.dtype == grad.dtype else total).add_(grad)
 
     def take(self, dtype: torch.dtype) -> torch.Tensor | None:
         """Give the sum away, in a parameter's number format."""

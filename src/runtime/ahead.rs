@@ -14,6 +14,7 @@ use crate::{
     device::{Gate, StreamRef},
     dtype::StateKind,
     error::Result,
+    memory::copy_past_caches,
     optim::Target,
     runtime::{
         JobSpan, StepHyper, UnitUpdate,
@@ -202,11 +203,7 @@ impl Shared {
                 let bytes = COPY.min(len - at);
                 // SAFETY: both ranges are the unit's own, and its update is the runner's until the machine hears of its end.
                 unsafe {
-                    std::ptr::copy_nonoverlapping(
-                        (from as usize + at) as *const u8,
-                        (to as usize + at) as *mut u8,
-                        bytes,
-                    );
+                    copy_past_caches((to as usize + at) as *mut u8, (from as usize + at) as *const u8, bytes);
                 }
             })?;
         }

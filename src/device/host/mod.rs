@@ -7,7 +7,6 @@
 mod frames;
 mod lanes;
 mod marks;
-mod stream_copy;
 mod streams;
 
 use std::{

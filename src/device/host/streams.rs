@@ -19,12 +19,9 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use crate::{
-    device::{
-        Gate, Mark, Role,
-        host::{marks::Marks, stream_copy},
-        unrecorded,
-    },
+    device::{Gate, Mark, Role, host::marks::Marks, unrecorded},
     error::{Code, Error, Result},
+    memory::copy_past_caches,
     optim::{Hyper, Span, adamw},
 };
 
@@ -348,7 +345,7 @@ unsafe fn copy(dst: u64, src: u64, len: usize, pace: &mut Pace) {
     for at in (0..len).step_by(pace.slice()) {
         let bytes = pace.slice().min(len - at);
         // SAFETY: `at + bytes` <= `len`, and the caller vouches for both ranges.
-        unsafe { stream_copy::copy(dst.add(at), src.add(at), bytes) };
+        unsafe { copy_past_caches(dst.add(at), src.add(at), bytes) };
         pace.spend(bytes);
     }
 }

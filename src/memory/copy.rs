@@ -12,7 +12,7 @@ const LARGE: usize = 1 << 20;
 ///
 /// # Safety
 /// Both ranges are valid, do not overlap, and nobody else touches them in conflict.
-pub(super) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
+pub(crate) unsafe fn copy_past_caches(dst: *mut u8, src: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     if len >= LARGE {
         // SAFETY: the caller's promise is the same.
@@ -24,7 +24,7 @@ pub(super) unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
 }
 
 /// # Safety
-/// As for [`copy`].
+/// As for [`copy_past_caches`].
 #[cfg(target_arch = "x86_64")]
 unsafe fn streamed(dst: *mut u8, src: *const u8, len: usize) {
     use std::arch::x86_64::{__m128i, _MM_HINT_NTA, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128};
@@ -66,7 +66,7 @@ mod tests {
         {
             let mut dst = vec![0; LARGE + 4096];
             // SAFETY: both vectors are longer than the offset and the length together, and they are two.
-            unsafe { copy(dst.as_mut_ptr().add(to), src.as_ptr().add(from), len) };
+            unsafe { copy_past_caches(dst.as_mut_ptr().add(to), src.as_ptr().add(from), len) };
             assert_eq!(dst[to..to + len], src[from..from + len], "{from} {to} {len}");
             assert!(dst[..to].iter().chain(&dst[to + len..]).all(|&byte| byte == 0), "{from} {to} {len}");
         }
