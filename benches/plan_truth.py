@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from transformer import Config, Transformer
 
 SHAPE = "FUNICULAR_TRUTH_SHAPE"
-DISK_RATES = ("read", "write", "read_write")
+#: the part of a profile that says how fast all disks together are, and a rate in it
+NVME, RATE = re.compile(r"^\[nvme\]\n(?:\w+ = .*\n)*", re.MULTILINE), re.compile(r"^(\w+) = (.*)$", re.MULTILINE)
 
 
 def build() -> nn.Module:
@@ -159,21 +160,18 @@ def bench(args: argparse.Namespace, folder: str, profile: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def disk_rates(args: argparse.Namespace, folder: str) -> tuple[float, ...]:
-    """Those of the disk alone, as of now: read, write, both at once."""
+def disk_rates(args: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Those of the disk alone, as of now."""
     profile = Path(folder) / "again.toml"
     bench(args, folder, profile)
-    found = [re.search(rf"^{kind} = (.*)$", profile.read_text(), re.MULTILINE) for kind in DISK_RATES]
-    return tuple(float(match[1]) for match in found if match)
+    return {name: float(rate) for name, rate in RATE.findall(NVME.search(profile.read_text())[0])}
 
 
-def between(profile: Path, before: tuple[float, ...], after: tuple[float, ...], folder: str) -> Path:
+def between(profile: Path, before: dict[str, float], after: dict[str, float], folder: str) -> Path:
     """The same rates, but for the disk those of the time between two measurements."""
-    text = profile.read_text()
-    for kind, a, b in zip(DISK_RATES, before, after, strict=True):
-        text = re.sub(rf"^{kind} = .*$", f"{kind} = {(a + b) / 2}", text, flags=re.MULTILINE)
+    lines = [f"{name} = {(before[name] + after[name]) / 2}\n" for name in before]
     file = Path(folder) / "between.toml"
-    file.write_text(text)
+    file.write_text(NVME.sub("[nvme]\n" + "".join(lines), profile.read_text()))
     return file
 
 
@@ -204,7 +202,7 @@ def main() -> int:
             f"{'policy':28}{'seconds':>9}{'planned':>9}{'off':>7}   peaks in MiB, run / planned; bytes per step, run / planned"
         )
         wrong = 0
-        disk: tuple[float, ...] = ()
+        disk: dict[str, float] = {}
         for name, policy in policies(all_params, max(sizes), folder).items():
             if not any(part in name for part in args.only.split(";")):
                 continue
@@ -212,7 +210,7 @@ def main() -> int:
             file.write_text(json.dumps(policy))
             again = args.again and "nvme" in policy
             # Those after one policy are those before the next.
-            disk = (disk or disk_rates(args, folder)) if again else ()
+            disk = (disk or disk_rates(args, folder)) if again else {}
             before = compute_seconds(args, device)
             gc.collect()
             seconds, peaks, links = ran(policy, args, device)
@@ -224,8 +222,8 @@ def main() -> int:
                 after = disk_rates(args, folder)
                 rates = between(profile, disk, after, folder)
                 print(
-                    "disk, GB/s, before and after:",
-                    *(f"{a / 1e9:.2f} {b / 1e9:.2f}" for a, b in zip(disk, after, strict=True)),
+                    "disk before and after, 1e9 per second:",
+                    *(f"{k} {v / 1e9:.3f} {after[k] / 1e9:.3f}" for k, v in disk.items()),
                 )
                 disk = after
             wrong += report(name, seconds, peaks, links, planned(file, rates, compute, args))

@@ -15,7 +15,7 @@ use crate::{
         report::{Group, Hop, MARK, Report, fastest, find},
     },
     error::{Code, Error, Result},
-    policy::profile::{DeviceRates, MemoryRates, PathRates, Profile},
+    policy::profile::{DeviceRates, MemoryRates, NvmeRates, PathRates, Profile},
 };
 
 /// How far into a file its mark is looked for.
@@ -223,11 +223,11 @@ pub fn profile(report: &Report) -> Profile {
             copies_beside_adamw: beside.unwrap_or(0.0),
             threads: report.machine.cpus,
         },
-        nvme: PathRates {
-            path: String::new(),
+        nvme: NvmeRates {
             read: rate("nvme_read"),
             write: rate("nvme_write"),
             read_write: rate("nvme_read_write"),
+            adamw_params: params("adamw_nvme"),
         },
         paths,
     }

@@ -31,6 +31,8 @@ const GPU_GRANULARITY: u64 = 2 << 20;
 const HOST_GRANULARITY: u64 = 4096;
 /// Host memory that AdamW moves per bf16 parameter, which is what profiles count.
 const BF16_TRAFFIC: f64 = 26.0;
+/// The same over NVMe where its states live there, read and written.
+const BF16_STATES: f64 = 20.0;
 /// AdamW on a GPU whose rate is not known, parameters per second: a low figure for cards with HBM.
 const DEVICE_UPDATE: f64 = 50e9;
 /// Rated writes of a consumer drive per byte of its size; data sheets say 600 TBW per TB.
@@ -380,7 +382,8 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
         both: known(profile.device.bidirectional, profile.device.host_to_device + profile.device.device_to_host),
         nvme_read: nvme(profile.nvme.read),
         nvme_write: nvme(profile.nvme.write),
-        nvme_both: nvme(profile.nvme.read_write),
+        // As updates stream through, which some disks serve better than one block of each kind after the other.
+        nvme_both: nvme(known(profile.nvme.adamw_params * BF16_STATES, profile.nvme.read_write)),
         update: profile.memory.adamw_params * BF16_TRAFFIC * share,
         update_beside: known(profile.memory.adamw_params_beside_copies, 0.7 * profile.memory.adamw_params)
             * BF16_TRAFFIC

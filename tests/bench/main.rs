@@ -148,7 +148,7 @@ fn everything_is_measured_and_every_output_is_whole() {
             [path.read, path.write, path.read_write],
             [nvme.read, nvme.write, nvme.read_write],
             [memory.adamw_params, memory.adamw_params_one_thread, memory.adamw_params_beside_copies],
-            [memory.bandwidth; 3],
+            [memory.bandwidth, nvme.adamw_params, device.bidirectional],
             [device.host_to_device, device.device_to_host, device.bidirectional],
         ];
         assert!(all.as_flattened().iter().all(|&rate| rate > 0.0), "{profile:?}");

@@ -160,6 +160,22 @@ def test_a_thread_updates_what_one_was_measured_to(tmp_path: Path) -> None:
     assert seconds(1, 0.0) == seconds(1, 0.25e9)
 
 
+def test_states_stream_as_fast_as_updates_were_measured_to(tmp_path: Path) -> None:
+    """Disks that serve an update better than reads and writes block by block are taken at that rate."""
+    model = ("--params", "7B", "--layers", "32", "--gpu", "24GB", "--ram", "64GB", "--disk", "1TB", "--cpus", "16")
+    model += ("--flops", "100e12", "--tokens", "16", "--profile", str(tmp_path / "profile.toml"))
+
+    def seconds(both: float, params: float) -> float:
+        (tmp_path / "profile.toml").write_text(
+            'version = 1\n[device]\nname = "a GPU"\nhost_to_device = 50e9\ndevice_to_host = 50e9\n[memory]\nadamw_params = 4e9\n'
+            f"[nvme]\nread = 2e9\nwrite = 2e9\nread_write = {both}\nadamw_params = {params}\n"
+        )
+        return float(plan(*model)["step"]["seconds"])
+
+    assert seconds(2e9, 0.0) == seconds(2e9, 0.1e9) == seconds(1e9, 0.1e9)
+    assert seconds(2e9, 0.2e9) < 0.7 * seconds(2e9, 0.0)
+
+
 def _policies(folder: str) -> dict[str, dict[str, Any]]:
     disk = {"nvme": {"paths": [folder]}}
     host, nvme = {"tier": "host"}, {"tier": "nvme"}
