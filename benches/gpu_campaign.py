@@ -1,6 +1,6 @@
 """Everything that is measured on a GPU, within a time: parts in processes of their own, ended when they take too long. JSON lines.
 
-    python benches/gpu_campaign.py --seconds 560                       on a machine with one GPU, which must have nothing else to do
+    python benches/gpu_campaign.py                                     on a machine with one GPU, which must have nothing else to do
     python benches/gpu_campaign.py --parts six,eleven --read a.jsonl   some parts; the summary sees the lines of earlier runs too
     python benches/gpu_campaign.py --device host                       the same at toy size on the processor: tries the script
 
@@ -101,30 +101,29 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     bench += ["--save", str(out / "profile.toml"), "--json", str(out / "bench.json")]
     share = [str(HERE / "update_share.py"), "--units", "4", "--millions", "128", "--rounds", "7"]
     # The update of one step ends in the next, and the first of all reads nothing.
-    nvme = ["--systems", "in_hbm,nvme,states_nvme", "--tokens", s.tokens(16384), "--warmup", "2", "--steps", "2"]
+    nvme = ["--systems", "in_hbm,nvme,states_nvme", "--tokens", s.tokens(16384), "--warmup", "2", "--steps", "1"]
     six = ["--tokens", s.tokens(32768), *few]
-    both = ["--tokens", s.tokens(32768, free=(32768,)), "--warmup", "2", "--steps", "2"]
+    both = ["--tokens", s.tokens(32768, free=(32768,)), *few]
     available = limits()[0]
     most = int(available * 0.94)
     # What masters, moments, weights and waiting gradients leave of the machine lets updates run during backward.
     both += [] if s.toy else ["--spare", f"{int(most - 14.3 * 6.74e9)}B"]
-    eleven = ["--tokens", s.tokens(65536), "--micro-batch", rows, "--warmup", "1", "--steps", "3"]
+    eleven = ["--tokens", s.tokens(65536), "--micro-batch", rows, *few]
     # Less than it could have, so that the disk gets its part, and room for activations.
     host, hbm = f"{int(available * 0.565)}B", f"{int(hbm_bytes() * 0.55)}B" if device == "cuda" else ""
     check = ["compute-sanitizer", "--error-exitcode", "1", sys.executable]
     return [
         Case("bits", "bits", s.train("0.4", *bits), 40, 90),
+        Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 30, 90),
         Case("main", "in_hbm", s.train("3.14", "--systems", "in_hbm", *base), 40, 130),
         Case("main", "host", s.train("3.14", "--systems", "host", *main), 60, 150),
         Case("main", "auto", s.train("3.14", "--systems", "auto", *main), 50, 140),
         Case("rates", "bench", bench, 20, 50),
         Case("nvme", "nvme", s.train("1.35", *nvme, disk=disk), 90, 210),
-        Case("nvme", "bench", bench, 20, 50),
         Case("six", "in_hbm", s.train("6.7", "--systems", "compute,in_hbm", *six), 40, 80),
         Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=f"{most}B"), 70, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
         Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 100, 230),
-        Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 30, 90),
         Case("share", "alone", share, 20, 40),
         Case("share", "beside", [*share, "--beside"], 20, 40),
     ]  # fmt: skip
@@ -270,7 +269,7 @@ def machine(device: str, disk: str) -> dict[str, Any]:
 def main() -> None:
     """Run the parts, then sum up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=560, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=600, help="for everything together")
     parser.add_argument("--parts", default="", help="names of parts, or part/case; all without it")
     parser.add_argument("--device", default="cuda", choices=["cuda", "host"])
     parser.add_argument("--disk", default="/var/tmp", help="folder on the disk to measure")
