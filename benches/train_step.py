@@ -1,4 +1,4 @@
-"""Training steps: everything in HBM against funicular under several policies, FSDP2's CPU offload too; JSON lines.
+"""Training steps: everything in HBM against funicular under several policies, and what others offer; JSON lines.
 
 ``python benches/train_step.py --size 3.14 --tokens 16384,32768 --systems in_hbm,host,auto`` on a machine with a GPU. bf16 parameters
 with fp32 masters, AdamW, gradients clipped to norm 1.0, every block checkpointed, chunked cross entropy, sequences of 2048; the
@@ -32,6 +32,7 @@ from funicular.reference import ReferenceAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama import SHAPES, build
+from peers import PEERS
 
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 #: Bytes of HBM per parameter: bf16 weights and gradients; with fp32 masters, moments and gradients beside them.
@@ -115,11 +116,15 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int, max
         began = time.perf_counter()
         loss = model(ids)
         forward = time.perf_counter()
-        loss.backward()
+        getattr(opt, "backward", Tensor.backward)(loss)
         backward = time.perf_counter()
-        if not isinstance(opt, NoUpdate):
+        if hasattr(opt, "clip"):
+            opt.clip(max_norm)
+        elif not isinstance(opt, NoUpdate):
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).detach())
         opt.step()
+        if hasattr(opt, "clip"):
+            norms.append(opt.norm())
         opt.zero_grad()
         losses.append(loss.detach())
         ends.note()
@@ -256,21 +261,6 @@ def offloaded(args: argparse.Namespace, **tiers: str) -> tuple[nn.Module, Any]:
     return model, funicular.AdamW(model.parameters(), **HYPER)
 
 
-def fsdp2(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """PyTorch's own sharding with its CPU offload, on one GPU; fp32 masters on the host."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
-    model = built(args).to("cpu").float()
-    options = {"offload_policy": CPUOffloadPolicy(), "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
-    for layer in model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
-    return model, torch.optim.AdamW(model.parameters(), fused=True, **HYPER)
-
-
 SYSTEMS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any]]] = {
     "in_hbm": in_hbm,
     "compute": compute,
@@ -283,8 +273,7 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any]]] = {
     "states_nvme": lambda args: offloaded(args, params="host", optimizer="nvme"),
     "nvme": lambda args: offloaded(args, params="nvme", optimizer="nvme"),
     "three_tiers": lambda args: offloaded(args, disk="nvme"),
-    "fsdp2": fsdp2,
-}
+} | {name: lambda args, peer=peer: peer(built(args), HYPER) for name, peer in PEERS.items()}
 
 
 def say(line: dict[str, Any]) -> None:
@@ -339,6 +328,8 @@ def attempt(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         return measure(name, args)
     except (DoesNotFit, funicular.BudgetError) as error:
         say(line | {"does_not_fit": str(error)})
+    except ModuleNotFoundError as error:
+        say(line | {"skipped": f"{error.name} is not installed"})
     except Exception as error:
         say(line | {"failed": f"{type(error).__name__}: {error}"})
     finally:
