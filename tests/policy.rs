@@ -8,8 +8,8 @@ use funicular::{
     Code, Error,
     policy::{
         Activations, ActivationsTier, Auto, Budget, Debugging, DeviceChoice, Direct, Engine, Level, Log, MicroBatch,
-        Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsTier, Pattern, Policy, Prefetch, Pressure,
-        UnderPressure, Units, UpdateOn, schema,
+        Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsDtype, ParamsTier, Pattern, Policy, Prefetch,
+        Pressure, UnderPressure, Units, UpdateOn, schema,
     },
     units::ByteCount,
 };
@@ -557,7 +557,10 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         select(vec![Level::Debug, Level::Info, Level::Warning, Level::Error]),
         any::<u32>(),
         proptest::collection::vec(0..=i64::MAX as u64, 0..3),
-        select(vec![UpdateOn::Auto, UpdateOn::Cpu, UpdateOn::Gpu]),
+        (
+            select(vec![UpdateOn::Auto, UpdateOn::Cpu, UpdateOn::Gpu]),
+            select(vec![ParamsDtype::Keep, ParamsDtype::Float32, ParamsDtype::Bfloat16, ParamsDtype::Float16]),
+        ),
     );
     (device, budget, nvme, params, states, rest).prop_map(|(device, budget, nvme, params, states, rest)| {
         let (
@@ -570,7 +573,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             level,
             every,
             trace_steps,
-            update_on,
+            (update_on, dtype),
         ) = rest;
         let tier = if flags[4] { ActivationsTier::Host } else { ActivationsTier::Hbm };
         let action = if flags[2] { Pressure::Demote } else { Pressure::Refuse };
@@ -579,7 +582,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             device,
             budget,
             nvme,
-            params: Params { tier: params },
+            params: Params { tier: params, dtype },
             optimizer: Optimizer { tier: states, spare, update_on },
             units: Units { patterns: units },
             overrides,

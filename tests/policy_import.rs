@@ -5,7 +5,7 @@
 use funicular::{
     Code,
     policy::{
-        Auto, OptimizerTier, ParamsTier, Policy,
+        Auto, OptimizerTier, ParamsDtype, ParamsTier, Policy,
         import::{self, Hints, Imported, Item},
     },
     units::ByteCount,
@@ -89,6 +89,8 @@ fn the_complete_file() {
     notes(&i.ignored, "zero_optimization.stage3_model_persistence_threshold", "no limit");
     notes(&i.ignored, "scheduler", "belongs to your training loop");
     assert_eq!(item(&i.mapped, "zero_optimization.offload_param.device").line, Some(9));
+    notes(&i.mapped, "bf16.enabled", "params.dtype = \"bfloat16\"");
+    assert_eq!(i.policy.params.dtype, ParamsDtype::Bfloat16);
     i.policy.check_consistent().unwrap();
 }
 
@@ -101,7 +103,8 @@ fn hugging_face_puts_aio_in_the_wrong_place() {
     notes(&i.mapped, "zero_optimization.aio.thread_count", "DeepSpeed does not read this name");
     assert_eq!(i.policy.prefetch.window, Auto::Auto);
     notes(&i.mapped, "zero_optimization.stage3_prefetch_bucket_size", "0.9 * hidden_size^2");
-    assert_eq!(leaves(&i.undecided), ["max_in_cpu"]);
+    assert_eq!(leaves(&i.undecided), ["enabled", "max_in_cpu"]);
+    notes(&i.undecided, "bf16.enabled", "set params.dtype = \"bfloat16\"");
 }
 
 #[test]

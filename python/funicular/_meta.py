@@ -17,6 +17,7 @@ from funicular._restore import Loader, Source, compare_model
 if TYPE_CHECKING:
     import os
 
+    from funicular._cast import Cast
     from funicular._session import Session
 
 __all__ = ["Weights"]
@@ -34,8 +35,8 @@ class Weights:
         in them and cannot be made anew.
     """
 
-    def __init__(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, path: str | os.PathLike[str], cast: Cast) -> None:
+        self.model, self._cast = model, cast
         self.source = Source(Path(path), own=False)
         self._before: list[tuple[dict[str, Any], str, Any]] = []
         #: what was there before, by parameter: should loading fail, the model is as it was
@@ -54,8 +55,9 @@ class Weights:
                     if tensor is None or not tensor.is_meta:
                         continue
                     if id(tensor) not in made:
-                        empty = torch.empty_like(tensor, device="cpu")
                         trained = isinstance(tensor, nn.Parameter)
+                        dtype = self._cast.dtype_of(tensor) if trained else tensor.dtype
+                        empty = torch.empty_like(tensor, device="cpu", dtype=dtype)
                         made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
                     self._before.append((table, name, tensor))
                     table[name] = made[id(tensor)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from funicular import _core
 from funicular._activations import Activations
+from funicular._cast import Cast
 from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
@@ -49,8 +50,8 @@ def offload(
     Parameters
     ----------
     model : nn.Module
-        Any module with weights, on the CPU or a CUDA device. Parameters keep identity, names, shapes and dtypes; on a CUDA
-        device they report that device. Buffers move to the compute device.
+        Any module with weights, on the CPU or a CUDA device. Parameters keep identity, names and shapes, and dtypes unless the
+        policy's ``params.dtype`` says otherwise; on a CUDA device they report that device. Buffers move to the compute device.
     policy : path, Policy, mapping or None
         What may be used and where things live (docs/policy.md); ``None`` decides everything from the machine.
     checkpoint : path or None
@@ -68,7 +69,7 @@ def offload(
     UsageError, BudgetError, StorageError
         Before anything is touched: bad policy (``FN-E50x``), budgets (``FN-E20x``), paths (``FN-E60x``), parameters that
         cannot be paged (``FN-E11x``); weights that are missing (``FN-E404``), damaged (``FN-E406``) or of another model
-        (``FN-E407``).
+        (``FN-E407``). What fails later leaves the model where it was; weights that ``params.dtype`` has rounded stay so.
     """
     if session_of(model) is not None:
         raise UsageError(
@@ -81,11 +82,12 @@ def offload(
         if isinstance(p, GuardedParameter) or ref_of(p) is not None or resident_session(p) is not None:
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
     resolved = Policy.load(policy)
-    weights = None if checkpoint is None else Weights(model, checkpoint)
+    cast = Cast(resolved.params.dtype)
+    weights = None if checkpoint is None else Weights(model, checkpoint, cast)
     try:
         if weights is not None:
             weights.materialise()
-        session = _offload(model, resolved, weights)
+        session = _offload(model, resolved, weights, cast)
     except BaseException:
         if weights is not None:
             weights.undo()
@@ -95,17 +97,18 @@ def offload(
     return model
 
 
-def _offload(model: nn.Module, resolved: Policy, weights: Weights | None) -> Session:
+def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast) -> Session:
     found = find_units(model, resolved.unit_patterns())
     if torch.version.cuda is not None:
         tell_core()
-    units = [(f.name, [describe(n, p) for n, p in f.params]) for f in found]
+    units = [(f.name, [describe(n, p, cast.dtype_of(p)) for n, p in f.params]) for f in found]
     engine = _core.Engine(units, resolved.to_json(), _freed(found))
     where = engine.device()
     session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
     devices = {id(p): p.device for p in model.parameters()}
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
+        cast.apply(model)
         _build(session, found, filled=weights is None, sync=resolved.debug.sync)
         watch_optimizers()
         _move_buffers(model, session)
@@ -123,6 +126,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None) -> Ses
         for p in session.residents:
             p.data = p.data.to(devices[id(p)]) if values is None else values.get(id(p), p.data)
         completed(lambda: _leave(model, session, taken))
+        cast.undo()
         engine.close()
         raise
     return session
@@ -139,9 +143,9 @@ def _freed(found: list[Found]) -> int:
     return sum(p.numel() * p.element_size() for p in weights)
 
 
-def describe(name: str, p: nn.Parameter) -> tuple[str, int, str, int, bool]:
-    """Describe a parameter to the core: name, elements, dtype, bytes per element, whether it is trained."""
-    return (name, p.numel(), str(p.dtype).removeprefix("torch."), p.element_size(), p.requires_grad)
+def describe(name: str, p: nn.Parameter, dtype: torch.dtype) -> tuple[str, int, str, int, bool]:
+    """Describe a parameter in some format to the core: name, elements, dtype, bytes per element, whether it is trained."""
+    return (name, p.numel(), str(dtype).removeprefix("torch."), dtype.itemsize, p.requires_grad)
 
 
 def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) -> None:

@@ -42,7 +42,11 @@ def units(
     }
     found = find_units(model, patterns, plan=True)
     return [
-        (f.name, [describe(n, p) for n, p in f.params], any(id(p) not in tables - multiplied for _, p in f.params))
+        (
+            f.name,
+            [describe(n, p, p.dtype) for n, p in f.params],
+            any(id(p) not in tables - multiplied for _, p in f.params),
+        )
         for f in found
     ]
 

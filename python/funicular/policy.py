@@ -54,9 +54,10 @@ class Nvme:
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """Home of the parameters."""
+    """Home of the parameters, and their number format."""
 
     tier: Literal["auto", "host", "nvme"] = "auto"
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)

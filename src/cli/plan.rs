@@ -14,7 +14,7 @@ use crate::{
         source::{self, Shape, parse_count},
     },
     policy::{
-        Policy,
+        ParamsDtype, Policy,
         cli::{Output, Overlay, resolve},
         limits::HostLimits,
         profile::Profile,
@@ -164,7 +164,12 @@ fn dtype(word: &str) -> DType {
 }
 
 fn model(arguments: &PlanArguments, policy: &Policy, loader: Option<Loader<'_>>) -> Result<Vec<PlannedUnit>> {
-    let asked = arguments.dtype.as_deref();
+    let asked = arguments.dtype.as_deref().or(match policy.params.dtype {
+        ParamsDtype::Keep => None,
+        ParamsDtype::Float32 => Some("fp32"),
+        ParamsDtype::Bfloat16 => Some("bf16"),
+        ParamsDtype::Float16 => Some("fp16"),
+    });
     if let (Some(params), Some(layers)) = (arguments.params, arguments.layers) {
         let shape = Shape { params, layers, vocab: arguments.vocab, hidden: arguments.hidden };
         return shape.units(dtype(asked.unwrap_or("bf16")));

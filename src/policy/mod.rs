@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 pub use glob::Pattern;
 pub use values::{Auto, DeviceChoice, MicroBatch, Setting, format_size, parse_size};
-pub use words::{ActivationsTier, Direct, Engine, Level, OptimizerTier, ParamsTier, Pressure, UpdateOn};
+pub use words::{ActivationsTier, Direct, Engine, Level, OptimizerTier, ParamsDtype, ParamsTier, Pressure, UpdateOn};
 
 use crate::{
     error::{Code, Error, Result},
@@ -158,6 +158,8 @@ impl Default for Nvme {
 pub struct Params {
     /// Their home.
     pub tier: ParamsTier,
+    /// What those in floating point are converted to.
+    pub dtype: ParamsDtype,
 }
 
 /// The optimizer's states and its update.

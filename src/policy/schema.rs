@@ -102,6 +102,11 @@ pub const KEYS: &[Key] = &[
         "Home of the parameters. `auto`: host memory while it lasts, then NVMe.",
     ),
     key(
+        "params.dtype",
+        Kind::Word(words::ParamsDtype::WORDS),
+        "Number format that floating-point parameters are converted to when the model is offloaded, buffers not; `keep`: the model's own. Gradients have it too; masters and moments are fp32.",
+    ),
+    key(
         "optimizer.tier",
         Kind::Word(words::OptimizerTier::WORDS),
         "Home of the optimizer's states. `auto`: the fastest tier with room. `hbm` keeps the whole unit on the compute device.",

@@ -45,6 +45,17 @@ words! {
         /// Files on NVMe drives.
         Nvme = "nvme",
     }
+    /// Number format of floating-point parameters.
+    ParamsDtype {
+        /// The model's own.
+        #[default] Keep = "keep",
+        /// 32 bits.
+        Float32 = "float32",
+        /// The upper 16 bits of those.
+        Bfloat16 = "bfloat16",
+        /// IEEE 754's 16 bits.
+        Float16 = "float16",
+    }
     /// Home of the optimizer's states.
     OptimizerTier {
         /// What fits, fastest first.

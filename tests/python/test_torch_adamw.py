@@ -127,6 +127,8 @@ def test_the_comparison_can_fail(host_world):
 def test_states_change_hands(direction, two_worlds):
     """A run that was begun with one optimizer goes on with the other."""
     data = batches(24)
+    # A state that went wrong is far outside of either; on a GPU the runs drift by themselves.
+    relative = 1e-5 if CUDA else 1e-6
     reference, paged = pair(two_worlds)
     other = copy.deepcopy(reference)
     options = {"lr": 1e-3, "weight_decay": 0.05, "betas": (0.8, 0.95)}
@@ -139,13 +141,13 @@ def test_states_change_hands(direction, two_worlds):
         paged.load_state_dict(other.state_dict())
         opt_paged.load_state_dict(opt_other.state_dict())
         train(paged, opt_paged, data[12:])
-        assert_close(reference, paged)
+        assert_close(reference, paged, relative)
     else:
         train(paged, opt_paged, data[:12])
         other.load_state_dict(paged.state_dict())
         opt_other.load_state_dict(opt_paged.state_dict())
         train(other, opt_other, data[12:])
-        assert_close(reference, other)
+        assert_close(reference, other, relative)
 
 
 def test_state_dicts_have_one_shape(two_worlds):

@@ -7,7 +7,7 @@ use super::{
     scalar,
 };
 use crate::policy::{
-    Pattern,
+    ParamsDtype, Pattern,
     source::{Entry, Value},
 };
 
@@ -56,9 +56,31 @@ impl Import<'_> {
                 "bf16_master_weights_and_grads" | "fp16_master_weights_and_grads" | "bf16_optimizer_states" => {
                     self.apply(Rule::IfTrue("master weights and states are always 32 bits here"), found);
                 }
-                "enabled" => self.ignored(found, "belongs to your training loop: the model's own number format counts"),
+                "enabled" => self.format(found),
                 _ => self.ignored(found, LOOP),
             }
+        }
+    }
+
+    /// The number format that DeepSpeed would convert the model to.
+    fn format(&mut self, found: Found<'_>) {
+        let (format, word) = match found.key.starts_with("fp16") {
+            true => (ParamsDtype::Float16, "float16"),
+            false => (ParamsDtype::Bfloat16, "bfloat16"),
+        };
+        match scalar::flag(found.node) {
+            Ok(on) if on.value => {
+                self.out.policy.params.dtype = format;
+                self.mapped(found, format!("params.dtype = \"{word}\""));
+            }
+            Ok(_) => self.ignored(found, "off: the model's own number format counts"),
+            Err(_) if matches!(&found.node.value, Value::Text(text) if text == "auto") => {
+                self.undecided(
+                    found,
+                    format!("as your trainer is told: set params.dtype = \"{word}\", or convert the model yourself"),
+                );
+            }
+            Err(fault) => self.undecided(found, fault),
         }
     }
 
