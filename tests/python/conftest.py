@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ import funicular
 from models import CUDA, Stack
 from twin import World
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # What a script starts with & ignores Ctrl-C, and so would every process that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.collect()
 gc.freeze()  # what the imports made stays out of later collections: 0.2 s each otherwise
 torch.set_num_threads(1)  # one order of summation, and no pools that compete with the runtime's
