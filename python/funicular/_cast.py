@@ -49,7 +49,10 @@ class Cast:
 
 
 def _convert(p: nn.Parameter, dtype: torch.dtype) -> None:
-    grad, p.grad = p.grad, None
     with torch.no_grad():
-        p.data = p.data.to(dtype)
-        p.grad = None if grad is None else grad.to(dtype)
+        data = p.data.to(dtype)
+        grad = None if p.grad is None else p.grad.to(dtype)
+        # Nothing is called in between: an interruption finds all of it or nothing.
+        p.grad = None
+        p.data = data
+        p.grad = grad
