@@ -125,8 +125,12 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
         taken = [t._replace(value=t.value.to(devices[id(t.ref.param)])) for t in _taken(session, values)]
         for p in session.residents:
             p.data = p.data.to(devices[id(p)]) if values is None else values.get(id(p), p.data)
-        completed(lambda: _leave(model, session, taken))
-        cast.undo()
+
+        def restore() -> None:
+            _leave(model, session, taken)
+            cast.undo()
+
+        completed(restore)
         engine.close()
         raise
     return session

@@ -23,7 +23,9 @@ FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """What the key stands for, in plain PyTorch."""
     for p in model.parameters():
+        grad, p.grad = p.grad, None
         p.data = p.data.to(dtype)
+        p.grad = None if grad is None else grad.to(dtype)
     return model
 
 
@@ -56,10 +58,7 @@ def test_gradients_come_along_and_buffers_do_not(host_world: World) -> None:
         if run.offloaded:
             run.wrap(run.model, params={"dtype": "bfloat16"})
         else:
-            for p in run.model.parameters():
-                grad, p.grad = p.grad, None
-                p.data = p.data.bfloat16()
-                p.grad = grad.bfloat16()
+            converted(run.model, torch.bfloat16)
         assert run.model.scale.dtype == torch.float32
         run.record_grads()
         run.opt.step()
