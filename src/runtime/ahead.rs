@@ -21,7 +21,7 @@ use crate::{
         core::Shared,
         homes::Set,
         stats::Link,
-        update::{Job, Source},
+        update::{Job, Outcome, Source},
     },
     units::UnitId,
 };
@@ -71,8 +71,8 @@ impl Clipped {
 pub(crate) struct Guess {
     spans: Vec<JobSpan>,
     hypers: Vec<StepHyper>,
-    /// What must have passed first: the user's stream and gradients down.
-    after: [Gate; 2],
+    /// What must have passed first: the user's stream, gradients down, and the last copy up, which may be from the spare place.
+    after: [Gate; 3],
     /// The span at work, and how many of its elements are done.
     at: (usize, u64),
 }
@@ -110,7 +110,8 @@ impl Shared {
             if inner.machine.update_pending(unit) {
                 return Ok(false);
             }
-            [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?]
+            let fill = inner.gates[unit.index()].fill;
+            [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?, fill]
         };
         let guess = Guess { spans: update.spans.clone(), hypers: hypers.to_vec(), after, at: (0, 0) };
         *self.guesses[unit.index()].lock() = Some(guess);
@@ -160,37 +161,38 @@ impl Shared {
         Ok(())
     }
 
-    /// At the step: completes and takes over what was begun, if it is what the step asks for; false if the update is yet to be
-    /// made. The gates of the job have passed.
-    pub(crate) fn commit_ahead(&self, unit: UnitId, job: &Job) -> Result<bool> {
+    /// At the step: completes and takes over what was begun, if it is what the step asks for; `None` if the update is yet to be
+    /// made. The gates of the job have passed. Frames are filled from the spare place until the parameters are home; where some of
+    /// the unit is not trained, and so not there, they go home at once.
+    pub(crate) fn commit_ahead(&self, unit: UnitId, job: &Job) -> Result<Option<Outcome>> {
         // Multiplying by 1 changes nothing; anything else is not foreseen.
         let clip = |h: &StepHyper| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits();
         let clipped = job.hypers.iter().any(clip);
         if clipped {
             self.clipped.note();
         }
-        let Some(mut guess) = self.guesses[unit.index()].lock().take() else { return Ok(false) };
+        let Some(mut guess) = self.guesses[unit.index()].lock().take() else { return Ok(None) };
         let good = job.guessed && guess.begun() && !clipped && guess.same_as(job);
         if guess.begun() {
             self.stats.guessed(good);
         }
         if !good {
-            return Ok(false);
+            return Ok(None);
         }
         while !guess.done() {
             self.piece_ahead(unit, &mut guess)?;
         }
-        let start = self.trace.now();
-        self.copy_home(unit, &job.spans)?;
-        let bytes = 2 * self.layout.unit(unit).param_bytes();
-        self.stats.moved(Link::Update, bytes, self.trace.now().saturating_sub(start));
-        self.trace.span("cpu update", "take over", u64::from(unit.0), start, bytes);
         self.homes.unit(unit).turn();
-        Ok(true)
+        if self.layout.unit(unit).sections.iter().all(|s| s.trainable || s.elems == 0) {
+            return Ok(Some(Outcome::TakenOver));
+        }
+        self.copy_home(unit, &job.spans)?;
+        Ok(Some(Outcome::Ran))
     }
 
     /// Copies the new parameters to their home, which never moves.
-    fn copy_home(&self, unit: UnitId, spans: &[JobSpan]) -> Result<()> {
+    pub(crate) fn copy_home(&self, unit: UnitId, spans: &[JobSpan]) -> Result<()> {
+        let start = self.trace.now();
         let packed = self.layout.unit(unit);
         let home = self.homes.unit(unit);
         for span in spans {
@@ -207,6 +209,9 @@ impl Shared {
                 }
             })?;
         }
+        let bytes = 2 * packed.param_bytes();
+        self.stats.moved(Link::Update, bytes, self.trace.now().saturating_sub(start));
+        self.trace.span("cpu update", "copy home", u64::from(unit.0), start, bytes);
         Ok(())
     }
 }

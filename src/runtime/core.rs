@@ -42,12 +42,13 @@ pub(crate) const SLICE: Duration = Duration::from_millis(50);
 /// Without any event for this long a wait gives up.
 const STUCK_AFTER_SLICES: u32 = if cfg!(test) { 20 } else { 120 * 20 };
 
-/// A piece of an update for the runner.
+/// What the machine asks of the runner.
 #[derive(Debug)]
-pub(crate) struct RunTask {
-    pub(crate) unit: UnitId,
-    pub(crate) chunk: u32,
-    pub(crate) lease: Option<SlotLease>,
+pub(crate) enum Task {
+    /// A piece of an update.
+    Update { unit: UnitId, chunk: u32, lease: Option<SlotLease> },
+    /// To copy parameters from the spare place to their home.
+    Home(UnitId),
 }
 
 /// A copy whose end somebody wants to know.
@@ -98,7 +99,7 @@ pub(crate) struct Shared {
     pub(crate) saves: Saves,
     /// How checkpoints are read and written: the engine, and whether past the page cache.
     pub(crate) checkpoint_io: (EngineOptions, bool),
-    pub(crate) to_runner: Sender<RunTask>,
+    pub(crate) to_runner: Sender<Task>,
     pub(crate) to_ahead: Sender<UnitId>,
     pub(crate) to_up: Sender<Ended>,
     pub(crate) to_down: Sender<Ended>,
@@ -328,8 +329,9 @@ impl Shared {
                 Command::RunChunk(unit, chunk) => {
                     let at = inner.chunks.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
                     let lease = at.map(|i| inner.chunks.swap_remove(i).2);
-                    self.send(&self.to_runner, RunTask { unit, chunk, lease })?;
+                    self.send(&self.to_runner, Task::Update { unit, chunk, lease })?;
                 }
+                Command::CopyHome(unit) => self.send(&self.to_runner, Task::Home(unit))?,
                 Command::WriteChunk(unit, chunk) => self.write_chunk(inner, unit, chunk)?,
             }
         }
@@ -343,18 +345,19 @@ impl Shared {
     fn copy_up(&self, inner: &mut Inner, unit: UnitId) -> Result<()> {
         let bytes = self.layout.unit(unit).param_bytes();
         let lease = inner.pages[unit.index()].take();
-        let from_home = self.placement.homes[unit.index()].params == Tier::Host;
+        let (on_host, home) = (self.placement.homes[unit.index()].params == Tier::Host, self.homes.unit(unit));
         let src = match &lease {
             Some(slot) => slot.as_ptr() as u64,
-            None if from_home => self.homes.unit(unit).params,
+            None if inner.machine.in_spare(unit) => home.spare_params,
+            None if on_host => home.params,
             None => return Err(Error::new(Code::Stale, format!("{unit} has no bytes to page in."))),
         };
         self.device.wait(StreamRef::Up, inner.gates[unit.index()].home)?;
         let before = self.mark(StreamRef::Up);
         for _ in 0..self.slow.up {
             // SAFETY: the frames are this unit's by R1 and their last readers were waited for by R3; the source is the
-            // unit's home, which nobody writes while a copy is under way (updates wait for this stream), or a leased slot
-            // that the reaper holds until the gate below has passed.
+            // unit's home or spare place, which nobody writes while a copy is under way (updates wait for this stream, those ahead
+            // for the gate below), or a leased slot that the reaper holds until that gate has passed.
             unsafe { self.device.copy(StreamRef::Up, self.frames.address(unit.index()), src, bytes as usize)? };
         }
         let marks = (before, self.mark(StreamRef::Up));

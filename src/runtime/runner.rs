@@ -6,10 +6,12 @@ use crossbeam::channel::{Receiver, TryRecvError, select};
 
 use crate::{
     error::{Code, Error, Result},
+    memory::SlotLease,
     runtime::{
-        core::{RunTask, Shared},
+        core::{Shared, Task},
         saves::group_of,
         stats::Link,
+        update::Outcome,
     },
     units::UnitId,
 };
@@ -19,15 +21,15 @@ const NAP: Duration = Duration::from_micros(100);
 
 /// What the runner has taken and not done.
 struct Runner {
-    tasks: Receiver<RunTask>,
+    tasks: Receiver<Task>,
     ahead: Receiver<UnitId>,
-    /// A piece of a step's update. The program runs ahead of the device: the step may be submitted long before its inputs are there.
-    step: Option<RunTask>,
+    /// Of a step's update. The program runs ahead of the device: the step may be submitted long before its inputs are there.
+    step: Option<Task>,
     waiting: VecDeque<UnitId>,
 }
 
 /// Starts the runner; it ends when the runtime is gone.
-pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<RunTask>, ahead: Receiver<UnitId>) -> Result<JoinHandle<()>> {
+pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<Task>, ahead: Receiver<UnitId>) -> Result<JoinHandle<()>> {
     let shared = Arc::downgrade(shared);
     let mut runner = Runner { tasks, ahead, step: None, waiting: VecDeque::new() };
     std::thread::Builder::new()
@@ -75,10 +77,13 @@ impl Runner {
     /// Does the step's piece if its inputs are there, else a piece ahead; at the least it naps.
     fn work(&mut self, shared: &Shared) -> Result<()> {
         if let Some(task) = self.step.take() {
-            if self.waiting.is_empty() || shared.inputs_there(task.unit)? {
-                return run(shared, task);
+            match task {
+                Task::Home(unit) => return home(shared, unit),
+                Task::Update { unit, chunk, lease } if self.waiting.is_empty() || shared.inputs_there(unit)? => {
+                    return run(shared, unit, chunk, lease);
+                }
+                later @ Task::Update { .. } => self.step = Some(later),
             }
-            self.step = Some(task);
         }
         let Some(&unit) = self.waiting.front() else { return Ok(()) };
         match shared.work_ahead(unit) {
@@ -109,8 +114,7 @@ impl Shared {
 }
 
 /// Runs one piece of an update.
-fn run(shared: &Shared, task: RunTask) -> Result<()> {
-    let RunTask { unit, chunk, mut lease } = task;
+fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) -> Result<()> {
     // Copy on update: a save under way reads the unit first.
     shared.saves.preserve(group_of(unit), &mut || false)?;
     let after = {
@@ -118,7 +122,7 @@ fn run(shared: &Shared, task: RunTask) -> Result<()> {
         inner.at_work = Some(unit);
         inner.gates[unit.index()].update
     };
-    {
+    let outcome = {
         let _at_work = AtWork(shared);
         for gate in after {
             while !shared.device.block(gate, Duration::from_millis(100))? {
@@ -127,16 +131,33 @@ fn run(shared: &Shared, task: RunTask) -> Result<()> {
         }
         std::thread::sleep(shared.slow.update);
         shared.stats.moved(Link::Update, 0, shared.slow.update.as_nanos() as u64);
-        shared.run_chunk(unit, chunk, lease.as_mut())?;
-    }
+        shared.run_chunk(unit, chunk, lease.as_mut())?
+    };
     let mut inner = shared.lock()?;
     if let Some(lease) = lease {
         Shared::park_chunk(&mut inner, unit, chunk, lease);
     }
-    shared.happened(&mut inner, |m, out| m.chunk_ran(unit, chunk, out))?;
+    shared.happened(&mut inner, |m, out| match outcome {
+        Outcome::Ran => m.chunk_ran(unit, chunk, out),
+        Outcome::TakenOver => m.taken_over(unit, out),
+    })?;
     if !inner.machine.update_pending(unit) {
         shared.saves.updated(unit);
     }
+    Ok(())
+}
+
+/// Copies parameters home that frames could be filled with already.
+fn home(shared: &Shared, unit: UnitId) -> Result<()> {
+    shared.lock()?.at_work = Some(unit);
+    {
+        let _at_work = AtWork(shared);
+        std::thread::sleep(shared.slow.home);
+        shared.copy_home(unit, &shared.jobs[unit.index()].lock().spans)?;
+    }
+    let mut inner = shared.lock()?;
+    shared.happened(&mut inner, |m, out| m.homed(unit, out))?;
+    shared.saves.updated(unit);
     Ok(())
 }
 

@@ -55,6 +55,11 @@ impl Shared {
                 return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));
             }
         }
+        if inner.machine.in_spare(unit) {
+            // The runner does nothing more: the lock keeps others from doing this, too.
+            self.copy_home(unit, &self.jobs[unit.index()].lock().spans)?;
+            inner.machine.homed(unit, &mut Vec::new());
+        }
         Ok(())
     }
 

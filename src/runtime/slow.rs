@@ -13,16 +13,18 @@ pub struct Slow {
     pub down: u32,
     /// Pieces of updates.
     pub update: Duration,
+    /// Copies home of parameters that were updated ahead.
+    pub home: Duration,
 }
 
 impl Default for Slow {
     fn default() -> Self {
-        Self { up: 1, down: 1, update: Duration::ZERO }
+        Self { up: 1, down: 1, update: Duration::ZERO, home: Duration::ZERO }
     }
 }
 
 impl Slow {
-    /// Takes `up:times=N`, `down:times=N` and `update:delay=Nms` out of the rules of `debug.faults`; returns the others too.
+    /// Takes `up:times=N`, `down:times=N`, `update:delay=Nms` and `home:delay=Nms` out of the rules of `debug.faults`; returns the others too.
     ///
     /// # Errors
     /// `FN-E503` naming the rule.
@@ -30,13 +32,13 @@ impl Slow {
         let mut slow = Self::default();
         let mut others = Vec::new();
         for rule in text.split(',').map(str::trim).filter(|rule| !rule.is_empty()) {
-            let Some(place @ ("up" | "down" | "update")) = rule.split(':').next() else {
+            let Some(place @ ("up" | "down" | "update" | "home")) = rule.split(':').next() else {
                 others.push(rule);
                 continue;
             };
             if slow.set(place, &rule[place.len()..]).is_none() {
                 return Err(Error::new(Code::PolicyValue, format!("debug.faults: '{rule}' slows nothing down."))
-                    .action("Write \"up:times=8\", \"down:times=8\" or \"update:delay=20ms\"."));
+                    .action("Write \"up:times=8\", \"down:times=8\", \"update:delay=20ms\" or \"home:delay=20ms\"."));
             }
         }
         Ok((slow, others.join(",")))
@@ -49,7 +51,8 @@ impl Slow {
             "down" => self.down = times()?,
             _ => {
                 let delay = rest.strip_prefix(":delay=")?.strip_suffix("ms")?;
-                self.update = Duration::from_millis(delay.parse().ok()?);
+                let delay = Duration::from_millis(delay.parse().ok()?);
+                *if place == "home" { &mut self.home } else { &mut self.update } = delay;
             }
         }
         Some(())
@@ -62,8 +65,10 @@ mod tests {
 
     #[test]
     fn its_rules_are_told_from_those_of_disks() {
-        let (slow, others) = Slow::parse("read:eio@3, up:times=8,update:delay=20ms, write:short").expect("rules");
-        assert_eq!(slow, Slow { up: 8, down: 1, update: Duration::from_millis(20) });
+        let (slow, others) =
+            Slow::parse("read:eio@3, up:times=8,update:delay=20ms, write:short,home:delay=3ms").expect("rules");
+        let (update, home) = (Duration::from_millis(20), Duration::from_millis(3));
+        assert_eq!(slow, Slow { up: 8, down: 1, update, home });
         assert_eq!(others, "read:eio@3,write:short");
         assert_eq!(Slow::parse("").expect("none"), (Slow::default(), String::new()));
         for wrong in ["up:times=0", "up:delay=2ms", "down", "update:delay=2", "update:times=3"] {

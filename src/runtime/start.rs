@@ -17,7 +17,7 @@ use crate::{
         admission::{self, Running},
         ahead::Clipped,
         config::Config,
-        core::{Disk, RunTask, Shared},
+        core::{Disk, Shared, Task},
         factors::Factors,
         files::Map,
         homes::Homes,
@@ -47,7 +47,7 @@ pub(crate) struct Started {
 
 struct Channels {
     done: (Sender<IoCompletion>, Receiver<IoCompletion>),
-    run: (Sender<RunTask>, Receiver<RunTask>),
+    run: (Sender<Task>, Receiver<Task>),
     ahead: (Sender<UnitId>, Receiver<UnitId>),
     up: (Sender<Ended>, Receiver<Ended>),
     down: (Sender<Ended>, Receiver<Ended>),

@@ -188,6 +188,43 @@ fn memory_for_stray_reads_is_what_the_budget_leaves() {
     assert_eq!(rt.used(Tier::Host).unwrap().1, rt.limit(Tier::Host).unwrap().unwrap());
 }
 
+#[test]
+fn what_is_on_its_way_home_when_the_runtime_fails_gets_there() {
+    let param = |unit: u32| ParamSpec { name: format!("{unit}.w"), numel: ELEMS, dtype: DType::F32, trainable: true };
+    let units: Vec<UnitSpec> =
+        (0..3).map(|unit| UnitSpec { name: format!("unit {unit}"), params: vec![param(unit)] }).collect();
+    let policy = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16KiB"}, "optimizer": {"spare": "1MiB"},
+        "debug": {"faults": "home:delay=200ms"}}"#;
+    let policy = Policy::from_json_str(policy, "test").unwrap();
+    let rt = Runtime::open(Layout::new(&units).unwrap(), &policy, ByteCount(0)).unwrap();
+    let shared = rt.shared().unwrap();
+    // SAFETY: the gradients of the unit, which nobody else touches yet.
+    let fill = |unit| unsafe {
+        std::slice::from_raw_parts_mut(shared.homes.unit(unit).grads as *mut f32, ELEMS as usize).fill(1.0);
+    };
+    // SAFETY: the unit's home, once it is settled.
+    let first = |unit| unsafe { *(shared.homes.unit(unit).params as *const f32) };
+    let guessed: Vec<UnitUpdate> = (0..3).map(|unit| UnitUpdate { guessed: true, ..whole(unit) }).collect();
+    for update in &guessed {
+        fill(update.unit);
+        assert!(rt.update_ahead(update, &[hyper()], 0).unwrap());
+    }
+    sleep(Duration::from_millis(100));
+    step(&rt, &guessed, false, &mut never).unwrap();
+    // Its new parameters are in its frames long before they are home.
+    assert!(rt.open_window(UnitId(2), Phase::Forward, 0, &mut never).unwrap());
+    // SAFETY: the window is open, and on this device its copy is awaited.
+    let in_frames = unsafe { *(shared.frames.address(2) as *const f32) };
+    assert!((in_frames + 0.1).abs() < 1e-3, "{in_frames}");
+    assert_eq!((first(UnitId(2)), rt.update_pending(UnitId(2)).unwrap()), (0.0, true));
+    shared.fail(Error::new(Code::Stuck, "a test."));
+    rt.told(&rt.settle(UnitId(2), 0, &mut never).unwrap_err());
+    for unit in (0..3).map(UnitId) {
+        rt.settle(unit, 0, &mut never).unwrap();
+        assert_eq!(first(unit).to_bits(), in_frames.to_bits());
+    }
+}
+
 /// Two steps with `between` in the second; what the second one took.
 fn second_step(rt: &Runtime, between: impl FnOnce()) -> split::Times {
     step(rt, &[], false, &mut never).unwrap();

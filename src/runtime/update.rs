@@ -55,6 +55,15 @@ pub(crate) enum Source<'a> {
     Slot(&'a SlotLease, Chunk),
 }
 
+/// How a piece of an update ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The home is current.
+    Ran,
+    /// All of the unit was updated ahead; the parameters are in the spare place.
+    TakenOver,
+}
+
 impl Shared {
     /// Submits the updates of a step, all or none of them.
     pub(crate) fn update(
@@ -98,11 +107,11 @@ impl Shared {
     }
 
     /// Runs the kernel over one piece of a unit's update, whose gates have passed.
-    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<()> {
+    pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<Outcome> {
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
-        if self.commit_ahead(unit, job)? {
-            return Ok(());
+        if let Some(outcome) = self.commit_ahead(unit, job)? {
+            return Ok(outcome);
         }
         let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
         let chunk = streamed.as_ref().map(|(disk, _)| disk.map.chunk(unit, index));
@@ -123,7 +132,7 @@ impl Shared {
         if let (Some((disk, lease)), Some(chunk)) = (streamed, chunk) {
             disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
         }
-        Ok(())
+        Ok(Outcome::Ran)
     }
 
     /// The scalars, with what the device has to say of them; the gates of the job have passed.

@@ -4,7 +4,8 @@
 //!
 //! R1: a chunk of the ring has one owner. R2: a held unit keeps its frames. R3: a copy into frames is commanded only
 //! after [`Command::WaitReleased`] for every unit whose bytes it overwrites. R4: a unit is filled only when its update,
-//! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once.
+//! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once. R6: a home counts as current
+//! only when the result of the update is in it; frames may be filled from the spare place before.
 
 mod pump;
 #[cfg(test)]
@@ -29,13 +30,16 @@ pub enum Command {
     DropSlot(UnitId),
     /// Make the up stream wait until the unit's last window is over on the compute stream.
     WaitReleased(UnitId),
-    /// Enqueue the copy into the unit's frames, from its page slot if its parameters live on NVMe, else from its home.
+    /// Enqueue the copy into the unit's frames, from its page slot if its parameters live on NVMe, else from its home, or while
+    /// [`Machine::in_spare`] from its spare place.
     /// With a slot: answer with [`Machine::copied`] once the copy is over and the slot given back.
     CopyUp(UnitId),
     /// Read the states of one chunk into an update slot; answer with [`Machine::chunk_read`].
     ReadChunk(UnitId, u32),
-    /// Update one chunk; answer with [`Machine::chunk_ran`].
+    /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::taken_over`].
     RunChunk(UnitId, u32),
+    /// Copy the parameters from the spare place to their home; answer with [`Machine::homed`].
+    CopyHome(UnitId),
     /// Write one chunk's states back, then give the slot back; answer with [`Machine::chunk_written`].
     WriteChunk(UnitId, u32),
 }
@@ -77,7 +81,12 @@ enum Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Update {
     None,
-    Queued { next: u32, ran: u32 },
+    Queued {
+        next: u32,
+        ran: u32,
+    },
+    /// Made; the parameters are in the spare place, and not yet in their home.
+    Spare,
 }
 
 #[derive(Debug)]
@@ -93,6 +102,23 @@ struct UnitState {
     chunks: u32,
     update: Update,
     writing: u32,
+}
+
+impl UnitState {
+    /// The update is yet to be made.
+    fn update_queued(&self) -> bool {
+        matches!(self.update, Update::Queued { .. })
+    }
+}
+
+/// Moves a unit to the front of a queue; true if it was in it.
+fn first(queue: &mut VecDeque<UnitId>, unit: UnitId) -> bool {
+    let at = queue.iter().position(|&u| u == unit);
+    if let Some(at) = at.filter(|&at| at > 0) {
+        queue.remove(at);
+        queue.push_front(unit);
+    }
+    at.is_some()
 }
 
 /// Counts of how openings went.
@@ -121,6 +147,12 @@ pub struct Machine {
     order: Order,
     upcoming: Vec<UnitId>,
     queue: VecDeque<UnitId>,
+    /// In their spare place, to be copied home.
+    homeward: VecDeque<UnitId>,
+    /// Somebody waits for the first of those.
+    urgent: bool,
+    /// One is on its way.
+    homing: bool,
     page_free: u32,
     update_free: u32,
     running: u32,
@@ -158,6 +190,9 @@ impl Machine {
             order: Order::default(),
             upcoming: Vec::with_capacity(units.len()),
             queue: VecDeque::with_capacity(units.len() + 1),
+            homeward: VecDeque::with_capacity(units.len()),
+            urgent: false,
+            homing: false,
             page_free: placement.page_slots.0,
             // One is the runtime's own, for what is not part of a step.
             update_free: placement.update_slots.0.saturating_sub(1),
@@ -189,20 +224,22 @@ impl Machine {
         match s.frame {
             Frame::Full => self.prefetches.hits += 1,
             Frame::Claimed if s.prefetched => self.prefetches.late += 1,
-            _ if s.update != Update::None => self.prefetches.late += 1,
+            _ if s.update_queued() => self.prefetches.late += 1,
             _ => self.prefetches.demand += 1,
         }
         s.prefetched = false;
     }
 
     fn try_open(&mut self, unit: UnitId, out: &mut Vec<Command>) -> Opening {
-        if self.update_pending(unit) {
+        let conflict = self.units[unit.index()].frame != Frame::Full && self.holder(unit).is_some();
+        // Who uses the home needs it to be current.
+        if self.units[unit.index()].update_queued() || (conflict && self.update_pending(unit)) {
             self.promote(unit);
             self.units[unit.index()].wanted = true;
             return Opening::Pending(Wait::Update);
         }
         if self.units[unit.index()].frame != Frame::Full {
-            if self.holder(unit).is_some() {
+            if conflict {
                 return Opening::Conflict;
             }
             self.units[unit.index()].wanted = true;
@@ -266,14 +303,10 @@ impl Machine {
         self.pump_updates(out);
     }
 
-    /// Puts a unit's update before all others; someone waits for it.
+    /// Puts a unit's update, or its way home, before all others; someone waits for it.
     pub fn promote(&mut self, unit: UnitId) {
-        if let Some(at) = self.queue.iter().position(|&u| u == unit)
-            && at > 0
-        {
-            self.queue.remove(at);
-            self.queue.push_front(unit);
-        }
+        self.urgent |= first(&mut self.homeward, unit);
+        first(&mut self.queue, unit);
     }
 
     /// True until the unit's home holds the result of its last submitted update.
@@ -360,6 +393,26 @@ impl Machine {
         if let Update::Queued { next, ran } = s.update {
             s.update = if ran + 1 == s.chunks { Update::None } else { Update::Queued { next, ran: ran + 1 } };
         }
+        self.pump(out);
+    }
+
+    /// A [`Command::RunChunk`] found all of its unit's update made, in the spare place.
+    pub fn taken_over(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        self.running -= 1;
+        self.units[unit.index()].update = Update::Spare;
+        self.homeward.push_back(unit);
+        self.pump(out);
+    }
+
+    /// True while the parameters are in the spare place, and their home is older.
+    pub fn in_spare(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].update == Update::Spare
+    }
+
+    /// A [`Command::CopyHome`] has finished.
+    pub fn homed(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        self.homing = false;
+        self.units[unit.index()].update = Update::None;
         self.pump(out);
     }
 

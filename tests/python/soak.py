@@ -65,14 +65,14 @@ def steady(world: World, steps: int, warm: int = 60) -> dict[str, tuple[int, int
             run.notes.clear()
 
     train(warm)
-    before = figures(world.paths[0])
+    before, named = figures(world.paths[0]), facts.thread_names()
     train(steps)
     after = figures(world.paths[0])
     for name, budget in funicular.stats(run.model).budgets.items():
         assert budget.limit is None or budget.peak <= budget.limit, name
     for name, allowed in {"PSS": 3 * MIB, "RSS": 3 * MIB, "files": 0, "threads": 0, "disk": 0}.items():
         assert after[name] - before[name] <= allowed, (
-            f"{name} grew from {before[name]} to {after[name]} in {steps} steps"
+            f"{name} grew from {before[name]} to {after[name]} in {steps} steps; new threads: {facts.thread_names() - named}"
         )
     return {name: (before[name], after[name]) for name in before}
 

@@ -193,6 +193,34 @@ def test_same_bits(host_world, script):
     compare(host_world, stack(), script, optimizer=SPARE)
 
 
+def on_the_way_home(run: Run) -> None:
+    """What reads and edits homes right after a step whose parameters are in the frames before they are home."""
+    for step in range(8):
+        loss_of(run).backward()
+        settle()
+        run.opt.step()
+        run.opt.zero_grad()
+        layers = run.model.layers
+        if step % 4 == 0:
+            run.record("read", [layers[i].up.weight.detach().clone() for i in (5, 0, 3)])
+        elif step % 4 == 1:
+            with torch.no_grad():
+                layers[4].up.weight.mul_(1.5)
+                layers[1].up.weight.data.fill_(0.125)
+        elif step % 4 == 2:
+            run.record("state", run.opt.state[layers[2].up.weight]["exp_avg"])
+            run.record_weights()
+        with torch.no_grad():
+            run.record("eval", run.model(run.data(4, WIDTH)))
+
+
+@pytest.mark.parametrize("frames", [1.0, 3.0], ids=["one frame", "three frames"])
+def test_frames_are_filled_before_homes(host_world, frames):
+    slow = {"faults": "home:delay=15ms"}
+    run = compare(host_world, stack(), on_the_way_home, frames, optimizer=SPARE, debug=slow)
+    assert funicular.stats(run.model).ahead.used >= 5, "hardly anything was on its way home"
+
+
 @pytest.mark.parametrize("script", [plain_steps, clipping, read_between], ids=lambda s: s.__name__)
 def test_two_groups(host_world, script):
     """Units whose parameters have different hyperparameters."""

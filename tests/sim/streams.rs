@@ -22,12 +22,21 @@ pub(crate) struct Gate {
     pub(crate) seq: u64,
 }
 
+/// What is copied into frames.
+#[derive(Clone, Debug)]
+pub(crate) enum From {
+    /// A slot that holds these pieces.
+    Slot(Vec<u64>),
+    Home,
+    Spare,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     /// Go on only after another stream has passed a gate.
     Wait(Gate),
-    /// Copy a unit into its frames: from the slot that holds these pieces, else from its home.
-    CopyUp(UnitId, Option<Vec<u64>>),
+    /// Copy a unit into its frames.
+    CopyUp(UnitId, From),
     /// A kernel that reads the unit's frames, chunk by chunk, and must see this content.
     Read(UnitId, u64),
     /// A kernel that reads the unit's home.
@@ -64,6 +73,8 @@ pub(crate) struct Device {
     places: Vec<Vec<usize>>,
     /// Per unit and piece of its update: the home, or what lies on NVMe.
     pub(crate) params: Vec<Vec<u64>>,
+    /// Per unit, what its spare place holds.
+    pub(crate) spare: Vec<u64>,
 }
 
 impl Device {
@@ -72,6 +83,7 @@ impl Device {
             streams: Default::default(),
             ring: vec![Cell { unit: u32::MAX, index: 0, content: POISON }; model.plan.ring_chunks as usize],
             places: model.layout.ids().map(|u| model.places(u)).collect(),
+            spare: vec![TORN; params.len()],
             params,
         }
     }
@@ -144,11 +156,14 @@ impl Device {
         let chunks = |unit: &UnitId| self.places[unit.index()].len();
         match op {
             Op::Wait(_) => true,
-            Op::CopyUp(unit, slot) => {
+            Op::CopyUp(unit, from) => {
                 let n = chunks(unit);
                 if step < n {
-                    let pieces = slot.as_ref().unwrap_or(&self.params[unit.index()]);
-                    let content = Self::part(pieces, step, n);
+                    let content = match from {
+                        From::Slot(pieces) => Self::part(pieces, step, n),
+                        From::Home => Self::part(&self.params[unit.index()], step, n),
+                        From::Spare => self.spare[unit.index()],
+                    };
                     self.write_cell(*unit, step, content);
                 }
                 step + 1 >= n

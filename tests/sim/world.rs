@@ -13,7 +13,7 @@ use funicular::{
 use crate::{
     chance::mix,
     model::Model,
-    streams::{COMPUTE, DOWN, Device, Gate, Op, UP},
+    streams::{COMPUTE, DOWN, Device, From, Gate, Op, UP},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +51,16 @@ struct Task {
     chunk: u32,
     slot: Option<Slot>,
     started: bool,
+    work: Work,
+}
+
+/// What a task of the runner is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Update,
+    /// An update that was made ahead, in the spare place.
+    TakeOver,
+    CopyHome,
 }
 
 /// A submitted update: what it finds and what it leaves.
@@ -209,7 +219,19 @@ impl World {
                 let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
                 let slot = at.map(|i| self.parked.swap_remove(i).2);
                 assert_eq!(slot.is_some(), self.model.chunks[unit.index()] > 0, "R5: {unit}'s update and its slot");
-                self.tasks.push_back(Task { unit, chunk, slot, started: false });
+                // Some units with spare frames are updated ahead; which of their steps is decided by chance.
+                let spare = self.model.plan.spare[unit.index()] && self.model.chunks[unit.index()] == 0;
+                let number = self.jobs[unit.index()].number;
+                let ahead = spare && !mix(number, u64::from(unit.0)).is_multiple_of(4);
+                let work = if ahead { Work::TakeOver } else { Work::Update };
+                self.tasks.push_back(Task { unit, chunk, slot, started: false, work });
+            }
+            Command::CopyHome(unit) => {
+                self.note(mix(8, u64::from(unit.0)));
+                assert!(self.machine.in_spare(unit), "R6: {unit} has nothing to copy home");
+                let same = |t: &Task| t.unit == unit;
+                assert!(!self.tasks.iter().any(same), "R6: {unit} is copied home twice");
+                self.tasks.push_back(Task { unit, chunk: 0, slot: None, started: false, work: Work::CopyHome });
             }
             Command::WriteChunk(unit, chunk) => {
                 self.note(mix(7, u64::from(unit.0)));
@@ -231,10 +253,12 @@ impl World {
         }
         let slot = self.pages[u].take();
         assert!(slot.is_some() || !self.model.params_on_nvme(unit), "R5: {unit} has no bytes to page in");
-        assert!(!self.machine.update_pending(unit), "R4: {unit} is copied up before its update");
+        let spare = self.machine.in_spare(unit);
+        assert!(spare || !self.machine.update_pending(unit), "R4: {unit} is copied up before its update");
         self.device.enqueue(UP, Op::Wait(self.gates[u].home));
         let staged = slot.is_some();
-        self.device.enqueue(UP, Op::CopyUp(unit, slot));
+        self.device
+            .enqueue(UP, Op::CopyUp(unit, slot.map_or(if spare { From::Spare } else { From::Home }, From::Slot)));
         self.gates[u].fill = self.device.record(UP);
         if staged {
             self.landings.push_back((self.gates[u].fill, unit));
@@ -307,7 +331,10 @@ impl World {
                 self.held[unit.index()] = true;
                 self.device.enqueue(COMPUTE, Op::Wait(self.gates[unit.index()].fill));
             }
-            Opening::Conflict => assert!(holder.is_some(), "{unit} is refused, but nothing is in its frames"),
+            Opening::Conflict => {
+                assert!(holder.is_some(), "{unit} is refused, but nothing is in its frames");
+                assert!(!self.machine.update_pending(unit), "R6: {unit} is used from a home that is older");
+            }
             Opening::Pending(_) => {}
         }
         answer

@@ -55,6 +55,18 @@ impl Machine {
     }
 
     pub(super) fn pump_updates(&mut self, out: &mut Vec<Command>) {
+        self.pump_queue(out);
+        // A copy home holds up nobody but who reads there: it comes when the runner has little else to do, or somebody waits.
+        if !self.homing
+            && (self.urgent || self.running < RUN_AHEAD)
+            && let Some(unit) = self.homeward.pop_front()
+        {
+            (self.homing, self.urgent) = (true, false);
+            out.push(Command::CopyHome(unit));
+        }
+    }
+
+    fn pump_queue(&mut self, out: &mut Vec<Command>) {
         while let Some(&unit) = self.queue.front() {
             let s = &mut self.units[unit.index()];
             let Update::Queued { next, ran } = s.update else {
@@ -111,7 +123,7 @@ impl Machine {
         if matches!(s.frame, Frame::Full | Frame::Claimed) {
             return true;
         }
-        if s.update != Update::None || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit) {
+        if s.update_queued() || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit) {
             return false;
         }
         if s.on_nvme && !s.reading {

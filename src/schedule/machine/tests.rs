@@ -236,6 +236,31 @@ fn whoever_is_waited_for_is_updated_first() {
 }
 
 #[test]
+fn frames_are_filled_before_what_was_made_ahead_is_home() {
+    let mut rig = Rig::on_host(2, 0, 5);
+    (0..5).for_each(|n| rig.submit(n));
+    rig.take();
+    for n in 0..3 {
+        rig.machine.taken_over(u(n), &mut rig.out);
+    }
+    assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "updates come before copies home");
+    assert_eq!(rig.open(1, Phase::Forward), Opening::Ready);
+    assert!(rig.take().contains(&Command::CopyUp(u(1))));
+    assert!(rig.machine.in_spare(u(1)) && rig.machine.update_pending(u(1)), "its home is older");
+    // 3 shares frames with 1, which is held: it would be used from its home.
+    assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
+    rig.machine.taken_over(u(3), &mut rig.out);
+    assert_eq!(rig.take(), [Command::CopyHome(u(0))], "4 is at work, and nothing waits behind it");
+    assert_eq!(rig.again(3), Opening::Pending(Wait::Update));
+    rig.machine.homed(u(0), &mut rig.out);
+    assert_eq!(rig.take(), [Command::CopyHome(u(3))], "somebody waits for it");
+    rig.machine.homed(u(3), &mut rig.out);
+    assert_eq!(rig.again(3), Opening::Conflict);
+    rig.machine.homed(u(1), &mut rig.out);
+    assert!(!rig.machine.update_pending(u(1)) && rig.machine.updating());
+}
+
+#[test]
 fn a_promoted_update_in_pieces_goes_on_where_it_was() {
     let mut rig = Rig::new(2, 0, &[(1, NVME), (1, NVME), (1, NVME)]);
     (0..3).for_each(|n| rig.submit(n));

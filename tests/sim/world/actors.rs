@@ -1,6 +1,6 @@
 //! Who acts beside the training thread: streams, disk, runner and reaper, one step at a time.
 
-use super::{Actor, Io, Purpose, World, state};
+use super::{Actor, Io, Purpose, Work, World, state};
 use crate::{
     chance::{Chance, mix},
     streams::{COMPUTE, DOWN, TORN, UP},
@@ -125,6 +125,39 @@ impl World {
     /// The runner begins its first task, or ends it.
     fn run(&mut self) {
         self.events += 1;
+        let work = self.tasks.front().expect("asked only if there is one").work;
+        match work {
+            Work::Update => self.run_update(),
+            Work::TakeOver => self.take_over(),
+            Work::CopyHome => self.copy_home(),
+        }
+    }
+
+    /// Finds the update made: the states are the next ones, the parameters are in the spare place.
+    fn take_over(&mut self) {
+        let unit = self.tasks.pop_front().expect("there is one").unit;
+        let u = unit.index();
+        let job = &mut self.jobs[u];
+        assert!(self.device.params[u].iter().all(|&p| p == job.from), "R6: {unit}'s home was not what it was");
+        self.device.spare[u] = job.to;
+        job.ran[0] = true;
+        self.states[u][0] = state(job.number);
+        self.step(|m, out| m.taken_over(unit, out));
+    }
+
+    fn copy_home(&mut self) {
+        let task = self.tasks.front_mut().expect("asked only if there is one");
+        let (unit, u) = (task.unit, task.unit.index());
+        if !std::mem::replace(&mut task.started, true) {
+            self.device.params[u].fill(TORN);
+            return;
+        }
+        self.tasks.pop_front();
+        self.device.params[u].fill(self.device.spare[u]);
+        self.step(|m, out| m.homed(unit, out));
+    }
+
+    fn run_update(&mut self) {
         let task = self.tasks.front_mut().expect("asked only if there is one");
         let (u, c) = (task.unit.index(), task.chunk as usize);
         let job = &mut self.jobs[u];
