@@ -156,18 +156,18 @@ def six(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
     """6.7 B in micro-batches, against all of it in HBM: measured where it fits, else forward, backward, and an update at HBM's rate."""
     compute, fits = (runs.get(("six", system, 32768, False, False)) for system in ("compute", "in_hbm"))
     ran = [runs.get(("six", "host", 32768, False, free)) for free in (False, True)]
-    if compute is None:
+    if compute is None and fits is None:
         return []
-    params = compute["params"] / ((rates or {}).get("device", {}).get("adamw_params") or IN_HBM)
-    base = {"compute": compute["seconds"], "in_hbm_by_arithmetic": round(compute["seconds"] + params, 4)}
-    if fits is not None:
-        base["in_hbm"] = fits["seconds"]
+    base = {} if fits is None else {"in_hbm": fits["seconds"]}
+    if compute is not None:
+        params = compute["params"] / ((rates or {}).get("device", {}).get("adamw_params") or IN_HBM)
+        base |= {"compute": compute["seconds"], "in_hbm_by_arithmetic": round(compute["seconds"] + params, 4)}
     return [six_line(base, x) for x in ran if x is not None]
 
 
 def six_line(base: Line, x: Line) -> Line:
     """Of one workload."""
-    resident = base.get("in_hbm", base["in_hbm_by_arithmetic"])
+    resident = base.get("in_hbm") or base["in_hbm_by_arithmetic"]
     line = {"of": "six", "clipped": f"{x['clipped']} of {x['steps']}", "seconds": x["seconds"], **base}
     line |= {"ratio": round(resident / x["seconds"], 4), "target": 0.95, "reached": resident >= 0.95 * x["seconds"]}
     allowed = round((14 * x["params"] + 2**31) / 2**30, 2)

@@ -4,7 +4,7 @@
     python benches/gpu_campaign.py --parts six,eleven --read a.jsonl   some parts; the summary sees the lines of earlier runs too
     python benches/gpu_campaign.py --device host                       the same at toy size on the processor: tries the script
 
-Parts run in the order below until the time is up. Every line of theirs gets the names of its part and case; what does not fit, is
+What is timed runs alone, in the order below, until the time is up. Every line of theirs gets the names of its part and case; what does not fit, is
 refused, fails or takes too long is a line that says so. The summary at the end is arithmetic over the lines: the ratios asked for.
 """
 
@@ -32,6 +32,8 @@ from fresh_memory import touch
 
 HERE = Path(__file__).resolve().parent
 TRAIN = str(HERE / "train_step.py")
+#: parts whose times do not matter: they run at once, before the others
+UNTIMED = ("kernels", "bits")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     main = ["--tokens", s.tokens(16384, free=(16384, 32768, 8192)), "--compiled", s.tokens(free=(16384, 32768))]
     # After three steps that were clipped nothing is tried ahead any more.
     main += ["--warmup", "3", "--steps", "3"]
+    planned = ["--tokens", s.tokens(16384, free=(16384, 8192)), "--warmup", "3", "--steps", "3"]
     few = ["--warmup", "1", "--steps", "2"]
     systems = "reference,in_hbm,host_cpu,host_gpu,host,host_poison"
     bits = [
@@ -99,10 +102,11 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     rows = "2" if s.toy else "8"
     bench = ["-m", "funicular", "bench", "--quick", "--no-sweep", "--device", device, "--path", disk]
     bench += ["--save", str(out / "profile.toml"), "--json", str(out / "bench.json")]
-    share = [str(HERE / "update_share.py"), "--units", "4", "--millions", "128", "--rounds", "7"]
     # The update of one step ends in the next, and the first of all reads nothing.
     nvme = ["--systems", "in_hbm,nvme,states_nvme", "--tokens", s.tokens(16384), "--warmup", "2", "--steps", "1"]
-    six = ["--tokens", s.tokens(32768), *few]
+    # Where not all of it fits, what it is compared with is forward and backward, and arithmetic.
+    base_of_six = "in_hbm" if s.toy or hbm_bytes() > 18 * 6.74e9 else "compute"
+    six = ["--systems", base_of_six, "--tokens", s.tokens(32768), *few]
     both = ["--tokens", s.tokens(32768, free=(32768,)), *few]
     available = limits()[0]
     most = int(available * 0.94)
@@ -113,19 +117,17 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     host, hbm = f"{int(available * 0.565)}B", f"{int(hbm_bytes() * 0.55)}B" if device == "cuda" else ""
     check = ["compute-sanitizer", "--error-exitcode", "1", sys.executable]
     return [
+        Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 15, 90),
         Case("bits", "bits", s.train("0.4", *bits), 40, 90),
-        Case("kernels", "compute-sanitizer", [*check, str(HERE.parent / "tests" / "gpu" / "check_adamw_cuda.py")], 30, 90),
-        Case("main", "in_hbm", s.train("3.14", "--systems", "in_hbm", *base), 40, 130),
-        Case("main", "host", s.train("3.14", "--systems", "host", *main), 60, 150),
-        Case("main", "auto", s.train("3.14", "--systems", "auto", *main), 50, 140),
-        Case("rates", "bench", bench, 20, 50),
-        Case("nvme", "nvme", s.train("1.35", *nvme, disk=disk), 90, 210),
-        Case("six", "in_hbm", s.train("6.7", "--systems", "compute,in_hbm", *six), 40, 80),
-        Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=f"{most}B"), 70, 120),
-        Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 25, 50),
-        Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 100, 230),
-        Case("share", "alone", share, 20, 40),
-        Case("share", "beside", [*share, "--beside"], 20, 40),
+        Case("main", "in_hbm", s.train("3.14", "--systems", "in_hbm", *base), 40, 90),
+        Case("main", "host", s.train("3.14", "--systems", "host", *main), 60, 120),
+        Case("rates", "bench", bench, 15, 40),
+        Case("six", "in_hbm", s.train("6.7", *six), 15, 40),
+        Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=f"{most}B"), 60, 120),
+        Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 15, 40),
+        Case("eleven", "tiers", s.train("11", "--systems", "three_tiers", *eleven, hbm=hbm, host=host, disk=disk), 70, 150),
+        Case("nvme", "nvme", s.train("1.35", *nvme, disk=disk), 70, 150),
+        Case("main", "auto", s.train("3.14", "--systems", "auto", *planned), 25, 60),
     ]  # fmt: skip
 
 
@@ -227,6 +229,23 @@ def limits() -> tuple[int, int]:
     return available, total
 
 
+def untimed(campaign: Campaign, found: list[Case], device: str) -> None:
+    """Run those whose times do not matter, at once."""
+    if device == "host":
+        for case in found:
+            if case.part == "kernels":
+                campaign.say({"part": case.part, "case": case.name, "skipped": "needs a GPU"})
+        found = [case for case in found if case.part != "kernels"]
+    if not found:
+        return
+    with touched(campaign, 0.75) if device == "cuda" else contextlib.nullcontext():
+        runs = [threading.Thread(target=campaign.run, args=(case,)) for case in found]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+
+
 @contextlib.contextmanager
 def touched(campaign: Campaign, share: float) -> Iterator[None]:
     """Beside a part whose times do not matter, have the memory that later parts will take touched once."""
@@ -289,19 +308,15 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "python"), os.environ.get("PYTHONPATH", "")])
     campaign = Campaign(args.seconds, out)
     earlier = [json.loads(line) for file in args.read for line in file.read_text().splitlines()]
-    chosen = set(args.parts.split(",")) if args.parts else None
+    chosen = set(args.parts.split(",")) if args.parts else set()
     disk = tempfile.mkdtemp(prefix="gpu-campaign-", dir=args.disk)
     try:
         campaign.say(machine(args.device, disk))
-        for case in cases(args.device, out, disk):
-            if chosen is None or chosen & {case.part, f"{case.part}/{case.name}"}:
-                if args.device == "host" and case.part in ("share", "kernels"):
-                    campaign.say({"part": case.part, "case": case.name, "skipped": "needs a GPU"})
-                elif case.part == "bits" and args.device == "cuda":
-                    with touched(campaign, 0.75):
-                        campaign.run(case)
-                else:
-                    campaign.run(case)
+        wanted = [c for c in cases(args.device, out, disk) if not chosen or chosen & {c.part, f"{c.part}/{c.name}"}]
+        untimed(campaign, [case for case in wanted if case.part in UNTIMED], args.device)
+        for case in wanted:
+            if case.part not in UNTIMED:
+                campaign.run(case)
     finally:
         shutil.rmtree(disk, ignore_errors=True)
     for line in summary(earlier + campaign.lines):

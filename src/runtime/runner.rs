@@ -1,6 +1,6 @@
 //! The thread that updates: what steps ask for, in the order of the machine; ahead of steps, whenever those have to wait.
 
-use std::{collections::VecDeque, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{sync::Arc, thread::JoinHandle, time::Duration};
 
 use crossbeam::channel::{Receiver, TryRecvError, select};
 
@@ -25,13 +25,39 @@ struct Runner {
     ahead: Receiver<UnitId>,
     /// Of a step's update. The program runs ahead of the device: the step may be submitted long before its inputs are there.
     step: Option<Task>,
-    waiting: VecDeque<UnitId>,
+    waiting: Waiting,
+}
+
+/// Units to be updated ahead, in the order in which backward passed them.
+#[derive(Debug, Default)]
+struct Waiting {
+    units: Vec<UnitId>,
+    /// The one that was begun.
+    begun: Option<UnitId>,
+}
+
+impl Waiting {
+    /// Has one piece made, of what was begun, else of what backward passed last: the next forward needs that first, and what is
+    /// left over when the step comes late. `work` says whether a unit has more to do, or has to wait, or is done; false if all wait.
+    fn piece(&mut self, mut work: impl FnMut(UnitId) -> Result<Option<bool>>) -> Result<bool> {
+        let begun = self.begun.take().and_then(|unit| self.units.iter().position(|&u| u == unit));
+        for at in begun.into_iter().chain((0..self.units.len()).rev()) {
+            let unit = self.units[at];
+            match work(unit)? {
+                Some(true) => self.begun = Some(unit),
+                None => drop(self.units.remove(at)),
+                Some(false) => continue,
+            }
+            return Ok(true);
+        }
+        Ok(false)
+    }
 }
 
 /// Starts the runner; it ends when the runtime is gone.
 pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<Task>, ahead: Receiver<UnitId>) -> Result<JoinHandle<()>> {
     let shared = Arc::downgrade(shared);
-    let mut runner = Runner { tasks, ahead, step: None, waiting: VecDeque::new() };
+    let mut runner = Runner { tasks, ahead, step: None, waiting: Waiting::default() };
     std::thread::Builder::new()
         .name("funicular-run".to_owned())
         .spawn(move || {
@@ -51,9 +77,9 @@ impl Runner {
     /// Takes what there is to do, and waits for it where there is nothing; false when the runtime is gone.
     fn take(&mut self) -> bool {
         while let Ok(unit) = self.ahead.try_recv() {
-            self.waiting.push_back(unit);
+            self.waiting.units.push(unit);
         }
-        if self.step.is_none() && !self.waiting.is_empty() {
+        if self.step.is_none() && !self.waiting.units.is_empty() {
             match self.tasks.try_recv() {
                 Ok(task) => self.step = Some(task),
                 Err(TryRecvError::Empty) => {}
@@ -66,7 +92,7 @@ impl Runner {
                     Err(_) => return false,
                 },
                 recv(self.ahead) -> unit => match unit {
-                    Ok(unit) => self.waiting.push_back(unit),
+                    Ok(unit) => self.waiting.units.push(unit),
                     Err(_) => return false,
                 },
             }
@@ -79,20 +105,19 @@ impl Runner {
         if let Some(task) = self.step.take() {
             match task {
                 Task::Home(unit) => return home(shared, unit),
-                Task::Update { unit, chunk, lease } if self.waiting.is_empty() || shared.inputs_there(unit)? => {
+                Task::Update { unit, chunk, lease }
+                    if self.waiting.units.is_empty() || shared.inputs_there(unit)? =>
+                {
                     return run(shared, unit, chunk, lease);
                 }
                 later @ Task::Update { .. } => self.step = Some(later),
             }
         }
-        let Some(&unit) = self.waiting.front() else { return Ok(()) };
-        match shared.work_ahead(unit) {
-            Ok(Some(true)) => {}
-            // Gradients arrive in the order of the line: what comes later has not landed either.
-            Ok(Some(false)) => std::thread::sleep(NAP),
-            Ok(None) => drop(self.waiting.pop_front()),
+        match self.waiting.piece(|unit| shared.work_ahead(unit)) {
+            Ok(true) => {}
+            Ok(false) => std::thread::sleep(NAP),
             Err(error) => {
-                self.waiting.clear();
+                self.waiting = Waiting::default();
                 return Err(error);
             }
         }
@@ -168,5 +193,37 @@ impl Drop for AtWork<'_> {
     fn drop(&mut self) {
         self.0.inner.lock().at_work = None;
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_last_is_next_and_what_was_begun_is_ended() {
+        let mut waiting = Waiting::default();
+        let mut made = Vec::new();
+        // Two pieces each; 4 has not landed.
+        let mut left = [2; 5];
+        let mut piece = |waiting: &mut Waiting| {
+            waiting
+                .piece(|unit| {
+                    let left = &mut left[unit.index()];
+                    if unit == UnitId(4) {
+                        return Ok(Some(false));
+                    }
+                    made.push(unit.0);
+                    *left -= 1;
+                    Ok(if *left > 0 { Some(true) } else { None })
+                })
+                .is_ok_and(|moved| moved)
+        };
+        waiting.units.extend([UnitId(0), UnitId(1)]);
+        assert!(piece(&mut waiting));
+        waiting.units.extend([UnitId(2), UnitId(3), UnitId(4)]);
+        while piece(&mut waiting) {}
+        assert_eq!(made, [1, 1, 3, 3, 2, 2, 0, 0]);
+        assert_eq!(waiting.units, [UnitId(4)]);
     }
 }
