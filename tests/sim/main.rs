@@ -40,6 +40,12 @@
 //! | Waiters take each other's frames | 0 | `two_who_wait` |
 //! | submit pages in | 0 | `submitting_does_not` |
 //! | The window of prefetch is ignored (wasted -> 6,040) | 0 | `prefetch_reaches` |
+//! | What is in the spare place counts as home | 1252 | `frames_are_filled_before` |
+//! | A conflict uses a home that is older | 50 | `frames_are_filled_before` |
+//! | A unit is never copied home | 430 |  |
+//! | Frames wait for homes | 0 | `frames_are_filled_before` |
+//! | Copies home come before updates, or two at once | 0 | `frames_are_filled_before` |
+//! | promote forgets what is on its way home, or does not hurry it | 0 | `frames_are_filled_before` |
 //!
 //! Not caught, because another check covers it: a refill claimed while a read to be discarded is under way.
 

@@ -237,20 +237,25 @@ fn whoever_is_waited_for_is_updated_first() {
 
 #[test]
 fn frames_are_filled_before_what_was_made_ahead_is_home() {
-    let mut rig = Rig::on_host(2, 0, 5);
-    (0..5).for_each(|n| rig.submit(n));
+    let mut rig = Rig::on_host(2, 0, 6);
+    (0..6).for_each(|n| rig.submit(n));
     rig.take();
     for n in 0..3 {
         rig.machine.taken_over(u(n), &mut rig.out);
     }
     assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "updates come before copies home");
+    rig.machine.promote(u(2));
+    rig.machine.chunk_ran(u(4), 0, &mut rig.out);
+    assert_eq!(rig.take(), [Command::RunChunk(u(5), 0), Command::CopyHome(u(2))], "but not where somebody waits");
+    rig.machine.homed(u(2), &mut rig.out);
+    assert_eq!(rig.take(), []);
     assert_eq!(rig.open(1, Phase::Forward), Opening::Ready);
     assert!(rig.take().contains(&Command::CopyUp(u(1))));
     assert!(rig.machine.in_spare(u(1)) && rig.machine.update_pending(u(1)), "its home is older");
     // 3 shares frames with 1, which is held: it would be used from its home.
     assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
     rig.machine.taken_over(u(3), &mut rig.out);
-    assert_eq!(rig.take(), [Command::CopyHome(u(0))], "4 is at work, and nothing waits behind it");
+    assert_eq!(rig.take(), [Command::CopyHome(u(0))], "5 is at work, and nothing waits behind it");
     assert_eq!(rig.again(3), Opening::Pending(Wait::Update));
     rig.machine.homed(u(0), &mut rig.out);
     assert_eq!(rig.take(), [Command::CopyHome(u(3))], "somebody waits for it");
