@@ -71,8 +71,8 @@ impl Clipped {
 pub(crate) struct Guess {
     spans: Vec<JobSpan>,
     hypers: Vec<StepHyper>,
-    /// What must have passed first: the user's stream, gradients down, and the last copy up, which may be from the spare place.
-    after: [Gate; 3],
+    /// What must have passed first: the user's stream and gradients down.
+    after: [Gate; 2],
     /// The span at work, and how many of its elements are done.
     at: (usize, u64),
 }
@@ -99,7 +99,8 @@ impl Guess {
 }
 
 impl Shared {
-    /// Begins a unit's update; false where it has no spare frames, or is being updated.
+    /// Begins a unit's update; false where it has no spare frames, or is being updated. What is on its way home is begun once it is
+    /// there.
     pub(crate) fn begin_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
         let unit = update.unit;
         if !self.placement.spare[unit.index()] || self.clipped.expected() {
@@ -107,11 +108,10 @@ impl Shared {
         }
         let after = {
             let inner = self.lock()?;
-            if inner.machine.update_pending(unit) {
+            if inner.machine.update_pending(unit) && !inner.machine.in_spare(unit) {
                 return Ok(false);
             }
-            let fill = inner.gates[unit.index()].fill;
-            [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?, fill]
+            [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?]
         };
         let guess = Guess { spans: update.spans.clone(), hypers: hypers.to_vec(), after, at: (0, 0) };
         *self.guesses[unit.index()].lock() = Some(guess);
@@ -128,8 +128,19 @@ impl Shared {
 
     /// Works on a unit's guess for one piece; `None` when nothing is left to do, `Some(false)` if it has to wait.
     pub(crate) fn work_ahead(&self, unit: UnitId) -> Result<Option<bool>> {
+        let fill = {
+            let inner = self.lock()?;
+            if inner.machine.in_spare(unit) {
+                return Ok(Some(false));
+            }
+            inner.gates[unit.index()].fill
+        };
         let mut place = self.guesses[unit.index()].lock();
         let Some(guess) = place.as_mut().filter(|guess| !guess.done()) else { return Ok(None) };
+        // Frames may have been filled from the spare place.
+        if !guess.begun() && !self.device.passed(fill)? {
+            return Ok(Some(false));
+        }
         for gate in guess.after {
             if !self.device.passed(gate)? {
                 return Ok(Some(false));
