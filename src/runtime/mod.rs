@@ -240,7 +240,7 @@ impl Runtime {
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
         let shared = self.shared()?;
-        shared.settle(unit, Some(stream), interrupted)?;
+        shared.settle_gradients(unit, stream, interrupted)?;
         shared.drop_ahead(unit);
         let home = shared.homes.unit(unit).grads;
         if home == 0 || offset + len > shared.layout.unit(unit).grad_bytes() {

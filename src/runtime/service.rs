@@ -22,6 +22,7 @@ use crate::{
         stats::Cause,
         ticket::Ticket,
     },
+    schedule::Machine,
     units::{ByteCount, Tier, UnitId},
 };
 
@@ -30,14 +31,29 @@ type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
 impl Shared {
     /// Waits until the unit's home holds the result of its last update.
     pub(crate) fn settle(&self, unit: UnitId, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
+        self.await_update(unit, stream, Machine::update_pending, interrupted)
+    }
+
+    /// Waits until the unit's last update has read its gradients; the parameters may still be on their way home.
+    pub(crate) fn settle_gradients(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.await_update(unit, Some(stream), Machine::update_queued, interrupted)
+    }
+
+    fn await_update(
+        &self,
+        unit: UnitId,
+        stream: Option<u64>,
+        pending: fn(&Machine, UnitId) -> bool,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
         let mut inner = self.inner.lock();
-        if !inner.machine.update_pending(unit) {
+        if !pending(&inner.machine, unit) {
             return Ok(());
         }
         inner.machine.promote(unit);
         let _pause = self.pause(stream, Cause::Update);
         let what = || format!("the update of '{}'", self.layout.unit(unit).name);
-        self.wait(inner, &what, interrupted, |i| Ok((!i.machine.update_pending(unit)).then_some(())))
+        self.wait(inner, &what, interrupted, |i| Ok((!pending(&i.machine, unit)).then_some(())))
     }
 
     /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in

@@ -104,13 +104,6 @@ struct UnitState {
     writing: u32,
 }
 
-impl UnitState {
-    /// The update is yet to be made.
-    fn update_queued(&self) -> bool {
-        matches!(self.update, Update::Queued { .. })
-    }
-}
-
 /// Moves a unit to the front of a queue; true if it was in it.
 fn first(queue: &mut VecDeque<UnitId>, unit: UnitId) -> bool {
     let at = queue.iter().position(|&u| u == unit);
@@ -224,7 +217,7 @@ impl Machine {
         match s.frame {
             Frame::Full => self.prefetches.hits += 1,
             Frame::Claimed if s.prefetched => self.prefetches.late += 1,
-            _ if s.update_queued() => self.prefetches.late += 1,
+            _ if matches!(s.update, Update::Queued { .. }) => self.prefetches.late += 1,
             _ => self.prefetches.demand += 1,
         }
         s.prefetched = false;
@@ -233,7 +226,7 @@ impl Machine {
     fn try_open(&mut self, unit: UnitId, out: &mut Vec<Command>) -> Opening {
         let conflict = self.units[unit.index()].frame != Frame::Full && self.holder(unit).is_some();
         // Who uses the home needs it to be current.
-        if self.units[unit.index()].update_queued() || (conflict && self.update_pending(unit)) {
+        if self.update_queued(unit) || (conflict && self.update_pending(unit)) {
             self.promote(unit);
             self.units[unit.index()].wanted = true;
             return Opening::Pending(Wait::Update);
@@ -312,6 +305,11 @@ impl Machine {
     /// True until the unit's home holds the result of its last submitted update.
     pub fn update_pending(&self, unit: UnitId) -> bool {
         self.units[unit.index()].update != Update::None
+    }
+
+    /// True until the last submitted update is made; its result may be in the spare place.
+    pub fn update_queued(&self, unit: UnitId) -> bool {
+        matches!(self.units[unit.index()].update, Update::Queued { .. })
     }
 
     /// True until nothing of the unit is on its way to NVMe either.

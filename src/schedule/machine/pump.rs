@@ -123,7 +123,8 @@ impl Machine {
         if matches!(s.frame, Frame::Full | Frame::Claimed) {
             return true;
         }
-        if s.update_queued() || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit) {
+        if matches!(s.update, Update::Queued { .. }) || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit)
+        {
             return false;
         }
         if s.on_nvme && !s.reading {
