@@ -1,6 +1,7 @@
 //! Updates ahead of the step: during backward, into spare frames, so that a step whose inputs turn out to be the same finds them done.
 //!
-//! A1: nothing that anybody can see changes before the step: an update ahead reads homes and writes spare frames only. A2: it
+//! A1: nothing that anybody can see changes before the step: an update ahead reads homes and writes spare frames only, and those only
+//! once their last contents are home and no copy up reads them. A2: it
 //! is used only if the step asks for the same thing with the same inputs; every write to an input drops it. A3: it covers all that
 //! is trained of a unit, so that after the turn no element is older in the new set than in the old one. A4: only the runner works
 //! on it, piece by piece, and goes to whatever a step needs first.
@@ -166,7 +167,8 @@ impl Shared {
             (index, done) = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
         }
         // SAFETY: the homes are only read, and their writers drop the guess first, under the lock that is held; the gradients have
-        // landed; the spare frames are the runner's alone; all lie in registered regions.
+        // landed; the spare frames are the runner's alone, for `work_ahead` began only once they were home and no copy up read
+        // them; all lie in registered regions.
         unsafe { self.run_share(&mut share, unit, "adamw ahead") }?;
         guess.at = (index, done);
         Ok(())

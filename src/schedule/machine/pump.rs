@@ -123,8 +123,7 @@ impl Machine {
         if matches!(s.frame, Frame::Full | Frame::Claimed) {
             return true;
         }
-        if matches!(s.update, Update::Queued { .. }) || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit)
-        {
+        if self.update_queued(unit) || (s.on_nvme && (s.writing > 0 || s.discard)) || self.taken(unit) {
             return false;
         }
         if s.on_nvme && !s.reading {
