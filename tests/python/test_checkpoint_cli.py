@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import funicular
-from models import Stack
+from models import WIDTH, Stack
 from test_checkpoint import assert_same_files, begin
 from twin import World
 
@@ -20,7 +20,8 @@ def saved(two_worlds: World, tmp_path: Path) -> Path:
     """A checkpoint after two steps, in several files."""
     run = begin(two_worlds)
     run.train(2, look=False)
-    funicular.save(run.model, run.opt, tmp_path / "c", shard_bytes=100_000)
+    # Some twenty files at any width: tests damage each of them, and read all of them every time.
+    funicular.save(run.model, run.opt, tmp_path / "c", shard_bytes=100_000 * (WIDTH // 32) ** 2)
     return tmp_path / "c"
 
 
