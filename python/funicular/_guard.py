@@ -23,8 +23,8 @@ from funicular._clip import NOTHING, recognised
 from funicular._core import ThreadSwitch
 from funicular._edits import check_replacement, note, replace_data, touch
 from funicular._errors import RuntimeFailure, UsageError
-from funicular._leases import pop, push
 from funicular._model import UNDER_WAY, Use, link, ref_of
+from funicular._saved_hooks import pop, push
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from funicular._compiled import compile_forward, keep_out, untraced, untraced_itself
-from funicular._leases import push, remove
+from funicular._leases import remove
 from funicular._model import Visit, in_backward
+from funicular._saved_hooks import push
 from funicular._session import BACKWARD, EVAL, FORWARD
 
 if TYPE_CHECKING:
-    from funicular._leases import Pair
     from funicular._model import Unit
+    from funicular._saved_hooks import Pair
     from funicular._session import Session
 
 __all__ = ["AssignHook", "ModuleHooks", "RootHooks", "remove_hooks"]

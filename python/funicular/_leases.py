@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from funicular._model import storage_address
+from funicular._saved_hooks import allowed, pop, top
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular._model import ParamRef, Unit
+    from funicular._saved_hooks import Pair
     from funicular._session import Session
 
-    Pair = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
-
-__all__ = ["Lease", "LeaseHooks", "Pair", "check_version", "pop", "push", "remove"]
+__all__ = ["Lease", "LeaseHooks", "check_version", "remove"]
 
 
 class Lease(NamedTuple):
@@ -51,15 +51,10 @@ class _Delegated(NamedTuple):
     packed: Any
 
 
-#: Built in, so that an interruption strikes before they are called or after they have done everything.
-_autograd: Any = torch._C._autograd
-push, pop = _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks
-
-
 def remove(pair: Pair) -> None:
     """Pop a pair, if it was pushed and is there still."""
-    top = _autograd._top_saved_tensors_default_hooks(True)
-    if top and top[0] is pair[0]:
+    found = top()
+    if found and found[0] is pair[0]:
         pop()
 
 
@@ -90,12 +85,12 @@ class LeaseHooks:
 
         What is saved there keeps its frames occupied instead.
         """
-        if not _autograd._saved_tensors_hooks_is_enabled():
+        if not allowed():
             return None
-        top = _autograd._top_saved_tensors_default_hooks(True)
-        if not top or getattr(top[0], "__self__", None) is self:
+        found = top()
+        if not found or getattr(found[0], "__self__", None) is self:
             return self.pack, self.unpack
-        return self._chained(*top)
+        return self._chained(*found)
 
     def _chained(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> Pair:
         def chained_pack(tensor: torch.Tensor) -> Any:

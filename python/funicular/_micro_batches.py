@@ -18,6 +18,7 @@ from torch import nn
 
 from funicular import _testing
 from funicular._compiled import compilations, untraced
+from funicular._deferred import Deferred, last_product
 from funicular._errors import UsageError
 from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import check_version
@@ -54,6 +55,8 @@ class MicroBatches:
         self._weights = {id(p) for p in module.parameters()}
         #: a block's weights are lent to one thread at a time
         self.lock = threading.RLock()
+        #: whether nothing needed the values that ended the block when it was run again
+        self.defers = True
 
     @classmethod
     def install(cls, session: Session, module: nn.Module, units: tuple[Unit, ...], name: str, rows: int) -> None:
@@ -296,30 +299,49 @@ class _Run:
                     for p, total in zip(lent, sums, strict=False):
                         total.add(p.grad, last=index == 0)
                         p.grad = None
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not _graph_is_kept():
             self._release()
         return inputs.grads + [total.take(p.dtype) for p, total in zip(self.params, sums, strict=True)]
 
     def _backward_slice(self, index: int, inputs: _Inputs, grads: tuple[torch.Tensor | None, ...]) -> None:
         start, stop = self.call.bounds[index]
         leaves = inputs.leaves(index)
-        args, kwargs = self.call.arguments(leaves)
-        with torch.enable_grad(), self.random.restored(index), self.autocast:
-            result = self.inner(*args, **kwargs)
+        outputs = self._again(index, leaves)
         roots, seeds = [], []
-        for output, grad in zip(self.outputs.check(result, stop - start), grads, strict=True):
+        for output, grad in zip(outputs, grads, strict=True):
             if grad is not None and output.requires_grad:
                 roots.append(output)
                 seeds.append(grad.narrow(0, start, stop - start) if len(self.call.bounds) > 1 else grad)
+        del outputs
         if roots:
             torch.autograd.backward(roots, seeds)
         inputs.take(leaves, index)
+
+    def _again(self, index: int, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Run a slice again, with its graph; what is not needed for that is not computed."""
+        start, stop = self.call.bounds[index]
+        args, kwargs = self.call.arguments(leaves)
+        block, deferred = self.block, Deferred()
+        end = last_product(self.module) if block.defers else None
+        with torch.enable_grad(), self.random.restored(index), self.autocast, deferred.after(end):
+            result = self.inner(*args, **kwargs)
+        outputs = self.outputs.check(result, stop - start)
+        del result
+        deferred.settle(outputs)
+        block.defers &= not deferred.filled
+        return outputs
 
 
 def _still(watch: weakref.ref[_Token]) -> bool:
     """Whether something is alive that no cycle keeps so."""
     gc.collect()
     return watch() is not None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward under way may be repeated; where torch does not say (before 2.5), it goes when the graph goes."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is None or bool(kept())
 
 
 def _drop(_: torch.Tensor) -> None:

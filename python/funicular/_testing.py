@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["break_", "broken"]
 
-_KNOWN = frozenset({"skip_backward_reload", "drop_gradient", "wrong_gate", "round_every_slice", "skip_random_restore"})
+_KNOWN = frozenset(
+    {"skip_backward_reload", "drop_gradient", "wrong_gate", "round_every_slice", "skip_random_restore", "never_fill"}
+)
 _active: set[str] = set()
 
 
