@@ -41,8 +41,9 @@ def last_product(module: nn.Module) -> nn.Module | None:
 class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts off products and sums, of one run of a block, until somebody looks at their values."""
 
-    def __init__(self) -> None:
+    def __init__(self, poison: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._poison = poison
         self._waiting: list[tuple[Any, tuple[Any, ...], torch.Tensor]] = []
         self._storages: set[int] = set()
         #: whether something was filled after all
@@ -97,6 +98,8 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value.untyped_storage()._cdata in self._storages
 
     def _later(self, func: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        if self._poison:
+            out.fill_(float("nan"))
         self._waiting.append((func, args, out))
         self._storages.add(out.untyped_storage()._cdata)
         return out
@@ -109,11 +112,8 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.filled = True
             # Not an operation of the user's: no graph, and no new version.
             with torch._C._AutoDispatchBelowADInplaceOrView():
-                for func, args, out in waiting:
-                    if _testing.broken("never_fill"):
-                        out.fill_(float("nan"))
-                    else:
-                        func.overloadpacket.out(*args, out=out)
+                for func, args, out in [] if _testing.broken("never_fill") else waiting:
+                    func.overloadpacket.out(*args, out=out)
 
     def settle(self, outputs: list[torch.Tensor]) -> None:
         """Let go of what waits, if ``outputs`` are all that is left of it and nobody else has them; else fill it."""
@@ -158,7 +158,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _calibrate() -> tuple[tuple[int, int, int], int]:
     """Find what :meth:`Deferred._owned` says of a tensor that nobody else has, and how many more have its object once it has a view."""
-    deferred = Deferred()
+    deferred = Deferred(poison=False)
     deferred._waiting.append((None, (), torch.empty(1)))
     alone = next(deferred._owned())[0]
     view = deferred._waiting[0][2].view(1, 1)

@@ -321,7 +321,7 @@ class _Run:
         """Run a slice again, with its graph; what is not needed for that is not computed."""
         start, stop = self.call.bounds[index]
         args, kwargs = self.call.arguments(leaves)
-        block, deferred = self.block, Deferred()
+        block, deferred = self.block, Deferred(self.block.session.poison)
         end = last_product(self.module) if block.defers else None
         with torch.enable_grad(), self.random.restored(index), self.autocast, deferred.after(end):
             result = self.inner(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from conftest import DEVICE, make_world
 from funicular import _testing
 from models import WIDTH, Linear, Stack
 from sliced import compare
+from test_limits import floats_at
 from twin import Mismatch, Run, World
 
 INNER = 2 * WIDTH
@@ -203,6 +206,28 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten.mm.default
         return func(*args, **(kwargs or {}))
+
+
+def test_read_past_torch(disk: str):
+    """At a raw address nobody sees the reader: what was not filled is NaN under poison. Any operation in between, and it is there."""
+    if DEVICE == "cuda":
+        pytest.skip("a kernel of one's own instead")
+
+    def peek(block: Ending, x: Tensor, y: Tensor) -> Tensor:
+        block.seen.append(floats_at((y.detach() if block.asks else y).data_ptr(), 1).copy()[0])
+        return x + y
+
+    for asks in (False, True):
+        run = Run(make_world("host", disk, False), True)
+        model = endings(peek)()
+        for layer in model.layers:
+            layer.asks = asks
+        run.model = run.wrap(model, activations={"micro_batch": 2})
+        run.model(run.data(4, WIDTH)).square().mean().backward()
+        for layer in run.model.layers:
+            first, second, again_second, again_first = layer.seen
+            assert (again_first == first and again_second == second) == asks
+            assert math.isnan(again_first) != asks
 
 
 def products(defer: bool, world: World) -> int:
