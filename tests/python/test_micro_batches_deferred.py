@@ -23,6 +23,12 @@ from twin import Mismatch, Run, World
 INNER = 2 * WIDTH
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_compiled(monkeypatch: pytest.MonkeyPatch):
+    """Whatever other tests of this process did."""
+    monkeypatch.setattr("funicular._deferred.compilations", lambda: 0)
+
+
 class Ending(nn.Module):
     """A block that ends in one of many ways; ``seen`` is what it could look at."""
 
