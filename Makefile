@@ -1,5 +1,5 @@
 # Everything runs from here on a fresh Linux machine with Rust, Python >= 3.10, a C compiler and make.
-#   make demo test lint bench wheel gpu-test bench-gpu soak clean
+#   make demo test lint bench wheel gpu-test bench-gpu soak test-oldest clean
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   VENV=system         use PYTHON as it is, with the torch, maturin, pytest, ... installed there; nothing is installed
 #   PIP_ARGS=...        more options for pip, such as an index of CPU-only torch wheels
@@ -44,7 +44,7 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find src kernels -type f
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-python lint lint-rust lint-python bench wheel gpu-test bench-gpu soak package clean
+.PHONY: help demo test test-rust test-python test-oldest lint lint-rust lint-python bench wheel gpu-test bench-gpu soak package clean
 
 help:
 	@sed -n '1,7s/^# \{0,1\}//p' Makefile
@@ -105,6 +105,20 @@ test-python: package
 	@$(PY) -m pytest tests/python -n $(TEST_JOBS) -m "not timing" $(if $(CI),--durations=15)
 	@$(PY) -m pytest tests/python -q -m timing
 
+# The oldest torch that pyproject.toml allows, in an environment of its own.
+OLDEST ?= .venv-oldest
+$(OLDEST)/.installed: | need-python
+	$(call say,Python environment in $(OLDEST) with torch 2.4 (about 5 GB))
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) "torch==2.4.1" "numpy<2" "transformers<4.50" \
+	    safetensors hypothesis pytest pytest-timeout pytest-xdist tomli
+	@touch $@
+
+test-oldest: package $(OLDEST)/.installed
+	$(call say,Python tests with torch 2.4)
+	@sed -n 's/^\(tests[^ ]*\) *#.*/--deselect=\1/p' tests/oldest.txt | PYTHONPATH=python xargs $(OLDEST)/bin/python -m pytest tests/python \
+	    -n $(TEST_JOBS) -m "not timing" -W ignore::FutureWarning -p no:cacheprovider
+
 lint: lint-rust lint-python
 
 lint-rust: need-rust
@@ -164,4 +178,4 @@ soak: package
 # .venv stays: it costs a download. Remove it by hand to start from nothing.
 clean:
 	@rm -rf target dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis python/funicular/*.so
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

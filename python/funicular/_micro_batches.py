@@ -339,7 +339,7 @@ def _still(watch: weakref.ref[_Token]) -> bool:
 
 
 def _graph_is_kept() -> bool:
-    """Whether the backward under way may be repeated; where torch does not say (before 2.5), it goes when the graph goes."""
+    """Whether the backward under way may be repeated; where torch does not say (2.4), what it keeps goes with the graph."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return kept is None or bool(kept())
 

@@ -28,7 +28,7 @@ class _Known(threading.local):
 
 
 def _keep_books() -> Callable[[], Pair | None]:
-    """Have torch's own calls go through ours, since torch before 2.6 does not say what is on the stack."""
+    """Have torch's own calls go through ours, since torch 2.6 and older do not say what is on the stack."""
     known, builtin_push, builtin_pop = _Known(), push, pop
 
     def tracked_push(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:

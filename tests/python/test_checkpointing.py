@@ -6,13 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    checkpoint_sequential,
-    create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
-)
+from torch.utils import checkpoint as checkpoints
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
 from funicular._offload import session_of
 from models import WIDTH, Block, Decoder, Stack, stack
@@ -125,7 +120,7 @@ def test_sequential(reentrant, world):
 
 def save_matmuls(ctx, op, *args, **kwargs):
     save = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+    return checkpoints.CheckpointPolicy.MUST_SAVE if save else checkpoints.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @case(
@@ -134,7 +129,7 @@ def save_matmuls(ctx, op, *args, **kwargs):
             block,
             x,
             use_reentrant=False,
-            context_fn=functools.partial(create_selective_checkpoint_contexts, save_matmuls),
+            context_fn=lambda: checkpoints.create_selective_checkpoint_contexts(save_matmuls),
         )
     )
 )
