@@ -110,7 +110,7 @@ OLDEST ?= .venv-oldest
 $(OLDEST)/.installed: | need-python
 	$(call say,Python environment in $(OLDEST) with torch 2.4 (about 5 GB))
 	@$(PYTHON) -m venv --clear $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) "torch==2.4.1" "numpy<2" "transformers<4.50" \
+	@$(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) "torch==2.4.1" numpy "transformers<4.50" \
 	    safetensors hypothesis pytest pytest-timeout pytest-xdist tomli
 	@touch $@
 
