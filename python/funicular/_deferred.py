@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Deferred", "last_product"]
 
+#: Built in, so that an interruption strikes before they are called or after they have done everything.
+_push, _pop = torch._C._push_on_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack
+_depth = torch._C._len_torch_dispatch_stack
 _aten = torch.ops.aten
 #: Autograd keeps nothing of their results, and what it keeps of their arguments is kept before they run.
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default)
@@ -52,26 +55,23 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextlib.contextmanager
     def after(self, module: nn.Module | None) -> Iterator[None]:
         """Begin when ``module`` is called, within the context; not at all where ``torch.compile`` was at work, which looks at modes and hooks."""
-        modes = torch._C._len_torch_dispatch_stack()
+        modes = _depth()
         if module is None or compilations():
             yield
             return
-        begun = False
 
         def begin(*_: Any) -> None:
-            nonlocal begun
-            # The mode of somebody else that ends inside the block would end this one.
-            if not begun and torch._C._len_torch_dispatch_stack() == modes:
-                self.__enter__()  # type: ignore[no-untyped-call]
-                begun = True
+            # Within a mode of somebody else that ends inside the block, this one would end in its place.
+            if _depth() == modes:
+                _push(self)
 
         hook = module.register_forward_pre_hook(begin)
         try:
             yield
         finally:
+            if _depth() > modes:
+                _pop(None)
             hook.remove()
-            if begun:
-                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Put off what may be; before anything else, fill what waits."""
