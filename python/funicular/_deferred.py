@@ -4,35 +4,64 @@ A block ends, as a rule, in a product and a sum. Autograd keeps what goes into t
 than the shape once the forward is over. So from the block's last product on tensors are made, and filled only if somebody
 looks: anything but a view or a sum has everything filled first, in order and in place. ``torch.utils.checkpoint`` stops at the
 same point, by an exception; here the graph is still to be made.
+
+D1: what waits is filled before any operation of torch's dispatcher but those that wait themselves, and before any function of
+torch's that is called from Python but those of ``_HARMLESS`` (they may read without an operation: ``tolist``, ``pickle``).
+D2: what was never filled is dropped only if nobody has it: its memory is held by aliases of our own and by the block's outputs
+alone, and those by nobody else.
+D3: what is needed to fill is ours: aliases, which neither ``t.data = ...`` nor the end of a tensor changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funicular import _testing
 from funicular._compiled import compilations
+from funicular._guard import WindowParameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import nn
-
 __all__ = ["Deferred", "last_product"]
 
 #: Built in, so that an interruption strikes before they are called or after they have done everything.
-_push, _pop = torch._C._push_on_torch_dispatch_stack, torch._C._pop_torch_dispatch_stack
-_depth = torch._C._len_torch_dispatch_stack
+_push, _pop, _depth = (
+    torch._C._push_on_torch_dispatch_stack,
+    torch._C._pop_torch_dispatch_stack,
+    torch._C._len_torch_dispatch_stack,
+)
+_push_functions, _pop_functions, _functions_depth = (
+    torch._C._push_on_torch_function_stack,
+    torch._C._pop_torch_function_stack,
+    torch._C._len_torch_function_stack,
+)
 _aten = torch.ops.aten
 #: Autograd keeps nothing of their results, and what it keeps of their arguments is kept before they run.
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default)
 _SUM = _aten.add.Tensor
 _VIEWS = (_aten.t.default, _aten.transpose.int, _aten.view.default, _aten._unsafe_view.default)
+_T = torch.Tensor
+#: Functions that read nothing but through an operation.
+_HARMLESS = frozenset(
+    {
+        F.linear, torch.add, torch.addmm, torch.matmul, torch.mm, torch.t, _T.__add__, _T.__matmul__, _T.__radd__,
+        _T.__rmatmul__, _T.add, _T.addmm, _T.dim, _T.dtype.__get__, _T.device.__get__, _T.matmul, _T.mm, _T.requires_grad.__get__,  # type: ignore[attr-defined]
+        _T.reshape, _T.shape.__get__, _T.size, _T.t, _T.transpose, _T.view,  # type: ignore[attr-defined]
+    }
+)  # fmt: skip
+_PLAIN = (torch.Tensor, nn.Parameter, WindowParameter)
 
 
 def last_product(module: nn.Module) -> nn.Module | None:
@@ -47,6 +76,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, poison: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._poison = poison
+        #: aliases of arguments and of the result
         self._waiting: list[tuple[Any, tuple[Any, ...], torch.Tensor]] = []
         self._storages: set[int] = set()
         #: whether something was filled after all
@@ -55,53 +85,51 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextlib.contextmanager
     def after(self, module: nn.Module | None) -> Iterator[None]:
         """Begin when ``module`` is called, within the context; not at all where ``torch.compile`` was at work, which looks at modes and hooks."""
-        modes = _depth()
         if module is None or compilations():
             yield
             return
+        before, thread, functions = (_depth(), _functions_depth()), threading.get_ident(), _Functions(self)
 
         def begin(*_: Any) -> None:
             # Within a mode of somebody else that ends inside the block, this one would end in its place.
-            if _depth() == modes:
+            if threading.get_ident() == thread and (_depth(), _functions_depth()) == before:
                 _push(self)
+                _push_functions(functions)
 
         hook = module.register_forward_pre_hook(begin)
         try:
             yield
         finally:
-            if _depth() > modes:
+            if _functions_depth() > before[1]:
+                _pop_functions()
+            if _depth() > before[0]:
                 _pop(None)
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Put off what may be; before anything else, fill what waits."""
-        if func in _VIEWS and (not self._waits(args[0]) or any(out is args[0] for _, _, out in self._waiting)):
+        with torch._C.DisableTorchFunction():
+            if func in _VIEWS:
+                return func(*args, **(kwargs or {}))
+            if not kwargs and torch.is_grad_enabled() and all(_is_plain(a) for a in args):
+                # With a graph, nobody may keep them (the forward refused that).
+                graph = any(a.requires_grad for a in args)
+                if func in _PRODUCTS and graph and not any(map(self._waits, args)):
+                    size = args[-2].size(0), args[-1].size(1)
+                    return self._later(func, args, args[-1].new_empty(size))
+                if func is _SUM and any(map(self._waits, args)) and _alike(*args):
+                    return self._later(func, args, torch.empty_like(args[0]))
+            self.fill()
             return func(*args, **(kwargs or {}))
-        if not kwargs and torch.is_grad_enabled():
-            # With a graph, nobody may keep them (the forward refused that); nor read them but through an operation.
-            if (
-                func in _PRODUCTS
-                and args[-2].requires_grad | args[-1].requires_grad
-                and not any(map(self._waits, args))
-            ):
-                size = args[-2].size(0), args[-1].size(1)
-                return self._later(func, args, args[-1].new_empty(size))
-            if func is _SUM and any(self._waits(a) for a in args) and _alike(*args):
-                return self._later(func, args, torch.empty_like(args[0]))
-        self.fill()
-        return func(*args, **(kwargs or {}))
 
-    def _waits(self, value: Any) -> bool:
-        if not self._storages or not isinstance(value, torch.Tensor):
-            return False
-        with torch._C.DisableTorchFunctionSubclass():  # a weight takes this for a look at its address
-            return value.untyped_storage()._cdata in self._storages
+    def _waits(self, value: torch.Tensor) -> bool:
+        return _memory(value) in self._storages
 
     def _later(self, func: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         if self._poison:
             out.fill_(float("nan"))
-        self._waiting.append((func, args, out))
-        self._storages.add(out.untyped_storage()._cdata)
+        self._waiting.append((func, tuple(map(_aten.alias.default, args)), _aten.alias.default(out)))
+        self._storages.add(_memory(out))
         return out
 
     def fill(self) -> None:
@@ -111,60 +139,70 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if waiting:
             self.filled = True
             # Not an operation of the user's: no graph, and no new version.
-            with torch._C._AutoDispatchBelowADInplaceOrView():
+            with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowADInplaceOrView():
                 for func, args, out in [] if _testing.broken("never_fill") else waiting:
                     func.overloadpacket.out(*args, out=out)
 
     def settle(self, outputs: list[torch.Tensor]) -> None:
         """Let go of what waits, if ``outputs`` are all that is left of it and nobody else has them; else fill it."""
-        if any(self._held(owners, out, outputs) for owners, out in self._owned()):
+        if self._held(outputs):
             self.fill()
         self._waiting.clear()
         self._storages.clear()
 
-    def _owned(self) -> Iterator[tuple[tuple[int, int, int], torch.Tensor]]:
-        """How many hold each tensor that waits: inside torch, its memory, and the Python object."""
-        for _, _, out in self._waiting:
-            memory = torch._C._storage_Use_Count(out.untyped_storage()._cdata)
-            yield (_use_count(out), memory, sys.getrefcount(out)), out
-
-    def _held(self, owners: tuple[int, int, int], out: torch.Tensor, outputs: list[torch.Tensor]) -> bool:
-        """Whether anybody but what waits and ``outputs`` has a tensor, or a view of it."""
-        known = [*(a for _, args, _ in self._waiting for a in args if self._waits(a)), *outputs]
-        storage = out.untyped_storage()._cdata
-        views = [
-            t for t in {id(t): t for t in known}.values() if t is not out and t.untyped_storage()._cdata == storage
-        ]
-        bases = sum(v._base is out for v in views)
-        found = (
-            owners[0] - bases,
-            owners[1] - len(views),
-            owners[2] - (_BASE if bases else 0) - sum(t is out for t in known),
-        )
-        saved = any(_use_count(v) != 1 for v in views)
-        return found != _ALONE or saved or any(t._backward_hooks for t in (out, *views))
+    def _held(self, outputs: list[torch.Tensor]) -> bool:
+        """Whether anybody but what waits and ``outputs`` has anything of it."""
+        left = list({id(t): t for t in outputs if _is_plain(t) and self._waits(t)}.values())
+        known = Counter(_memory(t) for _, args, out in self._waiting for t in (*args, out))
+        known.update(map(_memory, left))
+        if any(_owners_of_memory(out) != known[_memory(out)] for _, _, out in self._waiting):
+            return True
+        times = Counter(map(id, outputs))
+        return any(_owners(left, i) != (1, _ALONE + times[id(t)]) or t._backward_hooks for i, t in enumerate(left))
 
 
-def _use_count(t: torch.Tensor) -> int:
-    count: int = t._use_count()  # type: ignore[attr-defined]
+class _Functions(TorchFunctionMode):
+    """Sees what Python calls of torch, and has what waits filled before it."""
+
+    def __init__(self, deferred: Deferred) -> None:
+        super().__init__()
+        self._deferred = deferred
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func not in _HARMLESS:
+            self._deferred.fill()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN and value.layout is torch.strided
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether a sum of both is another one of the same shape, type and order."""
+    same = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return same and a.is_contiguous() and b.is_contiguous()
+
+
+def _memory(t: torch.Tensor) -> int:
+    address: int = t.untyped_storage()._cdata
+    return address
+
+
+def _owners_of_memory(t: torch.Tensor) -> int:
+    """Return how many tensors share a tensor's memory."""
+    count: int = torch._C._storage_Use_Count(_memory(t)) - _ASKING
     return count
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether a sum of both is another one of the same shape, type and order."""
-    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    return both and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.is_contiguous() and b.is_contiguous()  # fmt: skip
+def _owners(tensors: list[torch.Tensor], i: int) -> tuple[int, int]:
+    """Return how many hold a tensor of a list inside torch, and its Python object; a weak reference may become one."""
+    weak = weakref.getweakrefcount(tensors[i])
+    return tensors[i]._use_count(), sys.getrefcount(tensors[i]) + weak  # type: ignore[attr-defined]
 
 
-def _calibrate() -> tuple[tuple[int, int, int], int]:
-    """Find what :meth:`Deferred._owned` says of a tensor that nobody else has, and how many more have its object once it has a view."""
-    deferred = Deferred(poison=False)
-    deferred._waiting.append((None, (), torch.empty(1)))
-    alone = next(deferred._owned())[0]
-    view = deferred._waiting[0][2].view(1, 1)
-    with_view = next(deferred._owned())[0]
-    del view
-    return alone, with_view[2] - alone[2]
-
-
-_ALONE, _BASE = _calibrate()
+#: What asking for it adds to the first.
+_ASKING = 0
+_ASKING = _owners_of_memory(torch.empty(1)) - 1
+#: What :meth:`Deferred._held` finds of the second for a tensor that only a list holds.
+_ALONE = next(_owners(ts, i)[1] for ts in ([torch.empty(1)],) for i, t in enumerate(ts))
