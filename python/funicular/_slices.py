@@ -1,7 +1,8 @@
 """What of a block's call is cut along the batch, what is shared by all slices, and how outputs are joined again.
 
 The rule: the first tensor argument gives the batch, the size of its dimension 0. Tensors of that size are cut, tensors
-whose dimension 0 is 1 and scalars are shared, and so is plain data. Everything else is refused by name.
+whose dimension 0 is 1, scalars and rows of integers as long as the sequence are shared, and so is plain data. Everything else
+is refused by name.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ def _problem(t: torch.Tensor, first: torch.Tensor) -> str:
         return "it is not a dense tensor. Pass dense tensors"
     if t.dim() == 0 or t.size(0) == 1:
         return ""
+    if t.dim() == 1 and first.dim() > 1 and batch != t.size(0) == first.size(1) and not t.is_floating_point():
+        return ""  # a position for each token, the same in every row
     if t.size(0) != batch:
         return f"its first dimension is neither the batch, {batch}, nor 1. If it is the same for every row, pass it with a leading dimension of 1 (.unsqueeze(0))"
     if t is not first and first.dim() > 2 and batch == first.size(1) and t.dim() <= 3:

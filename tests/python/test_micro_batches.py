@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import funicular
 from funicular import _testing
 from models import WIDTH, Block, Decoder, DecoderBlock, Stack, stack
 from sliced import close, compare
@@ -129,6 +130,41 @@ class MaskedStack(Stack):
             x, _, _, flag = layer(x, mask, position_embeddings=(angle.cos(), angle.sin()), scale=bias.exp(), options={"a": [1, None]})  # fmt: skip
             assert flag is True
         return self.out(x)
+
+
+class Positions(DecoderBlock):
+    """Takes where each token stands, as transformers before 5 hands it on."""
+
+    def __init__(self):
+        super().__init__(WIDTH, 4, False, 0.1)
+
+    def forward(self, x, cache_position):
+        return super().forward(x * (1 + cache_position[:, None] / 7))
+
+
+class PositionStack(Stack):
+    def forward(self, x):
+        positions = torch.arange(x.size(1), device=x.device)
+        x = self.inp(x)
+        for layer in self.layers:
+            x = layer(x, cache_position=positions)
+        return self.out(x)
+
+
+def test_positions(two_worlds):
+    def script(run: Run) -> None:
+        for _ in range(2):
+            run.step(run.model(run.data(5, 3, WIDTH)).square().mean())
+
+    compare(two_worlds, lambda: PositionStack(Positions), script)
+
+
+def test_positions_of_as_many_rows(host_world):
+    """Where the sequence is as long as the batch, nobody can tell."""
+    run = Run(host_world, True)
+    run.model = run.wrap(PositionStack(Positions), activations={"micro_batch": 2})
+    with pytest.raises(funicular.UsageError, match=r"FN-E120.*'cache_position'.*both 3 long"):
+        run.model(run.data(3, 3, WIDTH))
 
 
 def test_arguments_of_every_kind(two_worlds):
