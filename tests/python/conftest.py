@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -112,14 +111,20 @@ def make_world(name: str, disk: str, io_uring: bool) -> World:
 def world(request: pytest.FixtureRequest, disk: str, io_uring: bool) -> Iterator[World]:
     """Every placement, with both I/O engines where it reads a disk."""
     yield make_world(request.param, disk, io_uring)
-    keeps = request.node.originalname in KEEP_THEIR_MODEL
-    # Cycles of user code may keep a model alive, what only a kept graph held goes a pass later, and where autograd's thread
-    # of a GPU let the graph go last, it is that thread that ends the runtime: gone means soon, not at once.
-    end = time.monotonic() + (0 if keeps else 20)
-    while residue(disk) and time.monotonic() < end:
+    if request.node.originalname not in KEEP_THEIR_MODEL:
+        try:
+            facts.eventually(lambda: nothing_left(disk), 20)
+        except AssertionError:
+            pytest.fail(f"left behind: {residue(disk)}")
+
+
+def nothing_left(disk: str) -> bool:
+    """Whether a model is gone: cycles of user code may keep one alive, what only a kept graph held goes a pass later, and where
+    autograd's thread of a GPU let the graph go last, it is that thread that ends the runtime.
+    """
+    if residue(disk):
         gc.collect()
-        time.sleep(0.01)
-    assert keeps or not residue(disk)
+    return not residue(disk)
 
 
 def residue(disk: str) -> list[str]:
