@@ -428,7 +428,7 @@ class Session:
             self.recover()
         watched = []
         for unit in units:
-            self.engine.settle(unit.engine_id, self.stream())
+            self.engine.settle_update(unit.engine_id, self.stream())
             self._before_use(unit)
             if unit.shadow_filled or unit.home_aliased() or unit.frames_seen is not None or unit.is_open:
                 watched.append(unit)

@@ -272,7 +272,12 @@ impl Engine {
         waiting(py, |i| self.with(|rt| rt.settle(UnitId(unit), stream, i)))
     }
 
-    /// Waits until no update is under way.
+    /// Waits until the unit's last update is made; its home may be older.
+    fn settle_update(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
+        waiting(py, |i| self.with(|rt| rt.settle_update(UnitId(unit), stream, i)))
+    }
+
+    /// Waits until no update is under way and all homes are current.
     fn settle_all(&self, py: Python<'_>) -> PyResult<()> {
         waiting(py, |i| self.with(|rt| rt.settle_all(i)))
     }

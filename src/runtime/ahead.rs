@@ -1,10 +1,11 @@
 //! Updates ahead of the step: during backward, into spare frames, so that a step whose inputs turn out to be the same finds them done.
 //!
-//! A1: nothing that anybody can see changes before the step: an update ahead reads homes and writes spare frames only, and those only
-//! once their last contents are home and no copy up reads them. A2: it
-//! is used only if the step asks for the same thing with the same inputs; every write to an input drops it. A3: it covers all that
-//! is trained of a unit, so that after the turn no element is older in the new set than in the old one. A4: only the runner works
-//! on it, piece by piece, and goes to whatever a step needs first.
+//! A1: nothing that anybody can see changes before the step: a unit with spare frames has two places for its parameters and two
+//! sets of states; an update ahead reads the current ones and writes the others, those of the parameters only once no copy up reads
+//! them. Who needs the home of parameters that are in their spare place has them copied there first, which undoes what was begun into
+//! it. A2: it is used only if the step asks for the same thing with the same inputs; every write to an input drops it. A3: it covers
+//! all that is trained of a unit, so that after the turn no element is older in the new places than in the old ones. A4: only the
+//! runner works on it, piece by piece, and goes to whatever a step needs first.
 #![expect(unsafe_code, reason = "hands raw spans of homes and spare frames to the kernel")]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -100,8 +101,7 @@ impl Guess {
 }
 
 impl Shared {
-    /// Begins a unit's update; false where it has no spare frames, or is being updated. What is on its way home is begun once it is
-    /// there.
+    /// Begins a unit's update; false where it has no spare frames, or is being updated.
     pub(crate) fn begin_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
         let unit = update.unit;
         if !self.placement.spare[unit.index()] || self.clipped.expected() {
@@ -109,7 +109,7 @@ impl Shared {
         }
         let after = {
             let inner = self.lock()?;
-            if inner.machine.update_pending(unit) && !inner.machine.in_spare(unit) {
+            if inner.machine.update_queued(unit) {
                 return Ok(false);
             }
             [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?]
@@ -129,16 +129,13 @@ impl Shared {
 
     /// Works on a unit's guess for one piece; `None` when nothing is left to do, `Some(false)` if it has to wait.
     pub(crate) fn work_ahead(&self, unit: UnitId) -> Result<Option<bool>> {
-        let fill = {
+        let (fill, spare) = {
             let inner = self.lock()?;
-            if inner.machine.in_spare(unit) {
-                return Ok(Some(false));
-            }
-            inner.gates[unit.index()].fill
+            (inner.gates[unit.index()].fill, inner.machine.in_spare(unit))
         };
         let mut place = self.guesses[unit.index()].lock();
         let Some(guess) = place.as_mut().filter(|guess| !guess.done()) else { return Ok(None) };
-        // Frames may have been filled from the spare place.
+        // Frames may have been filled from the place that is written now.
         if !guess.begun() && !self.device.passed(fill)? {
             return Ok(Some(false));
         }
@@ -147,12 +144,23 @@ impl Shared {
                 return Ok(Some(false));
             }
         }
-        self.piece_ahead(unit, guess)?;
+        self.piece_ahead(unit, guess, spare)?;
         Ok(if guess.done() { None } else { Some(true) })
     }
 
-    /// Updates the next piece into the spare frames.
-    fn piece_ahead(&self, unit: UnitId, guess: &mut Guess) -> Result<()> {
+    /// Undoes what was begun into a home that somebody needs now; it may be begun again.
+    pub(crate) fn restart_ahead(&self, unit: UnitId) -> Result<()> {
+        let mut place = self.guesses[unit.index()].lock();
+        if let Some(guess) = place.as_mut().filter(|guess| guess.begun()) {
+            guess.at = (0, 0);
+            self.stats.guessed(false);
+            self.send(&self.to_ahead, unit)?;
+        }
+        Ok(())
+    }
+
+    /// Updates the next piece into the other place.
+    fn piece_ahead(&self, unit: UnitId, guess: &mut Guess, spare: bool) -> Result<()> {
         let mut share = self.share.lock();
         share.clear();
         let mut room = PIECE[usize::from(share.shares())];
@@ -160,63 +168,73 @@ impl Shared {
         while room > 0 && index < guess.spans.len() {
             let span = guess.spans[index];
             let (start, len) = (span.start + done, room.min(span.len - done));
-            let from = self.span_of(unit, &span, start, len, &Source::Homes(Set::Current));
-            let to = self.span_of(unit, &span, start, len, &Source::Homes(Set::Spare));
+            let from = self.span_of(unit, &span, start, len, &Source::Places { set: Set::Current, spare });
+            let to = self.span_of(unit, &span, start, len, &Source::Places { set: Set::Spare, spare });
             share.add(from, guess.hypers[span.hyper].hyper, Some(Target::in_place(&to)))?;
             room -= len;
             (index, done) = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
         }
-        // SAFETY: the homes are only read, and their writers drop the guess first, under the lock that is held; the gradients have
-        // landed; the spare frames are the runner's alone, for `work_ahead` began only once they were home and no copy up read
-        // them; all lie in registered regions.
+        // SAFETY: the current places are only read, and their writers drop the guess first, under the lock that is held; the gradients
+        // have landed; the other places are the runner's alone, for `work_ahead` began only once no copy up read them, and who needs
+        // the home as it was has it copied there by the runner; all lie in registered regions.
         unsafe { self.run_share(&mut share, unit, "adamw ahead") }?;
         guess.at = (index, done);
         Ok(())
     }
 
-    /// At the step: completes and takes over what was begun, if it is what the step asks for; `None` if the update is yet to be
-    /// made. The gates of the job have passed. Frames are filled from the spare place until the parameters are home; where some of
-    /// the unit is not trained, and so not there, they go home at once.
-    pub(crate) fn commit_ahead(&self, unit: UnitId, job: &Job) -> Result<Option<Outcome>> {
+    /// At the step: completes and takes over what was begun, if it is what the step asks for. Else, where the parameters are in their
+    /// spare place, updates into the other places, so that they are at home again; `None` if the update is to be made in place. The
+    /// gates of the job have passed. Where some of the unit is not trained, and so not in the spare place, parameters go home at once.
+    pub(crate) fn change_places(&self, unit: UnitId, job: &Job, spare: bool) -> Result<Option<Outcome>> {
         // Multiplying by 1 changes nothing; anything else is not foreseen.
         let clip = |h: &StepHyper| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits();
         let clipped = job.hypers.iter().any(clip);
         if clipped {
             self.clipped.note();
         }
-        let Some(mut guess) = self.guesses[unit.index()].lock().take() else { return Ok(None) };
-        let good = job.guessed && guess.begun() && !clipped && guess.same_as(job);
-        if guess.begun() {
-            self.stats.guessed(good);
+        let guess = self.guesses[unit.index()].lock().take().filter(Guess::begun);
+        let good = |guess: &Guess| job.guessed && !clipped && guess.same_as(job);
+        if let Some(guess) = &guess {
+            self.stats.guessed(good(guess));
         }
-        if !good {
+        let packed = self.layout.unit(unit);
+        if let Some(mut guess) = guess.filter(good) {
+            while !guess.done() {
+                self.piece_ahead(unit, &mut guess, spare)?;
+            }
+        } else if !spare {
+            return Ok(None);
+        } else if covers(packed, &job.spans) {
+            let hypers = job.hypers.iter().map(|h| StepHyper { hyper: self.hyper_of(*h), clip: None }).collect();
+            let after = [Gate::OPEN; 2];
+            let mut whole = Guess { spans: job.spans.clone(), hypers, after, at: (0, 0) };
+            while !whole.done() {
+                self.piece_ahead(unit, &mut whole, spare)?;
+            }
+        } else {
+            self.copy_home(unit)?;
             return Ok(None);
         }
-        while !guess.done() {
-            self.piece_ahead(unit, &mut guess)?;
-        }
         self.homes.unit(unit).turn();
-        if self.layout.unit(unit).sections.iter().all(|s| s.trainable || s.elems == 0) {
-            return Ok(Some(Outcome::TakenOver));
+        if packed.sections.iter().all(|s| s.trainable || s.elems == 0) {
+            return Ok(Some(Outcome::Turned));
         }
-        self.copy_home(unit, &job.spans)?;
+        self.copy_home(unit)?;
         Ok(Some(Outcome::Ran))
     }
 
-    /// Copies the new parameters to their home, which never moves.
-    pub(crate) fn copy_home(&self, unit: UnitId, spans: &[JobSpan]) -> Result<()> {
+    /// Copies the parameters, all that is trained of them, from the spare place to their home, which never moves.
+    pub(crate) fn copy_home(&self, unit: UnitId) -> Result<()> {
         let start = self.trace.now();
         let packed = self.layout.unit(unit);
         let home = self.homes.unit(unit);
-        for span in spans {
-            let section = &packed.sections[span.section];
-            let size = section.dtype.size() as u64;
-            let offset = section.offset + span.start * size;
-            let (from, to, len) = (home.spare_params + offset, home.params + offset, (span.len * size) as usize);
+        for section in packed.sections.iter().filter(|s| s.trainable) {
+            let (from, to) = (home.spare_params + section.offset, home.params + section.offset);
+            let len = section.bytes(StateKind::Param) as usize;
             self.pool.run(len.div_ceil(COPY), &|piece| {
                 let at = piece * COPY;
                 let bytes = COPY.min(len - at);
-                // SAFETY: both ranges are the unit's own, and its update is the runner's until the machine hears of its end.
+                // SAFETY: both ranges are the unit's own; the runner, who alone writes them, is the caller, or has come to its end.
                 unsafe {
                     copy_past_caches((to as usize + at) as *mut u8, (from as usize + at) as *const u8, bytes);
                 }

@@ -240,7 +240,7 @@ impl Runtime {
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
         let shared = self.shared()?;
-        shared.settle_gradients(unit, stream, interrupted)?;
+        shared.settle_update(unit, stream, interrupted)?;
         shared.drop_ahead(unit);
         let home = shared.homes.unit(unit).grads;
         if home == 0 || offset + len > shared.layout.unit(unit).grad_bytes() {
@@ -311,12 +311,20 @@ impl Runtime {
         shared.wait_gate(stream, gate, Cause::Copy, interrupted)
     }
 
-    /// Waits until no update is under way.
+    /// Waits until no update is under way and all homes are current.
     ///
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_all(None, interrupted)
+        self.shared()?.settle_all(None, service::Until::Home, interrupted)
+    }
+
+    /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older.
+    ///
+    /// # Errors
+    /// The runtime's first failure, or an interruption.
+    pub fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.settle_update(unit, stream, interrupted)
     }
 
     /// Reads parameters that live on NVMe into their shadow, for `stream`; nothing to do for others.

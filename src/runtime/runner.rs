@@ -164,7 +164,7 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
     }
     shared.happened(&mut inner, |m, out| match outcome {
         Outcome::Ran => m.chunk_ran(unit, chunk, out),
-        Outcome::TakenOver => m.taken_over(unit, out),
+        Outcome::Turned => m.turned(unit, out),
     })?;
     if !inner.machine.update_pending(unit) {
         shared.saves.updated(unit);
@@ -172,13 +172,14 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
     Ok(())
 }
 
-/// Copies parameters home that frames could be filled with already.
+/// Copies parameters home from their spare place: somebody needs them there.
 fn home(shared: &Shared, unit: UnitId) -> Result<()> {
     shared.lock()?.at_work = Some(unit);
     {
         let _at_work = AtWork(shared);
         std::thread::sleep(shared.slow.home);
-        shared.copy_home(unit, &shared.jobs[unit.index()].lock().spans)?;
+        shared.restart_ahead(unit)?;
+        shared.copy_home(unit)?;
     }
     let mut inner = shared.lock()?;
     shared.happened(&mut inner, |m, out| m.homed(unit, out))?;

@@ -135,6 +135,11 @@ impl Saves {
         self.active.store(true, Ordering::Release);
     }
 
+    /// Whether there is one that needs something.
+    pub(crate) fn active(&self) -> bool {
+        self.active.load(Ordering::Acquire)
+    }
+
     /// The save needs nothing any more.
     pub(crate) fn end(&self) {
         self.active.store(false, Ordering::Release);
@@ -144,7 +149,7 @@ impl Saves {
 
     /// The update that was under way when the save began is over.
     pub(crate) fn updated(&self, unit: UnitId) {
-        if self.active.load(Ordering::Acquire) {
+        if self.active() {
             let mut state = self.state.lock();
             if let Some(progress) = state.groups.get_mut(group_of(unit) as usize).filter(|p| **p == Progress::Updating)
             {
@@ -159,7 +164,7 @@ impl Saves {
     /// # Errors
     /// `FN-E106` for an interruption.
     pub(crate) fn preserve(&self, group: u32, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
-        if !self.active.load(Ordering::Acquire) {
+        if !self.active() {
             return Ok(());
         }
         let mut state = self.state.lock();

@@ -28,32 +28,51 @@ use crate::{
 
 type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
 
+/// What somebody who waits for an update needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Until {
+    /// That it is made: its inputs are free, and frames can be filled.
+    Made,
+    /// Its result in the unit's home.
+    Home,
+}
+
+impl Until {
+    pub(crate) fn pending(self, machine: &Machine, unit: UnitId) -> bool {
+        match self {
+            Self::Made => machine.update_queued(unit),
+            Self::Home => machine.update_pending(unit),
+        }
+    }
+}
+
 impl Shared {
     /// Waits until the unit's home holds the result of its last update.
     pub(crate) fn settle(&self, unit: UnitId, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
-        self.await_update(unit, stream, Machine::update_pending, interrupted)
+        self.await_update(unit, stream, Until::Home, interrupted)
     }
 
     /// Waits until the unit's last update has read its gradients; the parameters may still be on their way home.
-    pub(crate) fn settle_gradients(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        self.await_update(unit, Some(stream), Machine::update_queued, interrupted)
+    pub(crate) fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.await_update(unit, Some(stream), Until::Made, interrupted)
     }
 
-    fn await_update(
+    pub(crate) fn await_update(
         &self,
         unit: UnitId,
         stream: Option<u64>,
-        pending: fn(&Machine, UnitId) -> bool,
+        until: Until,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
         let mut inner = self.inner.lock();
-        if !pending(&inner.machine, unit) {
+        if !until.pending(&inner.machine, unit) {
             return Ok(());
         }
-        inner.machine.promote(unit);
+        inner.usable()?;
+        self.step(&mut inner, |m, out| m.promote(unit, until == Until::Home, out))?;
         let _pause = self.pause(stream, Cause::Update);
         let what = || format!("the update of '{}'", self.layout.unit(unit).name);
-        self.wait(inner, &what, interrupted, |i| Ok((!pending(&i.machine, unit)).then_some(())))
+        self.wait(inner, &what, interrupted, |i| Ok((!until.pending(&i.machine, unit)).then_some(())))
     }
 
     /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in
@@ -72,8 +91,9 @@ impl Shared {
             }
         }
         if inner.machine.in_spare(unit) {
-            // The runner does nothing more: the lock keeps others from doing this, too.
-            self.copy_home(unit, &self.jobs[unit.index()].lock().spans)?;
+            // The runner does nothing more, once it has ended its piece ahead; the lock keeps others from doing this, too.
+            self.drop_ahead(unit);
+            self.copy_home(unit)?;
             inner.machine.homed(unit, &mut Vec::new());
         }
         Ok(())
@@ -96,11 +116,26 @@ impl Shared {
         .action("Raise budget.host, drop tensors read earlier, or keep what is read in host memory (params.tier)."))
     }
 
-    /// Waits until no update is queued or running; writes to NVMe may trail.
-    pub(crate) fn settle_all(&self, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
-        let inner = self.lock()?;
+    /// Waits for the updates of all units; writes to NVMe may trail.
+    pub(crate) fn settle_all(&self, stream: Option<u64>, until: Until, interrupted: Interrupted<'_>) -> Result<()> {
+        let mut inner = self.lock()?;
+        if until == Until::Home {
+            self.bring_home(&mut inner, self.layout.ids())?;
+        }
         let _pause = self.pause(stream, Cause::Update);
-        self.wait(inner, &|| "the updates".into(), interrupted, |i| Ok((!i.machine.updating()).then_some(())))
+        self.wait(inner, &|| "the updates".into(), interrupted, |i| {
+            Ok((!self.layout.ids().any(|unit| until.pending(&i.machine, unit))).then_some(()))
+        })
+    }
+
+    /// Has the results of units' last updates brought home, without waiting for it.
+    pub(crate) fn bring_home(&self, inner: &mut Inner, units: impl Iterator<Item = UnitId>) -> Result<()> {
+        for unit in units {
+            if inner.machine.update_pending(unit) {
+                self.step(inner, |m, out| m.promote(unit, true, out))?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn settle_disk(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {

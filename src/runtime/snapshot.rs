@@ -133,10 +133,11 @@ fn begin(
     let ahead = if in_order { Some(ReadAhead::new(shared, chunks, &control)?) } else { None };
     let saved: HashSet<u32> = sources.iter().map(Source::group).collect();
     let (homes, after): (Vec<Gate>, Gate) = {
-        let inner = shared.lock()?;
+        let mut inner = shared.lock()?;
         let after = shared.device.record(StreamRef::Compute(stream))?;
         let units = shared.layout.ids().map(|u| (saved.contains(&group_of(u)), inner.machine.update_pending(u)));
         shared.saves.begin(std::iter::once((saved.contains(&PLAIN), false)).chain(units));
+        shared.bring_home(&mut inner, shared.layout.ids().filter(|u| saved.contains(&group_of(*u))))?;
         (inner.gates.iter().map(|g| g.home).collect(), after)
     };
     let (worker, watched) = (Arc::clone(shared), Arc::clone(&control));

@@ -4,7 +4,7 @@ use crate::{
     device::StreamRef,
     error::Result,
     optim::{Update, adamw_parallel},
-    runtime::{Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, ahead, shares_processor},
+    runtime::{Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, ahead, service::Until, shares_processor},
     units::{Tier, UnitId},
 };
 
@@ -34,7 +34,7 @@ impl Runtime {
         for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
             self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
         }
-        let waited = if wait { self.shared()?.settle_all(Some(stream), interrupted) } else { Ok(()) };
+        let waited = if wait { self.shared()?.settle_all(Some(stream), Until::Made, interrupted) } else { Ok(()) };
         self.shared()?.end_step(stream)?;
         waited
     }

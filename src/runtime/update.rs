@@ -7,7 +7,7 @@ use crate::{
     error::Result,
     memory::SlotLease,
     optim::{Hyper, Span},
-    runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set},
+    runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set, service::Until},
     units::UnitId,
 };
 
@@ -49,8 +49,8 @@ pub struct Job {
 /// Where the arrays of a span are.
 #[derive(Debug)]
 pub(crate) enum Source<'a> {
-    /// In homes, with one of the two sets of states; the spare set goes with the spare place of the parameters.
-    Homes(Set),
+    /// In host memory, in one of the two places; `spare` tells that the parameters are in their spare place now.
+    Places { set: Set, spare: bool },
     /// What lives on NVMe is in a slot, for one piece of the update.
     Slot(&'a SlotLease, Chunk),
 }
@@ -60,8 +60,8 @@ pub(crate) enum Source<'a> {
 pub(crate) enum Outcome {
     /// The home is current.
     Ran,
-    /// All of the unit was updated ahead; the parameters are in the spare place.
-    TakenOver,
+    /// All of the unit was updated into the other of its two places.
+    Turned,
 }
 
 impl Shared {
@@ -73,13 +73,15 @@ impl Shared {
         stream: u64,
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<()> {
+        // A save that waits for an update to be home has to see that one.
+        let until = if self.saves.active() { Until::Home } else { Until::Made };
         let mut inner = loop {
             for update in updates {
-                self.settle(update.unit, Some(stream), interrupted)?;
+                self.await_update(update.unit, Some(stream), until, interrupted)?;
             }
             let inner = self.lock()?;
             // Another thread may have submitted in between.
-            if updates.iter().all(|u| !inner.machine.update_pending(u.unit)) {
+            if updates.iter().all(|u| !until.pending(&inner.machine, u.unit)) {
                 break inner;
             }
         };
@@ -108,9 +110,10 @@ impl Shared {
 
     /// Runs the kernel over one piece of a unit's update, whose gates have passed.
     pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<Outcome> {
+        let spare = self.lock()?.machine.in_spare(unit);
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
-        if let Some(outcome) = self.commit_ahead(unit, job)? {
+        if let Some(outcome) = self.change_places(unit, job, spare)? {
             return Ok(outcome);
         }
         let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
@@ -122,7 +125,7 @@ impl Shared {
                 continue;
             };
             let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| Source::Slot(lease, c));
-            let source = slot.unwrap_or(Source::Homes(Set::Current));
+            let source = slot.unwrap_or(Source::Places { set: Set::Current, spare: false });
             let span_of = self.span_of(unit, span, start, len, &source);
             share.add(span_of, self.hyper_of(job.hypers[span.hyper]), None)?;
         }
@@ -155,10 +158,11 @@ impl Shared {
             {
                 return lease.as_ptr() as u64 + disk.map.slot_offset(kind) as u64 + (start - chunk.start) * size(kind);
             }
-            let set = if let Source::Homes(set) = source { *set } else { Set::Current };
+            let (set, spare) =
+                if let Source::Places { set, spare } = source { (*set, *spare) } else { (Set::Current, false) };
             let [master, exp_avg, exp_avg_sq] = home.states(span.section, set);
             let base = match kind {
-                StateKind::Param if set == Set::Spare => home.spare_params + section.offset,
+                StateKind::Param if spare == (set == Set::Current) => home.spare_params + section.offset,
                 StateKind::Param => home.params + section.offset,
                 StateKind::Grad => home.grads + section.offset,
                 StateKind::Master => master,

@@ -5,7 +5,7 @@
 //! R1: a chunk of the ring has one owner. R2: a held unit keeps its frames. R3: a copy into frames is commanded only
 //! after [`Command::WaitReleased`] for every unit whose bytes it overwrites. R4: a unit is filled only when its update,
 //! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once. R6: a home counts as current
-//! only when the result of the update is in it; frames may be filled from the spare place before.
+//! only when the result of the last update is in it; frames may be filled from the spare place before.
 
 mod pump;
 #[cfg(test)]
@@ -36,9 +36,9 @@ pub enum Command {
     CopyUp(UnitId),
     /// Read the states of one chunk into an update slot; answer with [`Machine::chunk_read`].
     ReadChunk(UnitId, u32),
-    /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::taken_over`].
+    /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::turned`].
     RunChunk(UnitId, u32),
-    /// Copy the parameters from the spare place to their home; answer with [`Machine::homed`].
+    /// Copy the parameters from the spare place, if they are still there, to their home; answer with [`Machine::homed`].
     CopyHome(UnitId),
     /// Write one chunk's states back, then give the slot back; answer with [`Machine::chunk_written`].
     WriteChunk(UnitId, u32),
@@ -81,12 +81,7 @@ enum Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Update {
     None,
-    Queued {
-        next: u32,
-        ran: u32,
-    },
-    /// Made; the parameters are in the spare place, and not yet in their home.
-    Spare,
+    Queued { next: u32, ran: u32 },
 }
 
 #[derive(Debug)]
@@ -101,17 +96,26 @@ struct UnitState {
     streamed: bool,
     chunks: u32,
     update: Update,
+    /// The parameters are in the spare place; their home is older.
+    spare: bool,
+    /// Somebody needs the home.
+    home_wanted: bool,
     writing: u32,
 }
 
-/// Moves a unit to the front of a queue; true if it was in it.
-fn first(queue: &mut VecDeque<UnitId>, unit: UnitId) -> bool {
-    let at = queue.iter().position(|&u| u == unit);
-    if let Some(at) = at.filter(|&at| at > 0) {
+impl UnitState {
+    /// The result of the last update is in the home.
+    fn at_home(&mut self) {
+        (self.spare, self.home_wanted) = (false, false);
+    }
+}
+
+/// Moves a unit to the front of a queue, if it is in it.
+fn first(queue: &mut VecDeque<UnitId>, unit: UnitId) {
+    if let Some(at) = queue.iter().position(|&u| u == unit).filter(|&at| at > 0) {
         queue.remove(at);
         queue.push_front(unit);
     }
-    at.is_some()
 }
 
 /// Counts of how openings went.
@@ -140,12 +144,10 @@ pub struct Machine {
     order: Order,
     upcoming: Vec<UnitId>,
     queue: VecDeque<UnitId>,
-    /// In their spare place, to be copied home.
+    /// In their spare place, to be copied home: somebody waits.
     homeward: VecDeque<UnitId>,
-    /// Somebody waits for the first of those.
-    urgent: bool,
     /// One is on its way.
-    homing: bool,
+    homing: Option<UnitId>,
     page_free: u32,
     update_free: u32,
     running: u32,
@@ -173,6 +175,8 @@ impl Machine {
                 streamed: n > 0,
                 chunks: n.max(1),
                 update: Update::None,
+                spare: false,
+                home_wanted: false,
                 writing: 0,
             })
             .collect::<Vec<_>>();
@@ -184,8 +188,7 @@ impl Machine {
             upcoming: Vec::with_capacity(units.len()),
             queue: VecDeque::with_capacity(units.len() + 1),
             homeward: VecDeque::with_capacity(units.len()),
-            urgent: false,
-            homing: false,
+            homing: None,
             page_free: placement.page_slots.0,
             // One is the runtime's own, for what is not part of a step.
             update_free: placement.update_slots.0.saturating_sub(1),
@@ -227,7 +230,7 @@ impl Machine {
         let conflict = self.units[unit.index()].frame != Frame::Full && self.holder(unit).is_some();
         // Who uses the home needs it to be current.
         if self.update_queued(unit) || (conflict && self.update_pending(unit)) {
-            self.promote(unit);
+            self.hurry(unit, conflict);
             self.units[unit.index()].wanted = true;
             return Opening::Pending(Wait::Update);
         }
@@ -266,7 +269,7 @@ impl Machine {
         self.units[unit.index()].wanted = false;
     }
 
-    /// True while updates are queued or running; their writes to NVMe may trail.
+    /// True while updates are queued or running; their results may be in spare places, and their writes to NVMe may trail.
     pub fn updating(&self) -> bool {
         self.units.iter().any(|s| s.update != Update::None)
     }
@@ -283,9 +286,9 @@ impl Machine {
     /// The unit's parameters are to be updated now.
     ///
     /// # Panics
-    /// If an update of the unit is still under way: its owner must settle it first.
+    /// If an update of the unit is still under way: its owner must wait for it first.
     pub fn submit(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        assert!(!self.update_pending(unit), "{unit} is being updated already");
+        assert!(!self.update_queued(unit), "{unit} is being updated already");
         self.invalidate(unit);
         if self.units[unit.index()].frame == Frame::Claimed {
             self.units[unit.index()].frame = Frame::Stale;
@@ -296,15 +299,33 @@ impl Machine {
         self.pump_updates(out);
     }
 
-    /// Puts a unit's update, or its way home, before all others; someone waits for it.
-    pub fn promote(&mut self, unit: UnitId) {
-        self.urgent |= first(&mut self.homeward, unit);
+    /// Puts a unit's update before all others, for someone waits for it; where that is for its home, also its way there.
+    pub fn promote(&mut self, unit: UnitId, home: bool, out: &mut Vec<Command>) {
+        self.hurry(unit, home);
+        self.pump_updates(out);
+    }
+
+    fn hurry(&mut self, unit: UnitId, home: bool) {
         first(&mut self.queue, unit);
+        self.units[unit.index()].home_wanted |= home && self.update_pending(unit);
+        self.bring_home(unit);
+    }
+
+    /// Has the unit copied home, if that is wanted and an update will not do it.
+    fn bring_home(&mut self, unit: UnitId) {
+        let s = &self.units[unit.index()];
+        if s.home_wanted && s.spare && !self.update_queued(unit) && self.homing != Some(unit) {
+            if self.homeward.contains(&unit) {
+                first(&mut self.homeward, unit);
+            } else {
+                self.homeward.push_front(unit);
+            }
+        }
     }
 
     /// True until the unit's home holds the result of its last submitted update.
     pub fn update_pending(&self, unit: UnitId) -> bool {
-        self.units[unit.index()].update != Update::None
+        self.update_queued(unit) || self.in_spare(unit)
     }
 
     /// True until the last submitted update is made; its result may be in the spare place.
@@ -390,27 +411,40 @@ impl Machine {
         }
         if let Update::Queued { next, ran } = s.update {
             s.update = if ran + 1 == s.chunks { Update::None } else { Update::Queued { next, ran: ran + 1 } };
+            if s.update == Update::None {
+                s.at_home();
+            }
         }
         self.pump(out);
     }
 
-    /// A [`Command::RunChunk`] found all of its unit's update made, in the spare place.
-    pub fn taken_over(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+    /// A [`Command::RunChunk`] made, or found made, all of its unit's update in the other of its two places: in the spare one where
+    /// the parameters were at home, else at home.
+    pub fn turned(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.running -= 1;
-        self.units[unit.index()].update = Update::Spare;
-        self.homeward.push_back(unit);
+        let s = &mut self.units[unit.index()];
+        s.update = Update::None;
+        if s.spare {
+            s.at_home();
+        } else {
+            s.spare = true;
+        }
+        self.bring_home(unit);
         self.pump(out);
     }
 
-    /// True while the parameters are in the spare place, and their home is older.
+    /// True while the parameters are in the spare place, and their home is older. It changes only when an update of the unit, or a
+    /// [`Command::CopyHome`], has finished.
     pub fn in_spare(&self, unit: UnitId) -> bool {
-        self.units[unit.index()].update == Update::Spare
+        self.units[unit.index()].spare
     }
 
     /// A [`Command::CopyHome`] has finished.
     pub fn homed(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        self.homing = false;
-        self.units[unit.index()].update = Update::None;
+        if self.homing == Some(unit) {
+            self.homing = None;
+        }
+        self.units[unit.index()].at_home();
         self.pump(out);
     }
 

@@ -1,6 +1,7 @@
 """Updates that begin during backward: the same bits whatever happens between backward and step, and used where nothing does."""
 
 import copy
+import json
 import time
 
 import pytest
@@ -194,8 +195,8 @@ def test_same_bits(host_world, script):
     compare(host_world, stack(), script, optimizer=SPARE)
 
 
-def on_the_way_home(run: Run) -> None:
-    """What reads and edits homes right after a step whose parameters are in the frames before they are home."""
+def in_the_other_place(run: Run) -> None:
+    """What reads and edits homes right after a step that left the parameters in their spare place."""
     for step in range(8):
         loss_of(run).backward()
         settle()
@@ -215,7 +216,36 @@ def on_the_way_home(run: Run) -> None:
             run.record("eval", run.model(run.data(4, WIDTH)))
 
 
-#: Parameters are copied home slowly, and no step waits for that, on the host device neither: something comes from NVMe.
+def every_turn(run: Run) -> None:
+    """Parameters in either place when something comes in between that was not foreseen."""
+    for step in range(18):
+        loss_of(run).backward()
+        settle()
+        layers = run.model.layers
+        if step % 9 == 2:
+            run.record("norm", torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3))
+        elif step % 9 == 3:  # not all that is trained of it has a gradient
+            layers[1].up.weight.grad = None
+            layers[3].norm.bias.grad = None
+        elif step % 9 == 4:  # what was begun into the home is undone, and begun again
+            run.record("read", [layers[i].down.weight.detach().clone() for i in (0, 3, 5)])
+            settle()
+        elif step % 9 == 5:
+            run.opt.param_groups[0]["lr"] *= 0.5
+        elif step % 9 == 6:
+            with torch.no_grad():
+                layers[2].up.weight.mul_(1.5)
+                layers[4].norm.weight.data.fill_(0.75)
+        elif step % 9 == 7:
+            run.record("state", run.opt.state[layers[2].up.weight]["exp_avg_sq"])
+            run.opt.state[layers[3].up.weight]["exp_avg"].mul_(0.5)
+        run.opt.step()
+        run.opt.zero_grad(set_to_none=step % 2 == 0)
+        if step % 9 == 8:
+            run.record_weights()
+
+
+#: Copies home take their time, and no step waits for one, on the host device neither: something comes from NVMe.
 SLOW_HOME = {
     "optimizer": SPARE, "debug": {"faults": "home:delay=15ms"}, "override": [{"match": "layers.5*", "optimizer": "nvme"}],
 }  # fmt: skip
@@ -223,8 +253,118 @@ SLOW_HOME = {
 
 @pytest.mark.parametrize("frames", [1.0, 3.0], ids=["one frame", "three frames"])
 def test_frames_are_filled_before_homes(host_world, frames):
-    run = compare(host_world, stack(), on_the_way_home, frames, **SLOW_HOME)
-    assert funicular.stats(run.model).ahead.used >= 5, "hardly anything was on its way home"
+    run = compare(host_world, stack(), in_the_other_place, frames, **SLOW_HOME)
+    assert funicular.stats(run.model).ahead.used >= 5, "hardly anything changed places"
+
+
+@pytest.mark.parametrize("sections", [{"optimizer": SPARE}, SLOW_HOME], ids=["all on host", "slow home"])
+@pytest.mark.parametrize("frames", [1.0, 3.0], ids=["one frame", "three frames"])
+def test_parameters_change_places(host_world, frames, sections):
+    run = compare(host_world, stack(), every_turn, frames, **sections)
+    ahead = funicular.stats(run.model).ahead
+    assert ahead.used >= 30, "hardly anything changed places"
+    assert ahead.in_vain >= 5, "hardly anything was undone"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_change_places(host_world, dtype):
+    def script(run: Run) -> None:
+        for step in range(8):
+            run.model(run.data(4, WIDTH).to(dtype)).float().square().mean().backward()
+            settle()
+            run.record("norm", torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e-2 if step % 3 == 2 else 1e3))
+            run.opt.step()
+            run.opt.zero_grad()
+
+    run = compare(host_world, lambda: stack()().to(dtype), script, optimizer=SPARE)
+    assert funicular.stats(run.model).ahead.used >= 20
+
+
+def frozen_part() -> torch.nn.Module:
+    model = stack()()
+    for layer in model.layers:
+        layer.up.bias.requires_grad_(False)
+    return model
+
+
+def test_units_that_are_frozen_in_part(host_world):
+    """Their spare place lacks the rest, so they go home at once."""
+    compare(host_world, frozen_part, every_turn_of_weights, optimizer=SPARE)
+
+
+def every_turn_of_weights(run: Run) -> None:
+    for step in range(6):
+        loss_of(run).backward()
+        settle()
+        if step % 3 == 2:
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
+        run.opt.step()
+        run.opt.zero_grad()
+        run.record("read", run.model.layers[step].down.weight.detach().clone())
+
+
+def test_a_view_of_a_home_follows(host_world):
+    """Who looks at a home by its address sees every step's result as soon as the step is over, in either place."""
+
+    def script(run: Run) -> None:
+        views = [run.model.layers[i].up.weight.detach() for i in (1, 4)]
+        for step in range(6):
+            loss_of(run).backward()
+            settle()
+            run.opt.step()
+            run.opt.zero_grad()
+            run.record("seen", [view.clone() for view in views])
+            if step == 3:
+                views.append(run.model.layers[2].down.weight.detach())
+
+    compare(host_world, stack(), script, optimizer=SPARE)
+
+
+def test_nothing_is_copied_home_that_nobody_needs(host_world, tmp_path):
+    """Steady state: parameters go to and fro, in the trace is no copy; a weight that is read is copied, alone."""
+    path = tmp_path / "trace.json"
+    run = Run(host_world, True)
+    log = {"trace": str(path), "trace_steps": [4, 5, 6, 7]}
+    run.model = run.wrap(stack()(), optimizer=SPARE, log=log)
+    run.opt = run.adamw()
+
+    def step() -> None:
+        loss_of(run).backward()
+        settle()
+        run.opt.step()
+        run.opt.zero_grad()
+
+    for _ in range(6):
+        step()
+    run.model.layers[2].up.weight.detach().sum()
+    step()
+    events = json.loads(path.read_text())["traceEvents"]
+    assert any(e["name"].startswith("adamw ahead") for e in events)
+    homed = [e for e in events if e["name"].startswith("copy home")]
+    assert len(homed) <= 1
+    assert funicular.stats(run.model).ahead.in_vain == 0
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_unwrapped_in_either_place(host_world, steps):
+    def trained(offloaded: bool) -> Run:
+        run = Run(host_world, offloaded)
+        run.model = run.wrap(stack()(), optimizer=SPARE)
+        run.opt = run.adamw()
+        for _ in range(steps):
+            loss_of(run).backward()
+            settle()
+            run.opt.step()
+            run.opt.zero_grad()
+        loss_of(run).backward()
+        settle()
+        return run
+
+    plain, paged = trained(False), trained(True)
+    assert funicular.stats(paged.model).ahead.used >= 2 * 5
+    funicular.unwrap(paged.model)
+    for (name, a), b in zip(plain.model.named_parameters(), paged.model.parameters(), strict=True):
+        assert torch.equal(a.cpu(), b.detach().cpu()), name
 
 
 @pytest.mark.parametrize("script", [plain_steps, clipping, read_between], ids=lambda s: s.__name__)
@@ -280,8 +420,7 @@ def settle(seconds: float = 0.05) -> None:
     time.sleep(seconds)
 
 
-def test_what_is_on_its_way_home_is_updated_ahead_too(host_world):
-    """A program that runs ahead of the device comes to backward while parameters are still copied home."""
+def test_updates_ahead_wait_for_no_copy_home(host_world):
     used, in_vain = run_offloaded(host_world, 4, lambda model: settle(0.3), **SLOW_HOME)
     quick = {key: value for key, value in SLOW_HOME.items() if key != "debug"}
     assert (used, in_vain) == run_offloaded(host_world, 4, lambda model: settle(0.3), **quick)

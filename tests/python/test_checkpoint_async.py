@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,30 @@ def test_everything_is_given_back(two_worlds: World, tmp_path: Path):
             funicular.load(tmp_path / "nowhere", run.model, run.opt)
     assert funicular.stats(run.model).budgets["host"].used == used
     facts.eventually(lambda: facts.open_files() <= files and facts.threads() <= threads)
+
+
+def test_what_is_in_its_spare_place_is_saved_as_it_is(host_world: World, tmp_path: Path):
+    """Updates that begin during backward go on while a save reads; neither sees the other."""
+    sections = {"optimizer": {"spare": "32MiB"}}
+
+    def train(run: Run, steps: int) -> None:
+        for _ in range(steps):
+            run.model(run.data(4, WIDTH)).square().mean().backward()
+            time.sleep(0.03)
+            run.opt.step()
+            run.opt.zero_grad()
+
+    alone = begin(host_world, stack(), **sections)
+    train(alone, 4)
+    funicular.save(alone.model, alone.opt, tmp_path / "waited", shard_bytes=30_000)
+    train(alone, 3)
+    run = slow(host_world, stack(), **sections)
+    train(run, 4)
+    assert funicular.stats(run.model).ahead.used >= 5
+    handle = saved_aside(run, tmp_path / "aside")
+    assert not handle.done()
+    train(run, 3)
+    handle.wait()
+    assert_same_files(tmp_path / "waited", tmp_path / "aside")
+    for (name, a), b in zip(alone.model.named_parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(a.detach(), b.detach()), name

@@ -86,7 +86,7 @@ fn simulate(seed: u64) -> Outcome {
     let faulty = nvme && chance.percent(10);
     let mut world = World::new(model, faulty);
     let mut thread = Thread::new(&world, &mut chance);
-    let weights: [u64; 6] = std::array::from_fn(|_| chance.pick(&[1, 3, 10, 30]));
+    let weights: [u64; 7] = std::array::from_fn(|_| chance.pick(&[1, 3, 10, 30]));
     let thread_weight = chance.pick(&[1, 10, 30, 100]);
     let mut enabled = Vec::new();
     let mut tried_at = u64::MAX;

@@ -31,9 +31,13 @@ enum Act {
     UseHome(UnitId),
     ReadHome(UnitId),
     EditHome(UnitId),
+    /// Until the home is current.
     Settle(UnitId),
+    /// Until the update is made.
+    SettleUpdate(UnitId),
     SettleDisk(UnitId),
     SettleAll,
+    HomeAll,
     /// Overwrite the parameters on NVMe: begin, wait for a read under way, write, end.
     BeginWrite(UnitId, Option<u64>),
     AwaitRead(UnitId, u64),
@@ -169,7 +173,7 @@ impl Thread {
         for unit in world.model.layout.ids() {
             self.todo.extend([Act::Open(unit, Phase::Eval), Act::Use(unit), Act::Leave(unit)]);
         }
-        self.todo.extend([Act::CloseAll, Act::SettleAll, Act::Synchronize]);
+        self.todo.extend([Act::CloseAll, Act::HomeAll, Act::Synchronize]);
     }
 
     fn plan_step(&mut self, world: &World, chance: &mut Chance) {
@@ -189,7 +193,7 @@ impl Thread {
         self.todo.push_back(Act::BeginStep);
         for unit in world.model.layout.ids() {
             if world.model.layout.unit(unit).trainable() && order.contains(&unit) && chance.percent(90) {
-                self.todo.extend([Act::Settle(unit), Act::Submit(unit)]);
+                self.todo.extend([Act::SettleUpdate(unit), Act::Submit(unit)]);
             }
         }
         if chance.percent(15) {
@@ -320,12 +324,24 @@ impl Thread {
             }
             Act::Settle(unit) => {
                 if first && world.machine.update_pending(unit) {
-                    world.machine.promote(unit);
+                    world.step(|m, out| m.promote(unit, true, out));
                 }
                 self.when(!world.machine.update_pending(unit))
             }
+            Act::SettleUpdate(unit) => {
+                if first && world.machine.update_queued(unit) {
+                    world.step(|m, out| m.promote(unit, false, out));
+                }
+                self.when(!world.machine.update_queued(unit))
+            }
             Act::SettleDisk(unit) => self.when(!world.machine.unsettled(unit)),
             Act::SettleAll => self.when(!world.machine.updating()),
+            Act::HomeAll => {
+                let pending = |w: &World| w.model.layout.ids().filter(|&u| w.machine.update_pending(u)).collect();
+                let units: Vec<UnitId> = if first { pending(world) } else { Vec::new() };
+                units.into_iter().for_each(|u| world.step(|m, out| m.promote(u, true, out)));
+                self.when(pending(world).is_empty())
+            }
             _ => self.perform_home(act, world),
         }
     }

@@ -58,8 +58,8 @@ struct Task {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
     Update,
-    /// An update that was made ahead, in the spare place.
-    TakeOver,
+    /// An update into the other of the unit's two places.
+    Turn,
     CopyHome,
 }
 
@@ -88,6 +88,8 @@ pub(crate) enum Actor {
     Disk,
     Runner,
     Reaper,
+    /// The runner, ahead of steps.
+    Ahead,
 }
 
 #[derive(Debug)]
@@ -219,11 +221,11 @@ impl World {
                 let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
                 let slot = at.map(|i| self.parked.swap_remove(i).2);
                 assert_eq!(slot.is_some(), self.model.chunks[unit.index()] > 0, "R5: {unit}'s update and its slot");
-                // Some units with spare frames are updated ahead; which of their steps is decided by chance.
+                // Some units with spare frames change places; which of their steps is decided by chance.
                 let spare = self.model.plan.spare[unit.index()] && self.model.chunks[unit.index()] == 0;
                 let number = self.jobs[unit.index()].number;
                 let ahead = spare && !mix(number, u64::from(unit.0)).is_multiple_of(4);
-                let work = if ahead { Work::TakeOver } else { Work::Update };
+                let work = if ahead { Work::Turn } else { Work::Update };
                 self.tasks.push_back(Task { unit, chunk, slot, started: false, work });
             }
             Command::CopyHome(unit) => {
@@ -254,7 +256,7 @@ impl World {
         let slot = self.pages[u].take();
         assert!(slot.is_some() || !self.model.params_on_nvme(unit), "R5: {unit} has no bytes to page in");
         let spare = self.machine.in_spare(unit);
-        assert!(spare || !self.machine.update_pending(unit), "R4: {unit} is copied up before its update");
+        assert!(!self.machine.update_queued(unit), "R4: {unit} is copied up before its update");
         self.device.enqueue(UP, Op::Wait(self.gates[u].home));
         let staged = slot.is_some();
         self.device

@@ -56,13 +56,14 @@ impl Machine {
 
     pub(super) fn pump_updates(&mut self, out: &mut Vec<Command>) {
         self.pump_queue(out);
-        // A copy home holds up nobody but who reads there: it comes when the runner has little else to do, or somebody waits.
-        if !self.homing
-            && (self.urgent || self.running < RUN_AHEAD)
+        while self.homing.is_none()
             && let Some(unit) = self.homeward.pop_front()
         {
-            (self.homing, self.urgent) = (true, false);
-            out.push(Command::CopyHome(unit));
+            // Otherwise its update has brought it there, or will.
+            if self.in_spare(unit) && !self.update_queued(unit) {
+                self.homing = Some(unit);
+                out.push(Command::CopyHome(unit));
+            }
         }
     }
 

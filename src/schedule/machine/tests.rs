@@ -224,8 +224,8 @@ fn whoever_is_waited_for_is_updated_first() {
     assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
     rig.machine.chunk_ran(u(0), 0, &mut rig.out);
     assert_eq!(rig.take()[0], Command::RunChunk(u(3), 0), "3 overtakes 2");
-    rig.machine.promote(u(1));
-    rig.machine.promote(u(2));
+    rig.machine.promote(u(1), false, &mut rig.out);
+    rig.machine.promote(u(2), false, &mut rig.out);
     rig.machine.chunk_ran(u(1), 0, &mut rig.out);
     assert_eq!(rig.take()[0], Command::RunChunk(u(2), 0));
     rig.machine.chunk_ran(u(3), 0, &mut rig.out);
@@ -236,33 +236,45 @@ fn whoever_is_waited_for_is_updated_first() {
 }
 
 #[test]
-fn frames_are_filled_before_what_was_made_ahead_is_home() {
+fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     let mut rig = Rig::on_host(2, 0, 6);
     (0..6).for_each(|n| rig.submit(n));
     rig.take();
     for n in 0..3 {
-        rig.machine.taken_over(u(n), &mut rig.out);
+        rig.machine.turned(u(n), &mut rig.out);
     }
-    assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "updates come before copies home");
-    rig.machine.promote(u(2));
-    rig.machine.chunk_ran(u(4), 0, &mut rig.out);
-    assert_eq!(rig.take(), [Command::RunChunk(u(5), 0), Command::CopyHome(u(2))], "but not where somebody waits");
+    assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "nobody needs a home");
+    rig.machine.promote(u(2), false, &mut rig.out);
+    assert_eq!(rig.take(), [], "its frames can be filled");
+    rig.machine.promote(u(2), true, &mut rig.out);
+    rig.machine.promote(u(0), true, &mut rig.out);
+    assert_eq!(rig.take(), [Command::CopyHome(u(2))], "one at a time");
     rig.machine.homed(u(2), &mut rig.out);
-    assert_eq!(rig.take(), []);
+    assert_eq!(rig.take(), [Command::CopyHome(u(0))]);
+    rig.machine.homed(u(0), &mut rig.out);
+    assert!(!rig.machine.update_pending(u(0)) && !rig.machine.update_pending(u(2)));
     assert_eq!(rig.open(1, Phase::Forward), Opening::Ready);
     assert!(rig.take().contains(&Command::CopyUp(u(1))));
     assert!(rig.machine.in_spare(u(1)) && rig.machine.update_pending(u(1)), "its home is older");
     // 3 shares frames with 1, which is held: it would be used from its home.
     assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
-    rig.machine.taken_over(u(3), &mut rig.out);
-    assert_eq!(rig.take(), [Command::CopyHome(u(0))], "5 is at work, and nothing waits behind it");
-    assert_eq!(rig.again(3), Opening::Pending(Wait::Update));
-    rig.machine.homed(u(0), &mut rig.out);
-    assert_eq!(rig.take(), [Command::CopyHome(u(3))], "somebody waits for it");
+    rig.machine.turned(u(3), &mut rig.out);
+    assert_eq!(rig.take(), [Command::RunChunk(u(5), 0), Command::CopyHome(u(3))], "somebody waits for it");
     rig.machine.homed(u(3), &mut rig.out);
     assert_eq!(rig.again(3), Opening::Conflict);
-    rig.machine.homed(u(1), &mut rig.out);
-    assert!(!rig.machine.update_pending(u(1)) && rig.machine.updating());
+    rig.machine.release(u(1), &mut rig.out);
+    (4..6).for_each(|n| rig.machine.chunk_ran(u(n), 0, &mut rig.out));
+    assert!(!rig.machine.updating() && !rig.machine.in_spare(u(4)) && rig.machine.in_spare(u(1)));
+    // The next update of 1 brings it home by itself, be it made ahead or now; the one after that of 2 does not.
+    rig.submit(1);
+    rig.submit(2);
+    rig.machine.promote(u(1), true, &mut rig.out);
+    rig.machine.promote(u(2), true, &mut rig.out);
+    rig.take();
+    rig.machine.turned(u(1), &mut rig.out);
+    assert!(!rig.machine.update_pending(u(1)));
+    rig.machine.turned(u(2), &mut rig.out);
+    assert!(rig.take().contains(&Command::CopyHome(u(2))), "it was wanted before it was made");
 }
 
 #[test]
@@ -283,7 +295,7 @@ fn a_promoted_update_in_pieces_goes_on_where_it_was() {
     rig.take();
     rig.machine.chunk_written(u(0), 0, &mut rig.out);
     assert_eq!(rig.take(), [Command::ReadChunk(u(2), 0)]);
-    rig.machine.promote(u(0));
+    rig.machine.promote(u(0), false, &mut rig.out);
     rig.machine.chunk_written(u(1), 0, &mut rig.out);
     assert_eq!(rig.take(), [], "0 is first now, and its last write is under way");
     rig.machine.chunk_written(u(0), 1, &mut rig.out);

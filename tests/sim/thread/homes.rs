@@ -46,9 +46,12 @@ impl Thread {
                 self.settled_kernel()
             }
             Act::EditFrames(unit) => {
-                let settled = !world.machine.update_pending(unit);
-                if !world.held[unit.index()] || !settled || world.model.places(unit).is_empty() {
+                let queued = world.machine.update_queued(unit);
+                if !world.held[unit.index()] || queued || world.model.places(unit).is_empty() {
                     return self.then(&[]);
+                }
+                if world.machine.in_spare(unit) {
+                    return self.then(&[Act::Settle(unit), act]);
                 }
                 let content = self.edit(unit, world);
                 self.window[unit.index()] = content;

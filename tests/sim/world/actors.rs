@@ -1,5 +1,7 @@
 //! Who acts beside the training thread: streams, disk, runner and reaper, one step at a time.
 
+use funicular::units::UnitId;
+
 use super::{Actor, Io, Purpose, Work, World, state};
 use crate::{
     chance::{Chance, mix},
@@ -8,7 +10,7 @@ use crate::{
 
 impl World {
     /// Whoever can act now, with a weight each.
-    pub(crate) fn enabled(&self, weights: &[u64; 6], out: &mut Vec<(Actor, u64)>) {
+    pub(crate) fn enabled(&self, weights: &[u64; 7], out: &mut Vec<(Actor, u64)>) {
         for stream in [COMPUTE, UP, DOWN] {
             if self.device.can_advance(stream) {
                 out.push((Actor::Stream(stream), weights[stream]));
@@ -22,6 +24,9 @@ impl World {
                 && self.jobs[task.unit.index()].after.iter().all(|&g| self.device.passed(g))
             {
                 out.push((Actor::Runner, weights[4]));
+            }
+            if self.model.layout.ids().any(|unit| self.may_begin(unit)) {
+                out.push((Actor::Ahead, weights[6]));
             }
             if self.landings.front().is_some_and(|(gate, _)| self.device.passed(*gate)) {
                 out.push((Actor::Reaper, weights[5]));
@@ -50,6 +55,10 @@ impl World {
                 }
             }
             Actor::Runner => self.run(),
+            Actor::Ahead => {
+                let units: Vec<UnitId> = self.model.layout.ids().filter(|&unit| self.may_begin(unit)).collect();
+                self.begin_ahead(units[chance.index(units.len())]);
+            }
             Actor::Reaper => {
                 let (_, unit) = self.landings.pop_front().expect("asked only if there is one");
                 self.page_free += 1;
@@ -128,21 +137,49 @@ impl World {
         let work = self.tasks.front().expect("asked only if there is one").work;
         match work {
             Work::Update => self.run_update(),
-            Work::TakeOver => self.take_over(),
+            Work::Turn => self.turn(),
             Work::CopyHome => self.copy_home(),
         }
     }
 
-    /// Finds the update made: the states are the next ones, the parameters are in the spare place.
-    fn take_over(&mut self) {
+    /// True if the runner may write a unit's other place: it has one, nothing there is copied up any more, and it is not begun.
+    fn may_begin(&self, unit: UnitId) -> bool {
+        let u = unit.index();
+        let other = if self.machine.in_spare(unit) { self.device.params[u][0] } else { self.device.spare[u] };
+        self.model.plan.spare[u]
+            && self.model.chunks[u] == 0
+            && other != TORN
+            && !self.tasks.iter().any(|task| task.unit == unit && task.started)
+            && self.device.passed(self.gates[u].fill)
+    }
+
+    /// Begins a unit's update into its other place, ahead of the step.
+    fn begin_ahead(&mut self, unit: UnitId) {
+        self.note(mix(22, u64::from(unit.0)));
+        self.tell(&("ahead", unit));
+        let u = unit.index();
+        if self.machine.in_spare(unit) {
+            self.device.params[u].fill(TORN);
+        } else {
+            self.device.spare[u] = TORN;
+        }
+    }
+
+    /// Makes the update, or finds it made, in the other place; the states are the next ones.
+    fn turn(&mut self) {
         let unit = self.tasks.pop_front().expect("there is one").unit;
         let u = unit.index();
         let job = &mut self.jobs[u];
-        assert!(self.device.params[u].iter().all(|&p| p == job.from), "R6: {unit}'s home was not what it was");
-        self.device.spare[u] = job.to;
+        if self.machine.in_spare(unit) {
+            assert_eq!(self.device.spare[u], job.from, "R6: {unit}'s spare place was not what it was");
+            self.device.params[u].fill(job.to);
+        } else {
+            assert!(self.device.params[u].iter().all(|&p| p == job.from), "R6: {unit}'s home was not what it was");
+            self.device.spare[u] = job.to;
+        }
         job.ran[0] = true;
         self.states[u][0] = state(job.number);
-        self.step(|m, out| m.taken_over(unit, out));
+        self.step(|m, out| m.turned(unit, out));
     }
 
     fn copy_home(&mut self) {
@@ -165,9 +202,15 @@ impl World {
         let on_disk = on_disk && task.slot.is_some();
         let param = if on_disk { task.slot.and_then(|s| s.param) } else { Some(self.device.params[u][c]) };
         let moments = if states_on_disk { task.slot.and_then(|s| s.state) } else { Some(self.states[u][c]) };
-        if !task.started {
+        if !task.started && self.machine.in_spare(task.unit) {
+            // Not all that is trained of it: the rest has to be there too.
+            self.device.params[u][c] = self.device.spare[u];
+            assert_eq!(self.device.spare[u], job.from, "R6: the update of {} finds another spare place", task.unit);
+        } else if !task.started {
             assert_eq!(param, Some(job.from), "R4: the update of {} finds other parameters", task.unit);
             assert_eq!(moments, Some(state(job.number - 1)), "R4: the update of {} finds other states", task.unit);
+        }
+        if !task.started {
             assert!(!job.ran[c], "a piece of {} is updated twice", task.unit);
             task.started = true;
             if !on_disk {
