@@ -275,10 +275,10 @@ class Session:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
         for unit in units:
-            if self.saving is not None:
-                # The caller may be about to edit it.
-                _core.preserve(self.engine, unit.engine_id)
             self.engine.settle(unit.engine_id, self.stream())
+            if self.saving is not None:
+                # The caller may be about to edit it, and only what is home has been read, or can be.
+                _core.preserve(self.engine, unit.engine_id)
             take_frame_edits(self, unit)
         self._fault_in(units)
         use.units.update(units)
@@ -293,7 +293,7 @@ class Session:
     def access_grad(self, ref: ParamRef) -> None:
         """Make a gradient in its segment valid for the caller."""
         self.alive()
-        self.engine.settle(ref.unit.engine_id, self.stream())
+        self.engine.settle_update(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
         # Not every operation that changes a tensor says so: whoever looks may have changed it.
         self.ahead.drop(self, ref.unit)
@@ -430,7 +430,8 @@ class Session:
         for unit in units:
             self.engine.settle_update(unit.engine_id, self.stream())
             self._before_use(unit)
-            if unit.shadow_filled or unit.home_aliased() or unit.frames_seen is not None or unit.is_open:
+            looked_at = unit.home_aliased() or unit.is_read()
+            if unit.shadow_filled or looked_at or unit.frames_seen is not None or unit.is_open:
                 watched.append(unit)
         return watched
 

@@ -149,14 +149,14 @@ impl Shared {
     }
 
     /// Undoes what was begun into a home that somebody needs now; it may be begun again.
-    pub(crate) fn restart_ahead(&self, unit: UnitId) -> Result<()> {
+    pub(crate) fn restart_ahead(&self, unit: UnitId) {
         let mut place = self.guesses[unit.index()].lock();
         if let Some(guess) = place.as_mut().filter(|guess| guess.begun()) {
             guess.at = (0, 0);
             self.stats.guessed(false);
-            self.send(&self.to_ahead, unit)?;
+            // The runner itself is the one that takes this: with no room it is not begun again.
+            let _ = self.to_ahead.try_send(unit);
         }
-        Ok(())
     }
 
     /// Updates the next piece into the other place.

@@ -319,12 +319,13 @@ impl Runtime {
         self.shared()?.settle_all(None, service::Until::Home, interrupted)
     }
 
-    /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older.
+    /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older. Once the
+    /// caller has seen the runtime's failure, until nothing is made of it any more.
     ///
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_update(unit, stream, interrupted)
+        self.shared()?.settle_made(unit, stream, interrupted)
     }
 
     /// Reads parameters that live on NVMe into their shadow, for `stream`; nothing to do for others.

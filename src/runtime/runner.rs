@@ -178,12 +178,15 @@ fn home(shared: &Shared, unit: UnitId) -> Result<()> {
     {
         let _at_work = AtWork(shared);
         std::thread::sleep(shared.slow.home);
-        shared.restart_ahead(unit)?;
+        shared.restart_ahead(unit);
         shared.copy_home(unit)?;
     }
     let mut inner = shared.lock()?;
     shared.happened(&mut inner, |m, out| m.homed(unit, out))?;
-    shared.saves.updated(unit);
+    // An update that was submitted meanwhile belongs to a save that began after it.
+    if !inner.machine.update_pending(unit) {
+        shared.saves.updated(unit);
+    }
     Ok(())
 }
 

@@ -78,18 +78,9 @@ impl Shared {
     /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in
     /// host memory stays readable.
     pub(crate) fn settle_home(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let on_host = self.placement.homes[unit.index()].params == Tier::Host;
-        let usable = |inner: &Inner| inner.failed.is_some() && inner.told && on_host;
-        if !usable(&self.inner.lock()) {
+        let Some(mut inner) = self.stopped(unit, interrupted)? else {
             return self.settle(unit, Some(stream), interrupted);
-        }
-        let mut inner = self.inner.lock();
-        while inner.at_work == Some(unit) {
-            self.changed.wait_for(&mut inner, SLICE);
-            if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
-                return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));
-            }
-        }
+        };
         if inner.machine.in_spare(unit) {
             // The runner does nothing more, once it has ended its piece ahead; the lock keeps others from doing this, too.
             self.drop_ahead(unit);
@@ -97,6 +88,31 @@ impl Shared {
             inner.machine.homed(unit, &mut Vec::new());
         }
         Ok(())
+    }
+
+    /// As [`Shared::settle_update`], for readers of gradients: see [`Shared::settle_home`].
+    pub(crate) fn settle_made(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        if self.stopped(unit, interrupted)?.is_some() {
+            return Ok(());
+        }
+        self.settle_update(unit, stream, interrupted)
+    }
+
+    /// After a failure that the caller has seen, and where the unit's parameters are in host memory: waits until the runner has come to
+    /// its end there.
+    fn stopped(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<Option<MutexGuard<'_, Inner>>> {
+        let mut inner = self.inner.lock();
+        let on_host = self.placement.homes[unit.index()].params == Tier::Host;
+        if inner.failed.is_none() || !inner.told || !on_host {
+            return Ok(None);
+        }
+        while inner.at_work == Some(unit) {
+            self.changed.wait_for(&mut inner, SLICE);
+            if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
+                return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));
+            }
+        }
+        Ok(Some(inner))
     }
 
     /// Counts memory for what is read outside of steps against what `budget.host` leaves.
@@ -421,7 +437,9 @@ impl Shared {
         direction: Direction,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
-        self.settle(unit, None, interrupted)?;
+        // Before a write a save has to have seen what is there, for which it waits until that is home.
+        let until = if direction == Direction::Write { Until::Home } else { Until::Made };
+        self.await_update(unit, None, until, interrupted)?;
         if direction == Direction::Write {
             self.saves.preserve(group_of(unit), interrupted)?;
             self.drop_ahead(unit);

@@ -335,7 +335,7 @@ impl Machine {
 
     /// True until nothing of the unit is on its way to NVMe either.
     pub fn unsettled(&self, unit: UnitId) -> bool {
-        self.update_pending(unit) || self.units[unit.index()].writing > 0
+        self.update_queued(unit) || self.units[unit.index()].writing > 0
     }
 
     /// True while results of an update, or an edit, are on their way to NVMe.
@@ -444,7 +444,10 @@ impl Machine {
         if self.homing == Some(unit) {
             self.homing = None;
         }
-        self.units[unit.index()].at_home();
+        // Of an update that is queued by now somebody may want the result at home, too.
+        let queued = self.update_queued(unit);
+        let s = &mut self.units[unit.index()];
+        (s.spare, s.home_wanted) = (false, s.home_wanted && queued);
         self.pump(out);
     }
 

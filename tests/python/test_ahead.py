@@ -2,12 +2,14 @@
 
 import copy
 import json
+import threading
 import time
 
 import pytest
 import torch
 
 import funicular
+from funicular._session import Session
 from models import WIDTH, stack
 from twin import Run, compare
 
@@ -343,6 +345,67 @@ def test_nothing_is_copied_home_that_nobody_needs(host_world, tmp_path):
     homed = [e for e in events if e["name"].startswith("copy home")]
     assert len(homed) <= 1
     assert funicular.stats(run.model).ahead.in_vain == 0
+
+
+@pytest.mark.parametrize(("micro", "to_none"), [(1, True), (2, True), (1, False)])
+def test_who_looks_at_gradients_needs_no_home(host_world, tmp_path, micro, to_none):
+    path = tmp_path / "trace.json"
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()(), optimizer=SPARE, log={"trace": str(path), "trace_steps": [5, 6, 7]})
+    run.opt = run.adamw()
+    for _ in range(8):
+        for _ in range(micro):
+            loss_of(run).backward()
+        settle()
+        run.opt.step()
+        run.opt.zero_grad(set_to_none=to_none)
+    names = [e["name"] for e in json.loads(path.read_text())["traceEvents"]]
+    assert sum(name.startswith("adamw ahead") for name in names) >= 5
+    assert not any(name.startswith("copy home") for name in names)
+
+
+def test_view_taken_while_another_thread_steps(host_world, monkeypatch):
+    """Between the wait for the home and the view that another thread takes there is a step: the view sees its result."""
+
+    def script(run: Run) -> None:
+        w = run.model.layers[2].up.weight
+        for _ in range(3):
+            run.step(loss_of(run), look=False)
+        loss_of(run).backward()
+        settle()
+        got = []
+        if run.offloaded:
+            here, go = threading.Event(), threading.Event()
+            access = Session.access
+
+            def slow_access(self, *args, **more):
+                found = access(self, *args, **more)
+                if threading.current_thread().name == "reader" and not here.is_set():
+                    here.set()
+                    go.wait()
+                return found
+
+            monkeypatch.setattr(Session, "access", slow_access)
+            reader = threading.Thread(target=lambda: got.append(w.detach()), name="reader")
+            reader.start()
+            here.wait()
+            run.opt.step()
+            go.set()
+            reader.join()
+            monkeypatch.setattr(Session, "access", access)
+        else:
+            got.append(w.detach())
+            run.opt.step()
+        settle(0.2)
+        run.record("view", got[0].clone())
+        run.opt.zero_grad()
+        loss_of(run).backward()
+        settle()
+        run.record("view after the next backward", got[0].clone())
+        run.opt.step()
+        run.record("weight", w.detach().clone())
+
+    compare(host_world, stack(), script, optimizer=SPARE)
 
 
 @pytest.mark.parametrize("steps", [4, 5])

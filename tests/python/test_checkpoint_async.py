@@ -320,28 +320,86 @@ def test_everything_is_given_back(two_worlds: World, tmp_path: Path):
     facts.eventually(lambda: facts.open_files() <= files and facts.threads() <= threads)
 
 
+SPARE = {"optimizer": {"spare": "32MiB"}}
+
+
+def train_ahead(run: Run, steps: int) -> None:
+    """Steps whose updates have time to begin during backward."""
+    for _ in range(steps):
+        run.model(run.data(4, WIDTH)).square().mean().backward()
+        time.sleep(0.03)
+        run.opt.step()
+        run.opt.zero_grad()
+
+
 def test_what_is_in_its_spare_place_is_saved_as_it_is(host_world: World, tmp_path: Path):
     """Updates that begin during backward go on while a save reads; neither sees the other."""
-    sections = {"optimizer": {"spare": "32MiB"}}
-
-    def train(run: Run, steps: int) -> None:
-        for _ in range(steps):
-            run.model(run.data(4, WIDTH)).square().mean().backward()
-            time.sleep(0.03)
-            run.opt.step()
-            run.opt.zero_grad()
-
-    alone = begin(host_world, stack(), **sections)
-    train(alone, 4)
+    alone = begin(host_world, stack(), **SPARE)
+    train_ahead(alone, 4)
     funicular.save(alone.model, alone.opt, tmp_path / "waited", shard_bytes=30_000)
-    train(alone, 3)
-    run = slow(host_world, stack(), **sections)
-    train(run, 4)
+    train_ahead(alone, 3)
+    run = slow(host_world, stack(), **SPARE)
+    train_ahead(run, 4)
     assert funicular.stats(run.model).ahead.used >= 5
     handle = saved_aside(run, tmp_path / "aside")
     assert not handle.done()
-    train(run, 3)
+    train_ahead(run, 3)
     handle.wait()
     assert_same_files(tmp_path / "waited", tmp_path / "aside")
     for (name, a), b in zip(alone.model.named_parameters(), run.model.parameters(), strict=True):
         assert torch.equal(a.detach(), b.detach()), name
+
+
+def edit_weights(run: Run) -> None:
+    with torch.no_grad():
+        for p in reversed(list(run.model.parameters())):
+            p.mul_(0.5)
+
+
+def edit_states(run: Run) -> None:
+    for p in reversed(list(run.model.parameters())):
+        run.opt.state[p]["exp_avg"].mul_(0.5)
+
+
+@pytest.mark.parametrize("edit", [edit_weights, edit_states], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize(
+    "faults", ["", "home:delay=20ms", "write:delay=20ms@1x1000000"], ids=["", "slow home", "slow disk"]
+)
+def test_edits_right_after_the_call(host_world: World, tmp_path: Path, edit, steps: int, faults: str):
+    """Of what is in either place."""
+    alone = begin(host_world, stack(), **SPARE)
+    train_ahead(alone, steps)
+    funicular.save(alone.model, alone.opt, tmp_path / "waited", shard_bytes=30_000)
+    run = begin(host_world, stack(), **SPARE, debug={"faults": faults})
+    train_ahead(run, steps)
+    handle = saved_aside(run, tmp_path / "aside")
+    edit(run)
+    handle.wait()
+    assert_same_files(tmp_path / "waited", tmp_path / "aside")
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_step_between_a_save_given_up_and_the_next(host_world: World, tmp_path: Path, steps: int):
+    """The copies home that the first one asked for are still on their way when the second one begins."""
+
+    def trained(faults: str) -> Run:
+        # No step waits for its updates: something comes from NVMe.
+        override = [{"match": "layers.5*", "optimizer": "nvme"}]
+        run = begin(host_world, stack(), **SPARE, override=override, debug={"faults": faults})
+        train_ahead(run, steps)
+        run.model(run.data(4, WIDTH)).square().mean().backward()
+        time.sleep(0.03)
+        return run
+
+    alone = trained("")
+    alone.opt.step()
+    funicular.save(alone.model, alone.opt, tmp_path / "waited")
+    run = trained("home:delay=300ms")
+    given_up = funicular.save(run.model, run.opt, tmp_path / "given up", wait=False)
+    given_up.cancel()
+    with contextlib.suppress(funicular.Error):
+        given_up.wait()
+    run.opt.step()
+    funicular.save(run.model, run.opt, tmp_path / "aside", wait=False).wait()
+    assert_same_files(tmp_path / "waited", tmp_path / "aside")

@@ -36,6 +36,8 @@ enum Act {
     /// Until the update is made.
     SettleUpdate(UnitId),
     SettleDisk(UnitId),
+    /// Have the home made current, and do not wait for it: as a save that is given up.
+    AskHome(UnitId),
     SettleAll,
     HomeAll,
     /// Overwrite the parameters on NVMe: begin, wait for a read under way, write, end.
@@ -190,6 +192,8 @@ impl Thread {
         if chance.percent(70) {
             self.todo.push_back(Act::CloseAll);
         }
+        let asked = world.model.layout.ids().filter(|_| chance.percent(15));
+        self.todo.extend(asked.map(Act::AskHome));
         self.todo.push_back(Act::BeginStep);
         for unit in world.model.layout.ids() {
             if world.model.layout.unit(unit).trainable() && order.contains(&unit) && chance.percent(90) {
@@ -335,6 +339,10 @@ impl Thread {
                 self.when(!world.machine.update_queued(unit))
             }
             Act::SettleDisk(unit) => self.when(!world.machine.unsettled(unit)),
+            Act::AskHome(unit) => {
+                world.step(|m, out| m.promote(unit, true, out));
+                self.then(&[])
+            }
             Act::SettleAll => self.when(!world.machine.updating()),
             Act::HomeAll => {
                 let pending = |w: &World| w.model.layout.ids().filter(|&u| w.machine.update_pending(u)).collect();

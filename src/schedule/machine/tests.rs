@@ -278,6 +278,25 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
 }
 
 #[test]
+fn who_wants_the_next_result_at_home_is_not_served_with_this_one() {
+    let mut rig = Rig::on_host(1, 0, 1);
+    rig.submit(0);
+    rig.machine.turned(u(0), &mut rig.out);
+    rig.machine.promote(u(0), true, &mut rig.out);
+    rig.take();
+    // A save that is given up leaves its copy on the way.
+    rig.submit(0);
+    rig.machine.promote(u(0), true, &mut rig.out);
+    rig.take();
+    rig.machine.homed(u(0), &mut rig.out);
+    assert!(rig.machine.update_pending(u(0)) && !rig.machine.in_spare(u(0)));
+    rig.machine.turned(u(0), &mut rig.out);
+    assert_eq!(rig.take(), [Command::CopyHome(u(0))]);
+    rig.machine.homed(u(0), &mut rig.out);
+    assert!(!rig.machine.update_pending(u(0)));
+}
+
+#[test]
 fn a_promoted_update_in_pieces_goes_on_where_it_was() {
     let mut rig = Rig::new(2, 0, &[(1, NVME), (1, NVME), (1, NVME)]);
     (0..3).for_each(|n| rig.submit(n));
