@@ -26,6 +26,7 @@ import children
 import facts
 import funicular
 import interrupts
+import turns
 from conftest import DEVICE, DISK, PLACEMENTS
 from models import Decoder, Stack
 from twin import Run, World, match
@@ -269,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="steps in which nothing may grow, per placement (2000)")
     parser.add_argument("--runs", type=int, default=3000, help="short runs with faults (3000)")
+    parser.add_argument("--turns", type=int, default=300, help="random programs over units with spare frames (300)")
     parser.add_argument("--seed", type=int, default=1, help="first seed of the short runs (1)")
     parser.add_argument(
         "--signals", type=int, default=1000, help="real signals at random moments, per placement (1000)"
@@ -296,6 +298,15 @@ def main() -> None:
     if options.runs:
         outcomes = short_runs(range(options.seed, options.seed + options.runs), disk, ring)
         print("short runs     " + ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items())), flush=True)
+    for seed in range(options.seed, options.seed + options.turns):
+        with tempfile.TemporaryDirectory(dir=disk) as folder, no_hang(120):
+            try:
+                turns.one(World(DEVICE, (disk,), **PLACEMENTS["host"]), seed, Path(folder))
+            except Exception as error:
+                raise AssertionError(f"turns of seed {seed}: {error}") from error
+            gc.collect()
+    if options.turns:
+        print(f"turns          {options.turns} programs exact", flush=True)
     for name in placements if options.signals else ():
         in_child(
             f"import interrupts; print('{name:14} signals ', interrupts.real_signals(world, {options.signals}))",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funicular
+import turns
 from funicular._session import Session
 from models import WIDTH, stack
 from twin import Run, compare
@@ -280,6 +281,12 @@ def test_sixteen_bits_change_places(host_world, dtype):
 
     run = compare(host_world, lambda: stack()().to(dtype), script, optimizer=SPARE)
     assert funicular.stats(run.model).ahead.used >= 20
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_programs(host_world, tmp_path, seed):
+    """``make soak`` runs hundreds."""
+    turns.one(host_world, seed, tmp_path)
 
 
 def frozen_part() -> torch.nn.Module:

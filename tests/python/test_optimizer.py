@@ -256,6 +256,24 @@ def test_resume(dtype, world):
     compare(world, lambda: Decoder(dtype=dtype), script)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masters_loaded_after_an_edit(dtype, world):
+    """They go with the weights as those are then; an edit after that starts a master anew."""
+
+    def script(run: Run) -> None:
+        run.train(2)
+        saved = copy.deepcopy(run.opt.state_dict())
+        run.train(1)
+        with torch.no_grad():
+            run.model.layers[1].up.weight.mul_(1.25)
+        run.opt.load_state_dict(saved)
+        with torch.no_grad():
+            run.model.layers[2].up.weight.mul_(1.25)
+        run.train(2)
+
+    compare(world, lambda: Decoder(dtype=dtype), script)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resume_equals_going_on(dtype, nvme_world):
     """The offloaded run alone: two steps, saved and resumed, two more, against four."""
