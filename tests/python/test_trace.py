@@ -83,11 +83,13 @@ def test_gradients_go_down_once(host_world: World):
 
 @pytest.mark.parametrize("spare", ["0B", "32MiB"], ids=["", "ahead"])
 def test_updates_count_their_traffic(host_world: World, spare: str):
-    """28 bytes per fp32 parameter, and its own bytes twice to take over what was made ahead of the step; padding counts too."""
+    """28 bytes per fp32 parameter, and its own bytes twice where somebody needs the home of what is in its spare place; padding counts
+    too."""
     run = Run(host_world, True)
     run.model = run.wrap(Stack(), optimizer={"where": "cpu", "spare": spare})
     run.opt = run.adamw()
-    for _ in range(3):
+    # Nothing is foreseen for the first step; the second leaves parameters in their spare place.
+    for _ in range(2):
         run.model(run.data(4, WIDTH)).square().mean().backward()
         time.sleep(0.05)  # the runner may begin with what it foresees
         run.opt.step()
@@ -97,13 +99,13 @@ def test_updates_count_their_traffic(host_world: World, spare: str):
     stats = funicular.stats(run.model)
     sizes = [p.numel() for p in run.model.parameters()]
     padded = sum(sizes) + 128 * len(sizes)
-    assert 3 * sum(sizes) <= stats.updated.cpu <= 3 * padded
-    taken_over = stats.links["cpu_update"].bytes - 28 * stats.updated.cpu
+    assert 2 * sum(sizes) <= stats.updated.cpu <= 2 * padded
+    copied_home = stats.links["cpu_update"].bytes - 28 * stats.updated.cpu
     assert (stats.ahead.used > 0, stats.ahead.in_vain) == (spare != "0B", 0)
-    assert (taken_over > 0) == (spare != "0B")
-    # Whole pages of units, read and written; nothing is foreseen for the first step.
-    assert taken_over % (2 * 4096) == 0
-    assert taken_over <= 2 * 2 * (4 * padded + 4096 * len(sizes))
+    assert (copied_home > 0) == (spare != "0B")
+    # Whole pages of units, read and written.
+    assert copied_home % (2 * 4096) == 0
+    assert copied_home <= 2 * (4 * padded + 4096 * len(sizes))
     assert stats.links["gpu_update"].bytes == 0
 
 
