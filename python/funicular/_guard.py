@@ -387,7 +387,11 @@ class WindowParameter(GuardedParameter):
 
     # None for the threads inside, the guard for all others. torch.compile finds the former on the class.
     __torch_function__ = ThreadSwitch(
-        "_funicular_inside", torch._C._disabled_torch_function_impl, GuardedParameter.__torch_function__
+        "_funicular_inside",
+        torch._C._disabled_torch_function_impl,
+        GuardedParameter.__torch_function__,
+        # Functions of torch's that are written in Python ask the class, once an instance has said that there is something to ask.
+        torch.overrides.__file__,
     )
 
     @property

@@ -4,21 +4,31 @@
 use pyo3::{prelude::*, types::PyString};
 
 /// Gives `inside` to the threads whose number (`threading.get_ident`) is in the container that the instance has as `attribute`,
-/// and to lookups on the class; `outside` to all others.
+/// and to lookups on the class; `outside` to all others, and to lookups on the class by code of the file `asks`: there torch asks
+/// whether arguments of this class have an override at all, once one of them has said so.
 #[pyclass(frozen, module = "funicular._core")]
 pub(super) struct ThreadSwitch {
     attribute: Py<PyString>,
     inside: Py<PyAny>,
     outside: Py<PyAny>,
+    asks: Py<PyString>,
     get_ident: Py<PyAny>,
+    get_frame: Py<PyAny>,
 }
 
 #[pymethods]
 impl ThreadSwitch {
     #[new]
-    fn new(py: Python<'_>, attribute: Py<PyString>, inside: Py<PyAny>, outside: Py<PyAny>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        attribute: Py<PyString>,
+        inside: Py<PyAny>,
+        outside: Py<PyAny>,
+        asks: Py<PyString>,
+    ) -> PyResult<Self> {
         let get_ident = py.import("_thread")?.getattr("get_ident")?.unbind();
-        Ok(Self { attribute, inside, outside, get_ident })
+        let get_frame = py.import("sys")?.getattr("_getframe")?.unbind();
+        Ok(Self { attribute, inside, outside, asks, get_ident, get_frame })
     }
 
     fn __get__(
@@ -28,7 +38,8 @@ impl ThreadSwitch {
         _owner: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<PyAny>> {
         if instance.is_none() {
-            return Ok(self.inside.clone_ref(py));
+            let caller = self.get_frame.bind(py).call0()?.getattr("f_code")?.getattr("co_filename")?;
+            return Ok(if caller.eq(&self.asks)? { &self.outside } else { &self.inside }.clone_ref(py));
         }
         let threads = instance.getattr(self.attribute.bind(py))?;
         let within = threads.contains(self.get_ident.bind(py).call0()?)?;

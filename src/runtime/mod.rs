@@ -18,6 +18,7 @@ mod restore;
 mod runner;
 mod saves;
 mod service;
+mod settle;
 mod share;
 mod slow;
 mod snapshot;
@@ -316,7 +317,7 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_all(None, service::Until::Home, interrupted)
+        self.shared()?.settle_all(None, settle::Until::Home, interrupted)
     }
 
     /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older. Once the

@@ -6,8 +6,6 @@
 
 use std::{ops::Range, sync::Arc};
 
-use parking_lot::MutexGuard;
-
 use crate::{
     device::StreamRef,
     dtype::StateKind,
@@ -15,106 +13,20 @@ use crate::{
     io::Direction,
     memory::{HostRegion, Shadow, SlotLease},
     runtime::{
-        core::{Disk, SLICE, Shared},
+        core::{Disk, Shared},
         homes::Set,
-        inner::{Inner, Service},
+        inner::Service,
         saves::group_of,
+        settle::Until,
         stats::Cause,
         ticket::Ticket,
     },
-    schedule::Machine,
     units::{ByteCount, Tier, UnitId},
 };
 
 type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
 
-/// What somebody who waits for an update needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Until {
-    /// That it is made: its inputs are free, and frames can be filled.
-    Made,
-    /// Its result in the unit's home.
-    Home,
-}
-
-impl Until {
-    pub(crate) fn pending(self, machine: &Machine, unit: UnitId) -> bool {
-        match self {
-            Self::Made => machine.update_queued(unit),
-            Self::Home => machine.update_pending(unit),
-        }
-    }
-}
-
 impl Shared {
-    /// Waits until the unit's home holds the result of its last update.
-    pub(crate) fn settle(&self, unit: UnitId, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
-        self.await_update(unit, stream, Until::Home, interrupted)
-    }
-
-    /// Waits until the unit's last update has read its gradients; the parameters may still be on their way home.
-    pub(crate) fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        self.await_update(unit, Some(stream), Until::Made, interrupted)
-    }
-
-    pub(crate) fn await_update(
-        &self,
-        unit: UnitId,
-        stream: Option<u64>,
-        until: Until,
-        interrupted: Interrupted<'_>,
-    ) -> Result<()> {
-        let mut inner = self.inner.lock();
-        if !until.pending(&inner.machine, unit) {
-            return Ok(());
-        }
-        inner.usable()?;
-        self.step(&mut inner, |m, out| m.promote(unit, until == Until::Home, out))?;
-        let _pause = self.pause(stream, Cause::Update);
-        let what = || format!("the update of '{}'", self.layout.unit(unit).name);
-        self.wait(inner, &what, interrupted, |i| Ok((!until.pending(&i.machine, unit)).then_some(())))
-    }
-
-    /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in
-    /// host memory stays readable.
-    pub(crate) fn settle_home(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let Some(mut inner) = self.stopped(unit, interrupted)? else {
-            return self.settle(unit, Some(stream), interrupted);
-        };
-        if inner.machine.in_spare(unit) {
-            // The runner does nothing more, once it has ended its piece ahead; the lock keeps others from doing this, too.
-            self.drop_ahead(unit);
-            self.copy_home(unit)?;
-            inner.machine.homed(unit, &mut Vec::new());
-        }
-        Ok(())
-    }
-
-    /// As [`Shared::settle_update`], for readers of gradients: see [`Shared::settle_home`].
-    pub(crate) fn settle_made(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        if self.stopped(unit, interrupted)?.is_some() {
-            return Ok(());
-        }
-        self.settle_update(unit, stream, interrupted)
-    }
-
-    /// After a failure that the caller has seen, and where the unit's parameters are in host memory: waits until the runner has come to
-    /// its end there.
-    fn stopped(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<Option<MutexGuard<'_, Inner>>> {
-        let mut inner = self.inner.lock();
-        let on_host = self.placement.homes[unit.index()].params == Tier::Host;
-        if inner.failed.is_none() || !inner.told || !on_host {
-            return Ok(None);
-        }
-        while inner.at_work == Some(unit) {
-            self.changed.wait_for(&mut inner, SLICE);
-            if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
-                return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));
-            }
-        }
-        Ok(Some(inner))
-    }
-
     /// Counts memory for what is read outside of steps against what `budget.host` leaves.
     pub(crate) fn lend(&self, bytes: u64, what: &str) -> Result<()> {
         if self.stats.lent(bytes, self.placement.shadow_bytes) {
@@ -130,34 +42,6 @@ impl Shared {
             ),
         )
         .action("Raise budget.host, drop tensors read earlier, or keep what is read in host memory (params.tier)."))
-    }
-
-    /// Waits for the updates of all units; writes to NVMe may trail.
-    pub(crate) fn settle_all(&self, stream: Option<u64>, until: Until, interrupted: Interrupted<'_>) -> Result<()> {
-        let mut inner = self.lock()?;
-        if until == Until::Home {
-            self.bring_home(&mut inner, self.layout.ids())?;
-        }
-        let _pause = self.pause(stream, Cause::Update);
-        self.wait(inner, &|| "the updates".into(), interrupted, |i| {
-            Ok((!self.layout.ids().any(|unit| until.pending(&i.machine, unit))).then_some(()))
-        })
-    }
-
-    /// Has the results of units' last updates brought home, without waiting for it.
-    pub(crate) fn bring_home(&self, inner: &mut Inner, units: impl Iterator<Item = UnitId>) -> Result<()> {
-        for unit in units {
-            if inner.machine.update_pending(unit) {
-                self.step(inner, |m, out| m.promote(unit, true, out))?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn settle_disk(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        let inner = self.lock()?;
-        let what = || format!("writes of '{}'", self.layout.unit(unit).name);
-        self.wait(inner, &what, interrupted, |i| Ok((!i.machine.unsettled(unit)).then_some(())))
     }
 
     /// Fills the shadow of a unit whose parameters live on NVMe. Nothing to do for others, or if it is filled.

@@ -4,7 +4,7 @@ use crate::{
     device::StreamRef,
     error::Result,
     optim::{Update, adamw_parallel},
-    runtime::{Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, ahead, service::Until, shares_processor},
+    runtime::{Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, ahead, settle::Until, shares_processor},
     units::{Tier, UnitId},
 };
 

@@ -7,7 +7,7 @@ use crate::{
     error::Result,
     memory::SlotLease,
     optim::{Hyper, Span},
-    runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set, service::Until},
+    runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set, settle::Until},
     units::UnitId,
 };
 

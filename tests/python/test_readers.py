@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import funicular
 from models import WIDTH, stack
 from twin import Run, case, compare
 
@@ -190,3 +191,31 @@ def test_steps_while_another_thread_is_inside(run: Run):
     other.join()
     hook.remove()
     run.train(2)
+
+
+@pytest.mark.parametrize("function", [torch.nn.functional.layer_norm, torch.layer_norm], ids=["python", "C++"])
+def test_functions_of_another_thread_are_guarded(host_world, function):
+    """Also those of torch's that are written in Python, while this thread computes with the weight in its frame."""
+
+    def script(run: Run) -> None:
+        norm = run.model.layers[2].norm
+        seen = []
+
+        def elsewhere(module: Any, args: Any) -> None:
+            with torch.no_grad():
+                seen.append(function(args[0].detach(), (WIDTH,), norm.weight, norm.bias))
+
+        def inside(module: Any, args: Any) -> None:
+            before = funicular.stats(run.model).stray_reads if run.offloaded else 0
+            thread = threading.Thread(target=elsewhere, args=(module, args))
+            thread.start()
+            thread.join()
+            if run.offloaded:
+                assert funicular.stats(run.model).stray_reads == before + 1, "nobody was asked"
+
+        handle = norm.register_forward_pre_hook(inside)
+        run.train(2, look=False)
+        handle.remove()
+        run.record("seen", seen)
+
+    compare(host_world, stack(), script)

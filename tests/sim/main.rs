@@ -40,12 +40,19 @@
 //! | Waiters take each other's frames | 0 | `two_who_wait` |
 //! | submit pages in | 0 | `submitting_does_not` |
 //! | The window of prefetch is ignored (wasted -> 6,040) | 0 | `prefetch_reaches` |
-//! | What is in the spare place counts as home | 1252 | `frames_are_filled_before` |
-//! | A conflict uses a home that is older | 50 | `frames_are_filled_before` |
-//! | A unit is never copied home | 430 |  |
-//! | Frames wait for homes | 0 | `frames_are_filled_before` |
-//! | Copies home come before updates, or two at once | 0 | `frames_are_filled_before` |
-//! | promote forgets what is on its way home, or does not hurry it | 0 | `frames_are_filled_before` |
+//! | What is in the spare place counts as home | 1266 | `parameters_change_places` |
+//! | What went home again counts as in the spare place | 424 |  |
+//! | An update in place leaves the spare place current | 423 |  |
+//! | A copy home leaves the spare place current | 1056 |  |
+//! | A conflict uses a home that is older | 196 |  |
+//! | A unit is never copied home | 1067 | `parameters_change_places` |
+//! | Frames wait for homes | 1196 |  |
+//! | Two copies home at once | 149 |  |
+//! | promote commands nothing | 902 |  |
+//! | A home that is wanted is forgotten as the update is made | 46 |  |
+//! | A copy home forgets who wants the next result | 0 | `who_wants_the_next_result` |
+//! | A unit is copied home while its update is queued | 1 |  |
+//! | An update ahead writes what is being copied up (here, not in the machine) | 337 |  |
 //!
 //! Not caught, because another check covers it: a refill claimed while a read to be discarded is under way.
 
