@@ -80,17 +80,6 @@ class LeaseHooks:
         except (RuntimeError, NotImplementedError):
             return None  # no storage: sparse tensors and the like
 
-    def expected(self) -> bool:
-        """Whether an operation outside of windows saves for somebody else's hooks, as in a checkpoint's second run.
-
-        In the first one they were not told of weights, which were leases. Were this thread let in now, they would be told of all
-        weights after this operation.
-        """
-        if not torch.is_grad_enabled() or not allowed():
-            return False
-        found = top()
-        return not (not found or getattr(found[0], "__self__", None) is self)
-
     def pair(self) -> Pair | None:
         """Return new hooks for :func:`push`, chained over the top of the stack; None where they are forbidden (``torch.func``).
 

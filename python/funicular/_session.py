@@ -130,15 +130,12 @@ class Session:
     # ------------------------------------------------------------------ windows
 
     @_locked
-    def open(self, unit: Unit, phase: int, *, let_in: bool = True) -> bool:
-        """Bring a unit's parameters to their frames; False if they must be used from their home.
-
-        Without ``let_in`` this thread's operations on the parameters stay guarded.
-        """
+    def open(self, unit: Unit, phase: int) -> bool:
+        """Bring a unit's parameters to their frames; False if they must be used from their home."""
         if phase == BACKWARD:
             self.ranges.backward(unit)
         if unit.is_open and not unit.moving:
-            self._let_in(unit, let_in)
+            self._let_in(unit)
             return True
         self.alive()
         if unit.moving:
@@ -161,13 +158,12 @@ class Session:
                 ref.seen, ref.touched = digest(ref.frame) if self.poison else None, False
                 ref.param.data = ref.frame
                 ref.param.__class__ = WindowParameter
-        self._let_in(unit, let_in)
+        self._let_in(unit)
         unit.is_open, unit.moving = True, False
         return True
 
-    def _let_in(self, unit: Unit, really: bool) -> None:
-        if really:
-            unit.let_in()
+    def _let_in(self, unit: Unit) -> None:
+        unit.let_in()
         if in_backward():
             self._watch_backward()
 
@@ -241,7 +237,7 @@ class Session:
         """Open a unit whose saved tensors are needed now; False: use the home's bytes."""
         if _testing.broken("skip_backward_reload"):
             return True
-        return self.open(unit, BACKWARD, let_in=False)
+        return self.open(unit, BACKWARD)
 
     def _watch_backward(self) -> None:
         task = torch._C._current_graph_task_id()
@@ -276,8 +272,7 @@ class Session:
             if unit.moving:
                 self._go_home(unit)
         if in_backward() and not raw:
-            let_in = not self.leases.expected()
-            units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD, let_in=let_in))
+            units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())

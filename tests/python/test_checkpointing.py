@@ -10,7 +10,7 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
 from funicular._offload import session_of
-from models import WIDTH, Block, Decoder, DecoderBlock, Stack, stack
+from models import WIDTH, Block, Decoder, Stack, stack
 from twin import Run, World, case, compare
 
 # Torch says so when an outer reentrant checkpoint runs an inner one without gradients.
@@ -182,24 +182,6 @@ def test_only_some_weights_need_grad(reentrant, world):
         return model
 
     compare(world, build, lambda run: run.train(3))
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "saved_tensors"])
-@pytest.mark.parametrize("matmul", [True, False], ids=["matmul", "linear"])
-@pytest.mark.parametrize(
-    "build", [Block, functools.partial(DecoderBlock, heads=4, dropout=0.1)], ids=["biased", "decoder"]
-)
-def test_forward_of_a_block(build, matmul, reentrant, two_worlds):
-    """Past the block's own call, as T5 of transformers 4 has it: both runs save the same for the checkpoint."""
-
-    def script(run: Run) -> None:
-        for _ in range(3):
-            run.step(run.model(run.data(2, 5, WIDTH)).square().mean())
-        with torch.no_grad():
-            run.record("eval", run.model(run.data(2, 5, WIDTH)))
-
-    call = lambda block, x: checkpoint(block.forward, x, use_reentrant=reentrant)
-    compare(two_worlds, stack(lambda: build(WIDTH, matmul=matmul), call=call), script)
 
 
 def test_checkpoint_still_recomputes(world):
