@@ -39,7 +39,7 @@ impl Shared {
         self.await_update(unit, stream, Until::Home, interrupted)
     }
 
-    /// Waits until the unit's last update has read its gradients; the parameters may still be on their way home.
+    /// Waits until the unit's last update is made: it has read its gradients, and its result may be in the spare place.
     pub(crate) fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         self.await_update(unit, Some(stream), Until::Made, interrupted)
     }

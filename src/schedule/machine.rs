@@ -38,7 +38,7 @@ pub enum Command {
     ReadChunk(UnitId, u32),
     /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::turned`].
     RunChunk(UnitId, u32),
-    /// Copy the parameters from the spare place, if they are still there, to their home; answer with [`Machine::homed`].
+    /// Copy the parameters from the spare place to their home; answer with [`Machine::homed`].
     CopyHome(UnitId),
     /// Write one chunk's states back, then give the slot back; answer with [`Machine::chunk_written`].
     WriteChunk(UnitId, u32),
