@@ -1,7 +1,7 @@
 //! Full-parameter training of models larger than the GPU's memory.
 //!
 //! Layers, imports only downward (`tests/tidy.rs` checks it):
-//! `error units dtype` < `memory model policy` < `device io optim` < `checkpoint store schedule` < `runtime` < `bench doctor plan` < `cli` < `python`.
+//! `error units dtype text os_error` < `memory model policy` < `device io optim` < `checkpoint store schedule` < `runtime` < `bench doctor plan` < `cli` < `python`.
 
 pub mod bench;
 pub mod checkpoint;
@@ -14,11 +14,13 @@ pub mod io;
 pub mod memory;
 pub mod model;
 pub mod optim;
+pub mod os_error;
 pub mod plan;
 pub mod policy;
 pub mod runtime;
 pub mod schedule;
 pub mod store;
+pub mod text;
 pub mod units;
 
 #[cfg(feature = "python")]

@@ -1,0 +1,98 @@
+//! What to do about an error of the operating system, in one place: the same number gets the same advice everywhere.
+
+use std::path::Path;
+
+/// Advice for a refused thread: the system's reason is always a limit, whatever number it gives.
+pub const THREAD: &str =
+    "Raise the limit on processes and threads (ulimit -u; pids.max of the container), or set budget.threads to fewer.";
+
+/// True for the two errors of a file system that holds no more: no space (or inodes) left, quota used up.
+#[must_use]
+pub fn is_full(errno: i32) -> bool {
+    matches!(errno, libc::ENOSPC | libc::EDQUOT)
+}
+
+/// What to do about `errno` of a call on the file or directory `path`, as full sentences. `None`: nothing is known that
+/// fits every call; say what fits this one.
+#[must_use]
+pub fn advice(errno: i32, path: &Path) -> Option<String> {
+    let fixed = match errno {
+        libc::ENOSPC if no_inodes(path) => {
+            "That file system has no inodes left (df -i): remove files there, however small, or use another file system."
+        }
+        libc::ENOSPC => "Free space on that file system (df -h), or use another one.",
+        libc::EDQUOT => "Your quota on that file system is used up: remove files of yours there, or have it raised.",
+        libc::EFBIG => return Some(too_large()),
+        libc::EMFILE => return Some(too_many_open()),
+        libc::ENFILE => "The whole system has too many open files: end other programs, or raise sysctl fs.file-max.",
+        libc::ENOMEM => {
+            "The system refused memory: end other programs, or raise the container's or user's memory limit."
+        }
+        libc::EROFS => "That file system is mounted read-only (some are after errors: see dmesg). Use another path.",
+        libc::EACCES | libc::EPERM => "Use a path that this user may write to.",
+        libc::EIO => "The drive or its link is failing: see dmesg and `smartctl -a`; use another path.",
+        libc::ENAMETOOLONG => "Use a shorter path.",
+        libc::ELOOP => "The path goes through too many symbolic links: name the real directory.",
+        libc::ESTALE => "The server of that network file system no longer knows the path: mount it again.",
+        _ => return None,
+    };
+    Some(fixed.to_owned())
+}
+
+/// Advice for EMFILE, which does not depend on a path.
+#[must_use]
+pub fn too_many_open() -> String {
+    let now = soft_limit("Max open files").map_or_else(String::new, |limit| format!(", now {limit}"));
+    format!("This process has too many open files: raise the limit (ulimit -n{now}).")
+}
+
+fn too_large() -> String {
+    match soft_limit("Max file size") {
+        Some(bytes) => format!("Raise the limit on the size of a file (ulimit -f, now {bytes} bytes)."),
+        None => "That file system takes no file of this size: use one that does (ext4, XFS).".to_owned(),
+    }
+}
+
+/// Whether the file system of `path`, or of its nearest ancestor that exists, counts inodes and has none left.
+fn no_inodes(path: &Path) -> bool {
+    let found = path.ancestors().find_map(|path| rustix::fs::statvfs(path).ok());
+    found.is_some_and(|stat| stat.f_files > 0 && stat.f_favail == 0)
+}
+
+/// A soft limit by its name in `/proc/self/limits`; `None` where there is none or it cannot be read.
+fn soft_limit(name: &str) -> Option<u64> {
+    let limits = std::fs::read_to_string("/proc/self/limits").ok()?;
+    limits.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_number_has_its_own_advice() {
+        let here = Path::new("/");
+        let says = |errno, part: &str| {
+            let advice = advice(errno, here).unwrap_or_default();
+            assert!(advice.contains(part), "{errno}: {advice}");
+        };
+        says(libc::ENOSPC, "Free space");
+        says(libc::EDQUOT, "quota");
+        says(libc::EMFILE, "ulimit -n");
+        says(libc::ENFILE, "fs.file-max");
+        says(libc::ENOMEM, "memory");
+        says(libc::EROFS, "read-only");
+        says(libc::EIO, "dmesg");
+        says(libc::EACCES, "may write");
+        let large = advice(libc::EFBIG, here).unwrap_or_default();
+        assert!(!large.contains("Free") && (large.contains("ulimit -f") || large.contains("file system")), "{large}");
+        assert_eq!(advice(libc::EINVAL, here), None);
+        assert!(THREAD.contains("ulimit -u"));
+    }
+
+    #[test]
+    fn limits_are_read_by_name() {
+        assert!(soft_limit("Max open files").is_some_and(|limit| limit > 0));
+        assert_eq!(soft_limit("Max unheard of"), None);
+    }
+}
