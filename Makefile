@@ -1,10 +1,21 @@
-# Everything runs from here on a fresh Linux machine with Rust, Python >= 3.10, a C compiler and make.
-#   make demo test lint bench wheel gpu-test bench-gpu soak test-oldest clean
-#   PYTHON=python3.12   the interpreter that .venv is made from
-#   VENV=system         use PYTHON as it is, with the torch, maturin, pytest, ... installed there; nothing is installed
-#   PIP_ARGS=...        more options for pip, such as an index of CPU-only torch wheels
-#   DEMO_ARGS=...       options of examples/demo.py, such as "--steps 20"; also TEST_ARGS, GPU_TEST_ARGS, SOAK_ARGS,
-#                       BENCH_GPU_ARGS
+# Everything runs from here on a Linux machine with Rust (Cargo.toml says which), Python >= 3.10, a C compiler and make.
+#
+#   make demo                trains a model that does not fit its budgets, and compares it with a run that fits
+#   make test                every test; in parts: make test-rust, make test-python
+#   make test-fast           the Python tests in host memory, without the slow ones: a few minutes
+#   make test-rust ARGS=...  only these, such as ARGS="--lib policy::" or ARGS="--test store"
+#   make test-python ARGS=.. only these, such as ARGS="-k clip" or ARGS=tests/python/test_clipping.py
+#   make fmt                 formats Rust and Python
+#   make lint                every check of style, types and spelling; in parts: lint-rust lint-python lint-text
+#   make deny                licences and security advisories of the crates; needs cargo-deny
+#   make wheel wheel-test    a wheel for PyPI in dist/, then the same wheel tried in an environment of its own; make sdist
+#   make bench gpu-test bench-gpu soak test-oldest clean
+#
+# Options:
+#   PYTHON=python3.12        the interpreter that .venv is made from
+#   VENV=system              use PYTHON as it is, with torch, maturin, pytest, ... installed there; nothing is installed
+#   PIP_ARGS=...             more options for pip, such as an index of CPU-only torch wheels
+#   DEMO_ARGS=...            options of examples/demo.py, such as "--steps 20"; also GPU_TEST_ARGS, SOAK_ARGS, BENCH_GPU_ARGS
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,7 +28,7 @@ VENV ?= .venv
 CARGO ?= cargo
 PIP_ARGS ?=
 DEMO_ARGS ?=
-TEST_ARGS ?=
+ARGS ?=
 GPU_TEST_ARGS ?=
 SOAK_ARGS ?=
 BENCH_GPU_ARGS ?=
@@ -42,26 +53,34 @@ endif
 # What the extension module is made of; Python files need no build.
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find src kernels -type f 2>/dev/null | sort)
 
+# The oldest Rust that builds this.
+RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-python test-oldest lint lint-rust lint-python bench wheel gpu-test bench-gpu soak package clean
+.PHONY: help demo test test-rust test-python test-fast test-oldest fmt lint lint-rust lint-python lint-text deny bench
+.PHONY: wheel wheel-test sdist gpu-test bench-gpu soak package clean
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 ## What has to be there -----------------------------------------------------------------------------------------------
 
 .PHONY: need-rust need-python
 need-rust:
-	@command -v $(CARGO) >/dev/null || { echo "error: cargo is not installed. Install Rust from https://rustup.rs, then open a new shell and run make again." >&2; exit 1; }
+	@command -v $(CARGO) >/dev/null || { echo "error: cargo is not installed, and funicular is built with Rust $(RUST) or newer. Install Rust from https://rustup.rs, open a new shell, run make again." >&2; exit 1; }
+	@found=$$($(CARGO) --version) || { echo "error: $(CARGO) --version failed; its message is above. rust-toolchain.toml names the toolchain; to install it: rustup toolchain install stable" >&2; exit 1; }; \
+	    found=$$(echo "$$found" | cut -d' ' -f2); oldest=$$(printf '%s\n' "$(RUST)" "$${found%%-*}" | sort -V | head -n1); [ "$$oldest" = "$(RUST)" ] \
+	    || { echo "error: cargo $$found is too old; funicular is built with Rust $(RUST) or newer. With rustup: rustup update stable. Without: install Rust from https://rustup.rs." >&2; exit 1; }
 	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo "error: no C compiler; Rust needs one to link. Install one (Debian, Ubuntu: apt install gcc) and run make again." >&2; exit 1; }
 
 need-python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) -V) is too old; Python 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 
-# The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes.
-$(VENV)/.installed: $(LOCK) | need-python
+# The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes. Rust is asked for
+# first, so that nobody waits for 5 GB to be told that it is missing.
+$(VENV)/.installed: $(LOCK) | need-rust need-python
 	$(call say,Python environment in $(VENV) from $(LOCK) (about 5 GB with torch; several minutes the first time))
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt install python3-venv), or use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
 	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo "error: $(VENV) exists and is not a virtual environment. Move it away, or name another folder: make VENV=/path/to/folder" >&2; exit 1; }
@@ -70,7 +89,7 @@ $(VENV)/.installed: $(LOCK) | need-python
 	    || { echo "error: installing the packages failed; pip's message is above. Without access to PyPI, use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
 	@touch $@
 
-$(STAMPS)/system-python: | need-python
+$(STAMPS)/system-python: | need-rust need-python
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "error: VENV=system, but $(PYTHON) cannot import torch. Install torch >= 2.4 there, or leave out VENV=system." >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
 
@@ -98,12 +117,22 @@ test: test-rust test-python
 
 test-rust: need-rust
 	$(call say,Rust tests)
-	@$(CARGO) test --locked $(TEST_ARGS)
+	@$(CARGO) test --locked $(ARGS)
 
+ifeq ($(ARGS),)
 test-python: package
 	$(call say,Python tests)
 	@$(PY) -m pytest tests/python -n $(TEST_JOBS) -m "not timing" $(if $(CI),--durations=15)
 	@$(PY) -m pytest tests/python -q -m timing
+else
+test-python: package
+	@$(PY) -m pytest $(ARGS)
+endif
+
+# What a change breaks, most of it is broken here too.
+test-fast: package
+	$(call say,Python tests in host memory, without the slow ones)
+	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --worlds host -m "not slow and not timing" $(ARGS)
 
 # The oldest torch that pyproject.toml allows, in an environment of its own.
 OLDEST ?= .venv-oldest
@@ -119,7 +148,12 @@ test-oldest: package $(OLDEST)/.installed
 	@sed -n 's/^\(tests[^ ]*\) *#.*/--deselect=\1/p' tests/oldest.txt | PYTHONPATH=python xargs $(OLDEST)/bin/python -m pytest tests/python \
 	    -n $(TEST_JOBS) -m "not timing" -W ignore::FutureWarning -p no:cacheprovider
 
-lint: lint-rust lint-python
+fmt: $(ENVIRONMENT) need-rust
+	@$(CARGO) fmt --all
+	@$(PY) -m ruff check --quiet --select I --fix .
+	@$(PY) -m ruff format .
+
+lint: lint-rust lint-python lint-text
 
 lint-rust: need-rust
 	$(call say,Rust lints)
@@ -137,6 +171,19 @@ lint-python: package
 	@$(PY) -m mypy
 	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file pyproject.toml
 
+TYPOS := $(if $(filter system,$(VENV)),typos,$(VENV)/bin/typos)
+
+lint-text: $(ENVIRONMENT)
+	$(call say,spelling)
+	@command -v $(TYPOS) >/dev/null || { echo "error: typos is not installed. Install it for $(PYTHON): pip install typos" >&2; exit 1; }
+	@$(TYPOS)
+
+# Not part of `make lint`: cargo-deny is built from source, and the advisories come from the network.
+deny: need-rust
+	@$(CARGO) deny --version >/dev/null 2>&1 || { echo "error: cargo-deny is not installed. Install it: cargo install --locked cargo-deny" >&2; exit 1; }
+	$(call say,licences and advisories of the crates)
+	@$(CARGO) deny --locked --all-features check
+
 # Those that need no GPU.
 BENCHES := $(addprefix benches/,adamw_vs_torch.py checkpoint.py host_step.py plan_truth.py)
 
@@ -145,11 +192,39 @@ bench: package
 	@$(CARGO) bench --locked
 	@for file in $(BENCHES); do echo "--- $$file"; $(PY) "$$file"; done
 
-wheel: $(VENV)/.installed need-rust
+# Wheels are built by maturin in a small environment of its own, with zig as the linker: so they run wherever glibc is as old as
+# MANYLINUX says, whatever this machine has. TARGET is another machine's, such as aarch64-unknown-linux-gnu, whose standard
+# library `rustup target add` installs.
+WHEEL_VENV ?= .venv-wheel
+WHEEL_LOCK := requirements-wheel.lock
+MANYLINUX := manylinux_2_28
+TARGET ?=
+
+$(WHEEL_VENV)/.installed: $(WHEEL_LOCK) | need-rust need-python
+	$(call say,Python environment in $(WHEEL_VENV) from $(WHEEL_LOCK) (300 MB))
+	@$(PYTHON) -m venv --clear $(WHEEL_VENV)
+	@$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r $(WHEEL_LOCK)
+	@touch $@
+
+IN_WHEEL_VENV = VIRTUAL_ENV=$(abspath $(WHEEL_VENV)) PATH="$(abspath $(WHEEL_VENV))/bin:$$PATH"
+
+wheel: $(WHEEL_VENV)/.installed need-rust
 	$(call say,wheel)
-	@rm -rf dist
-	@VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin build --release --locked --out dist
-	@ls -l dist
+	@rm -rf dist/*.whl
+	@$(IN_WHEEL_VENV) maturin build --release --locked --zig --compatibility $(MANYLINUX) --out dist $(if $(TARGET),--target $(TARGET))
+	@$(WHEEL_VENV)/bin/python tests/wheel/audit.py --platform $(MANYLINUX) dist/*.whl
+
+sdist: $(WHEEL_VENV)/.installed
+	$(call say,source distribution)
+	@rm -rf dist/*.tar.gz
+	@$(IN_WHEEL_VENV) maturin sdist --out dist
+	@ls -l dist/*.tar.gz
+
+# In an environment that has what pip installs with the wheel and nothing else, without Rust on the PATH.
+wheel-test: need-python
+	@ls dist/*.whl >/dev/null 2>&1 || { echo "error: there is no wheel in dist/. Build it first: make wheel" >&2; exit 1; }
+	$(call say,the wheel in an environment of its own (about 5 GB with torch))
+	@$(PYTHON) tests/wheel/try.py --pip-args "$(PIP_ARGS)" dist/*.whl
 
 # A test that finds no GPU fails here instead of being skipped.
 gpu-test: need-python

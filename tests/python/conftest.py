@@ -42,8 +42,32 @@ PLACEMENTS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped without one; all others run on whichever device is chosen."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--worlds",
+        default=",".join(PLACEMENTS),
+        help="only the cases in these placements, of %(default)s; and all those that run in none by name",
+    )
+
+
+def in_worlds(item: pytest.Item, worlds: set[str]) -> bool:
+    """Whether all placements that a case names among its parameters are wanted."""
+    call = getattr(item, "callspec", None)
+    named = {value for value in call.params.values() if isinstance(value, str)} if call else set()
+    return worlds.issuperset(named & PLACEMENTS.keys())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped without one; all others run on whichever device is chosen, in the chosen worlds."""
+    worlds = set(config.getoption("--worlds").split(","))
+    if unknown := worlds - PLACEMENTS.keys():
+        raise pytest.UsageError(
+            f"--worlds: no placement {', '.join(sorted(unknown))}; known are {', '.join(PLACEMENTS)}"
+        )
+    left_out = [item for item in items if not in_worlds(item, worlds)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if in_worlds(item, worlds)]
     skip = pytest.mark.skip(reason="needs FUNICULAR_TEST_DEVICE=cuda")
     for item in items:
         if item.get_closest_marker("gpu") and not CUDA:
