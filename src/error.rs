@@ -49,6 +49,7 @@ codes! {
     Panicked = "FN-E105", Runtime, "a worker thread panicked: a bug of funicular";
     Interrupted = "FN-E106", Runtime, "a wait was interrupted by a signal";
     NoThread = "FN-E107", Runtime, "the system refused a thread";
+    Argument = "FN-E108", Usage, "a number or name given to the core is out of range";
     Wrapped = "FN-E110", Usage, "the model is offloaded already";
     MetaWeights = "FN-E111", Usage, "a parameter on the meta device has no weights to load";
     UnsupportedParam = "FN-E112", Usage, "a parameter's type or layout cannot be paged";
@@ -130,6 +131,11 @@ impl Error {
     pub fn because(mut self, sentence: &str) -> Self {
         self.message = format!("{} {sentence}", self.message);
         self
+    }
+
+    /// A number or name of the caller that is out of range.
+    pub fn argument(message: impl Into<String>) -> Self {
+        Self::new(Code::Argument, message)
     }
 
     /// The least size of the budget that would do, where one was too small.

@@ -66,13 +66,13 @@ fn step(rt: &Runtime, updates: &[UnitUpdate], hypers: &[StepHyper], gradient: &[
     let units = (0..UNITS).map(UnitId);
     for unit in units.clone() {
         assert!(rt.open_window(unit, Phase::Forward, 0, interrupted).unwrap());
-        rt.release(unit, 0).unwrap();
+        rt.release(unit, 0, interrupted).unwrap();
     }
     for unit in units.rev() {
         assert!(rt.open_window(unit, Phase::Backward, 0, interrupted).unwrap());
         // SAFETY: the gradient outlives the copy, which is waited for below.
         unsafe { rt.gradient(unit, 0, gradient.as_ptr() as u64, ELEMS * 2, 0, interrupted).unwrap() };
-        rt.release(unit, 0).unwrap();
+        rt.release(unit, 0, interrupted).unwrap();
     }
     rt.wait_gradients(0, interrupted).unwrap();
     // SAFETY: there are no residents.

@@ -1,11 +1,14 @@
-//! What the wrapper passes, and what it becomes.
+//! What the wrapper passes, and what it becomes. Every number is checked here, before it becomes an index, a size or an address:
+//! what is out of range is `FN-E108`, and the runtime goes on. Addresses cannot be checked beyond being there.
+
+use std::ops::Range;
 
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
-    model::{ParamSpec, UnitSpec},
+    model::{ParamSpec, Unit, UnitSpec},
     optim::{AdamWOptions, Hyper, Span, Update},
-    runtime::{JobSpan, StepHyper, UnitUpdate},
+    runtime::{JobSpan, Runtime, Sharing, StepHyper, UnitUpdate},
     schedule::Phase,
     units::UnitId,
 };
@@ -23,6 +26,38 @@ pub(super) type ResidentTuple = (u64, u64, u64, u64, u64, usize, String, usize, 
 /// (section, first element, elements, byte offset in the parameter segment)
 pub(super) type PlaceTuple = (usize, u64, u64, u64);
 
+/// No model has more elements.
+const MOST_ELEMENTS: u64 = 1 << 48;
+
+/// The unit of that number.
+pub(super) fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {
+    let (id, units) = (UnitId(unit), rt.layout()?.units.len());
+    if id.index() < units {
+        return Ok(id);
+    }
+    Err(Error::argument(format!("there is no unit {unit}; the model has {units}.")))
+}
+
+/// The address of something of `len` bytes or elements.
+pub(super) fn address(address: u64, len: u64) -> Result<u64> {
+    if len > 0 && address == 0 {
+        return Err(Error::argument(format!("there is nothing at address 0 for {len} bytes or elements.")));
+    }
+    Ok(address)
+}
+
+/// Elements of a section.
+pub(super) fn elements(unit: &Unit, section: usize, start: u64, len: u64) -> Result<Range<u64>> {
+    let limit = unit.sections.get(section).map_or(0, |s| s.elems);
+    match start.checked_add(len) {
+        Some(end) if end <= limit => Ok(start..end),
+        _ => {
+            let text = format!("'{}', section {section}: {len} elements from {start} on end after {limit}.", unit.name);
+            Err(Error::argument(text))
+        }
+    }
+}
+
 pub(super) fn dtype(name: &str, size: u8) -> DType {
     match name {
         "float32" => DType::F32,
@@ -32,43 +67,109 @@ pub(super) fn dtype(name: &str, size: u8) -> DType {
     }
 }
 
-pub(super) fn unit_specs(units: Vec<(String, Vec<ParamTuple>)>) -> Vec<UnitSpec> {
-    let param =
-        |(name, numel, d, size, trainable): ParamTuple| ParamSpec { name, numel, dtype: dtype(&d, size), trainable };
-    let unit =
-        |(name, params): (String, Vec<ParamTuple>)| UnitSpec { name, params: params.into_iter().map(param).collect() };
+pub(super) fn unit_specs(units: Vec<(String, Vec<ParamTuple>)>) -> Result<Vec<UnitSpec>> {
+    let mut elements: u64 = 0;
+    let mut param = |(name, numel, d, size, trainable): ParamTuple| {
+        elements = elements.saturating_add(numel);
+        if elements > MOST_ELEMENTS {
+            return Err(Error::new(Code::UnsupportedParam, format!("'{name}' is too large to be addressed.")));
+        }
+        let dtype = dtype(&d, size);
+        if dtype.size() == 0 {
+            return Err(Error::argument(format!("'{name}': elements of {d} have no size.")));
+        }
+        Ok(ParamSpec { name, numel, dtype, trainable })
+    };
+    let unit = |(name, params): (String, Vec<ParamTuple>)| {
+        Ok(UnitSpec { name, params: params.into_iter().map(&mut param).collect::<Result<_>>()? })
+    };
     units.into_iter().map(unit).collect()
 }
 
-pub(super) fn unit_update((unit, spans, guessed): UpdateTuple) -> UnitUpdate {
-    let span = |(section, start, len, hyper, reset_master)| JobSpan { section, start, len, hyper, reset_master };
-    UnitUpdate { unit: UnitId(unit), spans: spans.into_iter().map(span).collect(), guessed }
+/// An update of trained elements of one unit, in order and once each.
+pub(super) fn unit_update(rt: &Runtime, (unit, spans, guessed): UpdateTuple, hypers: usize) -> Result<UnitUpdate> {
+    let id = known(rt, unit)?;
+    let packed = rt.layout()?.unit(id);
+    let mut after = (0, 0);
+    let mut span = |(section, start, len, hyper, reset_master): SpanTuple| {
+        let elems = elements(packed, section, start, len)?;
+        if !packed.sections[section].trainable {
+            return Err(Error::argument(format!("'{}', section {section} is not trained.", packed.name)));
+        }
+        if hyper >= hypers {
+            return Err(Error::argument(format!("there are no hyperparameters {hyper}; the step has {hypers}.")));
+        }
+        if (section, start) < after {
+            return Err(Error::argument(format!("'{}': elements of a step are not in order, once each.", packed.name)));
+        }
+        after = (section, elems.end);
+        Ok(JobSpan { section, start, len, hyper, reset_master })
+    };
+    let spans = spans.into_iter().map(&mut span).collect::<Result<Vec<_>>>()?;
+    if spans.is_empty() {
+        return Err(Error::argument(format!("a step of '{}' has no elements.", packed.name)));
+    }
+    Ok(UnitUpdate { unit: id, spans, guessed })
 }
 
-pub(super) fn step_hyper((lr, beta1, beta2, eps, weight_decay, step, maximize, clip): HyperTuple) -> StepHyper {
+pub(super) fn step_hypers(given: Vec<HyperTuple>) -> Result<Vec<StepHyper>> {
+    given.into_iter().map(step_hyper).collect()
+}
+
+fn step_hyper((lr, beta1, beta2, eps, weight_decay, step, maximize, clip): HyperTuple) -> Result<StepHyper> {
+    if step == 0 {
+        return Err(Error::argument("steps count from 1."));
+    }
+    if clip.is_some_and(|slot| slot >= StepHyper::SLOTS) {
+        return Err(Error::argument(format!("there is no slot {} of a factor.", clip.unwrap_or(0))));
+    }
     let options = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
-    StepHyper { hyper: Hyper::new(&options, step, 1.0), clip }
+    Ok(StepHyper { hyper: Hyper::new(&options, step, 1.0), clip })
 }
 
 pub(super) fn kind(name: &str) -> Result<StateKind> {
     StateKind::OPTIMIZER
         .into_iter()
         .find(|k| k.name() == name)
-        .ok_or_else(|| Error::new(Code::OptimizerOption, format!("there is no state '{name}'.")))
+        .ok_or_else(|| Error::argument(format!("there is no state '{name}'.")))
 }
 
-pub(super) fn phase(n: u8) -> Phase {
+pub(super) fn phase(n: u8) -> Result<Phase> {
     match n {
-        0 => Phase::Forward,
-        1 => Phase::Backward,
-        _ => Phase::Eval,
+        0 => Ok(Phase::Forward),
+        1 => Ok(Phase::Backward),
+        2 => Ok(Phase::Eval),
+        _ => Err(Error::argument(format!("there is no phase {n}."))),
+    }
+}
+
+pub(super) fn split(name: &str) -> Result<Sharing> {
+    match name {
+        "processor" => Ok(Sharing::Processor),
+        "lanes" => Ok(Sharing::Lanes),
+        "rates" => Ok(Sharing::Rates),
+        "halves" => Ok(Sharing::Halves),
+        other => Err(Error::argument(format!("there is no split '{other}'."))),
     }
 }
 
 pub(super) fn resident_update(
     (param, grad, master, exp_avg, exp_avg_sq, len, kind, hyper, reset_master): ResidentTuple,
     hypers: &[StepHyper],
-) -> Update {
+) -> Result<Update> {
+    let dtype = dtype(&kind, 0);
+    if !dtype.trainable() {
+        return Err(Error::argument(format!("there is no update of {kind}.")));
+    }
+    let Some(found) = hypers.get(hyper) else {
+        return Err(Error::argument(format!("there are no hyperparameters {hyper}; the step has {}.", hypers.len())));
+    };
+    for at in [param, grad, exp_avg, exp_avg_sq] {
+        address(at, len as u64)?;
+    }
+    if StateKind::Master.element_size(dtype) > 0 {
+        address(master, len as u64)?;
+    }
     let span = Span {
         param: param as *mut u8,
         grad: grad as *const u8,
@@ -76,8 +177,8 @@ pub(super) fn resident_update(
         exp_avg: exp_avg as *mut f32,
         exp_avg_sq: exp_avg_sq as *mut f32,
         len,
-        dtype: dtype(&kind, 0),
+        dtype,
         reset_master,
     };
-    Update { span, hyper: hypers[hyper].hyper }
+    Ok(Update { span, hyper: found.hyper })
 }

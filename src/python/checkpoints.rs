@@ -6,16 +6,16 @@ use std::{path::PathBuf, sync::Arc};
 use pyo3::prelude::*;
 
 use super::{
-    arguments::{dtype, kind},
-    engine::{Engine, known},
-    failures::{check, waiting},
+    arguments::{address, dtype, elements, kind, known},
+    engine::Engine,
+    failures::{check, guarded, waiting},
 };
 use crate::{
     checkpoint::{self, Contents, Control, Dtype, Found, Means, Request, TensorSpec},
     dtype::StateKind,
     error::{Code, Error, Result},
     io::EngineOptions,
-    runtime::{Buffer, Item, Place, Source, Unchanged, read_buffers, save_plain},
+    runtime::{Buffer, Item, Place, Runtime, Source, Unchanged, read_buffers, save_plain},
     units::UnitId,
 };
 
@@ -40,10 +40,45 @@ fn state(name: &str) -> Result<StateKind> {
 }
 
 fn place((unit, section, start, kind): PlaceTuple) -> Result<Place> {
-    match u32::try_from(unit) {
-        Ok(unit) => Ok(Place::Unit { unit: UnitId(unit), section, start, kind: state(&kind)? }),
-        Err(_) => Ok(Place::Memory { address: start, on_device: section != 0 }),
+    if unit < 0 {
+        return Ok(Place::Memory { address: start, on_device: section != 0 });
     }
+    let unit = u32::try_from(unit).map_err(|_| Error::argument(format!("there is no unit {unit}.")))?;
+    Ok(Place::Unit { unit: UnitId(unit), section, start, kind: state(&kind)? })
+}
+
+fn check_sources(rt: Option<&Runtime>, request: &Request, sources: &[Source]) -> Result<()> {
+    request.tensors.iter().zip(sources).try_for_each(|(spec, source)| check_source(rt, spec, source))
+}
+
+/// Checks that a tensor's elements are where it says.
+fn check_source(rt: Option<&Runtime>, spec: &TensorSpec, source: &Source) -> Result<()> {
+    let many = || Error::argument(format!("'{}' has more elements than there can be.", spec.name));
+    let len = spec.shape.iter().try_fold(1_u64, |n, &d| n.checked_mul(d as u64)).ok_or_else(many)?;
+    // As in the file, but for masters: those are put together from two places.
+    let size = source.master.is_none().then(|| spec.dtype.bitsize() / 8);
+    check_place(rt, &spec.name, source.place, len, size)?;
+    if let Some((_, Some(rest))) = source.master {
+        check_place(rt, &spec.name, rest, len, None)?;
+    }
+    Ok(())
+}
+
+fn check_place(rt: Option<&Runtime>, name: &str, place: Place, len: u64, size: Option<usize>) -> Result<()> {
+    let (unit, section, start, kind) = match place {
+        Place::Memory { address: at, .. } => return address(at, len).map(drop),
+        Place::Unit { unit, section, start, kind } => (unit, section, start, kind),
+    };
+    let rt = rt.ok_or_else(|| Error::argument(format!("'{name}' is in a runtime, and there is none.")))?;
+    let packed = rt.layout()?.unit(known(rt, unit.0)?);
+    elements(packed, section, start, len)?;
+    let Some(found) = packed.sections.get(section).filter(|_| len > 0) else { return Ok(()) };
+    let bytes = if kind == StateKind::Param || found.trainable { kind.element_size(found.dtype) } else { 0 };
+    if bytes == 0 || size.is_some_and(|size| size != bytes) {
+        let text = format!("'{name}': {} of '{}' has elements of {bytes} bytes.", kind.name(), packed.name);
+        return Err(Error::argument(text));
+    }
+    Ok(())
 }
 
 fn tensor((name, stored_as, shape, optimizer, at, master): TensorTuple) -> Result<(TensorSpec, Source)> {
@@ -65,7 +100,8 @@ pub(crate) struct Save {
 impl Save {
     /// Waits for the end, so many seconds at most; what is worth telling, or none if it goes on.
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<Option<Vec<String>>> {
-        let end = std::time::Instant::now() + std::time::Duration::from_secs_f64(seconds.clamp(0.0, 1e9));
+        let seconds = if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, 1e9) };
+        let end = std::time::Instant::now() + std::time::Duration::from_secs_f64(seconds);
         waiting(py, |i| {
             let mut late = false;
             let ended = self.control.wait(&mut || {
@@ -145,8 +181,11 @@ impl Checkpoint {
             .collect();
         let given = check(py, given)?;
         let control = Control::default();
-        // SAFETY: the wrapper passes addresses and sizes of live tensors of its own.
-        waiting(py, |i| unsafe { read_buffers(&self.contents, &given, &control, i) })
+        waiting(py, |i| {
+            given.iter().try_for_each(|b| address(b.address, b.bytes).map(drop))?;
+            // SAFETY: the wrapper passes addresses and sizes of live tensors of its own.
+            unsafe { read_buffers(&self.contents, &given, &control, i) }
+        })
     }
 }
 
@@ -204,12 +243,18 @@ pub(crate) fn save(
             Err(e) => Err(Error::new(Code::Panicked, format!("looking for changed tensors failed: {e}."))),
         }
     });
-    let control = waiting(py, |i| match engine {
-        // SAFETY: the wrapper keeps the tensors until the save has ended.
-        Some(engine) => engine.with(|rt| unsafe { rt.save(request, sources, unchanged, stream, i) }),
-        // SAFETY: as above.
-        None => unsafe { save_plain(request, sources, unchanged) },
-    })?;
+    let control = match engine {
+        Some(engine) => engine.call(py, |rt, i| {
+            check_sources(Some(rt), &request, &sources)?;
+            // SAFETY: the wrapper keeps the tensors until the save has ended.
+            unsafe { rt.save(request, sources, unchanged, stream, i) }
+        }),
+        None => waiting(py, |_| {
+            check_sources(None, &request, &sources)?;
+            // SAFETY: as above.
+            guarded(|| unsafe { save_plain(request, sources, unchanged) })
+        }),
+    }?;
     Ok(Save { control })
 }
 
@@ -238,12 +283,10 @@ pub(crate) fn restore(
             let _ = Python::attach(|py| told.call1(py, (control.progress().0,)).map(|_| ()));
         }
     };
-    waiting(py, |i| {
-        engine.with(|rt| {
-            rt.restore(&checkpoint.contents, given, &control, stream, &mut || {
-                tell(&control);
-                i()
-            })
+    engine.call(py, |rt, i| {
+        rt.restore(&checkpoint.contents, given, &control, stream, &mut || {
+            tell(&control);
+            i()
         })
     })
 }
@@ -251,11 +294,11 @@ pub(crate) fn restore(
 /// Waits until the save under way, if there is one, has read a unit.
 #[pyfunction]
 pub(crate) fn preserve(py: Python<'_>, engine: &Engine, unit: u32) -> PyResult<()> {
-    waiting(py, |i| engine.with(|rt| rt.preserve(known(rt, unit)?, i)))
+    engine.call(py, |rt, i| rt.preserve(known(rt, unit)?, i))
 }
 
 /// Waits for the end of the save under way, if there is one.
 #[pyfunction]
 pub(crate) fn saved(py: Python<'_>, engine: &Engine) -> PyResult<()> {
-    waiting(py, |i| engine.with(|rt| rt.saved(i)))
+    engine.call(py, |rt, i| rt.saved(i))
 }

@@ -2,7 +2,7 @@
 
 use pyo3::{prelude::*, types::PyTuple};
 
-use crate::error::{Error, Family, Result};
+use crate::error::{Code, Error, Family, Result};
 
 /// The exception of an error's family, with its code and message.
 pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
@@ -49,6 +49,12 @@ pub(crate) fn waiting<R: Send>(
         (Ok(value), None) => Ok(value),
         (Err(error), None) => Err(raise(py, &error)),
     }
+}
+
+/// Runs `f`; a panic in it becomes an error, so that no exception of another kind crosses the border.
+pub(crate) fn guarded<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(f))
+        .unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a call of the core panicked; its message is above.")))
 }
 
 /// A result of the core as one of Python.

@@ -6,6 +6,7 @@ mod digest;
 mod dlpack;
 mod engine;
 mod failures;
+mod figures;
 mod planner;
 mod policies;
 mod switch;

@@ -20,7 +20,7 @@ pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Re
             .and_then(|units| units.extract());
         let units = units.map_err(|e| failed(py, source, &e))?;
         let (specs, backward): (Vec<_>, Vec<_>) = units.into_iter().map(|(n, p, b)| ((n, p), b)).unzip();
-        let specs = unit_specs(specs);
+        let specs = unit_specs(specs)?;
         Ok(specs.into_iter().zip(backward).map(|(spec, backward)| PlannedUnit { spec, backward }).collect())
     })
 }

@@ -4,7 +4,10 @@
 //! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
 #![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU32},
+    time::Duration,
+};
 
 use crossbeam::channel::Sender;
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -17,7 +20,7 @@ use crate::{
     model::Layout,
     optim::Pool,
     runtime::{
-        ahead,
+        ahead, closed,
         factors::Factors,
         files::Map,
         homes::Homes,
@@ -96,6 +99,8 @@ pub(crate) struct Shared {
     pub(crate) inner: Mutex<Inner>,
     pub(crate) changed: Condvar,
     pub(crate) service: Mutex<()>,
+    /// How many reads into each unit's shadow are under way: a signal handler may begin one amid another.
+    pub(crate) reads: Vec<AtomicU32>,
     pub(crate) saves: Saves,
     /// How checkpoints are read and written: the engine, and whether past the page cache.
     pub(crate) checkpoint_io: (EngineOptions, bool),
@@ -230,6 +235,9 @@ impl Shared {
         let _pause = self.pause(stream, cause);
         let mut slices = 0;
         while !self.device.block(gate, SLICE)? {
+            if self.inner.lock().closing {
+                return Err(closed());
+            }
             if interrupted() {
                 return Err(Error::new(Code::Interrupted, format!("interrupted while waiting for {}.", cause.name())));
             }

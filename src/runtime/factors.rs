@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// One page; the wrapper takes no more than a quarter for a step.
-const SLOTS: u32 = 1024;
+pub(crate) const SLOTS: u32 = 1024;
 
 /// Slots in registered host memory.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use crate::{
     device::Gate,
-    error::{Code, Error, Result},
+    error::{Error, Result},
     io::{IoCompletion, IoPart},
     memory::SlotLease,
     runtime::stats::Busy,
@@ -80,9 +80,7 @@ impl Inner {
     pub(crate) fn usable(&self) -> Result<()> {
         match &self.failed {
             Some(error) => Err(error.clone()),
-            None if self.closing => {
-                Err(Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again."))
-            }
+            None if self.closing => Err(crate::runtime::closed()),
             None => Ok(()),
         }
     }

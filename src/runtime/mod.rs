@@ -99,11 +99,15 @@ impl Runtime {
     }
 
     fn shared(&self) -> Result<&Shared> {
-        if std::process::id() != self.pid {
-            return Err(Error::new(Code::Forked, "the model was offloaded by the parent of this process.")
-                .action("Use the model in the process that offloaded it; in a child, load a copy."));
+        check_process(self.pid)?;
+        self.shared.as_deref().ok_or_else(closed)
+    }
+
+    /// Makes every later call fail with this error, unless an earlier one does already.
+    pub fn fail(&self, error: Error) {
+        if let Ok(shared) = self.shared() {
+            shared.fail(error);
         }
-        self.shared.as_deref().ok_or_else(|| Error::new(Code::Closed, "the runtime is closed."))
     }
 
     /// Notes that the caller sees this error: once it was the runtime's failure, what is intact may be read.
@@ -187,17 +191,17 @@ impl Runtime {
         Ok(opened)
     }
 
-    /// Ends a window.
+    /// Ends a window. Under `debug.sync` waits for its kernels; interrupted there, it has ended all the same.
     ///
     /// # Errors
-    /// The runtime's first failure.
-    pub fn release(&self, unit: UnitId, stream: u64) -> Result<()> {
+    /// The runtime's first failure, or an interruption.
+    pub fn release(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let shared = self.shared()?;
         shared.release(unit, stream)?;
         if shared.sync {
             // A fault of the window's own kernels shows here, not somewhere later.
             let gate = shared.lock()?.gates[unit.index()].release;
-            shared.block_gate(Some(stream), gate, Cause::Copy, &mut || false)?;
+            shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
         }
         Ok(())
     }
@@ -244,8 +248,8 @@ impl Runtime {
         shared.settle_update(unit, stream, interrupted)?;
         shared.drop_ahead(unit);
         let home = shared.homes.unit(unit).grads;
-        if home == 0 || offset + len > shared.layout.unit(unit).grad_bytes() {
-            return Err(Error::new(Code::Stale, format!("'{}' has no such gradient.", shared.layout.unit(unit).name)));
+        if home == 0 || offset.checked_add(len).is_none_or(|end| end > shared.layout.unit(unit).grad_bytes()) {
+            return Err(Error::argument(format!("'{}' has no such gradient.", shared.layout.unit(unit).name)));
         }
         let mut inner = shared.lock()?;
         let gate = shared.device.record(StreamRef::Compute(stream))?;
@@ -271,7 +275,8 @@ impl Runtime {
     /// # Errors
     /// A failure of the device.
     pub fn landed(&self, seq: u64) -> Result<bool> {
-        self.shared()?.device.passed(Gate { role: device::Role::Down, seq })
+        let shared = self.shared()?;
+        shared.device.passed(Gate { role: device::Role::Down, seq }).map_err(|e| unknown_copy(e, seq))
     }
 
     /// Makes `stream` (on the host: the caller) wait for the gradient copy of that number.
@@ -279,7 +284,9 @@ impl Runtime {
     /// # Errors
     /// A failure of the device, or an interruption.
     pub fn wait_landed(&self, seq: u64, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.wait_gate(stream, Gate { role: device::Role::Down, seq }, Cause::Grads, interrupted)
+        let gate = Gate { role: device::Role::Down, seq };
+        self.landed(seq)?;
+        self.shared()?.wait_gate(stream, gate, Cause::Grads, interrupted)
     }
 
     /// Makes `stream` (on the host: the caller) wait for all gradient copies so far.
@@ -378,7 +385,11 @@ impl Runtime {
     /// # Errors
     /// When closed.
     pub fn returned(&self, bytes: u64) -> Result<()> {
-        self.shared()?.stats.returned(bytes);
+        let stats = &self.shared()?.stats;
+        if bytes > stats.shadows().0 {
+            return Err(Error::argument(format!("{bytes} bytes were given back, and fewer are lent.")));
+        }
+        stats.returned(bytes);
         Ok(())
     }
 
@@ -457,9 +468,18 @@ impl Runtime {
         self.shared()?.activation_region(least, wanted)
     }
 
+    /// Ends the waits of calls under way in other threads, and of later ones, with `FN-E104`; a save under way is given up.
+    pub fn shut(&self) {
+        if let Ok(shared) = self.shared() {
+            shared.saves.stop();
+            shared.inner.lock().closing = true;
+            shared.changed.notify_all();
+        }
+    }
+
     /// Ends everything: waits for copies and I/O in flight, stops the threads, gives memory and disk space back.
     pub fn close(&mut self) {
-        if std::process::id() != self.pid {
+        if check_process(self.pid).is_err() {
             // A forked child owns neither the threads nor the device.
             std::mem::forget(self.shared.take());
             std::mem::forget(self.running.take());
@@ -467,10 +487,8 @@ impl Runtime {
             return;
         }
         self.running = None;
+        self.shut();
         let Some(shared) = self.shared.take() else { return };
-        shared.saves.stop();
-        shared.inner.lock().closing = true;
-        shared.changed.notify_all();
         shared.device.drain();
         drop(shared);
         for thread in self.threads.drain(..) {
@@ -486,6 +504,28 @@ impl Drop for Runtime {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Fails in a process that was forked from the one of this number.
+///
+/// # Errors
+/// `FN-E103`.
+pub fn check_process(pid: u32) -> Result<()> {
+    if std::process::id() == pid {
+        return Ok(());
+    }
+    Err(Error::new(Code::Forked, "the model was offloaded by the parent of this process.")
+        .action("Use the model in the process that offloaded it; in a child, load a copy."))
+}
+
+/// The error of a call after the end.
+pub fn closed() -> Error {
+    Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again.")
+}
+
+/// What a device says of a gate that it never recorded, for a number that the caller has made up.
+fn unknown_copy(error: Error, seq: u64) -> Error {
+    if error.code() == Code::Stuck { Error::argument(format!("there is no copy of number {seq}.")) } else { error }
 }
 
 /// True where the processor that computes is also the one that updates.

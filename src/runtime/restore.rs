@@ -12,6 +12,7 @@ use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     io::{Direction, EngineOptions},
+    model::Section,
     runtime::{
         Interrupted, Runtime,
         core::{Disk, Shared},
@@ -216,9 +217,13 @@ fn fills<'a>(shared: &Shared, contents: &'a Contents, mut items: Vec<Item>) -> R
 }
 
 fn fill_of<'a>(shared: &Shared, contents: &'a Contents, item: Item) -> Result<Fill<'a>> {
-    let outside = || Error::new(Code::Stale, format!("{} has no such elements.", item.unit));
+    let outside = || Error::argument(format!("{} has no such elements.", item.unit));
     let unit = shared.layout.units.get(item.unit.index()).ok_or_else(outside)?;
-    let section = unit.sections.get(item.section).filter(|s| item.start + item.len <= s.elems).ok_or_else(outside)?;
+    let within = |s: &&Section| item.start.checked_add(item.len).is_some_and(|end| end <= s.elems);
+    let section = unit.sections.get(item.section).filter(within).ok_or_else(outside)?;
+    if section.bytes(item.kind) == 0 {
+        return Err(Error::argument(format!("'{}' has no {}.", unit.name, item.kind.name())));
+    }
     let Some(name) = &item.tensor else { return Ok(Fill { item, found: None, conversion: Conversion::Same }) };
     let found = find(contents, name, item.optimizer)?;
     let size = item.kind.element_size(section.dtype) as u64;

@@ -181,6 +181,13 @@ impl Saves {
         Ok(())
     }
 
+    /// Whether the save under way has yet to read a group: it must not be overwritten. Decided for as long as the caller holds the
+    /// runtime's lock.
+    pub(crate) fn needs(&self, group: u32) -> bool {
+        let wanted = |p: &Progress| *p != Progress::Done;
+        self.active() && self.state.lock().groups.get(group as usize).is_some_and(wanted)
+    }
+
     /// Takes the group to be read next: first those that somebody waits for. Waits a moment if there is none yet.
     pub(crate) fn next(&self) -> Next {
         let mut state = self.state.lock();
@@ -219,11 +226,20 @@ impl Saves {
     /// # Errors
     /// `FN-E106` for an interruption.
     pub(crate) fn wait(&self, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
-        let control = self.running.lock().as_ref().map(|(control, _)| Arc::clone(control));
-        match control.map(|c| c.wait(interrupted)) {
-            Some(Err(e)) if e.code() == Code::Interrupted => Err(e),
-            _ => Ok(()),
+        // Once more: a signal handler may have begun another meanwhile.
+        while let Some(control) = self.under_way() {
+            if let Err(e) = control.wait(interrupted)
+                && e.code() == Code::Interrupted
+            {
+                return Err(e);
+            }
         }
+        Ok(())
+    }
+
+    fn under_way(&self) -> Option<Arc<Control>> {
+        let running = self.running.lock();
+        running.as_ref().filter(|(control, _)| control.outcome().is_none()).map(|(control, _)| Arc::clone(control))
     }
 
     /// Gives the save under way up and waits for its thread.

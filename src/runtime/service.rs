@@ -1,10 +1,21 @@
 //! What is not part of a step: first homes, stray reads and edits of what lives on NVMe, reading and writing states.
 //!
-//! S1: one service operation at a time, through the one update slot that the machine never uses. S2: a unit's segments
-//! are touched only when nothing of it is on its way.
+//! S1: one request at a time, through the one update slot that the machine never uses. S2: a unit's segments
+//! are touched only when nothing of it is on its way. S3: `interrupted` may run a signal handler, which may use the model: it is asked
+//! only where this thread has neither the slot nor a write under way, so that the handler finds the slot free and no unit half
+//! written.
 #![expect(unsafe_code, reason = "copies between slots, shadows, homes and buffers of the caller")]
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Instant,
+};
+
+use parking_lot::MutexGuard;
 
 use crate::{
     device::StreamRef,
@@ -13,7 +24,7 @@ use crate::{
     io::Direction,
     memory::{HostRegion, Shadow, SlotLease},
     runtime::{
-        core::{Disk, Shared},
+        core::{Disk, SLICE, Shared},
         homes::Set,
         inner::Service,
         saves::group_of,
@@ -25,6 +36,22 @@ use crate::{
 };
 
 type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
+
+/// One more of something, until it is dropped.
+struct Counted<'a>(&'a AtomicU32);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
 
 impl Shared {
     /// Counts memory for what is read outside of steps against what `budget.host` leaves.
@@ -46,8 +73,13 @@ impl Shared {
 
     /// Fills the shadow of a unit whose parameters live on NVMe. Nothing to do for others, or if it is filled.
     pub(crate) fn fault_in(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) else { return Ok(()) };
-        self.fill_shadow(shadow, unit)?;
+        let Some(shadow) = &self.homes.unit(unit).shadow else { return Ok(()) };
+        if shadow.filled() && !self.is_read(unit) {
+            return Ok(());
+        }
+        if !shadow.filled() {
+            self.fill_shadow(shadow, unit)?;
+        }
         let read = self.refresh_shadow(unit, stream, interrupted);
         if read.is_err() {
             self.discard_shadow(unit)?;
@@ -55,9 +87,15 @@ impl Shared {
         read
     }
 
+    /// True while a read into the unit's shadow is under way: the shadow has memory, but not all of its bytes.
+    fn is_read(&self, unit: UnitId) -> bool {
+        self.reads[unit.index()].load(Ordering::Acquire) > 0
+    }
+
     /// Reads the parameters of a unit into its filled shadow.
     pub(crate) fn refresh_shadow(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
+        let _read = Counted::new(&self.reads[unit.index()]);
         let mut pause = self.pause(Some(stream), Cause::NvmeWrite);
         self.settle_disk(unit, interrupted)?;
         pause.turn(Cause::NvmeRead);
@@ -69,8 +107,12 @@ impl Shared {
         })
     }
 
-    /// Gives a shadow's memory back. Nothing may hold a view of it, and its edits must have been stored.
+    /// Gives a shadow's memory back, unless a read into it is under way. Nothing may hold a view of it, and its edits must have been
+    /// stored.
     pub(crate) fn discard_shadow(&self, unit: UnitId) -> Result<()> {
+        if self.is_read(unit) {
+            return Ok(());
+        }
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) {
             shadow.discard()?;
             self.stats.returned(shadow.len() as u64);
@@ -131,21 +173,30 @@ impl Shared {
     /// Writes a filled shadow to NVMe: at the start, and after edits.
     pub(crate) fn store_shadow(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
-        self.settle_disk(unit, interrupted)?;
-        self.saves.preserve(group_of(unit), interrupted)?;
-        self.event(|m, _| m.begin_write(unit))?;
-        let written = self.overwrite_params(unit, shadow.as_ptr(), interrupted);
+        self.begin_write(unit, interrupted)?;
+        let base = shadow.as_ptr();
+        let written = self.params_io(unit, Direction::Write, &mut || false, &mut |slot, at| {
+            // SAFETY: as in `refresh_shadow`; the caller owns the shadow's contents.
+            unsafe { std::ptr::copy_nonoverlapping(base.add(at), slot.as_mut_ptr(), slot.len()) };
+        });
         self.event(|m, out| m.end_write(unit, out))?;
         written
     }
 
-    fn overwrite_params(&self, unit: UnitId, base: *mut u8, interrupted: Interrupted<'_>) -> Result<()> {
+    /// Begins to overwrite a unit's parameters on NVMe, once neither the machine nor a save reads them. It does not ask again for
+    /// interruptions after the last look (S3).
+    fn begin_write(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let what = || format!("a read of '{}'", self.layout.unit(unit).name);
-        self.wait(self.lock()?, &what, interrupted, |i| Ok((!i.machine.reading(unit)).then_some(())))?;
-        self.params_io(unit, Direction::Write, interrupted, &mut |slot, at| {
-            // SAFETY: as in `refresh_shadow`; the caller owns the shadow's contents.
-            unsafe { std::ptr::copy_nonoverlapping(base.add(at), slot.as_mut_ptr(), slot.len()) };
-        })
+        loop {
+            self.settle_disk(unit, interrupted)?;
+            self.saves.preserve(group_of(unit), interrupted)?;
+            self.wait(self.lock()?, &what, interrupted, |i| Ok((!i.machine.reading(unit)).then_some(())))?;
+            let mut inner = self.lock()?;
+            let busy = inner.machine.reading(unit) || inner.machine.unsettled(unit);
+            if !busy && !self.saves.needs(group_of(unit)) {
+                return self.happened(&mut inner, |m, _| m.begin_write(unit));
+            }
+        }
     }
 
     /// Makes a shadow writable without reading it, for its first contents.
@@ -165,7 +216,11 @@ impl Shared {
         let frame = self.frames.address(unit.index());
         let home = self.homes.unit(unit);
         let looked_at = home.shadow.as_ref().is_some_and(|s| s.filled());
-        self.blank_shadow(unit)?;
+        if home.shadow.is_some() {
+            // Before there is a shadow without its bytes: from here to its last byte nothing looks at signals.
+            self.block_stream(stream, interrupted)?;
+            self.blank_shadow(unit)?;
+        }
         let down = {
             let mut inner = self.lock()?;
             let gate = self.device.record(StreamRef::Compute(stream))?;
@@ -177,9 +232,11 @@ impl Shared {
             down
         };
         // The window's release is recorded on the compute stream: it must come after this copy out of the frames.
-        self.wait_gate(stream, down, Cause::Copy, interrupted)?;
-        if home.shadow.is_some() {
-            self.block_gate(Some(stream), down, Cause::Copy, interrupted)?;
+        if home.shadow.is_none() {
+            self.wait_gate(stream, down, Cause::Copy, interrupted)?;
+        } else {
+            self.wait_gate(stream, down, Cause::Copy, &mut || false)?;
+            self.block_gate(Some(stream), down, Cause::Copy, &mut || false)?;
             self.store_shadow(unit, interrupted)?;
             if !looked_at {
                 self.discard_shadow(unit)?;
@@ -219,44 +276,64 @@ impl Shared {
         interrupted: Interrupted<'_>,
         each: &mut dyn FnMut(&mut [u8], usize),
     ) -> Result<()> {
-        let _one = self.service.lock();
+        let size = disk.store.chunk_bytes() as usize;
+        let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
+        let mut first = chunks.start;
+        while first < chunks.end {
+            // Taken anew from time to time, so that a signal handler, or another thread, gets its turn (S3).
+            if first > chunks.start && interrupted() {
+                return Err(Error::new(Code::Interrupted, "interrupted while waiting for the disk."));
+            }
+            let (_one, mut lease) = self.service(disk, interrupted)?;
+            let at_once = (lease.len() / size).max(1) as u32;
+            let since = Instant::now();
+            while first < chunks.end && (direction == Direction::Write || since.elapsed() < SLICE) {
+                let group = first..(first + at_once).min(chunks.end);
+                first = group.end;
+                for (i, c) in group.clone().enumerate() {
+                    let len = disk.store.chunk_len(segment, c) as usize;
+                    let piece = &mut lease.bytes()[i * size..i * size + len];
+                    if direction == Direction::Write {
+                        each(piece, c as usize * size);
+                        disk.store.seal(segment, c, piece);
+                    } else if !disk.store.written(segment, c) {
+                        piece.fill(0);
+                    }
+                }
+                lease = self.transfer(disk, segment, group.clone(), direction, lease)?;
+                if direction == Direction::Read {
+                    for (i, c) in group.enumerate() {
+                        let len = disk.store.chunk_len(segment, c) as usize;
+                        let piece = &mut lease.bytes()[i * size..i * size + len];
+                        if disk.store.written(segment, c) {
+                            disk.store.verify(segment, c, piece)?;
+                        }
+                        each(piece, c as usize * size);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the slot for requests outside of steps (S1).
+    fn service(&self, disk: &Disk, interrupted: Interrupted<'_>) -> Result<(MutexGuard<'_, ()>, SlotLease)> {
+        let one = loop {
+            if let Some(one) = self.service.try_lock_for(SLICE) {
+                break one;
+            }
+            drop(self.lock()?);
+            if interrupted() {
+                return Err(Error::new(Code::Interrupted, "interrupted while waiting for the disk."));
+            }
+        };
         if self.lock()?.service.out {
             // The slot is still the disk's; taking another would take one of the machine's.
             return Err(Error::new(Code::Stuck, "the disk has not answered an earlier request that was given up.")
                 .action("The kernel log may show a failing drive; start again from the last checkpoint."));
         }
         let taken = || Error::new(Code::Stale, "the service slot is taken.");
-        let mut lease = disk.update_pool.lease().ok_or_else(taken)?;
-        let size = disk.store.chunk_bytes() as usize;
-        let at_once = (lease.len() / size).max(1) as u32;
-        let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
-        let mut first = chunks.start;
-        while first < chunks.end {
-            let group = first..(first + at_once).min(chunks.end);
-            first = group.end;
-            for (i, c) in group.clone().enumerate() {
-                let len = disk.store.chunk_len(segment, c) as usize;
-                let piece = &mut lease.bytes()[i * size..i * size + len];
-                if direction == Direction::Write {
-                    each(piece, c as usize * size);
-                    disk.store.seal(segment, c, piece);
-                } else if !disk.store.written(segment, c) {
-                    piece.fill(0);
-                }
-            }
-            lease = self.transfer(disk, segment, group.clone(), direction, lease, interrupted)?;
-            if direction == Direction::Read {
-                for (i, c) in group.enumerate() {
-                    let len = disk.store.chunk_len(segment, c) as usize;
-                    let piece = &mut lease.bytes()[i * size..i * size + len];
-                    if disk.store.written(segment, c) {
-                        disk.store.verify(segment, c, piece)?;
-                    }
-                    each(piece, c as usize * size);
-                }
-            }
-        }
-        Ok(())
+        Ok((one, disk.update_pool.lease().ok_or_else(taken)?))
     }
 
     fn transfer(
@@ -266,7 +343,6 @@ impl Shared {
         group: Range<u32>,
         direction: Direction,
         lease: SlotLease,
-        interrupted: Interrupted<'_>,
     ) -> Result<SlotLease> {
         let mut parts = Vec::with_capacity(group.len());
         for (i, c) in group.enumerate() {
@@ -284,26 +360,13 @@ impl Shared {
         };
         self.submit_io(Ticket::Service(number), lease, parts)?;
         // The slot is the disk's until it comes back, so this wait ends only with it or with the runtime.
-        let inner = self.inner.lock();
-        let mut stop = false;
-        let done = self.wait(
-            inner,
-            &|| "the disk".into(),
-            &mut || {
-                stop |= interrupted();
-                false
-            },
-            |i| Ok(i.service.done.take()),
-        );
+        let done = self.wait(self.inner.lock(), &|| "the disk".into(), &mut || false, |i| Ok(i.service.done.take()));
         if done.is_err() {
             // Should it still come, nobody takes it for the next one.
             self.inner.lock().service.last = number.wrapping_add(1);
         }
         let done = done?;
         done.result?;
-        if stop {
-            return Err(Error::new(Code::Interrupted, "interrupted while waiting for the disk."));
-        }
         Ok(done.lease)
     }
 
@@ -343,6 +406,12 @@ impl Shared {
         let none = || Error::new(Code::Stale, format!("'{}' has no {}.", self.layout.unit(unit).name, kind.name()));
         let segment = disk.map.segment(unit, section, kind).ok_or_else(none)?;
         self.settle_disk(unit, interrupted)?;
+        if direction == Direction::Write {
+            // The last look at signals was the one above: a handler's save must not find a state half written.
+            self.saves.preserve(group_of(unit), interrupted)?;
+            // SAFETY: the caller's promise is passed on.
+            return unsafe { self.bytes_io(disk, segment, range, buffer, direction, &mut || false) };
+        }
         // SAFETY: the caller's promise is passed on.
         unsafe { self.bytes_io(disk, segment, range, buffer, direction, interrupted) }
     }

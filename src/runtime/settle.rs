@@ -93,7 +93,7 @@ impl Shared {
         if inner.failed.is_none() || !inner.told || !on_host {
             return Ok(None);
         }
-        while inner.at_work == Some(unit) {
+        while inner.at_work == Some(unit) && !inner.closing {
             self.changed.wait_for(&mut inner, SLICE);
             if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
                 return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));

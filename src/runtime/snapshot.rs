@@ -19,6 +19,8 @@ use crate::{
     units::{ByteCount, UnitId},
 };
 
+/// Between two looks at whether a save is still wanted.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(100);
 /// Elements are widened through this many bytes.
 const SCRATCH: usize = 64 << 10;
 
@@ -144,7 +146,8 @@ fn begin(
     let work = move || {
         let run = || {
             let chunks = Vec::new();
-            let snapshot = &mut Snapshot { shared: &worker, sources, homes, after, unchanged, ahead, chunks };
+            let control = &*watched;
+            let snapshot = &mut Snapshot { shared: &worker, control, sources, homes, after, unchanged, ahead, chunks };
             job.run(snapshot, &means, &watched)
         };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
@@ -263,8 +266,22 @@ fn on_disk(shared: &Shared, place: Place) -> Option<(usize, u64)> {
     Some((segment, start * kind.element_size(packed.dtype) as u64))
 }
 
+/// Waits for a gate, for as long as the save is wanted.
+fn block(shared: &Shared, gate: Gate, control: &Control) -> Result<()> {
+    while !shared.device.block(gate, LOOK)? {
+        control.check()?;
+    }
+    Ok(())
+}
+
+/// What ended a wait of a save that was given up is that it was given up.
+fn given_up(control: &Control, error: Error) -> Error {
+    if error.code() == Code::Interrupted { control.check().err().unwrap_or(error) } else { error }
+}
+
 struct Snapshot<'a> {
     shared: &'a Shared,
+    control: &'a Control,
     sources: Vec<Source>,
     /// What was still being written to the homes when the save began.
     homes: Vec<Gate>,
@@ -275,14 +292,13 @@ struct Snapshot<'a> {
 }
 
 impl Snapshot<'_> {
-    fn block(&self, gate: Gate, control: &Control) -> Result<()> {
-        while !self.shared.device.block(gate, std::time::Duration::from_millis(100))? {
-            control.check()?;
-        }
-        Ok(())
-    }
-
-    fn read(shared: &Shared, chunks: &mut Vec<Chunk>, place: Place, at: u64, out: &mut [u8]) -> Result<()> {
+    fn read(
+        (shared, control): (&Shared, &Control),
+        chunks: &mut Vec<Chunk>,
+        place: Place,
+        at: u64,
+        out: &mut [u8],
+    ) -> Result<()> {
         let (unit, section, start, kind) = match place {
             Place::Unit { unit, section, start, kind } => (unit, section, start, kind),
             Place::Memory { address, on_device: false } => {
@@ -291,15 +307,18 @@ impl Snapshot<'_> {
                 return Ok(());
             }
             Place::Memory { address, on_device: true } => {
-                // SAFETY: as above; the copy is waited for.
+                // What is on the stream already may wait for anything, and the save be given up meanwhile.
+                block(shared, shared.device.record(StreamRef::Down)?, control)?;
+                // SAFETY: as above; the copy is waited for, whatever happens: the frame is the device's until then.
                 unsafe { shared.device.copy(StreamRef::Down, out.as_mut_ptr() as u64, address + at, out.len())? };
                 let gate = shared.device.record(StreamRef::Down)?;
-                while !shared.device.block(gate, std::time::Duration::from_millis(100))? {}
-                return Ok(());
+                while !shared.device.block(gate, LOOK)? {}
+                return control.check();
             }
         };
         if let Some((segment, first)) = on_disk(shared, place) {
-            return Self::read_segment(shared, shared.disk()?, chunks, segment, first + at, out);
+            let read = Self::read_segment((shared, control), chunks, segment, first + at, out);
+            return read.map_err(|e| given_up(control, e));
         }
         let packed = &shared.layout.unit(unit).sections[section];
         let first = start * kind.element_size(packed.dtype) as u64 + at;
@@ -315,8 +334,7 @@ impl Snapshot<'_> {
 
     /// Bytes of a segment on NVMe; the last chunk is kept, since that is where the next read begins.
     fn read_segment(
-        shared: &Shared,
-        disk: &crate::runtime::core::Disk,
+        (shared, control): (&Shared, &Control),
         chunks: &mut Vec<Chunk>,
         segment: usize,
         first: u64,
@@ -342,7 +360,8 @@ impl Snapshot<'_> {
             last.bytes = chunks.remove(0).bytes;
         }
         last.bytes.clear();
-        shared.segment_io(disk, segment, first..end, Direction::Read, &mut || false, &mut |piece, at| {
+        let (disk, stop) = (shared.disk()?, &mut || control.check().is_err());
+        shared.segment_io(disk, segment, first..end, Direction::Read, stop, &mut |piece, at| {
             let (from, to) = (first.max(at as u64), end.min((at + piece.len()) as u64));
             let inside = (from as usize - at)..(to as usize - at);
             out[(from - first) as usize..(to - first) as usize].copy_from_slice(&piece[inside]);
@@ -400,12 +419,13 @@ impl Tiers for Snapshot<'_> {
             }
         };
         if group == PLAIN {
-            self.block(self.after, control)?;
+            block(self.shared, self.after, control)?;
             return Ok(Some(group));
         }
         let unit = UnitId(group - 1);
-        self.block(self.homes[unit.index()], control)?;
-        self.shared.wait_written(unit, &mut || control.check().is_err())?;
+        block(self.shared, self.homes[unit.index()], control)?;
+        let written = self.shared.wait_written(unit, &mut || control.check().is_err());
+        written.map_err(|e| given_up(control, e))?;
         self.chunks.clear();
         Ok(Some(group))
     }
@@ -421,11 +441,11 @@ impl Tiers for Snapshot<'_> {
     }
 
     fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()> {
-        let Self { shared, sources, chunks, ahead, .. } = self;
+        let Self { shared, control, sources, chunks, ahead, .. } = self;
         let source = &sources[tensor];
         match (ahead, on_disk(shared, source.place)) {
             (Some(ahead), Some((segment, first))) => ahead.read(segment, first + at, out)?,
-            _ => fetch(source, at, out, &mut |place, at, out| Self::read(shared, chunks, place, at, out))?,
+            _ => fetch(source, at, out, &mut |place, at, out| Self::read((shared, control), chunks, place, at, out))?,
         }
         // Whoever waits for an update that waits for this save sees that something moves.
         shared.inner.lock().events += 1;

@@ -1,6 +1,9 @@
 //! Setting a runtime up: plan, memory, disk space, threads.
 
-use std::{sync::Arc, thread::JoinHandle};
+use std::{
+    sync::{Arc, atomic::AtomicU32},
+    thread::JoinHandle,
+};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
@@ -116,6 +119,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         sync: config.sync,
         changed: Condvar::new(),
         service: Mutex::new(()),
+        reads: (0..units).map(|_| AtomicU32::new(0)).collect(),
         saves: Saves::default(),
         checkpoint_io: (engine_options(config), config.direct != DirectIo::Off),
         to_runner: channels.run.0.clone(),

@@ -143,7 +143,7 @@ fn homes_in_host_memory_can_be_read_after_a_failure_that_was_seen() {
     assert!(rt.failed().unwrap());
     for unit in 0..3 {
         rt.settle(UnitId(unit), 0, &mut never).unwrap();
-        rt.release(UnitId(unit), 0).unwrap();
+        rt.release(UnitId(unit), 0, &mut never).unwrap();
     }
     assert!(rt.open_window(UnitId(0), Phase::Forward, 0, &mut never).is_err());
 }
@@ -268,7 +268,7 @@ fn a_wait_counts_for_what_it_waits_for_as_that_changes() {
     let wait = || {
         step(&rt, &[whole(0)], false, &mut never).unwrap();
         assert!(rt.open_window(UnitId(0), Phase::Forward, 0, &mut never).unwrap());
-        rt.release(UnitId(0), 0).unwrap();
+        rt.release(UnitId(0), 0, &mut never).unwrap();
         step(&rt, &[], true, &mut never).unwrap();
         rt.times().unwrap().last
     };

@@ -35,6 +35,11 @@ pub struct StepHyper {
     pub clip: Option<u32>,
 }
 
+impl StepHyper {
+    /// Slots have numbers below this.
+    pub const SLOTS: u32 = crate::runtime::factors::SLOTS;
+}
+
 /// What the runner needs to know about a unit's update.
 #[derive(Debug, Default)]
 pub struct Job {
@@ -74,13 +79,15 @@ impl Shared {
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<()> {
         // A save that waits for an update to be home has to see that one.
-        let until = if self.saves.active() { Until::Home } else { Until::Made };
+        let until = || if self.saves.active() { Until::Home } else { Until::Made };
         let mut inner = loop {
+            let wanted = until();
             for update in updates {
-                self.await_update(update.unit, Some(stream), until, interrupted)?;
+                self.await_update(update.unit, Some(stream), wanted, interrupted)?;
             }
             let inner = self.lock()?;
-            // Another thread may have submitted in between.
+            // Another thread may have submitted in between, or begun a save, which it does under this lock.
+            let until = until();
             if updates.iter().all(|u| !until.pending(&inner.machine, u.unit)) {
                 break inner;
             }
