@@ -199,11 +199,11 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         None => None,
     };
     let (by_cpu, by_gpu) = sight.updates(moved.update, step.as_ref());
-    let sum =
-        |f: fn(&crate::model::Section) -> u64| -> u64 { layout.units.iter().flat_map(|u| &u.sections).map(f).sum() };
+    // The wrapper's own numbers: sections are padded, and a plan is of the model.
+    let params = || units.iter().flat_map(|u| &u.spec.params);
     Ok(Plan {
-        params: units.iter().flat_map(|u| &u.spec.params).map(|p| p.numel).sum(),
-        trained: sum(|s| if s.trainable { s.elems } else { 0 }),
+        params: params().map(|p| p.numel).sum(),
+        trained: params().filter(|p| p.trainable && p.dtype.trainable()).map(|p| p.numel).sum(),
         fits: refusal.is_none(),
         refusal: refusal.as_ref().map(Error::to_string),
         ways: ways.iter().map(advice::Way::describe).collect(),

@@ -384,6 +384,10 @@ impl Shared {
         direction: Direction,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
+        // A parameter without elements has no states, in no tier.
+        if elems.is_empty() {
+            return Ok(());
+        }
         // Before a write a save has to have seen what is there, for which it waits until that is home.
         let until = if direction == Direction::Write { Until::Home } else { Until::Made };
         self.await_update(unit, None, until, interrupted)?;

@@ -40,9 +40,11 @@ pub(super) fn resident_bytes(unit: &Unit) -> u64 {
     [unit.param_bytes(), unit.grad_bytes(), unit.optimizer_bytes()].iter().map(|&b| round_up(b, TENSOR_ALIGN)).sum()
 }
 
-/// The wishes with contradictions refused; a frozen unit has no states to wish for.
+/// The wishes with contradictions refused; a frozen unit has no states to wish for. A unit without bytes has its home on the
+/// host: it needs no store on NVMe, and no place in the compute tier.
 pub(super) fn sound(layout: &Layout, tiers: &[Tiers]) -> Result<Vec<Tiers>> {
     let one = |(unit, wish): (&Unit, &Tiers)| match (wish.params, wish.optimizer) {
+        _ if unit.param_bytes() == 0 => Ok(Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) }),
         (_, Some(Tier::Hbm)) if !unit.trainable() => Ok(Tiers { params: wish.params, optimizer: None }),
         (Some(Tier::Host | Tier::Nvme), Some(Tier::Hbm)) => Err(Error::new(
             Code::PolicyValue,
