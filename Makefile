@@ -78,8 +78,8 @@ need-python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) -V) is too old; Python 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 
-# The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes. Rust is asked for
-# first, so that nobody waits for 5 GB to be told that it is missing.
+# The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes. Rust is
+# checked first: without it the 5 GB would be installed in vain.
 $(VENV)/.installed: $(LOCK) | need-rust need-python
 	$(call say,Python environment in $(VENV) from $(LOCK) (about 5 GB with torch; several minutes the first time))
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt install python3-venv), or use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
@@ -129,7 +129,7 @@ test-python: package
 	@$(PY) -m pytest $(ARGS)
 endif
 
-# What a change breaks, most of it is broken here too.
+# Quick feedback: one placement, no slow tests. `make test` is what counts.
 test-fast: package
 	$(call say,Python tests in host memory, without the slow ones)
 	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --worlds host -m "not slow and not timing" $(ARGS)
