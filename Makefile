@@ -224,7 +224,7 @@ sdist: $(WHEEL_VENV)/.installed
 wheel-test: need-python
 	@ls dist/*.whl >/dev/null 2>&1 || { echo "error: there is no wheel in dist/. Build it first: make wheel" >&2; exit 1; }
 	$(call say,the wheel in an environment of its own (about 5 GB with torch))
-	@$(PYTHON) tests/wheel/try.py --pip-args "$(PIP_ARGS)" dist/*.whl
+	@$(PYTHON) tests/wheel/try.py --pip-args="$(PIP_ARGS)" dist/*.whl
 
 # A test that finds no GPU fails here instead of being skipped.
 gpu-test: need-python
