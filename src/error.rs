@@ -47,7 +47,7 @@ codes! {
     Forked = "FN-E103", Runtime, "used in a forked child; the runtime belongs to its parent";
     Closed = "FN-E104", Runtime, "used after it was closed, or after an earlier failure";
     Panicked = "FN-E105", Runtime, "a worker thread panicked: a bug of funicular";
-    Interrupted = "FN-E106", Runtime, "a wait was interrupted by a signal";
+    Interrupted = "FN-E106", Runtime, "a wait was interrupted by a signal, or a signal handler asked for what it must not";
     NoThread = "FN-E107", Runtime, "the system refused a thread";
     Argument = "FN-E108", Usage, "a number or name given to the core is out of range";
     Wrapped = "FN-E110", Usage, "the model is offloaded already";

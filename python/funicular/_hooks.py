@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from funicular._amid import refuse
 from funicular._compiled import compile_forward, keep_out, untraced, untraced_itself
 from funicular._leases import remove
 from funicular._model import Visit, in_backward
@@ -102,6 +103,7 @@ class _Enter(_Hook):
         self.name = ", ".join(unit.name for unit in units)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        refuse(self.session, "a forward")
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
         call = _Call(self)
         _stack().append(call)

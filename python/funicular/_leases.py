@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from funicular._amid import refuse
 from funicular._model import storage_address
 from funicular._saved_hooks import allowed, pop, top
 
@@ -136,6 +137,7 @@ class LeaseHooks:
             return packed  # type: ignore[no-any-return]
         if packed.ref is not None:
             check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
+        refuse(packed.session, "a backward")
         # Until the view is there, nothing tells another thread that the bytes are in use.
         with packed.session.lock:
             at_frames = packed.session.open_for_backward(packed.unit)

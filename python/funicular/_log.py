@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funicular._errors import StorageError
 from funicular._step_time import step_time
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class StepLog:
         log = policy["log"]
         self.engine = engine
         self.every = int(log["every"])
-        self.trace = str(log["trace"])
+        # Here and now: the program may go to another folder.
+        self.trace = str(Path(str(log["trace"])).absolute())
         self.traced = frozenset(int(step) for step in log["trace_steps"])
         self.step = 1
         self._tracing = False
@@ -32,13 +35,16 @@ class StepLog:
         self._trace_next()
 
     def stepped(self) -> None:
-        """Note the end of an optimizer step."""
-        if self._tracing and self.step + 1 not in self.traced:
-            events = self.engine.write_trace(self.trace)
-            _log.info("FN-I306 trace of step %d with %d events in %s", self.step, events, self.trace)
-        if self.every and self.step % self.every == 0:
-            self._facts()
-        self.step += 1
+        """Note the end of an optimizer step. The step is taken: a trace that cannot be written any more is no error of it."""
+        step, self.step = self.step, self.step + 1
+        if self._tracing and self.step not in self.traced:
+            try:
+                events = self.engine.write_trace(self.trace)
+                _log.info("FN-I306 trace of step %d with %d events in %s", step, events, self.trace)
+            except StorageError as error:
+                _log.error("%s", error)
+        if self.every and step % self.every == 0:
+            self._facts(step)
         self._trace_next()
 
     def _trace_next(self) -> None:
@@ -47,7 +53,7 @@ class StepLog:
             self.engine.trace(wanted)
             self._tracing = wanted
 
-    def _facts(self) -> None:
+    def _facts(self, step: int) -> None:
         raw = self.engine.stats()
         now = time.monotonic()
         then, moved_then = self._last
@@ -62,7 +68,7 @@ class StepLog:
         last = step_time(raw, "last", min(raw["timed"][0], 1))
         _log.info(
             "FN-I307 step %d: %.3f s/step; %s; the last that is over: %s",
-            self.step,
+            step,
             seconds / self.every,
             rates,
             "none" if last is None else f"{last}; bound by {last.binding}",

@@ -11,6 +11,7 @@ from torch import nn
 
 from funicular import _core
 from funicular._activations import Activations
+from funicular._amid import note_step, refuse
 from funicular._cast import Cast
 from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
@@ -29,7 +30,7 @@ from funicular.policy import Policy
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["offload", "session_of", "unwrap"]
 
@@ -130,7 +131,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
             _leave(model, session, taken)
             cast.undo()
 
-        completed(restore)
+        _core.complete(restore)
         engine.close()
         raise
     return session
@@ -365,6 +366,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     session = session_of(model)
     if session is None:
         raise UsageError("FN-E114", "the model is not offloaded.")
+    refuse(session, "unwrap")
+    note_step(session)
     _core.saved(session.engine)
     if session.engine.failed():
         _log.warning(
@@ -377,7 +380,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         session.take_all_edits()
     taken = _taken(session)
     # Nothing has changed so far.
-    completed(lambda: _leave(model, session, taken))
+    _core.complete(lambda: _leave(model, session, taken))
     session.engine.close()
     return model
 
@@ -440,19 +443,3 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
     unkeep(session)
     session.closed = True
     model.__dict__.pop(_ATTRIBUTE, None)
-
-
-def completed(action: Callable[[], None]) -> None:
-    """Run an action that can be run again, until it has run whole: what a signal raises in its midst comes after it."""
-    struck = None
-    done = False
-    while not done:
-        try:
-            action()
-            done = True
-        except BaseException as error:
-            if struck is not None:  # twice is no interruption
-                raise
-            struck = error
-    if struck is not None:
-        raise struck

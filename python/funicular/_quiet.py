@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from funicular import _core
+from funicular._amid import refuse
 from funicular._errors import UsageError
 from funicular._model import in_backward, outdate
 
@@ -14,21 +15,28 @@ if TYPE_CHECKING:
     from funicular._model import ParamRef
     from funicular._session import Session
 
-__all__ = ["homes_changed", "preserve_aliased", "quiesce"]
+__all__ = ["between_steps", "homes_changed", "preserve_aliased", "quiesce"]
 
 
 def quiesce(session: Session) -> None:
-    """Bring everything home that a save or a load is about.
+    """Bring everything home that a save or a load is about."""
+    session.alive()
+    session.take_all_edits()
+
+
+def between_steps(session: Session) -> None:
+    """Refuse a load amid something else.
 
     Raises
     ------
     UsageError
         ``FN-E408`` inside a forward or backward.
+    RuntimeFailure
+        ``FN-E106`` in a signal handler, amid the session's own work.
     """
-    session.alive()
+    refuse(session, "a load")
     if in_backward() or any(unit.depth > 0 for unit in session.units):
-        raise UsageError("FN-E408", "a checkpoint was asked for inside a forward or backward. Ask between steps.")
-    session.take_all_edits()
+        raise UsageError("FN-E408", "a load was asked for inside a forward or backward. Ask between steps.")
 
 
 def preserve_aliased(session: Session) -> None:

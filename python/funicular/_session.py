@@ -22,6 +22,7 @@ import torch
 
 from funicular import _core, _testing
 from funicular._ahead import Ahead
+from funicular._amid import note_step
 from funicular._clip import apply_pending
 from funicular._edits import Inside, refresh_frames, take_edits, take_frame_edits
 from funicular._ends import check_alive, leave, living
@@ -80,6 +81,11 @@ class Session:
         self.pid = os.getpid()
         #: several threads may run the model at once; windows are opened and closed by one at a time
         self.lock = threading.RLock()
+        self.busy: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]
+        #: the unit whose home was made current last, for a use that may be about to begin
+        self.used: Unit | None = None
+        #: takes note of a step that the runtime may have taken, until that is noted; it can be run again
+        self.unnoted: Callable[[], None] | None = None
         self.poison = bool(policy.to_dict().get("debug", {}).get("poison"))
         self.started = time.monotonic()
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
@@ -97,6 +103,7 @@ class Session:
         self.saving: Save | None = None
         #: why the model must not be used: a load that failed halfway
         self.partial = ""
+        self.loading = False
         #: the caller knows of optimizer states that cannot be read
         self.told_lost = False
         living.add(self)
@@ -169,6 +176,7 @@ class Session:
 
     def use_home(self, unit: Unit) -> None:
         """Make a unit's home current, for use where its frames are not to be had."""
+        self.used = unit
         stream = self.stream()
         self.engine.settle(unit.engine_id, stream)
         self._fault_in([unit])
@@ -258,30 +266,39 @@ class Session:
 
     # ------------------------------------------------------------------ homes
 
-    @_locked
     def access(self, refs: list[ParamRef], use: Use, *, raw: bool, plain: bool) -> list[ParamRef]:
         """Make the homes of parameters valid and current for the caller, outside their windows.
 
         Returns those whose home is to be used instead of the parameter: wherever no gradient is wanted (``plain``), since then
         the parameter may move meanwhile.
         """
+        # A signal handler amid the session's own work leaves windows as they are.
+        amid = self.busy()
+        with self.lock:
+            return self._access(refs, use, amid, raw=raw, plain=plain)
+
+    def _access(self, refs: list[ParamRef], use: Use, amid: bool, *, raw: bool, plain: bool) -> list[ParamRef]:
         self.alive()
+        if not amid:
+            self.used = None
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
             check_places(self, unit)
-            if unit.moving:
+            if unit.moving and not amid:
                 self._go_home(unit)
-        if in_backward() and not raw:
+        if in_backward() and not raw and not amid:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
+        # Before they are read: what a handler reads meanwhile does not take their memory.
+        use.units.update(units)
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())
             if self.saving is not None:
                 # The caller may be about to edit it, and only what is home has been read, or can be.
                 _core.preserve(self.engine, unit.engine_id)
-            take_frame_edits(self, unit)
+            if not amid:
+                take_frame_edits(self, unit)
         self._fault_in(units)
-        use.units.update(units)
         with torch._C.DisableTorchFunctionSubclass():
             at_home = [ref for ref in refs if ref.unit in units and (plain or not ref.param.requires_grad)]
         use.themselves.update(units.keys() - {ref.unit for ref in at_home})
@@ -337,7 +354,7 @@ class Session:
     def _make_room(self, units: Iterable[Unit]) -> None:
         """Give back the memory of earlier reads that nobody looks at any more, but not that of these units."""
         for unit in self.units:
-            if unit.shadow_filled and unit.depth == 0 and unit not in units:
+            if unit.shadow_filled and unit.depth == 0 and unit not in units and unit is not self.used:
                 self._before_use(unit)
 
     def _retire_shadow(self, unit: Unit) -> None:
@@ -478,3 +495,4 @@ class Session:
     def alive(self) -> None:
         """Raise if the model cannot be used."""
         check_alive(self)
+        note_step(self)

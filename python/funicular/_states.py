@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from funicular._amid import note_step
 from funicular._errors import BudgetError
 from funicular._model import storage_uses
 
@@ -107,7 +108,7 @@ class ParamStates(MutableMapping[str, Any]):
         """Write edited tensors back."""
         ref = self.ref
         if ref is not None:
-            for name, (tensor, version) in self._tensors.items():
+            for name, (tensor, version) in list(self._tensors.items()):  # a signal handler may fetch more
                 if tensor._version != version:
                     self._store(ref, name, tensor)
 
@@ -132,6 +133,12 @@ class ParamStates(MutableMapping[str, Any]):
             engine.returned(lent)
         self._tensors.clear()
 
+    def _note_step(self) -> None:
+        """Have a step counted that the runtime has taken: a signal handler may ask before it is."""
+        ref = self.ref
+        if ref is not None and ref.unit.session.unnoted is not None:
+            note_step(ref.unit.session)
+
     @property
     def edited(self) -> bool:
         """Whether the parameter was edited since its last step: its next master starts from it."""
@@ -145,7 +152,7 @@ class ParamStates(MutableMapping[str, Any]):
         ref = self.ref
         if ref is None:
             return
-        for name, (tensor, version) in self._tensors.items():
+        for name, (tensor, version) in list(self._tensors.items()):
             if tensor._version != version:
                 self._store(ref, name, tensor)
                 self._tensors[name] = (tensor, tensor._version)
@@ -195,6 +202,7 @@ class ParamStates(MutableMapping[str, Any]):
 
     def copies(self) -> dict[str, torch.Tensor]:
         """Return everything as tensors of the caller's own, which no budget counts."""
+        self._note_step()
         return {name: self["step"] if name == "step" else self._copy(name) for name in self._keys()}
 
     def _copy(self, name: str) -> torch.Tensor:
@@ -235,6 +243,7 @@ class ParamStates(MutableMapping[str, Any]):
     # ------------------------------------------------------------------ as a mapping
 
     def __getitem__(self, key: str) -> Any:
+        self._note_step()
         if self.count == 0:
             raise KeyError(key)
         if key == "step":

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from funicular import _core
+from funicular import _amid, _core
 from funicular._errors import Error, UsageError
 from funicular._facts import decode, encode, random_states, set_random_states
 from funicular._gather import Snapshot, config_files, named_tensors
 from funicular._model import stream_of
 from funicular._offload import session_of
-from funicular._quiet import preserve_aliased, quiesce
+from funicular._quiet import between_steps, preserve_aliased, quiesce
 from funicular._restore import Loader, Source, compare_groups, compare_model, take_groups
 
 if TYPE_CHECKING:
@@ -187,11 +187,18 @@ def save(
     if session is None:
         handle = _begin(None, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
     else:
+        # As in a signal handler: what is under way goes on afterwards.
+        amid = _amid.under_way(session)
         with session.lock:
-            quiesce(session)
+            if amid:
+                _amid.look(session)
+            else:
+                quiesce(session)
             handle = _begin(session, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
             if not wait:
                 preserve_aliased(session)
+                if amid:
+                    _amid.await_reads(session)
     if wait:
         try:
             handle.wait()
@@ -332,6 +339,7 @@ def load(
     if session is None:
         _fill(source, named, None, opt, groups)
     else:
+        between_steps(session)
         with session.lock:
             kept, session.partial = session.partial, ""
             try:
@@ -360,6 +368,8 @@ def _fill(source: Source, named: Any, session: Session | None, opt: Any, groups:
             _log.info("FN-I406 loading %s: %.1f GB in %.0f s", source.path, done / 1e9, last - began)
 
     try:
+        if session is not None:
+            session.loading = True
         if opt is not None:
             loader.optimizer(opt, groups)
         loader.run(told)
@@ -367,4 +377,7 @@ def _fill(source: Source, named: Any, session: Session | None, opt: Any, groups:
         if session is not None:
             session.partial = f"loading {source.path} failed halfway ({error})."
         raise
+    finally:
+        if session is not None:
+            session.loading = False
     _log.info("FN-I407 loaded %s: weights of %.2f GB in %.1f s", source.path, total / 1e9, time.monotonic() - began)

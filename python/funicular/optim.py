@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from funicular._amid import refuse
 from funicular._clip import effective_factor
+from funicular._core import complete
 from funicular._errors import UsageError
 from funicular._grads import bring_home
 from funicular._model import ref_of
@@ -252,6 +254,7 @@ class _SessionStep:
         return {u: [(ref, states, self.groups[ref]) for ref, states, _ in ms] for u, ms in self.units.items()}
 
     def go(self) -> None:
+        refuse(self.session, "a step")
         started = self.session.ranges.start("step")
         try:
             with self.session.lock:
@@ -285,30 +288,28 @@ class _SessionStep:
         counts: list[tuple[ParamStates, int]],
         watched: list[Unit],
     ) -> None:
-        """Take the step as a whole, bookkeeping and all, or not at all, wherever an interruption strikes."""
+        """Take the step as a whole, bookkeeping and all, or not at all, wherever and however often interruptions strike."""
         engine, hypers, stream = session.engine, list(self.hypers), session.stream()
         before = engine.steps()
-        struck = None
-        done = False
-        while not done:
-            try:
-                if engine.steps() == before:
-                    engine.update(updates, hypers, self.resident_updates, stream, session.waits)
-                for states, count in counts:
-                    states.advance(count)
-                for p, states in self.residents:
-                    torch.autograd.graph.increment_version(p)
-                    states.plain_version = p._version
-                session.stepped(refs, watched)
-                session.ahead.learn(self._members(), _described)
-                done = True
-            except BaseException as error:
-                # Twice the same is no interruption.
-                if engine.steps() == before or struck is not None:
-                    raise
-                struck = error
-        if struck is not None:
-            raise struck
+
+        def note() -> None:
+            if session.unnoted is not note or engine.steps() == before:
+                return
+            for states, count in counts:
+                states.advance(count)
+            for p, states in self.residents:
+                torch.autograd.graph.increment_version(p)
+                states.plain_version = p._version
+            session.stepped(refs, watched)
+            session.ahead.learn(self._members(), _described)
+            session.unnoted = None
+
+        session.unnoted = note
+        try:
+            engine.update(updates, hypers, self.resident_updates, stream, session.waits)
+        finally:
+            # One call into the core, which no signal can cut in two. A signal handler that reads or saves may have done it already.
+            complete(note)
 
 
 def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[_Span]:

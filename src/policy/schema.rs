@@ -157,7 +157,7 @@ pub const KEYS: &[Key] = &[
     key("debug.faults", Kind::Text, "Faults to inject, for tests only."),
     key("log.level", Kind::Word(words::Level::WORDS), "How much goes to the logger `funicular`."),
     key("log.every", Kind::Count, "One line of facts every so many steps; 0: none."),
-    key("log.trace", Kind::Text, "File for a Chrome/Perfetto trace; empty: none."),
+    key("log.trace", Kind::Text, "File for a Chrome/Perfetto trace; empty: none. Only an earlier trace is replaced."),
     key("log.trace_steps", Kind::Steps, "The steps to trace, such as `[3, 4]`."),
     key(
         "log.nvtx",

@@ -73,7 +73,13 @@ impl Engine {
             check_process(self.pid)?;
             let runtime = self.slot.lock().clone().ok_or_else(closed)?;
             let _call = Call::begin();
-            guarded(|| f(&runtime, interrupted)).inspect_err(|error| runtime.told(error))
+            guarded(|| f(&runtime, interrupted)).inspect_err(|error| {
+                if error.code() == Code::Panicked {
+                    // Whatever it was amid is half done.
+                    runtime.fail(error.clone());
+                }
+                runtime.told(error);
+            })
         })
     }
 

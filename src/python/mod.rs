@@ -1,7 +1,9 @@
-//! The Python extension module `funicular._core`: thin, no logic. Everything that can wait releases the GIL.
+//! The Python extension module `funicular._core`: thin, no logic. Everything that can wait releases the GIL: calls of a runtime in
+//! [`engine::Engine::call`], all others in `failures::waiting` or `Python::detach`.
 
 mod arguments;
 mod checkpoints;
+mod completion;
 mod digest;
 mod dlpack;
 mod engine;
@@ -22,6 +24,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(trim, m)?)?;
+    m.add_function(wrap_pyfunction!(completion::complete, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
     m.add_class::<switch::ThreadSwitch>()?;
     m.add_class::<checkpoints::Checkpoint>()?;

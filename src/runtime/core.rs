@@ -2,6 +2,21 @@
 //!
 //! C1: the machine is touched only under the lock. C2: nothing under the lock waits for a device or a disk. C3: a slot's
 //! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
+//!
+//! A thread takes locks in this order only; two of one line never together:
+//!
+//! | lock | held | inside it |
+//! |---|---|---|
+//! | `Session.lock`, in Python | for a window, an access, a step | all below; it is let go of in no wait, so nothing below may want it |
+//! | the GIL | never amid a call of the runtime: `Engine::call` releases it, a look at signals takes it for the handler | none of these |
+//! | `service` | for requests outside of steps, between looks at signals | `inner` |
+//! | `inner` | for an event | all below, but `share` |
+//! | `jobs` | for a piece of an update | `guesses`, `share` |
+//! | `guesses` | for a piece of an update ahead | `share` |
+//! | `share` | for a piece of an update | all below |
+//! | `Saves::state`, `Saves::running`, `Ends::to`, `paging`, `Split::state` | for a moment | those of the device, the pools, the trace |
+//!
+//! A look at signals (`interrupted`) is made with none of the locks of the runtime held: a handler may call the runtime.
 #![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
 
 use std::{

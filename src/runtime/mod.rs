@@ -9,6 +9,7 @@ mod admission;
 mod ahead;
 mod config;
 mod core;
+mod end;
 mod factors;
 pub mod files;
 pub mod homes;
@@ -37,6 +38,7 @@ mod write_behind;
 use std::{sync::Arc, thread::JoinHandle};
 
 pub use config::Config;
+pub use end::{check_process, closed};
 pub use restore::{Buffer, Item, aside, read_buffers};
 pub use share::Sharing;
 pub use snapshot::{Place, Source, Unchanged, save_plain};
@@ -92,8 +94,11 @@ impl Runtime {
     /// moves in: its own weights, where they lie there.
     ///
     /// # Errors
-    /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`); nothing is left behind.
+    /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`), a trace that cannot be written (`FN-E606`); nothing is left behind.
     pub fn open(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Self> {
+        if !policy.log.trace_steps.is_empty() {
+            trace::check(std::path::Path::new(&policy.log.trace))?;
+        }
         let Started { shared, threads, budgets, notes, running } = start::start(layout, policy, freed)?;
         Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes, running: Some(running) })
     }
@@ -101,30 +106,6 @@ impl Runtime {
     fn shared(&self) -> Result<&Shared> {
         check_process(self.pid)?;
         self.shared.as_deref().ok_or_else(closed)
-    }
-
-    /// Makes every later call fail with this error, unless an earlier one does already.
-    pub fn fail(&self, error: Error) {
-        if let Ok(shared) = self.shared() {
-            shared.fail(error);
-        }
-    }
-
-    /// Notes that the caller sees this error: once it was the runtime's failure, what is intact may be read.
-    pub fn told(&self, error: &Error) {
-        if let Ok(shared) = self.shared() {
-            let mut inner = shared.inner.lock();
-            inner.told |= inner.failed.as_ref().is_some_and(|failed| failed.same(error));
-        }
-    }
-
-    /// True once it has failed and the caller has been told.
-    ///
-    /// # Errors
-    /// In a forked child, or when closed.
-    pub fn failed(&self) -> Result<bool> {
-        let inner = self.shared()?.inner.lock();
-        Ok(inner.failed.is_some() && inner.told)
     }
 
     /// Things worth knowing about how it was set up.
@@ -467,60 +448,6 @@ impl Runtime {
     pub fn activation_region(&self, least: u64, wanted: u64) -> Result<Arc<HostRegion>> {
         self.shared()?.activation_region(least, wanted)
     }
-
-    /// Ends the waits of calls under way in other threads, and of later ones, with `FN-E104`; a save under way is given up.
-    pub fn shut(&self) {
-        if let Ok(shared) = self.shared() {
-            shared.saves.stop();
-            shared.inner.lock().closing = true;
-            shared.changed.notify_all();
-        }
-    }
-
-    /// Ends everything: waits for copies and I/O in flight, stops the threads, gives memory and disk space back.
-    pub fn close(&mut self) {
-        if check_process(self.pid).is_err() {
-            // A forked child owns neither the threads nor the device.
-            std::mem::forget(self.shared.take());
-            std::mem::forget(self.running.take());
-            self.threads.drain(..).for_each(std::mem::forget);
-            return;
-        }
-        self.running = None;
-        self.shut();
-        let Some(shared) = self.shared.take() else { return };
-        shared.device.drain();
-        drop(shared);
-        for thread in self.threads.drain(..) {
-            if thread.thread().id() != std::thread::current().id() {
-                // A panic was reported by the thread itself.
-                let _ = thread.join();
-            }
-        }
-    }
-}
-
-impl Drop for Runtime {
-    fn drop(&mut self) {
-        self.close();
-    }
-}
-
-/// Fails in a process that was forked from the one of this number.
-///
-/// # Errors
-/// `FN-E103`.
-pub fn check_process(pid: u32) -> Result<()> {
-    if std::process::id() == pid {
-        return Ok(());
-    }
-    Err(Error::new(Code::Forked, "the model was offloaded by the parent of this process.")
-        .action("Use the model in the process that offloaded it; in a child, load a copy."))
-}
-
-/// The error of a call after the end.
-pub fn closed() -> Error {
-    Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again.")
 }
 
 /// What a device says of a gate that it never recorded, for a number that the caller has made up.

@@ -1,7 +1,7 @@
 //! A Chrome/Perfetto trace of chosen steps: one track per link and stream, counters for occupancy.
 
 use std::{
-    io::Write,
+    io::{Read, Write},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -16,6 +16,40 @@ use crate::{
 
 /// Events kept at most; beyond, the trace says how many it left out.
 const CAPACITY: usize = 200_000;
+
+/// How a trace begins, by which it is known as ours; and as the versions before this one began it.
+const HEAD: &str = r#"{"displayTimeUnit":"ms","otherData":{"made_by":"funicular"},"traceEvents":["#;
+const HEAD_BEFORE: &str = r#"{"displayTimeUnit":"ms","traceEvents":["#;
+
+/// Whether a trace can be written there, without touching what is there.
+///
+/// # Errors
+/// `FN-E606` for a file that is not a trace of ours, and where none can be written.
+pub fn check(path: &Path) -> Result<()> {
+    let refused = |why: String| {
+        let text = format!("the trace '{}': {why}.", path.display());
+        Err(Error::new(Code::OutputFile, text).action("Name another file in log.trace, or remove that one."))
+    };
+    match path.metadata() {
+        Ok(found) if !found.is_file() => return refused("it is not a regular file".into()),
+        Ok(_) => {}
+        // A link that leads nowhere, or a folder that is not there, is told by the attempt.
+        Err(_) => {
+            let tried = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
+            return match tried.and_then(|_| std::fs::remove_file(path)) {
+                Ok(()) => Ok(()),
+                Err(e) => refused(format!("it cannot be written: {e}")),
+            };
+        }
+    }
+    let mut head = Vec::new();
+    let read = std::fs::OpenOptions::new().read(true).write(true).open(path);
+    match read.and_then(|file| file.take(HEAD.len() as u64).read_to_end(&mut head)) {
+        Err(e) => refused(format!("it cannot be written: {e}")),
+        Ok(_) if head.is_empty() || head == HEAD.as_bytes() || head.starts_with(HEAD_BEFORE.as_bytes()) => Ok(()),
+        Ok(_) => refused("it exists, and is not a trace that funicular wrote".into()),
+    }
+}
 
 /// One finished span or counter value.
 #[derive(Clone, Copy, Debug)]
@@ -192,7 +226,7 @@ impl Trace {
     /// Writes what was collected as Chrome trace JSON and forgets it.
     ///
     /// # Errors
-    /// `FN-E301` with the file and the reason.
+    /// `FN-E301` with the file and the reason; `FN-E606` if somebody else's file is there.
     pub fn write(&self, path: &Path, unit_name: &dyn Fn(u64) -> String) -> Result<usize> {
         let failed = |e: std::io::Error| {
             Error::new(Code::IoFailed, format!("the trace '{}' could not be written: {e}.", path.display()))
@@ -202,8 +236,9 @@ impl Trace {
         let events = std::mem::take(&mut *self.events.lock());
         let late = self.clock.lock().late.unwrap_or(0);
         let mut tracks: Vec<&str> = Vec::new();
+        check(path)?;
         let mut out = std::io::BufWriter::new(std::fs::File::create(path).map_err(failed)?);
-        out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n").map_err(failed)?;
+        write!(out, "{HEAD}\n").map_err(failed)?;
         for e in &events {
             let tid = tracks.iter().position(|t| *t == e.track).unwrap_or_else(|| {
                 tracks.push(e.track);
@@ -259,6 +294,24 @@ mod tests {
         let events = written(&trace);
         assert_eq!(events.len(), 2, "what came before `set` is not kept");
         assert_eq!(events[0]["name"], "page in u2");
+    }
+
+    #[test]
+    fn a_file_of_somebody_else_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("folder");
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("thesis"), "text").expect("writes");
+        std::fs::write(at("empty"), "").expect("writes");
+        check(&at("new")).expect("there is nothing");
+        check(&at("empty")).expect("nothing is lost");
+        Trace::default().write(&at("trace"), &|_| String::new()).expect("writes");
+        Trace::default().write(&at("trace"), &|_| String::new()).expect("its own");
+        for wrong in [at("thesis"), folder.path().to_path_buf(), at("none/at/all")] {
+            assert_eq!(check(&wrong).expect_err("refused").code(), Code::OutputFile, "{}", wrong.display());
+            Trace::default().write(&wrong, &|_| String::new()).expect_err("refused");
+        }
+        assert_eq!(std::fs::read_to_string(at("thesis")).expect("reads"), "text");
+        assert!(!at("new").exists(), "a look leaves nothing");
     }
 
     #[test]

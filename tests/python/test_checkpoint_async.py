@@ -17,7 +17,7 @@ import funicular
 from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Block, Stack, stack
 from test_checkpoint import PLACES, SECTIONS, Odd, assert_same_files, begin, build, go_on, world_of
-from twin import Run, World, match
+from twin import Run, World, compare, match
 
 #: so slow that the next steps come long before the end of a save
 SLOW = {"faults": "write:delay=20ms@1x1000000"}
@@ -286,19 +286,77 @@ def test_a_forked_child_leaves_it_alone(host_world: World, tmp_path: Path):
     assert facts.files(str(tmp_path)) == ["c"]
 
 
-def test_inside_a_forward_is_refused(host_world: World, tmp_path: Path):
+@pytest.mark.parametrize("wait", [True, False])
+def test_inside_a_forward_or_backward(two_worlds: World, tmp_path: Path, wait: bool):
+    """The state of the last step is saved, and the forward and backward around it go on with the same bits."""
+
+    def script(run: Run) -> None:
+        run.model = run.wrap(Stack())
+        run.opt = run.adamw()
+        run.train(2)
+
+        def saves(*_: Any) -> None:
+            if run.offloaded:
+                funicular.save(run.model, run.opt, tmp_path / f"c{len(list(tmp_path.iterdir()))}", wait=wait)
+
+        forward = run.model.layers[2].up.register_forward_hook(saves)
+        loss = run.model(run.data(4, WIDTH))
+        forward.remove()
+        loss.register_hook(saves)
+        loss.mean().backward()
+        run.record_grads()
+        if run.offloaded:
+            funicular.save(run.model, run.opt, tmp_path / "right")
+            check(tmp_path)
+        run.opt.step()
+        run.opt.zero_grad()
+        run.train(1)
+
+    def check(folder: Path) -> None:
+        right = Stack()
+        funicular.load(folder / "right", right, funicular.AdamW(right.parameters()))
+        for name in ("c0", "c1"):
+            model = Stack()
+            opt = funicular.AdamW(model.parameters())
+            assert funicular.load(folder / name, model, opt).step == 2
+            for p, q in zip(model.parameters(), right.parameters(), strict=True):
+                assert torch.equal(p, q)
+
+    compare(two_worlds, None, script)
+
+
+def test_a_weight_edited_in_a_forward_is_not_missed(host_world: World, tmp_path: Path):
+    """Its edit is not home before the window closes: an error by name, and nothing is written."""
     run = begin(host_world, Stack)
     seen = []
 
     def hook(*_: Any) -> None:
-        with pytest.raises(funicular.UsageError, match=r"FN-E408.*between steps"):
+        with torch.no_grad():
+            run.model.layers[2].up.weight.mul_(0.5)
+        with pytest.raises(funicular.UsageError, match=r"FN-E408.*layers\.2\.up\.weight.*between steps"):
             funicular.save(run.model, run.opt, tmp_path / "c")
+        seen.append(True)
+
+    run.model.layers[2].up.register_forward_hook(hook)
+    with torch.no_grad():
+        run.model(run.data(4, WIDTH))
+    assert seen
+    assert facts.files(str(tmp_path)) == []
+
+
+def test_a_load_inside_a_forward_is_refused(host_world: World, tmp_path: Path):
+    run = begin(host_world, Stack)
+    funicular.save(run.model, run.opt, tmp_path / "c")
+    seen = []
+
+    def hook(*_: Any) -> None:
+        with pytest.raises(funicular.UsageError, match=r"FN-E408.*between steps"):
+            funicular.load(tmp_path / "c", run.model, run.opt)
         seen.append(True)
 
     run.model.layers[2].up.register_forward_hook(hook)
     run.model(run.data(4, WIDTH)).mean().backward()
     assert seen
-    assert facts.files(str(tmp_path)) == []
 
 
 def test_everything_is_given_back(two_worlds: World, tmp_path: Path):

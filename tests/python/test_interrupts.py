@@ -20,10 +20,10 @@ SCENARIOS = {
 
 
 def in_child(call: str, placement: str, disk: str, io_uring: bool) -> str:
-    """Run a scenario in a process of its own: what it checks can end a process."""
+    """Run a scenario of a module in a process of its own: what it checks can end a process."""
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    body = f"import interrupts, faulthandler; faulthandler.enable()\nprint(interrupts.{call})"
+    body = f"import alarms, interrupts, faulthandler; faulthandler.enable()\nprint({call})"
     status, out, err = children.finish(children.start(body, disk, PLACEMENTS[placement], DEVICE), 280)
     assert status == 0, f"status {status}\n{out}\n{err[-3000:]}"
     assert not facts.files(disk)
@@ -39,7 +39,9 @@ def in_child(call: str, placement: str, disk: str, io_uring: bool) -> str:
 def test_at_every_point(placement: str, scenario: str, disk: str, io_uring: bool):
     """At points at which CPython looks at signals, once each; `make soak` takes all of them."""
     # Of a GPU's backward, which runs in a thread of its own, signals strike none.
-    assert int(in_child(f"{scenario}(world, every=False)", placement, disk, io_uring)) > (50 if CUDA else 100)
+    assert int(in_child(f"interrupts.{scenario}(world, every=False)", placement, disk, io_uring)) > (
+        50 if CUDA else 100
+    )
 
 
 @pytest.mark.slow
@@ -47,7 +49,15 @@ def test_at_every_point(placement: str, scenario: str, disk: str, io_uring: bool
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_real_signals(placement: str, disk: str, io_uring: bool):
     """At random moments, as it really comes."""
-    assert int(in_child("real_signals(world, 40)", placement, disk, io_uring)) > 20
+    assert int(in_child("interrupts.real_signals(world, 40)", placement, disk, io_uring)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("placement", ["host", "nvme-threads"])
+def test_several_signals(placement: str, disk: str, io_uring: bool):
+    """Ctrl-C again and again, faster than a step notes what it did."""
+    assert int(in_child("alarms.several_signals(world, 150)", placement, disk, io_uring)) > 20
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "step", "offload"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -226,19 +228,44 @@ def test_trace_on_demand(host_world: World, tmp_path: Path):
     assert engine.write_trace(str(tmp_path / "a.json")) > 0
     assert spans(tmp_path / "a.json")
     assert engine.write_trace(str(tmp_path / "b.json")) == 0
-    with pytest.raises(funicular.StorageError, match=r"FN-E301.*/none/at/all\.json"):
+    with pytest.raises(funicular.StorageError, match=r"FN-E606.*/none/at/all\.json"):
         engine.write_trace("/none/at/all.json")
 
 
-def test_trace_that_cannot_be_written(host_world: World):
-    """Known before training begins, or an error by name when it is written; never a lost step without a word."""
+def test_trace_that_cannot_be_written(host_world: World, tmp_path: Path):
+    """Known before anything is touched; a file of somebody else's stays as it is."""
     model = Stack()
-    policy = host_world.policy(model, log={"trace": "/none/at/all.json", "trace_steps": [1]})
-    with pytest.raises(funicular.Error, match=r"/none/at/all\.json"):
-        funicular.offload(model, policy)
-        opt = funicular.AdamW(model.parameters())
-        model(torch.ones(2, WIDTH, device=host_world.torch_device)).mean().backward()
-        opt.step()
+    before = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
+    thesis, fifo = tmp_path / "thesis.json", tmp_path / "fifo"
+    thesis.write_text('{"title": "Everything"}')
+    os.mkfifo(fifo)
+    (tmp_path / "link").symlink_to(thesis)
+    for path in ("/none/at/all.json", thesis, tmp_path / "link", tmp_path, fifo):
+        policy = host_world.policy(model, log={"trace": str(path), "trace_steps": [1]})
+        with pytest.raises(funicular.StorageError, match="FN-E606"):
+            funicular.offload(model, policy)
+    for name, p in model.named_parameters():
+        assert type(p) is torch.nn.Parameter
+        assert (p, p.data_ptr()) == before[name]
+    assert thesis.read_text() == '{"title": "Everything"}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "link", "thesis.json"]
+
+
+def test_trace_that_cannot_be_written_any_more(
+    host_world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """The steps are taken all the same, each once, and the log says what became of the trace. An earlier trace is replaced."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    log = {"trace": "folder/trace.json", "trace_steps": [2, 4]}
+    run = trained(host_world, steps=2, log=log)
+    monkeypatch.chdir("/")
+    assert spans(tmp_path / "folder" / "trace.json"), "relative to where the program was"
+    shutil.rmtree(tmp_path / "folder")
+    with caplog.at_level(logging.ERROR, logger="funicular"):
+        run.train(4, look=False)
+    assert [r.getMessage()[:8] for r in caplog.records if r.levelno == logging.ERROR] == ["FN-E606 "]
+    assert funicular.stats(run.model).steps == 6
 
 
 # ------------------------------------------------------------------ log

@@ -1,0 +1,65 @@
+"""Signals that come again and again, faster than the package can note what it did."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import funicular
+from interrupts import agree, count, twins
+from models import WIDTH
+from twin import SEED, World
+
+
+class Step:
+    """A step amid alarms; called again, it waits until the last one has come."""
+
+    def __init__(self, step: Callable[[], Any], chance: random.Random) -> None:
+        self.step: Callable[[], Any] | None = step
+        self.left = chance.randint(2, 5)
+        self.after, self.gap = chance.uniform(1e-4, 4e-3), chance.uniform(1e-4, 6e-4)
+        signal.signal(signal.SIGALRM, self.fire)
+
+    def fire(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
+
+    def __call__(self) -> None:
+        step, self.step = self.step, None
+        if step is not None:
+            signal.setitimer(signal.ITIMER_REAL, self.after, self.gap)
+            step()
+        while self.left > 0:
+            time.sleep(1e-4)
+
+
+def several_signals(world: World, rounds: int) -> int:
+    """Two to five alarms within a millisecond or two, amid a step: it is taken as a whole or not at all, and so is what notes it."""
+    dtype = torch.bfloat16
+    runs = twins(world, dtype)
+    plain, paged = runs
+    chance = random.Random(SEED)
+    taken = 0
+    for _ in range(rounds):
+        for run in runs:
+            run.opt.zero_grad()
+            run.model(run.data(4, WIDTH, dtype=dtype)).float().square().mean().backward()
+        before = count(paged)
+        step = Step(paged.opt.step, chance)
+        with contextlib.suppress(KeyboardInterrupt, SystemError):
+            funicular._core.complete(step)
+        torch.set_grad_enabled(True)
+        assert step.left == 0
+        if count(paged) > before:
+            taken += 1
+            plain.opt.step()
+        agree(runs, dtype)
+    return taken
