@@ -5,6 +5,7 @@
 #   make test-fast           the Python tests in host memory, without the slow ones: a few minutes
 #   make test-rust ARGS=...  only these, such as ARGS="--lib policy::" or ARGS="--test store"
 #   make test-python ARGS=.. only these, such as ARGS="-k clip" or ARGS=tests/python/test_clipping.py
+#   make test-hangs          close, unwrap, exit, fork and signal handlers beside each kind of wait
 #   make fmt                 formats Rust and Python
 #   make lint                every check of style, types and spelling; in parts: lint-rust lint-python lint-text
 #   make deny                licences and security advisories of the crates; needs cargo-deny
@@ -58,7 +59,7 @@ RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-python test-fast test-oldest fmt lint lint-rust lint-python lint-text deny bench
+.PHONY: help demo test test-rust test-python test-fast test-hangs test-oldest fmt lint lint-rust lint-python lint-text deny bench
 .PHONY: wheel wheel-test sdist gpu-test bench-gpu soak package clean
 
 help:
@@ -133,6 +134,11 @@ endif
 test-fast: package
 	$(call say,Python tests in host memory, without the slow ones)
 	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --worlds host -m "not slow and not timing" $(ARGS)
+
+# Close, unwrap, exit, fork and signal handlers beside each kind of wait; with FUNICULAR_TEST_DEVICE=cuda on a GPU.
+test-hangs: package
+	$(call say,nothing hangs)
+	@$(PY) -m pytest tests/python/test_nothing_hangs.py -n $(TEST_JOBS)
 
 # The oldest torch that pyproject.toml allows, in an environment of its own.
 OLDEST ?= .venv-oldest

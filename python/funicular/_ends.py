@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,16 @@ def _close_all() -> None:
         if os.getpid() == session.pid:
             session.closed = True
             session.engine.close()
+
+
+def _in_child() -> None:
+    """In a forked child the thread that held a session's lock does not exist: a use must be refused, not wait for it."""
+    for session in list(living):
+        session.lock = threading.RLock()
+        session.busy = session.lock._is_owned  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def leave(session: Session, unit: Unit) -> None:

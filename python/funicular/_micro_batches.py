@@ -83,6 +83,7 @@ class MicroBatches:
         module: Any = self._module()
         if self.session.closed or not (torch.is_grad_enabled() or module.training) or _elsewhere():
             return type(module)._call_impl(module, *args, **kwargs)
+        self.session.alive()  # before: in a forked child nobody lets go of the lock
         with self.lock:
             # `functional_call` lends a block other weights: its gradients are that caller's.
             own = self._weights <= {id(p) for p in module.parameters()}

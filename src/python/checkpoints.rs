@@ -15,7 +15,7 @@ use crate::{
     dtype::StateKind,
     error::{Code, Error, Result},
     io::EngineOptions,
-    runtime::{Buffer, Item, Place, Runtime, Source, Unchanged, read_buffers, save_plain},
+    runtime::{Buffer, Item, Place, Runtime, Source, Unchanged, check_process, read_buffers, save_plain},
     units::UnitId,
 };
 
@@ -94,6 +94,7 @@ fn tensor((name, stored_as, shape, optimizer, at, master): TensorTuple) -> Resul
 #[pyclass(frozen, module = "funicular._core")]
 pub(crate) struct Save {
     control: Arc<Control>,
+    pid: u32,
 }
 
 #[pymethods]
@@ -103,6 +104,7 @@ impl Save {
         let seconds = if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, 1e9) };
         let end = std::time::Instant::now() + std::time::Duration::from_secs_f64(seconds);
         waiting(py, |i| {
+            check_process(self.pid)?;
             let mut late = false;
             let ended = self.control.wait(&mut || {
                 late = std::time::Instant::now() >= end;
@@ -115,9 +117,9 @@ impl Save {
         })
     }
 
-    /// Whether it has ended, well or not.
+    /// Whether it has ended, well or not; never in a forked child, which knows nothing of it.
     fn done(&self) -> bool {
-        self.control.outcome().is_some()
+        check_process(self.pid).is_ok() && self.control.outcome().is_some()
     }
 
     /// Bytes done, and bytes in all.
@@ -255,7 +257,7 @@ pub(crate) fn save(
             guarded(|| unsafe { save_plain(request, sources, unchanged) })
         }),
     }?;
-    Ok(Save { control })
+    Ok(Save { control, pid: std::process::id() })
 }
 
 /// Loads states of units from a checkpoint; their updates are over and their windows closed.

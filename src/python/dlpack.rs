@@ -58,6 +58,7 @@ const CUDA: i32 = 2;
 const UNSIGNED: u8 = 1;
 
 unsafe extern "C" fn delete(managed: *mut Managed) {
+    // Maybe with the GIL: of what a device waits for at its end nothing needs that.
     // SAFETY: `context` is the `Holder` that `capsule` leaked; DLPack calls this once.
     drop(unsafe { Box::from_raw((*managed).context.cast::<Holder>()) });
 }

@@ -299,6 +299,36 @@ mod tests {
     }
 
     #[test]
+    fn a_save_that_begins_during_a_wait_is_waited_for_too() {
+        let saves = Saves::default();
+        let (first, second) = (Arc::new(Control::default()), Arc::new(Control::default()));
+        saves.keep(&first, std::thread::spawn(|| ()));
+        let mut looks = 0;
+        let waited = saves.wait(&mut || {
+            looks += 1;
+            if looks == 1 {
+                saves.keep(&second, std::thread::spawn(|| ()));
+                first.ended(Ok(Vec::new()));
+            }
+            looks == 2
+        });
+        assert_eq!(waited.expect_err("the second goes on").code(), Code::Interrupted);
+        second.ended(Ok(Vec::new()));
+        saves.wait(&mut || true).expect("both have ended");
+    }
+
+    #[test]
+    fn what_was_read_is_not_needed() {
+        let saves = begun(&[(true, false), (true, true), (false, false)]);
+        assert_eq!([0, 1, 2, 9].map(|group| saves.needs(group)), [true, true, false, false]);
+        assert_eq!(saves.next(), Next::Group(0));
+        saves.done(0);
+        assert!(!saves.needs(0));
+        saves.end();
+        assert!(!saves.needs(1));
+    }
+
+    #[test]
     fn the_end_releases_everybody() {
         let saves = begun(&[(true, false)]);
         saves.end();

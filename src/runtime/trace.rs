@@ -238,7 +238,7 @@ impl Trace {
         let mut tracks: Vec<&str> = Vec::new();
         check(path)?;
         let mut out = std::io::BufWriter::new(std::fs::File::create(path).map_err(failed)?);
-        write!(out, "{HEAD}\n").map_err(failed)?;
+        writeln!(out, "{HEAD}").map_err(failed)?;
         for e in &events {
             let tid = tracks.iter().position(|t| *t == e.track).unwrap_or_else(|| {
                 tracks.push(e.track);

@@ -38,6 +38,11 @@ def test_exit_beside_a_wait(wait: str, disk: str):
     assert not [name for name in facts.files(disk) if name.startswith("funicular-")]
 
 
+def test_figures_from_many_threads(disk: str):
+    """Beside steps, saves and ``unwrap``, all exact."""
+    run("polled(disk)", disk)
+
+
 def test_what_a_handler_must_not_do(disk: str):
     """Refused by name, and what it struck goes on."""
     run("refusals(disk)", disk)

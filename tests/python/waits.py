@@ -23,7 +23,7 @@ from twin import SEED, World
 
 #: seconds after which a case counts as one that hangs
 LIMIT = 10
-DELAY = 100 if CUDA else 300
+DELAY = 60 if CUDA else 120
 READS = f"read:delay={DELAY}ms@1x1000000"
 #: tiers of parameters and states, and what makes the wait long
 WAITS = {
@@ -230,6 +230,23 @@ def beside(wait: str, disk: str) -> None:
         end(program)
         other.end()
         over()
+
+
+def polled(disk: str) -> None:
+    """Eight threads ask for figures beside steps, saves and ``unwrap``."""
+    program = Program("stats", disk)
+    begin("stats from eight threads:")
+    others = [Beside(program) for _ in range(8)]
+    for _ in range(3):
+        program.goes_on()
+        program.check(program.save())
+    unwrap(program)
+    for other in others:
+        other.end()
+    over()
+    begin("and after unwrap:")
+    program.goes_on()
+    over()
 
 
 def leave(wait: str, disk: str) -> None:
