@@ -4,13 +4,19 @@
 //! M2: a slot has one owner, its [`SlotLease`]; dropping the lease returns the slot.
 
 mod copy;
+mod fault;
+mod fork;
 mod heap;
+mod page;
 mod region;
 mod shadow;
 mod slots;
 
 pub(crate) use copy::copy_past_caches;
+pub(crate) use fork::NotForked;
+pub use fork::{forked, keep};
 pub use heap::trim;
+pub use page::page_size;
 pub use region::{HostRegion, HugePages};
-pub use shadow::Shadow;
+pub use shadow::{Shadow, ShadowSpace};
 pub use slots::{SlotLease, SlotPool};

@@ -3,6 +3,7 @@
 
 use std::{ptr::NonNull, sync::Arc};
 
+use super::{fork::NotForked, page_size};
 use crate::{
     error::{Code, Error, Result},
     units::{ByteCount, round_up},
@@ -10,8 +11,6 @@ use crate::{
 
 /// Alignment of a region: a huge page.
 const ALIGNMENT: u64 = 2 << 20;
-/// What the kernel hands out.
-const PAGE: u64 = 4096;
 
 /// What was asked of the kernel for a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,11 +21,12 @@ pub enum HugePages {
     Refused,
 }
 
-/// Zero-filled memory at one address for its whole life, page aligned at 2 MiB. Pages are taken at first touch.
-#[derive(Debug)]
+/// Zero-filled memory at one address for its whole life, page aligned at 2 MiB. Pages are taken at first touch. A forked child has none
+/// of it.
 pub struct HostRegion {
     mapping: NonNull<u8>,
     mapping_len: usize,
+    not_forked: NotForked,
     start: NonNull<u8>,
     len: usize,
     huge: HugePages,
@@ -48,7 +48,7 @@ impl HostRegion {
                 .errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
                 .action("Lower budget.host, or raise the container's or user's memory limit.")
         };
-        let len_rounded = round_up(len.0.max(1), PAGE);
+        let len_rounded = round_up(len.0.max(1), page_size() as u64);
         let total = usize::try_from(len_rounded + ALIGNMENT).map_err(|_| refused())?;
         // SAFETY: a fresh anonymous mapping; no existing memory is touched.
         let raw = unsafe {
@@ -72,7 +72,8 @@ impl HostRegion {
         // SAFETY: the range lies in the mapping made above; advice changes no contents.
         let advised = unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         let huge = if advised == 0 { HugePages::Advised } else { HugePages::Refused };
-        Ok(Arc::new(Self { mapping, mapping_len: total, start, len, huge }))
+        let not_forked = NotForked::new(raw.cast(), total);
+        Ok(Arc::new(Self { mapping, mapping_len: total, not_forked, start, len, huge }))
     }
 
     /// First byte.
@@ -101,7 +102,7 @@ impl HostRegion {
     /// If the range is outside the region.
     pub fn touch(&self, offset: usize, len: usize) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "touch outside the region");
-        for at in (offset..offset + len).step_by(PAGE as usize) {
+        for at in (offset..offset + len).step_by(page_size()) {
             // SAFETY: `at` is inside the region; an atomic add of zero keeps what another thread may have written.
             unsafe {
                 (*self.start.as_ptr().add(at).cast::<std::sync::atomic::AtomicU8>())
@@ -119,11 +120,24 @@ impl HostRegion {
     /// If the range is outside the region.
     pub fn populate(&self, offset: usize, len: usize) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "populating outside the region");
-        let first = offset / PAGE as usize * PAGE as usize;
+        let first = offset / page_size() * page_size();
         // SAFETY: whole pages of this region: it ends with one. The advice changes no contents; refused, pages come at first touch.
         unsafe {
             libc::madvise(self.start.as_ptr().add(first).cast(), offset + len - first, libc::MADV_POPULATE_WRITE);
         }
+    }
+
+    /// Moves the first `len` bytes, whole pages, to addresses that nobody uses, in place of what is mapped there. Whoever looks there sees
+    /// none of it, or all. The region is zeros where they were.
+    pub(super) fn move_to(&self, to: *mut u8, len: usize) -> std::io::Result<()> {
+        assert!(len <= self.len && len.is_multiple_of(page_size()), "{len} bytes of a region of {}", self.len);
+        let from = self.start.as_ptr().cast::<libc::c_void>();
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        // SAFETY: the source lies in this region, which stays mapped; the caller owns the target.
+        if unsafe { libc::mremap(from, len, len, flags, to.cast::<libc::c_void>()) } == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// Locks all pages in memory, as long as the region lives.
@@ -142,8 +156,17 @@ impl HostRegion {
     }
 }
 
+impl std::fmt::Debug for HostRegion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostRegion({} bytes at {:p})", self.len, self.start)
+    }
+}
+
 impl Drop for HostRegion {
     fn drop(&mut self) {
+        if !self.not_forked.is_ours() {
+            return; // of the parent: in this process the addresses stay reserved
+        }
         // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`, so nobody is left.
         unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapping_len) };
     }
@@ -157,7 +180,7 @@ mod tests {
     fn is_zero_filled_aligned_and_writable() {
         let region = HostRegion::new(ByteCount(10_000), "a test").expect("maps");
         assert_eq!((region.as_ptr() as usize) % (2 << 20), 0);
-        assert_eq!(region.len(), 12_288);
+        assert_eq!(region.len(), 10_000_usize.next_multiple_of(page_size()));
         region.touch(0, region.len());
         region.populate(5000, 3000);
         // SAFETY: inside the region, and only this test uses it.

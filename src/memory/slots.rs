@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use crate::{
     error::Result,
-    memory::HostRegion,
+    memory::{HostRegion, page_size},
     units::{ByteCount, round_up},
 };
 
@@ -23,12 +23,12 @@ struct Inner {
 pub struct SlotPool(Arc<Inner>);
 
 impl SlotPool {
-    /// `count` slots of `slot_len` bytes (rounded up to 4 KiB), in a region of their own.
+    /// `count` slots of `slot_len` bytes (rounded up to a page), in a region of their own.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses the memory.
     pub fn new(count: u32, slot_len: ByteCount, purpose: &str) -> Result<Self> {
-        let slot_len = round_up(slot_len.0.max(1), 4096);
+        let slot_len = round_up(slot_len.0.max(1), page_size() as u64);
         let region = HostRegion::new(ByteCount(slot_len * u64::from(count)), purpose)?;
         let free = (0..count).rev().collect();
         Ok(Self(Arc::new(Inner { region, slot_len: slot_len as usize, free: Mutex::new(free) })))
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn a_slot_has_one_owner_and_comes_back() {
         let pool = SlotPool::new(2, ByteCount(5000), "a test").expect("maps");
-        assert_eq!(pool.slot_len(), 8192);
+        assert_eq!(pool.slot_len(), 5000_usize.next_multiple_of(page_size()));
         let mut a = pool.lease().expect("first");
         let mut b = pool.lease().expect("second");
         assert!(pool.lease().is_none());

@@ -49,6 +49,8 @@ struct Holder {
     managed: Managed,
     shape: [i64; 1],
     strides: [i64; 1],
+    /// The process that made it. Devices and threads are that process's: a forked child gives none of them up.
+    pid: u32,
     _owner: Owner,
 }
 
@@ -60,7 +62,10 @@ const UNSIGNED: u8 = 1;
 unsafe extern "C" fn delete(managed: *mut Managed) {
     // Maybe with the GIL: of what a device waits for at its end nothing needs that.
     // SAFETY: `context` is the `Holder` that `capsule` leaked; DLPack calls this once.
-    drop(unsafe { Box::from_raw((*managed).context.cast::<Holder>()) });
+    let holder = unsafe { Box::from_raw((*managed).context.cast::<Holder>()) };
+    if holder.pid != std::process::id() {
+        std::mem::forget(holder);
+    }
 }
 
 unsafe extern "C" fn destroy(capsule: *mut ffi::PyObject) {
@@ -91,7 +96,13 @@ pub(crate) fn capsule(py: Python<'_>, address: u64, len: u64, kind: DeviceKind, 
         byte_offset: 0,
     };
     let managed = Managed { tensor, context: std::ptr::null_mut(), deleter: Some(delete) };
-    let holder = Box::leak(Box::new(Holder { managed, shape: [len.cast_signed()], strides: [1], _owner: owner }));
+    let holder = Box::leak(Box::new(Holder {
+        managed,
+        shape: [len.cast_signed()],
+        strides: [1],
+        pid: std::process::id(),
+        _owner: owner,
+    }));
     holder.managed.tensor.shape = holder.shape.as_mut_ptr();
     holder.managed.tensor.strides = holder.strides.as_mut_ptr();
     holder.managed.context = std::ptr::from_mut(holder).cast();

@@ -37,6 +37,7 @@ use crate::{
     runtime::{
         ahead, closed,
         factors::Factors,
+        faults::Faults,
         files::Map,
         homes::Homes,
         inner::Inner,
@@ -117,6 +118,7 @@ pub(crate) struct Shared {
     /// How many reads into each unit's shadow are under way: a signal handler may begin one amid another.
     pub(crate) reads: Vec<AtomicU32>,
     pub(crate) saves: Saves,
+    pub(crate) faults: Faults,
     /// How checkpoints are read and written: the engine, and whether past the page cache.
     pub(crate) checkpoint_io: (EngineOptions, bool),
     pub(crate) to_runner: Sender<Task>,

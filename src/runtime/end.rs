@@ -50,6 +50,9 @@ impl Runtime {
         self.shut();
         let Some(shared) = self.shared.take() else { return };
         shared.device.drain();
+        if let Some(shadows) = &shared.homes.shadows {
+            shadows.stop();
+        }
         drop(shared);
         for thread in self.threads.drain(..) {
             if thread.thread().id() != std::thread::current().id() {

@@ -11,14 +11,11 @@ use std::{
 use crate::{
     dtype::StateKind,
     error::Result,
-    memory::{HostRegion, Shadow},
+    memory::{HostRegion, Shadow, ShadowSpace, page_size},
     model::Layout,
     schedule::Placement,
     units::{ByteCount, Tier, UnitId, round_up},
 };
-
-/// Sections of every kind start at whole pages.
-const ALIGN: u64 = 4096;
 
 /// Host addresses of one unit's segments.
 #[derive(Debug)]
@@ -72,6 +69,8 @@ pub struct Homes {
     pub states: Arc<HostRegion>,
     /// Spare frames.
     pub spare: Arc<HostRegion>,
+    /// Where what lives on NVMe can be read outside of windows; none if nothing does.
+    pub shadows: Option<Arc<ShadowSpace>>,
     bytes: u64,
     units: Vec<UnitHome>,
 }
@@ -83,10 +82,26 @@ impl Homes {
     /// `FN-E204` when the system refuses.
     pub fn new(layout: &Layout, placement: &Placement) -> Result<Self> {
         let mut units = Vec::with_capacity(layout.units.len());
+        let on_nvme = || {
+            layout
+                .units
+                .iter()
+                .zip(&placement.homes)
+                .filter(|(_, home)| home.params == Tier::Nvme)
+                .map(|(unit, _)| unit)
+        };
+        let (shadows, parts) = match on_nvme().next() {
+            None => (None, Vec::new()),
+            Some(_) => {
+                ShadowSpace::new(on_nvme().map(|unit| (unit.param_bytes(), &*unit.name))).map(|(s, p)| (Some(s), p))?
+            }
+        };
+        let mut parts = parts.into_iter();
         let (mut params, mut grads, mut states, mut spare) = (0, 0, 0, 0);
         let take = |total: &mut u64, bytes: u64| {
             let at = *total;
-            *total += round_up(bytes, ALIGN);
+            // Whole pages, so that a unit's part can be told apart from others by the system.
+            *total += round_up(bytes, page_size() as u64);
             at
         };
         // Offsets first, addresses once the regions exist; offset + 1 so that 0 can mean none.
@@ -108,7 +123,7 @@ impl Homes {
                 sets: [set(&mut states, home.optimizer == Tier::Host), set(&mut spare, has_spare)],
                 turned: AtomicBool::new(false),
                 spare_params: if has_spare { take(&mut spare, unit.param_bytes()) + 1 } else { 0 },
-                shadow: if on_host || resident { None } else { Some(Shadow::new(unit.param_bytes())?) },
+                shadow: if on_host || resident { None } else { parts.next() },
             });
         }
         let bytes = params + grads + states + spare;
@@ -131,7 +146,7 @@ impl Homes {
                 u.params = shadow.as_ptr() as u64;
             }
         }
-        Ok(Self { params, grads, states, spare, bytes, units })
+        Ok(Self { params, grads, states, spare, shadows, bytes, units })
     }
 
     /// One unit's addresses.

@@ -3,6 +3,7 @@
 //! - [`core`](self): the lock, the machine's commands performed, waiting;
 //! - `threads`: driver, reapers; `runner`: updates; `update`: AdamW over one piece, `share`: by whom; `service`: what is not part of a step;
 //! - `saves`, `snapshot`, `restore`: checkpoints, and what waits for them;
+//! - `faults`: parameters on NVMe that are touched where they are not;
 //! - [`homes`], [`files`], [`stats`], [`split`], [`trace`]: memory map, disk map, counters, each step's time, trace.
 
 mod admission;
@@ -11,6 +12,7 @@ mod config;
 mod core;
 mod end;
 mod factors;
+mod faults;
 pub mod files;
 pub mod homes;
 mod inner;

@@ -74,17 +74,10 @@ impl Shared {
     /// Fills the shadow of a unit whose parameters live on NVMe. Nothing to do for others, or if it is filled.
     pub(crate) fn fault_in(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = &self.homes.unit(unit).shadow else { return Ok(()) };
-        if shadow.filled() && !self.is_read(unit) {
-            return Ok(());
-        }
         if !shadow.filled() {
-            self.fill_shadow(shadow, unit)?;
+            return self.fill_whole(unit, shadow, stream, interrupted);
         }
-        let read = self.refresh_shadow(unit, stream, interrupted);
-        if read.is_err() {
-            self.discard_shadow(unit)?;
-        }
-        read
+        if self.is_read(unit) { self.refresh_shadow(unit, stream, interrupted) } else { Ok(()) }
     }
 
     /// True while a read into the unit's shadow is under way: the shadow has memory, but not all of its bytes.
@@ -96,12 +89,22 @@ impl Shared {
     pub(crate) fn refresh_shadow(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
         let _read = Counted::new(&self.reads[unit.index()]);
+        self.read_params_into(unit, shadow.as_ptr(), stream, interrupted)
+    }
+
+    /// Reads the parameters of a unit into memory of the size of its shadow: a filled shadow, or what will be moved there.
+    pub(crate) fn read_params_into(
+        &self,
+        unit: UnitId,
+        base: *mut u8,
+        stream: u64,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
         let mut pause = self.pause(Some(stream), Cause::NvmeWrite);
         self.settle_disk(unit, interrupted)?;
         pause.turn(Cause::NvmeRead);
-        let base = shadow.as_ptr();
         self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
-            // SAFETY: `at` and the length lie in the unit's parameter segment, which the shadow covers; whoever looks at it
+            // SAFETY: `at` and the length lie in the unit's parameter segment, which the memory covers; whoever looks at it
             // expects the bytes to become the current ones.
             unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), base.add(at), slot.len()) };
         })
@@ -114,6 +117,7 @@ impl Shared {
             return Ok(());
         }
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) {
+            self.faults.take(unit);
             shadow.discard()?;
             self.stats.returned(shadow.len() as u64);
         }
@@ -123,19 +127,11 @@ impl Shared {
     fn fill_shadow(&self, shadow: &Shadow, unit: UnitId) -> Result<()> {
         let bytes = shadow.len() as u64;
         self.lend(bytes, &format!("'{}'", self.layout.unit(unit).name))?;
-        let address = shadow.as_ptr() as u64;
-        // SAFETY: the range is hidden, by what is registered below, before it is discarded or unmapped.
-        let exposed = shadow.fill().and_then(|()| unsafe { self.device.expose(address, shadow.len()) });
-        if let Err(error) = exposed {
+        if let Err(error) = shadow.fill().and_then(|()| self.expose(shadow)) {
             self.stats.returned(bytes);
             shadow.discard()?;
             return Err(error);
         }
-        let device = Arc::clone(&self.device);
-        shadow.before_release(Box::new(move || {
-            // A device that fails now has failed the runtime already.
-            let _ = device.hide(address);
-        }));
         Ok(())
     }
 

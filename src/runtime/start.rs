@@ -22,6 +22,7 @@ use crate::{
         config::Config,
         core::{Disk, Shared, Task},
         factors::Factors,
+        faults::{self, Faults},
         files::Map,
         homes::Homes,
         inner::Inner,
@@ -121,6 +122,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         service: Mutex::new(()),
         reads: (0..units).map(|_| AtomicU32::new(0)).collect(),
         saves: Saves::default(),
+        faults: Faults::default(),
         checkpoint_io: (engine_options(config), config.direct != DirectIo::Off),
         to_runner: channels.run.0.clone(),
         to_ahead: channels.ahead.0.clone(),
@@ -203,10 +205,13 @@ fn open_disk(
 }
 
 fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>> {
-    Ok(vec![
+    let mut threads = vec![
         threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
         runner::spawn(shared, channels.run.1, channels.ahead.1)?,
         threads::spawn("funicular-up-end", shared, channels.up.1, |s, m| threads::ended(s, Link::Up, m))?,
         threads::spawn("funicular-dn-end", shared, channels.down.1, |s, m| threads::ended(s, Link::Down, m))?,
-    ])
+    ];
+    // Last: it has to be told of its end, which only a runtime that has started does.
+    threads.extend(faults::spawn(shared)?);
+    Ok(threads)
 }

@@ -73,9 +73,13 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             let busy = inner.busy_write.add(started, now);
             shared.stats.moved(Link::NvmeWrite, written, busy);
         }
-        if let Ticket::Save(number) | Ticket::Load(number) = ticket {
+        if let Ticket::Save(number) | Ticket::Load(number) | Ticket::Fault(number) = ticket {
             drop(inner);
-            let ends = if matches!(ticket, Ticket::Save(_)) { &shared.saves.reads } else { &shared.saves.writes };
+            let ends = match ticket {
+                Ticket::Save(_) => &shared.saves.reads,
+                Ticket::Load(_) => &shared.saves.writes,
+                _ => &shared.faults.reads,
+            };
             ends.ended(IoCompletion { ticket: u64::from(number), lease, parts, result, nanos });
             return Ok(());
         }
@@ -125,7 +129,7 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
             drop(lease);
             shared.event(|m, out| m.chunk_written(unit, index, out))
         }
-        Ticket::Service(_) | Ticket::Save(_) | Ticket::Load(_) => Ok(()),
+        Ticket::Service(_) | Ticket::Save(_) | Ticket::Load(_) | Ticket::Fault(_) => Ok(()),
     }
 }
 

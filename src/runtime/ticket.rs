@@ -14,6 +14,8 @@ pub(crate) enum Ticket {
     Save(u32),
     /// Of a load that writes behind; likewise.
     Load(u32),
+    /// Of parameters that somebody touched where they were not; likewise.
+    Fault(u32),
 }
 
 impl Ticket {
@@ -26,6 +28,7 @@ impl Ticket {
             Self::Service(n) => 3 << 62 | u64::from(n),
             Self::Save(n) => 3 << 62 | 1 << 32 | u64::from(n),
             Self::Load(n) => 3 << 62 | 2 << 32 | u64::from(n),
+            Self::Fault(n) => 3 << 62 | 3 << 32 | u64::from(n),
         }
     }
     pub(crate) const fn decode(n: u64) -> Self {
@@ -38,7 +41,8 @@ impl Ticket {
             2 => Self::WriteChunk(unit, chunk),
             _ if unit.0 == 0 => Self::Service(chunk),
             _ if unit.0 == 1 => Self::Save(chunk),
-            _ => Self::Load(chunk),
+            _ if unit.0 == 2 => Self::Load(chunk),
+            _ => Self::Fault(chunk),
         }
     }
 }
@@ -59,6 +63,8 @@ mod tests {
             Ticket::Save(u32::MAX),
             Ticket::Load(0),
             Ticket::Load(u32::MAX),
+            Ticket::Fault(0),
+            Ticket::Fault(u32::MAX),
         ] {
             assert_eq!(Ticket::decode(t.encode()), t);
         }

@@ -354,7 +354,12 @@ impl Machine {
         s.writing += 1;
     }
 
-    /// The parameters on NVMe were overwritten.
+    /// The unit's parameters on NVMe are read past the machine: until [`Machine::end_write`] no update of them begins.
+    pub fn hold_still(&mut self, unit: UnitId) {
+        self.units[unit.index()].writing += 1;
+    }
+
+    /// The parameters on NVMe were overwritten, or read past the machine.
     pub fn end_write(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.units[unit.index()].writing -= 1;
         self.pump(out);

@@ -15,16 +15,16 @@ use super::streams::Streams;
 use crate::{
     device::{FrameSpan, Frames},
     error::{Code, Error, Result},
+    memory::{NotForked, page_size},
     units::ByteCount,
 };
-
-/// What the kernel maps at least.
-pub(super) const PAGE: u64 = 4096;
 
 /// One reservation that holds every unit's range.
 pub(super) struct HostFrames {
     base: NonNull<u8>,
     len: usize,
+    /// A child would share the bytes with its parent, and see them change.
+    not_forked: Option<NotForked>,
     addresses: Box<[u64]>,
     /// Copies under way may still touch the frames.
     streams: Arc<Streams>,
@@ -44,8 +44,9 @@ pub(super) fn create(
 ) -> Result<HostFrames> {
     let ring_bytes = u64::from(ring_chunks) * chunk_bytes;
     let ring = ring_file(ring_bytes)?;
-    let mapped: u64 = spans.iter().map(|span| u64::from(span.chunks) * chunk_bytes + PAGE).sum();
-    let len = mapped.max(PAGE) as usize;
+    let page = page_size() as u64;
+    let mapped: u64 = spans.iter().map(|span| u64::from(span.chunks) * chunk_bytes + page).sum();
+    let len = mapped.max(page) as usize;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a fresh reservation; no existing memory is touched.
     let base = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
@@ -53,7 +54,7 @@ pub(super) fn create(
         return Err(refused("reserve addresses for", ByteCount(mapped)));
     }
     let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| refused("reserve addresses for", ByteCount(mapped)))?;
-    let mut frames = HostFrames { base, len, addresses: Box::default(), streams };
+    let mut frames = HostFrames { base, len, not_forked: None, addresses: Box::default(), streams };
     let mut addresses = Vec::with_capacity(spans.len());
     let mut at = 0;
     for span in spans {
@@ -62,8 +63,10 @@ pub(super) fn create(
         let (first, rest) = (u64::from(before_end) * chunk_bytes, u64::from(span.chunks - before_end) * chunk_bytes);
         frames.map(&ring, at, u64::from(span.first_chunk) * chunk_bytes, first)?;
         frames.map(&ring, at + first, 0, rest)?;
-        at += first + rest + PAGE;
+        at += first + rest + page;
     }
+    // Now that all is mapped: what is mapped anew would be copied again.
+    frames.not_forked = Some(NotForked::new(frames.base.as_ptr(), len));
     frames.addresses = addresses.into_boxed_slice();
     Ok(frames)
 }
@@ -115,6 +118,9 @@ impl Frames for HostFrames {
 
 impl Drop for HostFrames {
     fn drop(&mut self) {
+        if self.not_forked.as_ref().is_some_and(|range| !range.is_ours()) {
+            return; // of the parent: in this process the addresses stay reserved
+        }
         self.streams.drain();
         // SAFETY: exactly the reservation made in `create`; the copy streams are empty and the owner gave the frames up.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };

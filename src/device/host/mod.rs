@@ -24,7 +24,7 @@ use self::{
 use crate::{
     device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, Role, StreamRef, check_ring},
     error::Result,
-    memory::HostRegion,
+    memory::{HostRegion, page_size},
     optim::{self, Hyper, Span},
     units::ByteCount,
 };
@@ -70,7 +70,7 @@ impl Device for HostDevice {
     }
 
     fn granularity(&self) -> u64 {
-        frames::PAGE
+        page_size() as u64
     }
 
     fn create_frames(&self, ring_chunks: u32, chunk_bytes: u64, spans: &[FrameSpan]) -> Result<Arc<dyn Frames>> {

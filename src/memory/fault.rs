@@ -1,0 +1,275 @@
+//! Memory whose pages come when they are touched: a handler of SIGSEGV that has a thread of the runtime bring them.
+//!
+//! H1: the handler uses system calls and atomics only, no lock and no heap; it may run in any thread, whatever that thread holds.
+//! H2: what is no business of this module goes to the handler that was there before, or ends the process as it would have.
+//! H3: a thread waits in the handler only while a server runs that will answer; an end of the server is an answer.
+#![expect(unsafe_code, reason = "handles a signal, and waits on a futex")]
+
+use std::{
+    ffi::{c_int, c_void},
+    fs::File,
+    io::Read,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, FromRawFd},
+    ptr,
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering},
+};
+
+use super::fork::{self, Node};
+use crate::error::{Code, Error, Result};
+
+/// There is no memory behind a part.
+pub(super) const EMPTY: u32 = 0;
+/// Somebody has touched it, and waits.
+pub(super) const WANTED: u32 = 1;
+/// Its bytes are there.
+pub(super) const FILLED: u32 = 2;
+/// They cannot be brought; the reason was told.
+pub(super) const REFUSED: u32 = 3;
+
+/// The parts of one range, as the handler sees them.
+pub(super) struct Table {
+    /// Per part: first address, bytes, name.
+    parts: Box<[(usize, usize, Box<str>)]>,
+    states: Box<[AtomicU32]>,
+    /// Written to when somebody waits.
+    wake: File,
+    served: AtomicBool,
+}
+
+impl Table {
+    /// A table of parts in the order of their addresses, all empty.
+    pub(super) fn new(parts: Vec<(usize, usize, Box<str>)>) -> Result<Self> {
+        // SAFETY: takes two numbers and returns a descriptor.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            let cause = std::io::Error::last_os_error();
+            return Err(Error::new(Code::HostAlloc, format!("the system refused an eventfd: {cause}."))
+                .errno(cause.raw_os_error().unwrap_or(0))
+                .action("Raise the limit on open files (ulimit -n)."));
+        }
+        // SAFETY: just made, and nobody else owns it.
+        let wake = unsafe { File::from_raw_fd(fd) };
+        let states = parts.iter().map(|_| AtomicU32::new(EMPTY)).collect();
+        Ok(Self { parts: parts.into_boxed_slice(), states, wake, served: AtomicBool::new(false) })
+    }
+
+    pub(super) fn state(&self, part: usize) -> u32 {
+        self.states[part].load(Ordering::Acquire)
+    }
+
+    /// Changes a part's state, and has those who wait for it look again.
+    pub(super) fn set(&self, part: usize, state: u32) {
+        self.states[part].store(state, Ordering::Release);
+        futex_wake(&self.states[part]);
+    }
+
+    /// Begins to answer.
+    pub(super) fn serve(&self) {
+        self.served.store(true, Ordering::SeqCst);
+    }
+
+    /// Has the server look for its end; from now on nobody begins to wait.
+    pub(super) fn stop(&self) {
+        self.served.store(false, Ordering::SeqCst);
+        self.ring();
+    }
+
+    pub(super) fn served(&self) -> bool {
+        self.served.load(Ordering::SeqCst)
+    }
+
+    /// Waits until somebody wants something, or the end was asked for.
+    pub(super) fn wait(&self) {
+        let mut count = [0; 8];
+        // Interrupted: the caller looks, and comes again.
+        let _ = (&self.wake).read(&mut count);
+    }
+
+    fn ring(&self) {
+        let one = 1u64;
+        // SAFETY: eight bytes of a local; the descriptor lives as long as the table.
+        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+
+    /// A part that somebody waits for.
+    pub(super) fn wanted(&self) -> Option<usize> {
+        self.states.iter().position(|state| state.load(Ordering::Acquire) == WANTED)
+    }
+
+    fn part_at(&self, address: usize) -> Option<usize> {
+        let after = self.parts.partition_point(|(start, ..)| *start <= address);
+        let part = after.checked_sub(1)?;
+        (address < self.parts[part].0 + self.parts[part].1).then_some(part)
+    }
+}
+
+/// How many threads are in the handler.
+static INSIDE: AtomicUsize = AtomicUsize::new(0);
+/// What handled the signal before; null before the first installation.
+static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+/// The address that was last left to the handler before, and how often in a row.
+static LEFT: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+/// A handler that returns this often without a change has changed nothing.
+const RETURNS: usize = 1000;
+
+/// Frees a table that nothing leads to any more, unless a handler may be looking at it.
+pub(super) fn free(table: *mut Table) {
+    if INSIDE.load(Ordering::SeqCst) == 0 && !table.is_null() {
+        // SAFETY: made by `Box::into_raw`; the list does not have it any more, and no handler began before that was so.
+        drop(unsafe { Box::from_raw(table) });
+    }
+}
+
+/// Installs the handler, also where another one has replaced it since.
+///
+/// # Errors
+/// `FN-E204` when the system refuses.
+pub(super) fn install() -> Result<()> {
+    let refused = || {
+        let cause = std::io::Error::last_os_error();
+        Error::new(Code::HostAlloc, format!("the system refused a handler of SIGSEGV: {cause}."))
+    };
+    let mut now = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: asks only; there is room for the answer.
+    if unsafe { libc::sigaction(libc::SIGSEGV, ptr::null(), now.as_mut_ptr()) } != 0 {
+        return Err(refused());
+    }
+    // SAFETY: filled by the call, and zeroed before.
+    let now = unsafe { now.assume_init() };
+    if now.sa_sigaction == on_fault as *const () as usize {
+        return Ok(());
+    }
+    // Leaked: a handler may read the one before at any time.
+    BEFORE.store(Box::into_raw(Box::new(now)), Ordering::SeqCst);
+    // SAFETY: all its fields are integers or a set that is empty when zeroed.
+    let mut ours: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    ours.sa_sigaction = on_fault as *const () as usize;
+    ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    // SAFETY: the handler is a function of this library, which is never unloaded, and keeps to H1.
+    if unsafe { libc::sigaction(libc::SIGSEGV, &raw const ours, ptr::null_mut()) } == 0 {
+        Ok(())
+    } else {
+        Err(refused())
+    }
+}
+
+extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: errno is the thread's own.
+    let errno = unsafe { *libc::__errno_location() };
+    INSIDE.fetch_add(1, Ordering::SeqCst);
+    // SAFETY: the system passes what it knows of the signal. Sent by a process it has no address.
+    let address = unsafe { if (*info).si_code > 0 { (*info).si_addr() as usize } else { 0 } };
+    let brought = address != 0 && fork::find(address).is_some_and(|(node, ours)| bring(node, ours, address));
+    INSIDE.fetch_sub(1, Ordering::SeqCst);
+    if !brought {
+        // SAFETY: passes on what the system passed.
+        unsafe { leave(signal, info, context, address) };
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// Waits until what lies at an address is there; false if it will not be.
+fn bring(node: &Node, ours: bool, address: usize) -> bool {
+    // SAFETY: a table is freed only when no handler runs that may have found it.
+    let table = unsafe { node.table.load(Ordering::SeqCst).as_ref() };
+    let part = table.and_then(|table| Some((table, table.part_at(address)?)));
+    let name = part.map_or("memory of an offloaded model", |(table, part)| &*table.parts[part].2);
+    if !ours {
+        say(&[
+            "FN-E103 a forked child touched '",
+            name,
+            "' past torch's dispatcher. The model was offloaded by its parent, and a child \
+             has no copy of it. Use the model there; give the child copies that were made before the fork.\n",
+        ]);
+        return false;
+    }
+    let Some((table, part)) = part else { return false };
+    let state = &table.states[part];
+    loop {
+        match state.load(Ordering::Acquire) {
+            FILLED => return true,
+            REFUSED => return false,
+            _ if !table.served() => {
+                say(&[
+                    "FN-E104 '",
+                    name,
+                    "' was touched past torch's dispatcher, and its model is no longer offloaded: its weights are \
+                     gone. Keep the model, or funicular.unwrap(model) first.\n",
+                ]);
+                return false;
+            }
+            now => {
+                if now == EMPTY && state.compare_exchange(EMPTY, WANTED, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+                    continue;
+                }
+                table.ring();
+                futex_wait(state, WANTED);
+            }
+        }
+    }
+}
+
+/// Does what would have been done without this module.
+///
+/// # Safety
+/// As for a handler of the signal.
+unsafe fn leave(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, address: usize) {
+    // SAFETY: leaked by `install`.
+    let before = unsafe { BEFORE.load(Ordering::SeqCst).as_ref() };
+    let again =
+        if LEFT[0].swap(address, Ordering::Relaxed) == address { LEFT[1].fetch_add(1, Ordering::Relaxed) } else { 0 };
+    if again == 0 {
+        LEFT[1].store(1, Ordering::Relaxed);
+    }
+    match before {
+        Some(before) if ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction) && again < RETURNS => {
+            // SAFETY: a handler that was installed with these flags, called as the system would call it.
+            unsafe {
+                if before.sa_flags & libc::SA_SIGINFO != 0 {
+                    let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
+                        std::mem::transmute(before.sa_sigaction);
+                    handler(signal, info, context);
+                } else {
+                    let handler: extern "C" fn(c_int) = std::mem::transmute(before.sa_sigaction);
+                    handler(signal);
+                }
+            }
+        }
+        _ => {
+            // SAFETY: zeroed, it is the default action. The instruction runs again, and ends the process; a signal that was sent is
+            // sent again, and taken when this handler returns.
+            unsafe {
+                let default: libc::sigaction = MaybeUninit::zeroed().assume_init();
+                libc::sigaction(signal, &raw const default, ptr::null_mut());
+                if (*info).si_code <= 0 {
+                    libc::raise(signal);
+                }
+            }
+        }
+    }
+}
+
+/// Writes to standard error without buffer, lock or heap.
+fn say(pieces: &[&str]) {
+    for piece in pieces {
+        // SAFETY: the bytes of a string; what is not written is lost.
+        unsafe { libc::write(libc::STDERR_FILENO, piece.as_ptr().cast(), piece.len()) };
+    }
+}
+
+/// Waits a second at most, so that an end of the server is seen.
+fn futex_wait(word: &AtomicU32, value: u32) {
+    let second = libc::timespec { tv_sec: 1, tv_nsec: 0 };
+    // SAFETY: the word and the time live through the call.
+    unsafe {
+        let op = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+        libc::syscall(libc::SYS_futex, word.as_ptr(), op, value, &raw const second, ptr::null::<u32>(), 0);
+    }
+}
+
+fn futex_wake(word: &AtomicU32) {
+    // SAFETY: the word lives through the call.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, c_int::MAX) };
+}
