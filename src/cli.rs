@@ -203,8 +203,8 @@ struct Sets {
 
 impl From<Sets> for Overlay {
     fn from(sets: Sets) -> Self {
-        let utf8 = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-        Self { env: std::env::vars_os().filter_map(utf8).collect(), sets: sets.sets }
+        let text = |s: OsString| s.to_string_lossy().into_owned();
+        Self { env: std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect(), sets: sets.sets }
     }
 }
 

@@ -6,22 +6,28 @@ torn into pieces around it. So their forward is compiled instead.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch._compile
+import torch.compiler
+
+from funicular._errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
-__all__ = ["compilations", "compile_forward", "keep_out", "untraced", "untraced_itself"]
+__all__ = ["captured", "compilations", "compile_forward", "keep_out", "not_captured", "untraced", "untraced_itself"]
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 _kept_out: set[str] = set()
+#: torch 2.4 cannot tell
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 _log = logging.getLogger("funicular")
 
 
@@ -42,9 +48,37 @@ def keep_out() -> None:
 
 
 def untraced_itself(function: _F) -> _F:
-    """Keep a function out of every graph, but not what it calls."""
+    """Keep a function out of every graph, but not what it calls; it is refused where torch would make a program of the model.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E126`` under ``torch.export`` and ``torch.jit.trace``.
+    """
     disable: Any = torch._compile._disable_dynamo
-    return cast("_F", disable(function, recursive=False))
+    disabled = disable(function, recursive=False)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if captured():
+            raise not_captured()
+        return disabled(*args, **kwargs)
+
+    return cast("_F", call)
+
+
+def captured() -> bool:
+    """Whether this thread runs a model in order to make a program of it that outlives the call."""
+    return torch._C._get_tracing_state() is not None or _is_exporting()
+
+
+def not_captured() -> UsageError:
+    """Return what is raised then: the program would keep the addresses of weights that move, or copies of none."""
+    return UsageError(
+        "FN-E126",
+        "an offloaded model cannot be traced or exported: the program would read its weights past the runtime. Export "
+        "copy.deepcopy(model), which is an ordinary model, or call funicular.unwrap(model) first.",
+    )
 
 
 def compilations() -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from funicular._compiled import captured, not_captured
 from funicular._edits import take_edits
 from funicular._errors import Error, RuntimeFailure
 
@@ -69,6 +70,8 @@ def check_alive(session: Session) -> None:
     """Raise if the model cannot be used: closed, not whole, or another process's."""
     if session.closed:
         raise RuntimeFailure("FN-E104", "the model is no longer offloaded.")
+    if captured():
+        raise not_captured()
     if session.partial:
         raise RuntimeFailure("FN-E410", f"{session.partial} Load a whole checkpoint; until then the model is not used.")
     if os.getpid() != session.pid:

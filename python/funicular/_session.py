@@ -27,6 +27,7 @@ from funicular._clip import apply_pending
 from funicular._edits import Inside, refresh_frames, take_edits, take_frame_edits
 from funicular._ends import check_alive, leave, living
 from funicular._errors import BudgetError, Error
+from funicular._faults import adopt
 from funicular._grads import Landing, bring_down, move_out
 from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
@@ -121,7 +122,8 @@ class Session:
         for unit in self.units:
             unit.params.clear()
             unit.neighbours.clear()
-        self.engine.close()
+        if os.getpid() == self.pid:
+            self.engine.close()
 
     # A copied or pickled model is an ordinary one.
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -206,6 +208,7 @@ class Session:
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
         check_places(self, unit)
+        adopt(self, [unit])
         interrupted, unit.moving = unit.moving, True
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
@@ -335,6 +338,7 @@ class Session:
         for unit in units:
             if unit.behind:
                 self._catch_up(unit)
+        adopt(self, units)
         missing = [unit for unit in units if unit.on_nvme and not unit.shadow_filled]
         if not missing:
             return
@@ -346,6 +350,7 @@ class Session:
                 except BudgetError:
                     self.drop_unused(keep=units)
                     self.engine.fault_in(unit.engine_id, self.stream())
+                adopt(self, [unit])  # something may have touched it just now
                 unit.shadow_filled = True
             except BaseException:
                 self.engine.discard_shadow(unit.engine_id)
@@ -353,6 +358,7 @@ class Session:
 
     def _make_room(self, units: Iterable[Unit]) -> None:
         """Give back the memory of earlier reads that nobody looks at any more, but not that of these units."""
+        adopt(self, self.units)
         for unit in self.units:
             if unit.shadow_filled and unit.depth == 0 and unit not in units and unit is not self.used:
                 self._before_use(unit)
@@ -379,6 +385,7 @@ class Session:
         check_places(self, unit)
         if unit.behind:
             self._catch_up(unit)
+        adopt(self, [unit])
         take_edits(self, unit)
         self._retire_shadow(unit)
 
@@ -388,6 +395,7 @@ class Session:
         self._bring_down()
         self.recover()
         for unit in self.units:
+            adopt(self, [unit])
             if unit.behind or unit.home_seen is not None:
                 self.engine.settle(unit.engine_id, self.stream())
             self._before_use(unit)

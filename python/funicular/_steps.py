@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from funicular._faults import bring_in
 from funicular._model import ref_of
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from funicular._model import ParamRef
+    from funicular._session import Session
 
 __all__ = ["watch_optimizers"]
 
+#: where the wrapper of compiled functions lies
+_WRAPPER = "torch/_dynamo/eval_frame.py"
 #: versions before the step under way
 _before: weakref.WeakKeyDictionary[Any, list[tuple[ParamRef, int]]] = weakref.WeakKeyDictionary()
 
@@ -25,8 +32,33 @@ def _note_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
     found = (ref_of(p) for group in optimizer.param_groups for p in group["params"] if p.__dict__)
     refs = [ref for ref in found if ref is not None]
     if refs:
+        _bring_in(refs)
         with torch._C.DisableTorchFunctionSubclass():
             _before[optimizer] = [(ref, ref.param._version) for ref in refs]
+
+
+def _bring_in(refs: list[ParamRef]) -> None:
+    """Bring weights that live on NVMe before a compiled step: its kernels take addresses and ask nothing.
+
+    Raises
+    ------
+    BudgetError
+        ``FN-E205`` if ``budget.host`` has no room for all of them at once.
+    """
+    units = dict.fromkeys(ref.unit for ref in refs if ref.unit.on_nvme)
+    if units and _is_compiled():
+        for session in dict.fromkeys(unit.session for unit in units):
+            bring_in(session, [unit for unit in units if unit.session is session])
+
+
+def _is_compiled() -> bool:
+    """Whether the step under way was given to ``torch.compile``: a frame of its wrapper called it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_WRAPPER):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -42,13 +74,33 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
                     session.edited(ref)
 
 
+#: graphs of compiled steps must call back: a GPU's kernels cannot wait for weights that are on NVMe
+_breaks_graphs = False
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if _breaks_graphs or not torch.compiler.is_dynamo_compiling():
+        _note_versions(optimizer, args, kwargs)
+
+
+def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if _breaks_graphs or not torch.compiler.is_dynamo_compiling():
+        _count_edits(optimizer, args, kwargs)
+
+
+# torch.compile leaves functions of this package out of its graphs, by their file. These two it may trace: then they are nothing, the
+# graph itself counts what it edits, and steps compiled with fullgraph=True stay possible.
+for _hook in (_before_step, _after_step):
+    _hook.__code__ = _hook.__code__.replace(co_filename="<funicular: hooks of optimizers>")
+
 _watching = False
 
 
-def watch_optimizers() -> None:
+def watch_optimizers(session: Session) -> None:
     """Have every optimizer's steps followed from now on; those over ordinary parameters cost a look at each."""
-    global _watching
+    global _breaks_graphs, _watching
+    _breaks_graphs |= session.device.type == "cuda" and any(unit.on_nvme for unit in session.units)
     if not _watching:
         _watching = True
-        register_optimizer_step_pre_hook(_note_versions)
-        register_optimizer_step_post_hook(_count_edits)
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)

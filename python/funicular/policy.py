@@ -208,7 +208,8 @@ class Policy:
 
     @classmethod
     def _resolve(cls, source: str, form: str, overrides: Mapping[str, str]) -> Policy:
-        environment = [(k, v) for k, v in os.environ.items() if k.startswith("FUNICULAR_")]
+        # Bytes that are not UTF-8 become U+FFFD, which the core refuses with the variable's name.
+        environment = [(_readable(k), _readable(v)) for k, v in os.environ.items() if k.startswith("FUNICULAR_")]
         given = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
         return cls(**_typed(json.loads(_core.resolve_policy(source, form, environment, given))))
 
@@ -230,6 +231,10 @@ class Policy:
     def unit_patterns(self) -> list[str]:
         """Return the patterns of ``units.match``."""
         return list(self.units.match)
+
+
+def _readable(text: str) -> str:
+    return os.fsencode(text).decode(errors="replace")
 
 
 def _typed(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,23 @@ impl HostRegion {
         Ok(())
     }
 
+    /// The reverse of [`Self::move_to`], from whole pages that nobody can access.
+    pub(super) fn move_from(&self, from: *mut u8, len: usize) -> std::io::Result<()> {
+        assert!(len <= self.len && len.is_multiple_of(page_size()), "{len} bytes of a region of {}", self.len);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        // SAFETY: the target lies in this region; the caller owns the source, which stays mapped.
+        if unsafe { libc::mremap(from.cast::<libc::c_void>(), len, len, flags, self.start.as_ptr()) }
+            == libc::MAP_FAILED
+        {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the part of this region that was replaced; it has the access of where it came from.
+        if unsafe { libc::mprotect(self.start.as_ptr().cast(), len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     /// Locks all pages in memory, as long as the region lives.
     ///
     /// # Errors

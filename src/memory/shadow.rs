@@ -217,6 +217,27 @@ impl Shadow {
         Ok(true)
     }
 
+    /// Takes the bytes away into a region, all at once for whoever looks. Whoever touches them then waits, until [`Self::place`] or
+    /// [`Self::wake`].
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses.
+    pub fn take(&self, region: &HostRegion) -> Result<()> {
+        let _change = self.change.lock();
+        // Before: a thread that faults in between must not find it filled for ever.
+        self.space.table().set(self.part, EMPTY);
+        self.protect(libc::PROT_NONE)?;
+        region.move_from(self.start, self.len).map_err(|cause| self.refused(&cause))
+    }
+
+    /// Has those who wait for it look again: it is empty.
+    pub fn wake(&self) {
+        let _change = self.change.lock();
+        if !self.filled() {
+            self.space.table().set(self.part, EMPTY);
+        }
+    }
+
     /// Ends the wait of those who have touched it: the bytes cannot be brought.
     pub fn refuse(&self) {
         let _change = self.change.lock();
@@ -321,6 +342,22 @@ mod tests {
         assert!(all[0].place(&second).expect("moves"));
         // SAFETY: as above.
         assert_eq!(unsafe { *byte(&all[0], 99_999) }, 9);
+    }
+
+    #[test]
+    fn what_is_taken_away_is_brought_back_as_it_was() {
+        let (_, all) = shadows(&[100_000]);
+        assert!(all[0].place(&region_of(7, all[0].len())).expect("moves"));
+        // SAFETY: filled, and only this test uses it.
+        unsafe { *byte(&all[0], 99_999) = 8 };
+        let region = HostRegion::new(ByteCount(100_000), "a test").expect("maps");
+        all[0].take(&region).expect("moves");
+        assert!(!all[0].filled());
+        // SAFETY: the region is this test's own.
+        unsafe { assert_eq!((*region.as_ptr(), *region.as_ptr().add(99_999)), (7, 8)) };
+        assert!(all[0].place(&region).expect("moves"));
+        // SAFETY: as above.
+        assert_eq!(unsafe { *byte(&all[0], 99_999) }, 8);
     }
 
     #[test]

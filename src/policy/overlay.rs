@@ -22,7 +22,8 @@ impl Policy {
     }
 
     /// Applies `FUNICULAR_BUDGET__HBM=12GiB` and the like: a double underscore stands for the dot. Variables without
-    /// the prefix, or without a double underscore, are left alone, except `FUNICULAR_DEVICE` and `FUNICULAR_VERSION`.
+    /// the prefix, or without a double underscore, are left alone, except `FUNICULAR_DEVICE` and `FUNICULAR_VERSION`. Bytes that are
+    /// not UTF-8 are given as U+FFFD.
     ///
     /// # Errors
     /// As for [`Policy::set`], naming the variable.
@@ -31,6 +32,10 @@ impl Policy {
         for (name, value) in vars {
             let (name, value) = (name.as_ref(), value.as_ref());
             if let Some(key) = env_key(name)? {
+                if value.contains(char::REPLACEMENT_CHARACTER) {
+                    let text = format!("environment {name}: its value is not valid UTF-8.");
+                    return Err(Error::new(Code::PolicyValue, text).action("Set it anew, or unset it."));
+                }
                 found.push((name.to_owned(), key, value.to_owned()));
             }
         }

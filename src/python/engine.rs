@@ -328,6 +328,11 @@ impl Engine {
         self.call(py, |rt, i| rt.fault_in(known(rt, unit)?, stream, i))
     }
 
+    /// If the unit was brought because something touched it: digests of its parameters as they were brought, once.
+    fn adopt_fault(&self, py: Python<'_>, unit: u32) -> PyResult<Option<Vec<u64>>> {
+        waiting(py, |_| self.with(|rt| rt.adopt_fault(known(rt, unit)?)))
+    }
+
     /// Makes the shadow writable for its first contents.
     fn blank_shadow(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
         self.call(py, |rt, _| rt.blank_shadow(known(rt, unit)?))

@@ -9,6 +9,7 @@ mod dlpack;
 mod engine;
 mod failures;
 mod figures;
+mod memory;
 mod planner;
 mod policies;
 mod switch;
@@ -23,8 +24,10 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::match_names, m)?)?;
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
-    m.add_function(wrap_pyfunction!(trim, m)?)?;
     m.add_function(wrap_pyfunction!(completion::complete, m)?)?;
+    m.add_function(wrap_pyfunction!(memory::trim, m)?)?;
+    m.add_function(wrap_pyfunction!(memory::keep_for_child, m)?)?;
+    m.add_function(wrap_pyfunction!(memory::forked, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
     m.add_class::<switch::ThreadSwitch>()?;
     m.add_class::<checkpoints::Checkpoint>()?;
@@ -37,12 +40,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     Ok(())
-}
-
-/// Gives free memory of the heap back to the system.
-#[pyfunction]
-fn trim(py: Python<'_>) {
-    py.detach(crate::memory::trim);
 }
 
 /// Runs the command line on `argv`, program name included; returns the exit status.

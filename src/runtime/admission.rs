@@ -3,19 +3,15 @@
 //! A plan's memory is taken page by page, so a run that has just begun is not visible in the machine's free memory. Each
 //! run therefore leaves a note, locked as long as it lives, that says how much it is going to take.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File, OpenOptions},
-    io::Write,
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 use crate::{
     error::{Code, Error, Result},
-    io::random,
     model::Layout,
-    runtime::config::Config,
+    runtime::{
+        config::Config,
+        running_notes::{Folder, Note, Other},
+    },
     schedule::{Placement, advice},
     units::ByteCount,
 };
@@ -26,22 +22,15 @@ const FOLDER: &str = "/dev/shm";
 /// This run's note, and what others said.
 #[derive(Debug)]
 pub(crate) struct Running {
-    note: Option<(PathBuf, File)>,
+    /// Removed as it is dropped.
+    note: Option<Note>,
     others: Vec<Other>,
     mine: u64,
     available: u64,
     /// What had to live one tier lower than asked.
     demoted: Option<String>,
-}
-
-/// Another run on this machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Other {
-    pid: u32,
-    /// Host memory in its plan.
-    planned: u64,
-    /// Of which it is yet to take so much.
-    coming: u64,
+    /// Why there are no notes.
+    unknown: Option<String>,
 }
 
 /// Places a model and admits the plan, before anything is allocated. `freed` bytes of this process will be given back as the model
@@ -100,13 +89,15 @@ fn short(need: u64, available: u64) -> Error {
 impl Running {
     /// Leaves this run's note in `folder`, and reads those of others. Without such a folder nobody knows of anybody.
     fn begin(folder: &Path, mine: u64, available: u64, freed: u64) -> Self {
-        let uid = user();
-        let folder = folder.join(format!("funicular-{uid}"));
-        let _ = fs::DirBuilder::new().mode(0o700).create(&folder);
-        let others = others(&folder);
-        let before = resident(std::process::id()).saturating_sub(freed);
-        let note = leave(&folder, mine, before).ok();
-        Self { note, others, mine, available, demoted: None }
+        let nobody = Self { note: None, others: Vec::new(), mine, available, demoted: None, unknown: None };
+        match Folder::open(folder) {
+            Ok(Some(folder)) => {
+                let others = folder.others();
+                Self { others, note: folder.leave(mine, freed), ..nobody }
+            }
+            Ok(None) => nobody,
+            Err(reason) => Self { unknown: Some(format!("FN-W211 {reason}")), ..nobody },
+        }
     }
 
     /// What was demoted, and a line where the plans of all runs are more than there is.
@@ -114,7 +105,7 @@ impl Running {
         let planned: u64 = self.others.iter().map(|o| o.planned).sum();
         let taken: u64 = self.others.iter().map(|o| o.planned - o.coming).sum();
         if self.others.is_empty() || self.mine + planned <= (self.available + taken) / 100 * 90 {
-            return self.demoted.iter().cloned().collect();
+            return self.demoted.iter().chain(&self.unknown).cloned().collect();
         }
         let shared = format!(
             "FN-W208 {} Together with this run's {} that is nearly all there is.",
@@ -138,88 +129,22 @@ impl Running {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some((path, _)) = &self.note {
-            // The lock goes with the file; a note that stays is known to be stale by it.
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-fn user() -> u32 {
-    fs::metadata("/proc/self").map_or(0, |m| m.uid())
-}
-
-fn leave(folder: &Path, mine: u64, before: u64) -> std::io::Result<(PathBuf, File)> {
-    let path = folder.join(format!("{}-{:016x}", std::process::id(), random()));
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-    file.try_lock().map_err(std::io::Error::from)?;
-    writeln!(file, "{mine} {before}")?;
-    Ok((path, file))
-}
-
-/// The runs that are alive, by process; those of this one are among them. Stale notes are removed.
-fn others(folder: &Path) -> Vec<Other> {
-    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
-    let read = |path: PathBuf| -> Option<(u32, u64, u64)> {
-        let pid = path.file_name()?.to_str()?.split('-').next()?.parse().ok()?;
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path).ok()?;
-        if file.try_lock().is_ok() {
-            let _ = fs::remove_file(&path);
-            return None;
-        }
-        let text = fs::read_to_string(&path).ok()?;
-        let (planned, before) = text.trim().split_once(' ')?;
-        Some((pid, planned.parse().ok()?, before.parse().ok()?))
-    };
-    // What a process planned in all, and what it had before the first of its plans.
-    let mut runs: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
-    for (pid, planned, before) in entries.flatten().filter_map(|e| read(e.path())) {
-        let run = runs.entry(pid).or_insert((0, before));
-        *run = (run.0 + planned, run.1.min(before));
-    }
-    let other = |(pid, (planned, before)): (u32, (u64, u64))| {
-        let taken = resident(pid).saturating_sub(before);
-        Other { pid, planned, coming: planned.saturating_sub(taken) }
-    };
-    runs.into_iter().map(other).collect()
-}
-
-/// Memory that a process has now.
-fn resident(pid: u32) -> u64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    let pages: u64 = text.split(' ').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
-    pages * 4096
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn runs_know_of_each_other_while_they_live() {
+    fn a_run_is_told_of_others_and_of_a_folder_that_is_not_its_own() {
         let dir = tempfile::tempdir().expect("a folder");
-        let folder = dir.path().join(format!("funicular-{}", user()));
         let first = Running::begin(dir.path(), 1 << 40, 1 << 41, 0);
-        assert!(first.others.is_empty() && first.note.is_some());
-        let mine = others(&folder);
-        assert!(mine.len() == 1 && mine[0].pid == std::process::id(), "a second model counts the first: {mine:?}");
-        // The note of a process that is alive (the parent of this one) and one of a process that is dead.
-        let theirs = folder.join(format!("{}-00", std::os::unix::process::parent_id()));
-        let locked = File::create(&theirs).expect("creates");
-        locked.try_lock().expect("locks");
-        fs::write(&theirs, "1099511627776 0\n").expect("writes");
-        fs::write(folder.join("1-00"), "5 0\n").expect("writes");
+        assert!(first.others.is_empty() && first.note.is_some() && first.notes().is_empty());
         let second = Running::begin(dir.path(), 1 << 40, 1 << 40, 0);
-        assert_eq!(second.others.len(), 2);
-        assert!(
-            second.others.iter().all(|o| o.coming > 1 << 39) && second.notes()[0].contains("FN-W208"),
-            "{second:?}"
-        );
-        assert!(!folder.join("1-00").exists(), "the dead leave nothing behind");
-        let path = second.note.as_ref().map(|(p, _)| p.clone()).expect("a note");
-        drop(second);
-        assert!(!path.exists());
+        assert!(second.others.len() == 1 && second.notes()[0].contains("FN-W208"), "{second:?}");
+        drop((first, second));
+        let mine = std::fs::read_dir(dir.path()).expect("lists").flatten().next().expect("one").path();
+        std::fs::remove_dir(&mine).expect("empty");
+        std::fs::write(&mine, "").expect("writes");
+        let third = Running::begin(dir.path(), 1 << 40, 1 << 41, 0);
+        assert!(third.note.is_none() && third.notes()[0].contains("FN-W211"), "{third:?}");
     }
 }

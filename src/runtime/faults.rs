@@ -104,7 +104,12 @@ impl Shared {
     /// Brings a unit's parameters into its shadow, all at once for whoever looks.
     fn bring(&self, unit: UnitId, shadow: &Shadow) -> Result<()> {
         let bytes = shadow.len() as u64;
-        self.lend(bytes, &format!("'{}'", self.layout.unit(unit).name))?;
+        let name = format!("'{}'", self.layout.unit(unit).name);
+        while let Err(error) = self.lend(bytes, &name) {
+            if !self.take_back()? {
+                return Err(error);
+            }
+        }
         let placed = (1..=ATTEMPTS).find_map(|attempt| match self.read_and_place(unit, shadow) {
             Err(error) if error.code() == Code::Corrupted && attempt < ATTEMPTS => None,
             result => Some(result),
@@ -173,6 +178,29 @@ impl Shared {
             self.faults.take(unit);
         }
         placed
+    }
+
+    /// Takes away what was brought longest ago and nobody has changed, to make room; false if there is none such. A thread that touches
+    /// it meanwhile, or later, has it brought again.
+    fn take_back(&self) -> Result<bool> {
+        let known: Vec<UnitId> = self.faults.brought.lock().iter().map(|(unit, _)| *unit).collect();
+        for unit in known {
+            let Some(shadow) = self.homes.unit(unit).shadow.as_ref() else { continue };
+            // The wrapper may take it at the same time: whoever has the digests has the shadow.
+            let Some(digests) = self.faults.take(unit) else { continue };
+            let region = HostRegion::new(ByteCount(shadow.len() as u64), "a read of parameters")?;
+            shadow.take(&region)?;
+            // SAFETY: the region is this function's own, and as long.
+            let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), shadow.len()) };
+            if self.digests(unit, bytes) == digests {
+                self.stats.returned(shadow.len() as u64);
+                shadow.wake();
+                return Ok(true);
+            }
+            self.faults.brought.lock().push((unit, digests));
+            shadow.place(&region)?;
+        }
+        Ok(false)
     }
 
     fn param_segments(&self, disk: &Disk, unit: UnitId) -> impl Iterator<Item = (usize, usize)> {

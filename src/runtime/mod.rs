@@ -19,6 +19,7 @@ mod inner;
 mod read_ahead;
 mod restore;
 mod runner;
+mod running_notes;
 mod saves;
 mod service;
 mod settle;
