@@ -391,6 +391,11 @@ fn environment_overrides() {
     assert_eq!(policy.nvme.queue_depth, Auto::Set(8));
     assert_eq!(policy.device, DeviceChoice::Host);
     let refuse = |name: &str, value: &str| Policy::default().with_env([(name, value)]).unwrap_err();
+    assert_error(
+        &refuse("FUNICULAR_NVME__PATHS", "/mnt/\u{fffd}"),
+        Code::PolicyValue,
+        &["FUNICULAR_NVME__PATHS", "UTF-8"],
+    );
     assert_error(&refuse("FUNICULAR_BUDGTE__HBM", "1GiB"), Code::PolicyKey, &["FUNICULAR_BUDGTE__HBM", "'budget.hbm'"]);
     assert_error(&refuse("FUNICULAR_BUDGET_HBM", "1GiB"), Code::PolicyKey, &["did you mean FUNICULAR_BUDGET__HBM?"]);
     assert_error(

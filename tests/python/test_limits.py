@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -198,10 +197,10 @@ def test_address_of_a_view_that_is_gone(whose: str, host_world):
 
 
 PAST = {
-    "jit": "torch.jit.script(torch.nn.functional.relu)(weight)",
-    "tensor": "torch.tensor(weight)",
-    "func": "torch.func.grad(lambda w: (w ** 2).sum())(weight)",
-    "data": "q = torch.nn.Parameter(torch.zeros_like(values)); q.data = weight; q.sum()",
+    "jit": "assert torch.equal(torch.jit.script(torch.nn.functional.relu)(weight), values.relu())",
+    "tensor": "assert torch.equal(torch.tensor(weight), values)",
+    "func": "assert torch.equal(torch.func.grad(lambda w: (w ** 2).sum())(weight), values * 2)",
+    "data": "q = torch.nn.Parameter(torch.zeros_like(values)); q.data = weight; assert torch.equal(q.detach(), values)",
 }
 CODE = """
 import sys, warnings
@@ -226,19 +225,14 @@ print("went on", flush=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("how", PAST)
 def test_past_the_dispatcher(how: str, disk: str):
-    """On NVMe the process dies rather than compute with what is not there; after ``detach()`` all of it is right."""
+    """On NVMe the bytes are brought as they are touched; after ``detach()`` it is the same."""
     if DEVICE == "cuda":
         pytest.skip("a fault of the device instead")
-
-    def run(act: str) -> subprocess.CompletedProcess[str]:
+    for act in (PAST[how], PAST[how].replace("weight", "weight.detach()")):
         code = CODE.format(path=str(HERE), device=DEVICE, disk=disk, act=act)
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-
-    lost = run(PAST[how])
-    assert lost.returncode == -signal.SIGSEGV, lost.stderr
-    assert "went on" not in lost.stdout
-    detached = run(PAST[how].replace("weight", "weight.detach()"))
-    assert detached.returncode == 0, detached.stderr
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "began\nwent on\n"
 
 
 def test_plain_parameters_are_left_alone():

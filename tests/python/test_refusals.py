@@ -176,6 +176,9 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, host_world: World):
     monkeypatch.delenv("FUNICULAR_BUDGET__HBM")
     monkeypatch.setenv("FUNICULAR_BUDGET__HMB", "1GiB")
     refuse(model, host_world.policy(model), "FN-E502", "FUNICULAR_BUDGET__HMB", "did you mean")
+    monkeypatch.delenv("FUNICULAR_BUDGET__HMB")
+    monkeypatch.setitem(os.environ, "FUNICULAR_NVME__PATHS", os.fsdecode(b"/mnt/\xff"))
+    refuse(model, host_world.policy(model), "FN-E503", "FUNICULAR_NVME__PATHS", "UTF-8")
 
 
 class Odd(nn.Module):

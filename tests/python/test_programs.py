@@ -1,0 +1,55 @@
+"""Programs made of an offloaded model: refused by name, and possible from a copy."""
+
+import copy
+
+import pytest
+import torch
+
+import funicular
+from models import CUDA, WIDTH, Stack
+from twin import Run, World
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+MAKERS = {
+    "trace": torch.jit.trace,
+    "trace without a check": lambda part, x: torch.jit.trace(part, x, check_trace=False),
+    "export": lambda part, x: torch.export.export(part, (x,)).module(),
+}
+PARTS = {
+    "model": lambda model: model,
+    "block": lambda model: model.layers[1],
+    "linear": lambda model: model.layers[1].up,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_programs(maker: str, part: str, two_worlds: World):
+    run = Run(two_worlds, True)
+    run.model = run.wrap(Stack())
+    run.opt = run.adamw()
+    run.train(1, look=False)
+    x = run.data(4, WIDTH)
+    with pytest.raises(funicular.UsageError, match=r"FN-E126.*copy\.deepcopy\(model\)"):
+        MAKERS[maker](PARTS[part](run.model), x)
+    # Nothing is left of it.
+    run.train(1, look=False)
+    plain = copy.deepcopy(PARTS[part](run.model))
+    program = MAKERS[maker](plain, x)
+    with torch.no_grad():
+        assert torch.equal(program(x), PARTS[part](run.model)(x))
+
+
+@pytest.mark.skipif(CUDA, reason="a kernel's fault of the device instead")
+def test_a_function_that_reads_a_weight(two_worlds: World):
+    run = Run(two_worlds, True)
+    run.model = run.wrap(Stack())
+    weight = run.model.layers[1].up.weight
+    with pytest.raises(funicular.UsageError, match="FN-E126"):
+        torch.jit.trace(lambda x: x @ weight, run.data(4, WIDTH))
+    run.model(run.data(4, WIDTH))
