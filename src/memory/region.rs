@@ -1,7 +1,13 @@
 //! An anonymous mapping of exact size, on huge pages where the system gives them.
 #![expect(unsafe_code, reason = "maps memory and hands out raw pointers into it")]
 
-use std::{ptr::NonNull, sync::Arc};
+use std::{
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, Ordering},
+    },
+};
 
 use super::{fork::NotForked, page_size};
 use crate::{
@@ -27,6 +33,7 @@ pub struct HostRegion {
     mapping: NonNull<u8>,
     mapping_len: usize,
     not_forked: NotForked,
+    moved: AtomicBool,
     start: NonNull<u8>,
     len: usize,
     huge: HugePages,
@@ -43,13 +50,26 @@ impl HostRegion {
     /// # Errors
     /// `FN-E204` when the system refuses.
     pub fn new(len: ByteCount, purpose: &str) -> Result<Arc<Self>> {
+        Self::map(len, ALIGNMENT, purpose)
+    }
+
+    /// As [`Self::new`], aligned to a page: memory that [`Self::move_to`] can move.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses.
+    pub(crate) fn movable(len: ByteCount, purpose: &str) -> Result<Arc<Self>> {
+        Self::map(len, 0, purpose)
+    }
+
+    /// Maps `slack` bytes more than it needs, and begins at a multiple of so many bytes.
+    fn map(len: ByteCount, slack: u64, purpose: &str) -> Result<Arc<Self>> {
         let refused = || {
             Error::new(Code::HostAlloc, format!("the system refused {len} of memory for {purpose}."))
                 .errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
                 .action("Lower budget.host, or raise the container's or user's memory limit.")
         };
         let len_rounded = round_up(len.0.max(1), page_size() as u64);
-        let total = usize::try_from(len_rounded + ALIGNMENT).map_err(|_| refused())?;
+        let total = usize::try_from(len_rounded + slack).map_err(|_| refused())?;
         // SAFETY: a fresh anonymous mapping; no existing memory is touched.
         let raw = unsafe {
             libc::mmap(
@@ -65,15 +85,15 @@ impl HostRegion {
             return Err(refused());
         }
         let mapping = NonNull::new(raw.cast::<u8>()).ok_or_else(refused)?;
-        let offset = mapping.align_offset(ALIGNMENT as usize);
-        // SAFETY: `offset` < ALIGNMENT and the mapping has ALIGNMENT bytes more than `len_rounded`.
+        let offset = if slack == 0 { 0 } else { mapping.align_offset(slack as usize) };
+        // SAFETY: `offset` is 0 or less than `slack`, and the mapping has `slack` bytes more than `len_rounded`.
         let start = unsafe { mapping.add(offset) };
         let len = len_rounded as usize;
         // SAFETY: the range lies in the mapping made above; advice changes no contents.
         let advised = unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         let huge = if advised == 0 { HugePages::Advised } else { HugePages::Refused };
         let not_forked = NotForked::new(raw.cast(), total);
-        Ok(Arc::new(Self { mapping, mapping_len: total, not_forked, start, len, huge }))
+        Ok(Arc::new(Self { mapping, mapping_len: total, not_forked, moved: AtomicBool::new(false), start, len, huge }))
     }
 
     /// First byte.
@@ -105,8 +125,7 @@ impl HostRegion {
         for at in (offset..offset + len).step_by(page_size()) {
             // SAFETY: `at` is inside the region; an atomic add of zero keeps what another thread may have written.
             unsafe {
-                (*self.start.as_ptr().add(at).cast::<std::sync::atomic::AtomicU8>())
-                    .fetch_add(0, std::sync::atomic::Ordering::Relaxed);
+                (*self.start.as_ptr().add(at).cast::<AtomicU8>()).fetch_add(0, Ordering::Relaxed);
             }
         }
     }
@@ -127,33 +146,21 @@ impl HostRegion {
         }
     }
 
-    /// Moves the first `len` bytes, whole pages, to addresses that nobody uses, in place of what is mapped there. Whoever looks there sees
-    /// none of it, or all. The region is zeros where they were.
-    pub(super) fn move_to(&self, to: *mut u8, len: usize) -> std::io::Result<()> {
-        assert!(len <= self.len && len.is_multiple_of(page_size()), "{len} bytes of a region of {}", self.len);
-        let from = self.start.as_ptr().cast::<libc::c_void>();
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        // SAFETY: the source lies in this region, which stays mapped; the caller owns the target.
-        if unsafe { libc::mremap(from, len, len, flags, to.cast::<libc::c_void>()) } == libc::MAP_FAILED {
+    /// Moves the memory to addresses that nobody uses, in place of what is mapped there. Whoever looks there sees none of it, or all. From
+    /// now on there is nothing at the region's own addresses.
+    ///
+    /// # Panics
+    /// If the region was not made by [`Self::movable`], or was moved.
+    pub(super) fn move_to(&self, to: *mut u8) -> std::io::Result<()> {
+        assert!(self.mapping_len == self.len && !self.moved.load(Ordering::Acquire), "a region that cannot move");
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: exactly this region's mapping, which is left alone from now on; the caller owns the target.
+        let moved =
+            unsafe { libc::mremap(self.mapping.as_ptr().cast(), self.len, self.len, flags, to.cast::<libc::c_void>()) };
+        if moved == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
-        Ok(())
-    }
-
-    /// The reverse of [`Self::move_to`], from whole pages that nobody can access.
-    pub(super) fn move_from(&self, from: *mut u8, len: usize) -> std::io::Result<()> {
-        assert!(len <= self.len && len.is_multiple_of(page_size()), "{len} bytes of a region of {}", self.len);
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        // SAFETY: the target lies in this region; the caller owns the source, which stays mapped.
-        if unsafe { libc::mremap(from.cast::<libc::c_void>(), len, len, flags, self.start.as_ptr()) }
-            == libc::MAP_FAILED
-        {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the part of this region that was replaced; it has the access of where it came from.
-        if unsafe { libc::mprotect(self.start.as_ptr().cast(), len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        self.moved.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -181,8 +188,8 @@ impl std::fmt::Debug for HostRegion {
 
 impl Drop for HostRegion {
     fn drop(&mut self) {
-        if !self.not_forked.is_ours() {
-            return; // of the parent: in this process the addresses stay reserved
+        if self.moved.load(Ordering::Acquire) || !self.not_forked.is_ours() {
+            return; // somebody else's now, or of the parent: in this process the addresses stay reserved
         }
         // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`, so nobody is left.
         unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapping_len) };

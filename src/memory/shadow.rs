@@ -197,45 +197,48 @@ impl Shadow {
         Ok(())
     }
 
-    /// Puts the first bytes of a region there, all at once for whoever looks; false, and nothing is done, if there is memory already.
-    /// The region is zeros afterwards.
+    /// Moves a region there, all at once for whoever looks; false, and nothing is done, if there is memory already.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
     ///
     /// # Panics
-    /// If the region is smaller than the range.
-    pub fn place(&self, region: &HostRegion) -> Result<bool> {
-        assert!(region.len() >= self.len, "a region of {} bytes for a shadow of {}", region.len(), self.len);
+    /// If the region has another length, or cannot move.
+    pub(crate) fn place(&self, region: &HostRegion) -> Result<bool> {
+        assert_eq!(region.len(), self.len, "a region of another length");
         let _change = self.change.lock();
         if self.filled() {
             return Ok(false);
         }
-        region.move_to(self.start, self.len).map_err(|cause| self.refused(&cause))?;
+        region.move_to(self.start).map_err(|cause| self.refused(&cause))?;
         NotForked::renew(self.start, self.len);
         self.space.table().set(self.part, FILLED);
         Ok(true)
     }
 
-    /// Takes the bytes away into a region, all at once for whoever looks. Whoever touches them then waits, until [`Self::place`] or
-    /// [`Self::wake`].
+    /// Gives the memory back if `unchanged` says so of its bytes; true then. Whoever writes meanwhile waits, and finds what came of it;
+    /// whoever reads does not notice, or has the bytes brought again.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
-    pub fn take(&self, region: &HostRegion) -> Result<()> {
-        let _change = self.change.lock();
-        // Before: a thread that faults in between must not find it filled for ever.
-        self.space.table().set(self.part, EMPTY);
-        self.protect(libc::PROT_NONE)?;
-        region.move_from(self.start, self.len).map_err(|cause| self.refused(&cause))
-    }
-
-    /// Has those who wait for it look again: it is empty.
-    pub fn wake(&self) {
+    pub fn discard_if(&self, unchanged: impl FnOnce(&[u8]) -> bool) -> Result<bool> {
         let _change = self.change.lock();
         if !self.filled() {
-            self.space.table().set(self.part, EMPTY);
+            return Ok(false);
         }
+        // Before the protection: a thread that faults in between must not find it filled for ever.
+        self.space.table().set(self.part, EMPTY);
+        self.protect(libc::PROT_READ)?;
+        // SAFETY: this part of the mapping, readable, and nobody can write to it now.
+        let unchanged = unchanged(unsafe { std::slice::from_raw_parts(self.start, self.len) });
+        if unchanged {
+            self.protect(libc::PROT_NONE)?;
+            self.forget();
+        } else {
+            self.protect(libc::PROT_READ | libc::PROT_WRITE)?;
+        }
+        self.space.table().set(self.part, if unchanged { EMPTY } else { FILLED });
+        Ok(unchanged)
     }
 
     /// Ends the wait of those who have touched it: the bytes cannot be brought.
@@ -254,9 +257,13 @@ impl Shadow {
         self.run_undo();
         let _change = self.change.lock();
         self.space.table().set(self.part, EMPTY);
+        self.forget();
+        self.protect(libc::PROT_NONE)
+    }
+
+    fn forget(&self) {
         // SAFETY: exactly this part of the mapping.
         unsafe { libc::madvise(self.start.cast(), self.len, libc::MADV_DONTNEED) };
-        self.protect(libc::PROT_NONE)
     }
 
     fn protect(&self, access: libc::c_int) -> Result<()> {
@@ -305,7 +312,7 @@ mod tests {
     }
 
     fn region_of(bytes: u8, len: usize) -> Arc<HostRegion> {
-        let region = HostRegion::new(ByteCount(len as u64), "a test").expect("maps");
+        let region = HostRegion::movable(ByteCount(len as u64), "a test").expect("maps");
         // SAFETY: the region is this test's own.
         unsafe { region.as_ptr().write_bytes(bytes, len) };
         region
@@ -333,11 +340,9 @@ mod tests {
         assert!(all[0].place(&first).expect("moves"));
         assert!(!all[0].place(&second).expect("nothing to do"));
         assert!(!all[1].filled());
-        // SAFETY: filled, and only this test uses it; the region is still mapped.
-        unsafe {
-            assert!((0..all[0].len()).all(|at| *byte(&all[0], at) == 7));
-            assert!((0..first.len()).all(|at| *first.as_ptr().add(at) == 0), "the region stays mapped");
-        }
+        // SAFETY: filled, and only this test uses it.
+        assert!((0..all[0].len()).all(|at| unsafe { *byte(&all[0], at) } == 7));
+        drop(first);
         all[0].discard().expect("discards");
         assert!(all[0].place(&second).expect("moves"));
         // SAFETY: as above.
@@ -345,19 +350,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_away_is_brought_back_as_it_was() {
+    fn what_was_changed_stays() {
         let (_, all) = shadows(&[100_000]);
+        assert!(!all[0].discard_if(|_| true).expect("nothing is there"));
         assert!(all[0].place(&region_of(7, all[0].len())).expect("moves"));
         // SAFETY: filled, and only this test uses it.
         unsafe { *byte(&all[0], 99_999) = 8 };
-        let region = HostRegion::new(ByteCount(100_000), "a test").expect("maps");
-        all[0].take(&region).expect("moves");
-        assert!(!all[0].filled());
-        // SAFETY: the region is this test's own.
-        unsafe { assert_eq!((*region.as_ptr(), *region.as_ptr().add(99_999)), (7, 8)) };
-        assert!(all[0].place(&region).expect("moves"));
+        assert!(!all[0].discard_if(|bytes| bytes[99_999] == 7).expect("looks"));
         // SAFETY: as above.
-        assert_eq!(unsafe { *byte(&all[0], 99_999) }, 8);
+        assert!(all[0].filled() && unsafe { *byte(&all[0], 99_999) } == 8);
+        // SAFETY: as above.
+        unsafe { *byte(&all[0], 99_999) = 9 };
+        assert!(all[0].discard_if(|bytes| bytes[99_999] == 9).expect("looks"));
+        assert!(!all[0].filled());
     }
 
     #[test]

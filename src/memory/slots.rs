@@ -34,6 +34,12 @@ impl SlotPool {
         Ok(Self(Arc::new(Inner { region, slot_len: slot_len as usize, free: Mutex::new(free) })))
     }
 
+    /// One slot: a whole region.
+    pub(crate) fn whole(region: Arc<HostRegion>) -> Self {
+        let slot_len = region.len();
+        Self(Arc::new(Inner { region, slot_len, free: Mutex::new(vec![0]) }))
+    }
+
     /// Takes a free slot, or none if all are leased.
     pub fn lease(&self) -> Option<SlotLease> {
         let index = self.0.free.lock().pop()?;

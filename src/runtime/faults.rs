@@ -142,7 +142,7 @@ impl Shared {
 
     fn read_still(&self, unit: UnitId, shadow: &Shadow) -> Result<bool> {
         let disk = self.disk()?;
-        let pool = SlotPool::new(1, ByteCount(shadow.len() as u64), "a read of parameters")?;
+        let pool = SlotPool::whole(HostRegion::movable(ByteCount(shadow.len() as u64), "a read of parameters")?);
         let mut lease = pool.lease().ok_or_else(|| Error::new(Code::Stale, "a new pool has no slot."))?;
         let mut parts = Vec::new();
         for (segment, at) in self.param_segments(disk, unit) {
@@ -188,17 +188,11 @@ impl Shared {
             let Some(shadow) = self.homes.unit(unit).shadow.as_ref() else { continue };
             // The wrapper may take it at the same time: whoever has the digests has the shadow.
             let Some(digests) = self.faults.take(unit) else { continue };
-            let region = HostRegion::new(ByteCount(shadow.len() as u64), "a read of parameters")?;
-            shadow.take(&region)?;
-            // SAFETY: the region is this function's own, and as long.
-            let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr(), shadow.len()) };
-            if self.digests(unit, bytes) == digests {
+            if shadow.discard_if(|bytes| self.digests(unit, bytes) == digests)? {
                 self.stats.returned(shadow.len() as u64);
-                shadow.wake();
                 return Ok(true);
             }
             self.faults.brought.lock().push((unit, digests));
-            shadow.place(&region)?;
         }
         Ok(false)
     }
@@ -255,7 +249,7 @@ impl Shared {
     ) -> Result<()> {
         let bytes = shadow.len() as u64;
         self.lend(bytes, &format!("'{}'", self.layout.unit(unit).name))?;
-        let placed = HostRegion::new(ByteCount(bytes), "a read of parameters").and_then(|region| {
+        let placed = HostRegion::movable(ByteCount(bytes), "a read of parameters").and_then(|region| {
             self.read_params_into(unit, region.as_ptr(), stream, interrupted)?;
             shadow.place(&region)
         });
