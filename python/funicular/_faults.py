@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from funicular import _core
 from funicular._ends import living
-from funicular._model import storage_uses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,8 +50,6 @@ def _before_fork() -> None:
         for unit in session.units:
             if unit.home_aliased() and (unit.shadow_filled or not unit.on_nvme):
                 ranges.extend((ref.home_address, ref.numel * ref.home.element_size()) for ref in unit.params)
-            if unit.grad is not None and storage_uses(unit.grad) > unit.grad_idle:
-                ranges.append((unit.grad.data_ptr(), unit.grad.nbytes()))
     _core.keep_for_child(ranges)
 
 

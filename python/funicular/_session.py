@@ -208,7 +208,8 @@ class Session:
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
         check_places(self, unit)
-        adopt(self, [unit])
+        if unit.on_nvme:
+            adopt(self, [unit])
         interrupted, unit.moving = unit.moving, True
         with torch._C.DisableTorchFunctionSubclass():
             inside = Inside(self, unit)
@@ -385,7 +386,8 @@ class Session:
         check_places(self, unit)
         if unit.behind:
             self._catch_up(unit)
-        adopt(self, [unit])
+        if unit.on_nvme:
+            adopt(self, [unit])
         take_edits(self, unit)
         self._retire_shadow(unit)
 

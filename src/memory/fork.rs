@@ -61,6 +61,11 @@ impl NotForked {
         self.0.pid.load(Ordering::Relaxed) == std::process::id()
     }
 
+    /// Lets forks copy it from now on. A child still leaves it to the process that mapped it.
+    pub(super) fn let_fork(&self) {
+        advise(self.0.start.load(Ordering::Relaxed), self.0.len.load(Ordering::Relaxed), libc::MADV_DOFORK);
+    }
+
     /// Says again that the range is not copied, where some of it was mapped anew.
     pub(super) fn renew(start: *mut u8, len: usize) {
         advise(start as usize, len, libc::MADV_DONTFORK);

@@ -6,6 +6,7 @@
 mod copy;
 mod fault;
 mod fork;
+mod headroom;
 mod heap;
 mod page;
 mod region;
@@ -15,6 +16,7 @@ mod slots;
 pub(crate) use copy::copy_past_caches;
 pub(crate) use fork::NotForked;
 pub use fork::{forked, keep};
+pub use headroom::headroom;
 pub use heap::trim;
 pub use page::page_size;
 pub use region::{HostRegion, HugePages};

@@ -164,6 +164,11 @@ impl HostRegion {
         Ok(())
     }
 
+    /// Lets forks copy it from now on: it is no runtime's any more, but tensors look at it.
+    pub fn let_fork(&self) {
+        self.not_forked.let_fork();
+    }
+
     /// Locks all pages in memory, as long as the region lives.
     ///
     /// # Errors

@@ -88,6 +88,11 @@ impl ShadowSpace {
         unsafe { &*self.table }
     }
 
+    /// Lets forks copy what is there from now on.
+    pub fn let_fork(&self) {
+        self.registered.let_fork();
+    }
+
     /// Has touched parts wait for answers from now on.
     pub fn serve(&self) {
         self.table().serve();

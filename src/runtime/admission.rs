@@ -23,7 +23,7 @@ const FOLDER: &str = "/dev/shm";
 #[derive(Debug)]
 pub(crate) struct Running {
     /// Removed as it is dropped.
-    note: Option<Note>,
+    _note: Option<Note>,
     others: Vec<Other>,
     mine: u64,
     available: u64,
@@ -89,11 +89,11 @@ fn short(need: u64, available: u64) -> Error {
 impl Running {
     /// Leaves this run's note in `folder`, and reads those of others. Without such a folder nobody knows of anybody.
     fn begin(folder: &Path, mine: u64, available: u64, freed: u64) -> Self {
-        let nobody = Self { note: None, others: Vec::new(), mine, available, demoted: None, unknown: None };
+        let nobody = Self { _note: None, others: Vec::new(), mine, available, demoted: None, unknown: None };
         match Folder::open(folder) {
             Ok(Some(folder)) => {
                 let others = folder.others();
-                Self { others, note: folder.leave(mine, freed), ..nobody }
+                Self { others, _note: folder.leave(mine, freed), ..nobody }
             }
             Ok(None) => nobody,
             Err(reason) => Self { unknown: Some(format!("FN-W211 {reason}")), ..nobody },
@@ -137,7 +137,7 @@ mod tests {
     fn a_run_is_told_of_others_and_of_a_folder_that_is_not_its_own() {
         let dir = tempfile::tempdir().expect("a folder");
         let first = Running::begin(dir.path(), 1 << 40, 1 << 41, 0);
-        assert!(first.others.is_empty() && first.note.is_some() && first.notes().is_empty());
+        assert!(first.others.is_empty() && first._note.is_some() && first.notes().is_empty());
         let second = Running::begin(dir.path(), 1 << 40, 1 << 40, 0);
         assert!(second.others.len() == 1 && second.notes()[0].contains("FN-W208"), "{second:?}");
         drop((first, second));
@@ -145,6 +145,6 @@ mod tests {
         std::fs::remove_dir(&mine).expect("empty");
         std::fs::write(&mine, "").expect("writes");
         let third = Running::begin(dir.path(), 1 << 40, 1 << 41, 0);
-        assert!(third.note.is_none() && third.notes()[0].contains("FN-W211"), "{third:?}");
+        assert!(third._note.is_none() && third.notes()[0].contains("FN-W211"), "{third:?}");
     }
 }

@@ -1,7 +1,10 @@
 //! How a runtime ends: by a failure, by being closed, in a forked child.
 
 use super::Runtime;
-use crate::error::{Code, Error, Result};
+use crate::{
+    device::DeviceKind,
+    error::{Code, Error, Result},
+};
 
 impl Runtime {
     /// Makes every later call fail with this error, unless an earlier one does already.
@@ -52,6 +55,9 @@ impl Runtime {
         shared.device.drain();
         if let Some(shadows) = &shared.homes.shadows {
             shadows.stop();
+        }
+        if shared.device.kind() == DeviceKind::Host {
+            shared.homes.let_fork();
         }
         drop(shared);
         for thread in self.threads.drain(..) {

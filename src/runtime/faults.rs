@@ -33,6 +33,9 @@ use crate::{
 /// A read that meets a write of the same bytes is tried again so often.
 const ATTEMPTS: u32 = 5;
 
+/// Two units of which one instruction needs both are not brought by turns for ever. A use of the model in between begins anew.
+const TURNS: u32 = 10_000;
+
 /// What was brought because it was touched.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
@@ -40,6 +43,8 @@ pub(crate) struct Faults {
     pub(crate) reads: Ends,
     /// Digests of the parameters of units that were brought, in the order of the parameters.
     brought: Mutex<Vec<(UnitId, Vec<u64>)>>,
+    /// The unit that was taken back last, and how often in a row what was taken back was wanted next.
+    returned: Mutex<(Option<UnitId>, u32)>,
 }
 
 impl Faults {
@@ -48,6 +53,13 @@ impl Faults {
         let mut brought = self.brought.lock();
         let at = brought.iter().position(|(known, _)| *known == unit)?;
         Some(brought.swap_remove(at).1)
+    }
+
+    /// How often in a row a unit was wanted that had just been taken back, this time included.
+    fn turns(&self, unit: UnitId) -> u32 {
+        let mut returned = self.returned.lock();
+        returned.1 = if returned.0 == Some(unit) { returned.1 + 1 } else { 0 };
+        returned.1
     }
 }
 
@@ -105,8 +117,9 @@ impl Shared {
     fn bring(&self, unit: UnitId, shadow: &Shadow) -> Result<()> {
         let bytes = shadow.len() as u64;
         let name = format!("'{}'", self.layout.unit(unit).name);
+        let turns = self.faults.turns(unit);
         while let Err(error) = self.lend(bytes, &name) {
-            if !self.take_back()? {
+            if turns > TURNS || !self.take_back()? {
                 return Err(error);
             }
         }
@@ -190,6 +203,7 @@ impl Shared {
             let Some(digests) = self.faults.take(unit) else { continue };
             if shadow.discard_if(|bytes| self.digests(unit, bytes) == digests)? {
                 self.stats.returned(shadow.len() as u64);
+                self.faults.returned.lock().0 = Some(unit);
                 return Ok(true);
             }
             self.faults.brought.lock().push((unit, digests));
@@ -230,6 +244,7 @@ impl Shared {
     /// If a unit was brought because it was touched: makes it as readable for the device as what the wrapper asks for, and returns the
     /// digests of what was brought.
     pub(crate) fn adopt(&self, unit: UnitId) -> Result<Option<Vec<u64>>> {
+        self.faults.returned.lock().1 = 0;
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(None) };
         let Some(digests) = self.faults.take(unit) else { return Ok(None) };
         if let Err(error) = self.expose(shadow) {

@@ -175,6 +175,14 @@ impl Homes {
         }
     }
 
+    /// Lets forks copy what is left of it when the runtime is closed: tensors that somebody kept.
+    pub fn let_fork(&self) {
+        [&self.params, &self.grads, &self.states, &self.spare].into_iter().for_each(|region| region.let_fork());
+        if let Some(shadows) = &self.shadows {
+            shadows.let_fork();
+        }
+    }
+
     /// Bytes that are mapped for homes and gradients.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -162,11 +162,13 @@ pub unsafe fn read_buffers(
 /// What `work` fails with; `FN-E106`.
 pub fn aside(control: &Control, interrupted: Interrupted<'_>, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let work = || {
             let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
             let done = done.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a load panicked.")));
             control.ended(done.map(|()| Vec::new()));
-        });
+        };
+        let started = std::thread::Builder::new().name("funicular-load".into()).spawn_scoped(scope, work);
+        started.map_err(|e| Error::new(Code::NoThread, format!("a load's thread could not be started: {e}.")))?;
         let ended = control.wait(interrupted);
         if ended.is_err() {
             control.cancel();
@@ -243,7 +245,9 @@ impl Shared {
     fn fill(&self, work: &Work<'_>) -> Result<()> {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| self.populate(work.fills, &over));
+            // Without it the memory comes as it is written.
+            let ahead = std::thread::Builder::new().name("funicular-load-2".into());
+            let _ = ahead.spawn_scoped(scope, || self.populate(work.fills, &over));
             let filled = self.fill_all(work);
             over.store(true, Ordering::Relaxed);
             filled

@@ -12,7 +12,7 @@ use crate::{
     device::{self, DeviceKind, Lanes},
     error::{Code, Result},
     io::{DirectIo, EngineOptions, IoCompletion},
-    memory::SlotPool,
+    memory::{self, SlotPool},
     model::Layout,
     optim::Pool,
     policy::Policy,
@@ -49,6 +49,13 @@ pub(crate) struct Started {
     pub(crate) running: Running,
 }
 
+/// The most that channels and other queues take of the heap, and what the heap takes at a time.
+const QUEUES: u64 = 48 << 20;
+/// A thread's stack, and what lies around it.
+const STACK: u64 = (2 << 20) + (64 << 10);
+/// Threads of a runtime besides its update pool: its own, those of an I/O engine, and one for a save with its helpers.
+const THREADS: u64 = 5 + 16 + 4;
+
 struct Channels {
     done: (Sender<IoCompletion>, Receiver<IoCompletion>),
     run: (Sender<Task>, Receiver<Task>),
@@ -68,6 +75,10 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let mut notes = running.notes();
     let share = open_share(|count, bytes| device.create_lanes(count, bytes), config.updates, &mut plan, &mut notes)?;
     let homes = Homes::new(&layout, &plan)?;
+    memory::headroom(
+        ByteCount(QUEUES + STACK * (u64::from(config.threads) + THREADS)),
+        "the runtime's threads and queues",
+    )?;
     let channels = Channels {
         done: bounded(4096),
         run: bounded(4096),

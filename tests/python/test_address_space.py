@@ -24,8 +24,8 @@ def use():
     opt = funicular.AdamW(model.parameters())
     train(model, opt)
     for p in model.parameters(): p.detach().sum(); opt.state[p]["exp_avg"].sum()
-    funicular.save(model, disk + f"/saved-{{os.getpid()}}", optimizer=opt)
-    funicular.load(model, disk + f"/saved-{{os.getpid()}}", optimizer=opt)
+    funicular.save(model, opt, disk + f"/saved-{{os.getpid()}}")
+    funicular.load(disk + f"/saved-{{os.getpid()}}", model, opt)
     funicular.unwrap(model)
 # What torch needs for itself.
 plain = build()
