@@ -44,7 +44,7 @@ def take_edits(session: Session, unit: Unit) -> None:
                 session.edited(ref)
     for ref in changed_at_home(unit):
         session.edited(ref)
-    if not unit.home_aliased():
+    if not unit.home_aliased() and not unit.shadow_filled:
         unit.home_seen = None
     elif unit.shadow_filled or not unit.on_nvme:
         look_at_home(unit)

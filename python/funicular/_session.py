@@ -352,8 +352,11 @@ class Session:
                     self.drop_unused(keep=units)
                     self.engine.fault_in(unit.engine_id, self.stream())
                 adopt(self, [unit])  # something may have touched it just now
+                # Its address may be known to code that tells nobody of its edits.
+                look_at_home(unit)
                 unit.shadow_filled = True
             except BaseException:
+                unit.shadow_filled, unit.home_seen = False, None
                 self.engine.discard_shadow(unit.engine_id)
                 raise
 

@@ -121,11 +121,11 @@ pub(super) fn free(table: *mut Table) {
     }
 }
 
-/// Installs the handler, also where another one has replaced it since.
+/// Sees to it that faults come here first, also where another handler was installed since.
 ///
 /// # Errors
 /// `FN-E204` when the system refuses.
-pub(super) fn install() -> Result<()> {
+pub(crate) fn install() -> Result<()> {
     let refused = || {
         let cause = std::io::Error::last_os_error();
         Error::new(Code::HostAlloc, format!("the system refused a handler of SIGSEGV: {cause}."))

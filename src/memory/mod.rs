@@ -14,6 +14,7 @@ mod shadow;
 mod slots;
 
 pub(crate) use copy::copy_past_caches;
+pub(crate) use fault::install as watch_faults;
 pub(crate) use fork::NotForked;
 pub use fork::{forked, keep};
 pub use headroom::headroom;

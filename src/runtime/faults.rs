@@ -18,7 +18,7 @@ use crate::{
     dtype::StateKind,
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
-    memory::{HostRegion, Shadow, ShadowSpace, SlotPool},
+    memory::{self, HostRegion, Shadow, ShadowSpace, SlotPool},
     model::ParamPlace,
     runtime::{
         Interrupted, Runtime,
@@ -245,6 +245,7 @@ impl Shared {
     /// digests of what was brought.
     pub(crate) fn adopt(&self, unit: UnitId) -> Result<Option<Vec<u64>>> {
         self.faults.returned.lock().1 = 0;
+        memory::watch_faults()?;
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(None) };
         let Some(digests) = self.faults.take(unit) else { return Ok(None) };
         if let Err(error) = self.expose(shadow) {

@@ -11,7 +11,7 @@ use std::{
 use crate::{
     dtype::StateKind,
     error::Result,
-    memory::{HostRegion, Shadow, ShadowSpace, page_size},
+    memory::{self, HostRegion, Shadow, ShadowSpace, page_size},
     model::Layout,
     schedule::Placement,
     units::{ByteCount, Tier, UnitId, round_up},
@@ -81,6 +81,8 @@ impl Homes {
     /// # Errors
     /// `FN-E204` when the system refuses.
     pub fn new(layout: &Layout, placement: &Placement) -> Result<Self> {
+        // A forked child that touches any of it is told so.
+        memory::watch_faults()?;
         let mut units = Vec::with_capacity(layout.units.len());
         let on_nvme = || {
             layout

@@ -21,7 +21,10 @@ from models import CUDA, WIDTH, Stack
 from test_processes import in_child
 from twin import Run, World
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
 REFUSED = 77
 GIB = 1 << 30
 
@@ -51,7 +54,7 @@ def places(run: Run) -> dict[str, int]:
     """Addresses of each kind of the runtime's memory."""
     ref = ref_of(run.model.layers[1].up.weight)
     assert ref is not None
-    found = {"home": ref.home_address, "gradient": ref.grad.data_ptr()}
+    found = {"home": ref.home_address, "gradient": ref.unit.grad.data_ptr()}
     if run.world.device == "host":
         found["frame"] = ref.frame_address
     return found
