@@ -44,7 +44,7 @@ impl ShadowSpace {
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
-    pub fn new<'a>(parts: impl IntoIterator<Item = (u64, &'a str)>) -> Result<(Arc<Self>, Vec<Arc<Shadow>>)> {
+    pub fn reserve<'a>(parts: impl IntoIterator<Item = (u64, &'a str)>) -> Result<(Arc<Self>, Vec<Arc<Shadow>>)> {
         let page = page_size();
         let mut total = 0;
         let mut places = Vec::new();
@@ -84,7 +84,7 @@ impl ShadowSpace {
     }
 
     fn table(&self) -> &Table {
-        // SAFETY: made in `new` and freed by `drop` only.
+        // SAFETY: made in `reserve` and freed by `drop` only.
         unsafe { &*self.table }
     }
 
@@ -129,7 +129,7 @@ impl Drop for ShadowSpace {
         }
         self.registered.table().store(ptr::null_mut(), Ordering::SeqCst);
         fault::free(self.table);
-        // SAFETY: exactly the mapping made in `new`; every user holds a shadow, which holds this.
+        // SAFETY: exactly the mapping made in `reserve`; every user holds a shadow, which holds this.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
@@ -307,7 +307,7 @@ mod tests {
     use super::*;
 
     fn shadows(sizes: &[u64]) -> (Arc<ShadowSpace>, Vec<Arc<Shadow>>) {
-        ShadowSpace::new(sizes.iter().map(|&bytes| (bytes, "a part"))).expect("maps")
+        ShadowSpace::reserve(sizes.iter().map(|&bytes| (bytes, "a part"))).expect("maps")
     }
 
     fn byte(shadow: &Shadow, at: usize) -> *mut u8 {

@@ -94,9 +94,8 @@ impl Homes {
         };
         let (shadows, parts) = match on_nvme().next() {
             None => (None, Vec::new()),
-            Some(_) => {
-                ShadowSpace::new(on_nvme().map(|unit| (unit.param_bytes(), &*unit.name))).map(|(s, p)| (Some(s), p))?
-            }
+            Some(_) => ShadowSpace::reserve(on_nvme().map(|unit| (unit.param_bytes(), &*unit.name)))
+                .map(|(s, p)| (Some(s), p))?,
         };
         let mut parts = parts.into_iter();
         let (mut params, mut grads, mut states, mut spare) = (0, 0, 0, 0);

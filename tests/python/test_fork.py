@@ -245,7 +245,7 @@ def test_a_child_offloads_a_model_of_its_own(two_worlds: World):
         # And its own children are as well off.
         return in_child(lambda: own.model(torch.ones(4, WIDTH)) is None) - REFUSED
 
-    assert in_child(work) == 0
+    assert in_child(work, 60) == 0
     run.train(1, look=False)
 
 

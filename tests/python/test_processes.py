@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 HERE = Path(__file__).parent
 
 
-def in_child(work) -> int:
+def in_child(work, seconds: float = 30) -> int:
     """Run ``work`` in a forked child; its exit status, or -1 if it did not end."""
     pid = os.fork()
     if pid == 0:
@@ -29,7 +29,7 @@ def in_child(work) -> int:
             os._exit(work() or 0)
         except BaseException as error:
             os._exit(77 if "FN-E103" in str(error) else 1)
-    for _ in range(1000):
+    for _ in range(int(seconds * 100)):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
