@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from funicular import _core
 from funicular._ends import living
+from funicular._errors import BudgetError
+from funicular._watch import look_at_home
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from funicular._model import Unit
     from funicular._session import Session
 
-__all__ = ["adopt", "bring_in"]
+__all__ = ["adopt", "bring_in", "fetch"]
 
 
 def adopt(session: Session, units: Iterable[Unit]) -> None:
@@ -28,6 +30,25 @@ def adopt(session: Session, units: Iterable[Unit]) -> None:
             brought = session.engine.adopt_fault(unit.engine_id)
             if brought is not None:
                 unit.shadow_filled, unit.home_seen = True, brought
+
+
+def fetch(session: Session, unit: Unit, *, keep: Iterable[Unit]) -> None:
+    """Read a unit's weights from NVMe; what was read earlier makes room, but not these units."""
+    engine = session.engine
+    try:
+        try:
+            engine.fault_in(unit.engine_id, session.stream())
+        except BudgetError:
+            session.drop_unused(keep=keep)
+            engine.fault_in(unit.engine_id, session.stream())
+        adopt(session, [unit])  # something may have touched it just now
+        # Its address may be known to code that tells nobody of its edits.
+        look_at_home(unit)
+        unit.shadow_filled = True
+    except BaseException:
+        unit.shadow_filled, unit.home_seen = False, None
+        engine.discard_shadow(unit.engine_id)
+        raise
 
 
 def bring_in(session: Session, units: list[Unit]) -> None:

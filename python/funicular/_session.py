@@ -26,8 +26,8 @@ from funicular._amid import note_step
 from funicular._clip import apply_pending
 from funicular._edits import Inside, refresh_frames, take_edits, take_frame_edits
 from funicular._ends import check_alive, leave, living
-from funicular._errors import BudgetError, Error
-from funicular._faults import adopt
+from funicular._errors import Error
+from funicular._faults import adopt, fetch
 from funicular._grads import Landing, bring_down, move_out
 from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
@@ -345,20 +345,7 @@ class Session:
             return
         self._make_room(units)
         for unit in missing:
-            try:
-                try:
-                    self.engine.fault_in(unit.engine_id, self.stream())
-                except BudgetError:
-                    self.drop_unused(keep=units)
-                    self.engine.fault_in(unit.engine_id, self.stream())
-                adopt(self, [unit])  # something may have touched it just now
-                # Its address may be known to code that tells nobody of its edits.
-                look_at_home(unit)
-                unit.shadow_filled = True
-            except BaseException:
-                unit.shadow_filled, unit.home_seen = False, None
-                self.engine.discard_shadow(unit.engine_id)
-                raise
+            fetch(self, unit, keep=units)
 
     def _make_room(self, units: Iterable[Unit]) -> None:
         """Give back the memory of earlier reads that nobody looks at any more, but not that of these units."""
