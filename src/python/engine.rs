@@ -330,7 +330,7 @@ impl Engine {
 
     /// If the unit was brought because something touched it: digests of its parameters as they were brought, once.
     fn adopt_fault(&self, py: Python<'_>, unit: u32) -> PyResult<Option<Vec<u64>>> {
-        waiting(py, |_| self.with(|rt| rt.adopt_fault(known(rt, unit)?)))
+        self.call(py, |rt, _| rt.adopt_fault(known(rt, unit)?))
     }
 
     /// Makes the shadow writable for its first contents.
