@@ -2,7 +2,7 @@
 #
 #   make demo                trains a model that does not fit its budgets, and compares it with a run that fits
 #   make test                every test; in parts: make test-rust, make test-python
-#   make test-fast           the Python tests in host memory, without the slow ones: a few minutes
+#   make test-fast           the Python tests in host memory, without the slow ones: under 3 minutes on two cores
 #   make test-rust ARGS=...  only these, such as ARGS="--lib policy::" or ARGS="--test store"
 #   make test-python ARGS=.. only these, such as ARGS="-k clip" or ARGS=tests/python/test_clipping.py
 #   make test-hangs          close, unwrap, exit, fork and signal handlers beside each kind of wait
@@ -130,10 +130,13 @@ test-python: package
 	@$(PY) -m pytest $(ARGS)
 endif
 
-# Quick feedback: one placement, no slow tests. `make test` is what counts.
+# Quick feedback: one placement, no slow tests, and without the files that mostly start programs of their own, which take as long as all
+# others together. `make test` is what counts.
+SLOW_FILES := $(addprefix tests/python/test_,admission.py budgets.py checkpoint_async.py checkpoint_cli.py checkpoint_faults.py cli.py examples.py plan.py)
+
 test-fast: package
 	$(call say,Python tests in host memory, without the slow ones)
-	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --worlds host -m "not slow and not timing" $(ARGS)
+	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --worlds=host -m "not slow and not timing" $(addprefix --ignore=,$(SLOW_FILES)) $(ARGS)
 
 # Close, unwrap, exit, fork and signal handlers beside each kind of wait; with FUNICULAR_TEST_DEVICE=cuda on a GPU.
 test-hangs: package

@@ -98,6 +98,13 @@ def test_targets_of_make_in_documents_exist(document: str) -> None:
     assert named <= known, f"not in the Makefile: {', '.join(sorted(named - known))}"
 
 
+def test_what_test_fast_leaves_out_exists() -> None:
+    prefix, names = re.search(
+        r"^SLOW_FILES := \$\(addprefix (\S+),(.*)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    ).groups()
+    assert [name for name in names.split() if not (ROOT / (prefix + name)).exists()] == []
+
+
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/releasing.md"])
 def test_files_that_documents_name_exist(document: str) -> None:
     named = re.findall(
