@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from funicular._classes import pageable
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -30,7 +32,8 @@ class Cast:
 
     def dtype_of(self, p: torch.Tensor) -> torch.dtype:
         """Return the format that a parameter has, or will have."""
-        return self._dtype if self._dtype is not None and p.dtype in _FORMATS.values() else p.dtype
+        converted = self._dtype is not None and p.dtype in _FORMATS.values() and pageable(p)
+        return self._dtype if self._dtype is not None and converted else p.dtype
 
     def apply(self, model: nn.Module) -> None:
         """Convert, one parameter after the other."""

@@ -10,8 +10,6 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from funicular._compiled import captured, not_captured
 from funicular._edits import take_edits
 from funicular._errors import Error, RuntimeFailure
@@ -61,7 +59,7 @@ def leave(session: Session, unit: Unit) -> None:
     for ref in unit.params:
         with contextlib.suppress(Error):
             session.keep_states(ref)
-        ref.param.__class__ = nn.Parameter
+        ref.param.__class__ = ref.kind
         ref.param.data = ref.home
         ref.param.__dict__.pop("_funicular_inside", None)
 

@@ -313,13 +313,15 @@ class GuardedParameter(nn.Parameter):
         """Return an ordinary, independent parameter on the same device."""
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
-        copy = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
+        kind = getattr(type(self), "_funicular_class", nn.Parameter)
+        copy: nn.Parameter = kind(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
         memo[id(self)] = copy
         return copy
 
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary parameter holding a copy."""
         copy: Any = nn.Parameter(self.detach().clone(), self.requires_grad)
+        copy.__dict__.update((k, v) for k, v in self.__dict__.items() if not k.startswith("_funicular_"))
         return copy.__reduce_ex__(proto)
 
     def __repr__(self) -> str:  # type: ignore[override]

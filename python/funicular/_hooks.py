@@ -14,6 +14,7 @@ from funicular._amid import refuse
 from funicular._compiled import compile_forward, keep_out, untraced, untraced_itself
 from funicular._leases import remove
 from funicular._model import Visit, in_backward
+from funicular._replaced import check_replaced
 from funicular._saved_hooks import push
 from funicular._session import BACKWARD, EVAL, FORWARD
 
@@ -297,6 +298,7 @@ class _EnterRoot(_Hook):
         if in_backward():
             return
         keep_out()
+        check_replaced(self.session)
         for ref in self.hooked:
             hooked = ref()
             if hooked is not None:

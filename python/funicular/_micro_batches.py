@@ -427,7 +427,8 @@ class _Sum:
 
 def _leaf(p: nn.Parameter) -> nn.Parameter:
     """Return a leaf over a weight, of the class that weights have in their windows: graphs do not tell them apart."""
-    if type(p) is WindowParameter:
+    inside = isinstance(p, WindowParameter)
+    if inside:
         with torch._C.DisableTorchFunctionSubclass():
             leaf = nn.Parameter(torch.Tensor.detach(p), p.requires_grad)
     else:
@@ -435,8 +436,8 @@ def _leaf(p: nn.Parameter) -> nn.Parameter:
     ref = ref_of(p)
     if ref is not None:
         link(leaf, ref)
-        leaf._funicular_inside = ref.unit.inside if type(p) is WindowParameter else {threading.get_ident(): 0}  # type: ignore[attr-defined]
-        leaf.__class__ = WindowParameter
+        leaf._funicular_inside = ref.unit.inside if inside else {threading.get_ident(): 0}  # type: ignore[attr-defined]
+        leaf.__class__ = ref.window
     return leaf
 
 
@@ -458,4 +459,4 @@ def _lent(module: nn.Module, params: list[nn.Parameter]) -> Iterator[list[nn.Par
 
 def _at_home(module: nn.Module) -> list[nn.Parameter]:
     """Return the weights that are used from their home: guarded, where the block would better see plain ones."""
-    return [p for p in module.parameters() if type(p) is GuardedParameter]
+    return [p for p in module.parameters() if isinstance(p, GuardedParameter) and not isinstance(p, WindowParameter)]

@@ -117,8 +117,10 @@ class ParamRef:
         "frame",
         "frame_address",
         "grad",
+        "guarded",
         "home",
         "home_address",
+        "kind",
         "name",
         "norm",
         "numel",
@@ -135,12 +137,17 @@ class ParamRef:
         "version",
         "version_before",
         "views",
+        "window",
     )
 
     def __init__(self, param: torch.nn.Parameter, name: str, unit: Unit, place: tuple[int, int, int, int]) -> None:
         # Strong, so that the counts of who shares a storage stay comparable.
         self.param = param
         self.name = name
+        #: its class when it is not offloaded, outside its window, and inside
+        self.kind: type[torch.nn.Parameter] = type(param)
+        self.guarded: type[torch.nn.Parameter]
+        self.window: type[torch.nn.Parameter]
         self.unit = unit
         self.section, self.start, self.numel, self.offset = place
         self.frame: torch.Tensor

@@ -13,6 +13,7 @@ from funicular import _core
 from funicular._activations import Activations
 from funicular._amid import note_step, refuse
 from funicular._cast import Cast
+from funicular._classes import guarded_classes, unpaged, unpaged_note
 from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
@@ -21,7 +22,9 @@ from funicular._hooks import AssignHook, ModuleHooks, RootHooks, remove_hooks
 from funicular._meta import Weights
 from funicular._micro_batches import MicroBatches
 from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
+from funicular._parts import ATTRIBUTE, offloaded, session_of
 from funicular._places import tensor_over, view_of
+from funicular._replaced import Held
 from funicular._resident import keep, resident_session, unkeep
 from funicular._session import Session
 from funicular._steps import watch_optimizers
@@ -35,11 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["offload", "session_of", "unwrap"]
 
 _log = logging.getLogger("funicular")
-_ATTRIBUTE = "_funicular_session"
 #: what the C library may keep of the weights that have moved: it gives small pieces back only when it is told to
 _TRIM_BYTES = 64 << 20
 
 
+@torch.inference_mode(mode=False)
 def offload(
     model: nn.Module,
     policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None,
@@ -95,6 +98,8 @@ def offload(
         raise
     for note in session.engine.notes():
         _log.warning("%s", note)
+    if session.unpaged:
+        _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.unpaged))
     return model
 
 
@@ -102,10 +107,12 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
     found = find_units(model, resolved.unit_patterns())
     if torch.version.cuda is not None:
         tell_core()
+    left = unpaged(model)
     units = [(f.name, [describe(n, p, cast.dtype_of(p)) for n, p in f.params]) for f in found]
     engine = _core.Engine(units, resolved.to_json(), _freed(found))
     where = engine.device()
     session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
+    session.unpaged = left
     devices = {id(p): p.device for p in model.parameters()}
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
@@ -115,7 +122,8 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
         _move_buffers(model, session)
         _slice(session, found, resolved)
         _hook(model, session, found)
-        model.__dict__[_ATTRIBUTE] = session
+        session.model = weakref.ref(model)
+        model.__dict__[ATTRIBUTE] = session
         if weights is not None:
             weights.fill(session)
     except BaseException:
@@ -135,11 +143,6 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
         engine.close()
         raise
     return session
-
-
-def session_of(model: nn.Module) -> Session | None:
-    """Return the session of an offloaded model."""
-    return model.__dict__.get(_ATTRIBUTE)
 
 
 def _freed(found: list[Found]) -> int:
@@ -199,6 +202,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
         ref.frame_address = ref.frame.data_ptr()
         ref.home = view_of(unit.flat(p.dtype, at_frames=False), ref, p)
         ref.home_address = ref.home.data_ptr()
+        ref.guarded, ref.window = guarded_classes(ref.kind)
         ref.trainable = p.requires_grad
         unit.trained += ref.trainable
         unit.params.append(ref)
@@ -234,7 +238,7 @@ def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
         p.data = ref.home
         p.grad = grad
         ref.version = p._version
-        p.__class__ = GuardedParameter
+        p.__class__ = ref.guarded
         with torch._C.DisableTorchFunctionSubclass():
             ref.home = p.detach()
     session.leases.add(unit)
@@ -316,6 +320,7 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
     for module in model.modules():
         if any(id(p) in unit_of for p in module.parameters(recurse=False)):
             AssignHook.install(session, module)
+    session.held = Held(model, set(unit_of))
     # Last, so that they run before all others.
     RootHooks.install(session, model)
 
@@ -341,13 +346,14 @@ def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> 
     return tuple(dict.fromkeys(units))
 
 
+@torch.inference_mode(mode=False)
 def unwrap(model: nn.Module) -> nn.Module:
     """Make an offloaded model a normal, resident one again, in place.
 
     Parameters
     ----------
     model : nn.Module
-        A model given to :func:`offload`.
+        A model given to :func:`offload`, or a module that wraps one.
 
     Returns
     -------
@@ -358,14 +364,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises
     ------
     UsageError
-        ``FN-E114`` if the model is not offloaded.
+        ``FN-E114`` if the model is not offloaded, or is a part of an offloaded one.
     StorageError
         ``FN-E301``, ``FN-E302`` if weights or optimizer states on NVMe cannot be read; the model stays as it is. Called again,
         it leaves such states behind. Weights in host memory can be taken back after a failure too.
     """
-    session = session_of(model)
-    if session is None:
-        raise UsageError("FN-E114", "the model is not offloaded.")
+    part, session = offloaded(model)
     refuse(session, "unwrap")
     note_step(session)
     _core.saved(session.engine)
@@ -380,7 +384,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         session.take_all_edits()
     taken = _taken(session)
     # Nothing has changed so far.
-    _core.complete(lambda: _leave(model, session, taken))
+    _core.complete(lambda: _leave(part, session, taken))
     session.engine.close()
     return model
 
@@ -427,7 +431,7 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
         p = ref.param
         if ref.states is not None:
             ref.states.take(states, lost)
-        p.__class__ = nn.Parameter
+        p.__class__ = ref.kind
         with torch.no_grad():
             p.data = value
         p.grad = grad
@@ -441,5 +445,5 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
     MicroBatches.remove(model)
     session.activations = None
     unkeep(session)
-    session.closed = True
-    model.__dict__.pop(_ATTRIBUTE, None)
+    session.closed, session.held = True, None
+    model.__dict__.pop(ATTRIBUTE, None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from funicular._classes import unpaged, unpaged_note
 from funicular._offload import describe
 from funicular._units import find_units
 
@@ -21,8 +22,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def units(
     source: str, patterns: list[str], dtype: str | None
-) -> list[tuple[str, list[tuple[str, int, str, int, bool]], bool]]:
+) -> tuple[list[tuple[str, list[tuple[str, int, str, int, bool]], bool]], tuple[int, int, str]]:
     """Return a model's units: name, parameters, and whether the unit's backward reads them.
+
+    Then, of the parameters that cannot be paged, how many there are, how many of them are trained, and what they are.
 
     Parameters
     ----------
@@ -41,7 +44,7 @@ def units(
         id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
     }
     found = find_units(model, patterns, plan=True)
-    return [
+    planned = [
         (
             f.name,
             [describe(n, p, p.dtype) for n, p in f.params],
@@ -49,6 +52,9 @@ def units(
         )
         for f in found
     ]
+    left = unpaged(model)
+    trained = sum(one.numel for one in left if one.trained)
+    return planned, (sum(one.numel for one in left), trained, unpaged_note(left) if left else "")
 
 
 def _from_factory(source: str) -> nn.Module:

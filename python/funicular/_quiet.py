@@ -10,6 +10,7 @@ from funicular import _core
 from funicular._amid import refuse
 from funicular._errors import UsageError
 from funicular._model import in_backward, outdate
+from funicular._replaced import check_replaced
 
 if TYPE_CHECKING:
     from funicular._model import ParamRef
@@ -19,8 +20,15 @@ __all__ = ["between_steps", "homes_changed", "preserve_aliased", "quiesce"]
 
 
 def quiesce(session: Session) -> None:
-    """Bring everything home that a save or a load is about."""
+    """Bring everything home that a save or a load is about.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E115`` if another library has replaced parameters.
+    """
     session.alive()
+    check_replaced(session)
     session.take_all_edits()
 
 

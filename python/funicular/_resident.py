@@ -54,7 +54,7 @@ def resident_update(session: Session, p: nn.Parameter, states: ParamStates, hype
     """Describe one parameter's update for the runtime; None if its tensors are not as the kernels need them."""
     grad = p.grad
     dtype = _DTYPES.get(p.dtype)
-    if grad is None or dtype is None or type(grad) is not torch.Tensor or type(p) is not nn.Parameter:
+    if grad is None or dtype is None or type(grad) is not torch.Tensor or not isinstance(p, nn.Parameter):
         return None
     if grad.dtype != p.dtype or grad.device != p.device or p.device != session.device or grad.stride() != p.stride():
         return None

@@ -29,19 +29,22 @@ from funicular._ends import check_alive, leave, living
 from funicular._errors import Error
 from funicular._faults import adopt, fetch
 from funicular._grads import Landing, bring_down, move_out
-from funicular._guard import GuardedParameter, WindowParameter
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
 from funicular._nvtx import ranges
 from funicular._places import check_places
+from funicular._replaced import check_replaced
 from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
 if TYPE_CHECKING:
+    import weakref
     from collections.abc import Callable, Iterable
 
     from funicular._activations import Activations
+    from funicular._classes import Unpaged
     from funicular._core import Engine, Save
+    from funicular._replaced import Held
     from funicular.policy import Policy
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
@@ -73,10 +76,16 @@ class Session:
         self.units: list[Unit] = []
         #: parameters that are not paged: they live on the compute device
         self.residents: list[torch.nn.Parameter] = []
+        #: parameters of classes that cannot be paged
+        self.unpaged: list[Unpaged] = []
         self.ahead = Ahead()
         self.leases = LeaseHooks()
         #: block inputs that wait in host memory, where the policy says so
         self.activations: Activations | None = None
+        #: the model that was given to ``offload``
+        self.model: weakref.ref[torch.nn.Module] | None = None
+        #: where its modules hold the paged parameters
+        self.held: Held | None = None
         #: everything hung on the model: each has ``remove()``
         self.handles: list[Any] = []
         self.pid = os.getpid()
@@ -113,6 +122,7 @@ class Session:
         """Leave what somebody still holds as ordinary tensors, and give the rest back."""
         if "closed" not in self.__dict__:
             return  # interrupted while it was made
+        self.held = None  # who else holds a parameter is counted below
         if not self.closed and os.getpid() == self.pid:
             with contextlib.suppress(Error):
                 _core.saved(self.engine)
@@ -166,7 +176,7 @@ class Session:
             for ref in unit.params:
                 ref.seen, ref.touched = digest(ref.frame) if self.poison else None, False
                 ref.param.data = ref.frame
-                ref.param.__class__ = WindowParameter
+                ref.param.__class__ = ref.window
         self._let_in(unit)
         unit.is_open, unit.moving = True, False
         return True
@@ -226,7 +236,7 @@ class Session:
             for ref in away:
                 ref.version = ref.param._version
                 ref.param.data = ref.home
-                ref.param.__class__ = GuardedParameter
+                ref.param.__class__ = ref.guarded
                 ref.seen = None
         unit.inside.clear()
         unit.is_open = unit.moving = False
@@ -438,6 +448,7 @@ class Session:
     def before_step(self, units: list[Unit]) -> list[Unit]:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
         self.alive()
+        check_replaced(self)
         self._bring_down()
         if in_backward():
             self.close_all()

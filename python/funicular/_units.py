@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from funicular import _core
+from funicular._classes import is_dtensor, pageable
 from funicular._errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def find_units(model: nn.Module, patterns: list[str], *, plan: bool = False) -> 
     Raises
     ------
     UsageError
-        ``FN-E123`` for TorchScript modules, ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that cannot be paged, ``FN-E113``
-        for parameters that share storage.
+        ``FN-E123`` for TorchScript modules, ``FN-E111`` for parameters without weights, ``FN-E112`` for types and layouts that
+        cannot be paged, ``FN-E113`` for parameters that share storage.
     """
     if not plan:
         _check_modules(model)
@@ -91,12 +92,18 @@ def _parameter_names(model: nn.Module, *, plan: bool) -> list[tuple[str, nn.Para
     for name, p in model.named_parameters():
         if not (plan and p.is_meta):
             _check(name, p)
-        if type(p) is nn.Parameter:
+        if pageable(p):
             names.append((name, p))
     return names
 
 
 def _check(name: str, p: nn.Parameter) -> None:
+    if is_dtensor(p):
+        raise UsageError(
+            "FN-E112",
+            f"'{name}' is a DTensor, which is distributed over processes. Offload a model of ordinary parameters: "
+            "fully_shard, parallelize_module and distribute_tensor cannot be combined with funicular.",
+        )
     if nn.parameter.is_lazy(p):
         raise UsageError("FN-E112", f"'{name}' is not initialised yet. Run one forward before offloading.")
     if p.is_meta:
@@ -105,8 +112,16 @@ def _check(name: str, p: nn.Parameter) -> None:
             f"'{name}' is on the meta device and has no weights to load. Materialise the model (to_empty and an "
             "initialisation, or from_pretrained) before offloading.",
         )
-    if type(p) is not nn.Parameter:
-        return  # a tensor subclass stays where it is
+    if not p.is_leaf:
+        raise UsageError("FN-E112", f"'{name}' is computed from other tensors. Make it an nn.Parameter of its own.")
+    if not pageable(p):
+        return  # it stays where it is
+    if p.is_inference():
+        raise UsageError(
+            "FN-E112",
+            f"'{name}' was made under torch.inference_mode() and cannot be trained. Make the model outside of it, or offload "
+            "copy.deepcopy(model), made outside of it: the copy has ordinary parameters.",
+        )
     if p.layout != torch.strided:
         raise UsageError("FN-E112", f"'{name}' has layout {p.layout}; only dense parameters can be paged.")
     if p.requires_grad and p.dtype not in _TRAINABLE:

@@ -12,6 +12,7 @@ from funicular._core import complete
 from funicular._errors import UsageError
 from funicular._grads import bring_home
 from funicular._model import ref_of
+from funicular._replaced import refuse_dtensors
 from funicular._resident import resident_session, resident_update
 from funicular._states import MOMENTS, ParamStates
 from funicular.reference import adamw_step
@@ -52,7 +53,7 @@ class AdamW(torch.optim.Optimizer):
     Raises
     ------
     UsageError
-        ``FN-E117`` for ``amsgrad``, ``capturable`` and ``differentiable``.
+        ``FN-E117`` for ``amsgrad``, ``capturable`` and ``differentiable``, ``FN-E112`` for DTensors.
     """
 
     #: no step of it changes a parameter without counting
@@ -99,6 +100,15 @@ class AdamW(torch.optim.Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; parameters that are distributed over processes are refused with ``FN-E112``."""
+        super().add_param_group(param_group)
+        try:
+            refuse_dtensors(self.param_groups[-1]["params"])
+        except UsageError:
+            self.param_groups.pop()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...

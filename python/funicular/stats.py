@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from funicular._errors import UsageError
-from funicular._offload import session_of
+from funicular._parts import offloaded
 from funicular._step_time import StepTime, step_time
 
 if TYPE_CHECKING:
@@ -107,6 +106,8 @@ class Stats:
     stray_reads: int
     budgets: dict[str, Budget]
     activations: Paged
+    #: bytes of parameters that cannot be paged, by device: they are in no budget
+    unpaged: dict[str, int]
     #: seconds since the model was offloaded
     seconds: float
 
@@ -146,23 +147,26 @@ class Stats:
         for tier, b in self.budgets.items():
             limit = "unlimited" if b.limit is None else f"{b.limit / 2**20:.1f} MiB"
             lines.append(f"  {tier:16} {b.used / 2**20:.1f} MiB used, {b.peak / 2**20:.1f} MiB peak of {limit}")
+        for device, size in self.unpaged.items():
+            lines.append(f"  not paged        {size / 2**20:.1f} MiB of parameters on {device}, in no budget")
         return "\n".join(lines)
 
 
 def stats(model: nn.Module) -> Stats:
-    """Return what has happened so far to an offloaded model.
+    """Return what has happened so far to an offloaded model, or to the one that a module wraps.
 
     Raises
     ------
     UsageError
-        ``FN-E114`` if the model is not offloaded.
+        ``FN-E114`` if the model is not offloaded, or is a part of an offloaded one.
     """
-    session = session_of(model)
-    if session is None:
-        raise UsageError("FN-E114", "the model is not offloaded.")
+    _, session = offloaded(model)
     raw = session.engine.stats()
     timed, lost = raw["timed"]
     hits, late, demand, wasted, conflicts = raw["prefetch"]
+    unpaged: dict[str, int] = {}
+    for one in session.unpaged:
+        unpaged[one.device] = unpaged.get(one.device, 0) + one.bytes
     return Stats(
         device=session.engine.device(),
         engine=raw["engine"],
@@ -181,5 +185,6 @@ def stats(model: nn.Module) -> Stats:
         stray_reads=session.strays,
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},
         activations=Paged() if session.activations is None else Paged(*session.activations.totals()),
+        unpaged=unpaged,
         seconds=time.monotonic() - session.started,
     )

@@ -10,7 +10,7 @@ use crate::{
     error::{Code, Error, Result},
     model::ParamSpec,
     plan::{
-        self, Compute, Machine, PlannedUnit,
+        self, Compute, Machine, PlannedUnit, Unpaged,
         source::{self, Shape, parse_count},
     },
     policy::{
@@ -24,7 +24,7 @@ use crate::{
 
 /// Builds a model that only Python can: `module:function`, or a directory with a config.json. The text, the patterns of
 /// `units.match`, and the type to build it in.
-pub type Loader<'a> = &'a dyn Fn(&str, &[String], Option<&str>) -> Result<Vec<PlannedUnit>>;
+pub type Loader<'a> = &'a dyn Fn(&str, &[String], Option<&str>) -> Result<(Vec<PlannedUnit>, Unpaged)>;
 
 #[derive(Args)]
 pub(super) struct PlanArguments {
@@ -109,7 +109,7 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
         policy.budget.nvme = crate::policy::Auto::Set(disk);
     }
     policy.check_consistent()?;
-    let units = model(&arguments, &policy, loader)?;
+    let (units, unpaged) = model(&arguments, &policy, loader)?;
     let compute = Compute {
         tokens: arguments.tokens,
         flops: if arguments.tokens > 0 { arguments.flops } else { 0.0 },
@@ -117,7 +117,12 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
         recompute: arguments.recompute,
         passes: arguments.passes,
     };
-    let plan = plan::plan(&units, &policy, &machine, compute)?;
+    let mut plan = plan::plan(&units, &policy, &machine, compute)?;
+    plan.params += unpaged.params;
+    plan.trained += unpaged.trained;
+    if !unpaged.text.is_empty() {
+        plan.notes.push(format!("Not paged, in no budget: {}.", unpaged.text));
+    }
     let code = u8::from(!plan.fits);
     let out = if arguments.json {
         serde_json::to_string_pretty(&plan)
@@ -163,7 +168,12 @@ fn dtype(word: &str) -> DType {
     }
 }
 
-fn model(arguments: &PlanArguments, policy: &Policy, loader: Option<Loader<'_>>) -> Result<Vec<PlannedUnit>> {
+fn model(
+    arguments: &PlanArguments,
+    policy: &Policy,
+    loader: Option<Loader<'_>>,
+) -> Result<(Vec<PlannedUnit>, Unpaged)> {
+    let alone = |units: Vec<PlannedUnit>| (units, Unpaged::default());
     let asked = arguments.dtype.as_deref().or(match policy.params.dtype {
         ParamsDtype::Keep => None,
         ParamsDtype::Float32 => Some("fp32"),
@@ -172,7 +182,7 @@ fn model(arguments: &PlanArguments, policy: &Policy, loader: Option<Loader<'_>>)
     });
     if let (Some(params), Some(layers)) = (arguments.params, arguments.layers) {
         let shape = Shape { params, layers, vocab: arguments.vocab, hidden: arguments.hidden };
-        return shape.units(dtype(asked.unwrap_or("bf16")));
+        return shape.units(dtype(asked.unwrap_or("bf16"))).map(alone);
     }
     let text = arguments.model.as_deref().unwrap_or_default();
     let path = Path::new(text);
@@ -183,7 +193,7 @@ fn model(arguments: &PlanArguments, policy: &Policy, loader: Option<Loader<'_>>)
             Some(word) if p.dtype.trainable() => ParamSpec { dtype: dtype(word), ..p },
             _ => p,
         };
-        return source::cut(params.into_iter().map(cast).collect(), &policy.units.patterns);
+        return source::cut(params.into_iter().map(cast).collect(), &policy.units.patterns).map(alone);
     }
     let Some(loader) = loader else {
         return Err(Error::new(Code::PolicyFile, format!("{text}: only Python can build this model."))

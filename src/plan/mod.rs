@@ -7,7 +7,7 @@ mod text;
 
 use serde::Serialize;
 
-pub use source::PlannedUnit;
+pub use source::{PlannedUnit, Unpaged};
 pub use text::text;
 
 use crate::{

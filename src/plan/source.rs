@@ -26,6 +26,17 @@ pub struct PlannedUnit {
     pub backward: bool,
 }
 
+/// Parameters of classes that cannot be paged: they stay where they are, in no tier and no budget.
+#[derive(Clone, Debug, Default)]
+pub struct Unpaged {
+    /// Parameters.
+    pub params: u64,
+    /// Of them trained.
+    pub trained: u64,
+    /// Their names, classes and bytes; empty where there are none.
+    pub text: String,
+}
+
 /// A model of so many parameters.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {

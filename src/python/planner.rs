@@ -5,23 +5,26 @@ use pyo3::prelude::*;
 use super::arguments::{ParamTuple, unit_specs};
 use crate::{
     error::{Code, Error, Result},
-    plan::PlannedUnit,
+    plan::{PlannedUnit, Unpaged},
 };
 
 /// (name, parameters, whether its backward reads them)
 type UnitTuple = (String, Vec<ParamTuple>, bool);
+/// (parameters that are not paged, of them trained, what they are)
+type UnpagedTuple = (u64, u64, String);
 
 /// Asks `funicular._planner.units`.
-pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Result<Vec<PlannedUnit>> {
+pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Result<(Vec<PlannedUnit>, Unpaged)> {
     Python::attach(|py| {
-        let units: PyResult<Vec<UnitTuple>> = py
+        let found: PyResult<(Vec<UnitTuple>, UnpagedTuple)> = py
             .import("funicular._planner")
             .and_then(|module| module.getattr("units")?.call1((source, patterns.to_vec(), dtype)))
-            .and_then(|units| units.extract());
-        let units = units.map_err(|e| failed(py, source, &e))?;
+            .and_then(|found| found.extract());
+        let (units, (params, trained, text)) = found.map_err(|e| failed(py, source, &e))?;
         let (specs, backward): (Vec<_>, Vec<_>) = units.into_iter().map(|(n, p, b)| ((n, p), b)).unzip();
         let specs = unit_specs(specs)?;
-        Ok(specs.into_iter().zip(backward).map(|(spec, backward)| PlannedUnit { spec, backward }).collect())
+        let units = specs.into_iter().zip(backward).map(|(spec, backward)| PlannedUnit { spec, backward }).collect();
+        Ok((units, Unpaged { params, trained, text }))
     })
 }
 
