@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from funicular._entries import added_entries
 from funicular._errors import UsageError
 from funicular._facts import encode
 from funicular._model import ref_of
@@ -32,11 +33,12 @@ _Place = tuple[int, int, int, str]
 
 
 class Named(NamedTuple):
-    """The model's tensors, each under the first of its names, and the other names."""
+    """The model's tensors, each under the first of its names, and the other names; what modules add to their state."""
 
     params: dict[str, nn.Parameter]
     buffers: dict[str, torch.Tensor]
     aliases: dict[str, str]
+    entries: dict[str, Any]
 
 
 def named_tensors(model: nn.Module) -> Named:
@@ -45,18 +47,13 @@ def named_tensors(model: nn.Module) -> Named:
     Raises
     ------
     UsageError
-        ``FN-E408`` for modules whose state holds more than tensors.
+        ``FN-E408`` if the model's own ``state_dict()`` fails.
     """
     params: dict[str, nn.Parameter] = {}
     buffers: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise UsageError(
-                "FN-E408",
-                f"'{prefix}' has an extra state ({type(module).__name__}.get_extra_state). Give it as `extra`.",
-            )
         dot = f"{prefix}." if prefix else ""
         for key, p in module._parameters.items():
             if p is not None:
@@ -64,7 +61,7 @@ def named_tensors(model: nn.Module) -> Named:
         for key, b in module._buffers.items():
             if b is not None and key not in module._non_persistent_buffers_set:
                 _note(dot + key, b, first, buffers, aliases)
-    return Named(params, buffers, aliases)
+    return Named(params, buffers, aliases, added_entries(model, {**params, **buffers}, aliases))
 
 
 def _note(name: str, tensor: Any, first: dict[int, str], found: dict[str, Any], aliases: dict[str, str]) -> None:
@@ -125,7 +122,7 @@ class Snapshot:
             )
         on_device = tensor.device.type != "cpu" and tensor.device == self.device
         packed = tensor.contiguous() if on_device else tensor.cpu().contiguous()
-        if capture and packed.data_ptr() == tensor.data_ptr():
+        if packed.is_inference() or (capture and packed.data_ptr() == tensor.data_ptr()):
             packed = packed.clone()
         self.held.append((name, packed, packed._version))
         return (-1, int(on_device), packed.data_ptr(), "")
@@ -160,6 +157,16 @@ class Snapshot:
         """List a buffer; those are small, and change in any forward."""
         place = self._memory(name, b, capture=self.capture)
         self.tensors.append((name, _dtype(name, b), tuple(b.shape), False, place, None))
+
+    def entries(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """List the tensors among what modules add to their state; returns their names, and the values of the others."""
+        values = {}
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                self.buffer(name, value)
+            else:
+                values[name] = encode(value, f"'{name}' of the model's state_dict()")
+        return {"tensors": [name for name in entries if name not in values], "values": values}
 
     def states(self, name: str, p: nn.Parameter, count: int, states: Any) -> None:
         """List a parameter's states."""

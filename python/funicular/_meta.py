@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from funicular._classes import pageable
 from funicular._errors import UsageError
 from funicular._gather import named_tensors
 from funicular._restore import Loader, Source, compare_model
 
 if TYPE_CHECKING:
-    import os
-
     from funicular._cast import Cast
     from funicular._session import Session
 
 __all__ = ["Weights"]
 
 _log = logging.getLogger("funicular")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+#: what files of weights are that are not safetensors
+_FORMATS = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), "a pickle, which can run code"),
+    ".gguf": "GGUF", ".h5": "HDF5", ".msgpack": "Flax's", ".npz": "NumPy's", ".onnx": "ONNX",
+}  # fmt: skip
 
 
 class Weights:
@@ -37,11 +44,19 @@ class Weights:
 
     def __init__(self, model: nn.Module, path: str | os.PathLike[str], cast: Cast) -> None:
         self.model, self._cast = model, cast
+        _check_path(path)
         self.source = Source(Path(path), own=False)
         self._before: list[tuple[dict[str, Any], str, Any]] = []
         #: what was there before, by parameter: should loading fail, the model is as it was
         self.values = {id(p): p.data for p in model.parameters() if not p.is_meta}
-        unexpected = compare_model(self.source, named_tensors(model), exact=False)
+        for name, p in model.named_parameters():
+            if p.is_meta and not pageable(p):
+                raise UsageError(
+                    "FN-E111",
+                    f"'{name}' is a {type(p).__name__} on the meta device, which cannot be paged. Make it on a real device.",
+                )
+        self.source.convert_for(model)
+        unexpected = compare_model(self.source, model, named_tensors(model), exact=False)
         if unexpected:
             _log.warning("FN-W407 %s has %s, which the model does not have.", path, unexpected)
 
@@ -58,7 +73,7 @@ class Weights:
                         trained = isinstance(tensor, nn.Parameter)
                         dtype = self._cast.dtype_of(tensor) if trained else tensor.dtype
                         empty = torch.empty_like(tensor, device="cpu", dtype=dtype)
-                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
+                        made[id(tensor)] = _like(tensor, empty) if trained else empty
                     self._before.append((table, name, tensor))
                     table[name] = made[id(tensor)]
 
@@ -78,16 +93,51 @@ class Weights:
                 last = time.monotonic()
                 _log.info("FN-I406 loading %s: %.1f GB in %.0f s", self.source.path, done / 1e9, last - began)
 
-        loader = Loader(self.source, named_tensors(self.model), session)
+        loader = Loader(self.source, self.model, named_tensors(self.model), session)
         loader.model()
         loader.run(told)
+        if self.source.conversion is not None:
+            self.source.conversion.done()
         _log.info("FN-I407 loaded %s in %.1f s", self.source.path, time.monotonic() - began)
+
+
+def _like(p: Any, data: torch.Tensor) -> Any:
+    """Return a parameter of another one's class and with its attributes."""
+    made = torch.Tensor._make_subclass(type(p), data, p.requires_grad)
+    made.__dict__.update(p.__dict__)
+    return made
+
+
+def _check_path(path: str | os.PathLike[str]) -> None:
+    """Raise for what is often given in place of a directory: a name on a hub, and pickles.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E404``.
+    """
+    text, where = os.fspath(path), Path(path)
+    if not where.exists() and _HUB_NAME.fullmatch(text) and ("/" not in text or not where.parent.is_dir()):
+        raise UsageError(
+            "FN-E404",
+            f"there is no directory '{text}'. If it is a name on the Hugging Face hub, download it first: "
+            f"checkpoint=huggingface_hub.snapshot_download('{text}').",
+        )
+    if where.suffix in _FORMATS and where.is_file():
+        raise UsageError(
+            "FN-E404",
+            f"{text} is no file of safetensors but {_FORMATS[where.suffix]}. Load it into the model and write that with "
+            "model.save_pretrained(directory), or with safetensors.torch.save_model(model, 'model.safetensors').",
+        )
 
 
 def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]]) -> None:
     """Have a Hugging Face model compute buffers that no file has, such as rotary frequencies."""
-    initialise = getattr(model, "_init_weights", None)
+    initialisers: dict[str, Any] = {}
     for prefix, module in model.named_modules():
+        # A part that is a model itself makes what its modules need: that of the nearest one, as transformers does.
+        above = initialisers.get(prefix.rpartition(".")[0]) if prefix else None
+        initialise = initialisers[prefix] = getattr(module, "_init_weights", above)
         lacking = [
             n
             for n, b in module._buffers.items()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from funicular import _core
-from funicular._errors import UsageError
+from funicular._conversion import Conversion
+from funicular._entries import hand_back
+from funicular._errors import StorageError, UsageError
 from funicular._facts import decode
 from funicular._gather import DTYPES, Named
 from funicular._model import ref_of
@@ -16,11 +19,12 @@ from funicular._quiet import homes_changed
 from funicular._states import MOMENTS, ParamStates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import nn
 
+    from funicular._conversion import Made
     from funicular._session import Session
 
 __all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]
@@ -28,6 +32,8 @@ __all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]
 #: ordinary tensors are filled through buffers of about this many bytes at a time
 _BATCH = 64 << 20
 _HALVES = (torch.bfloat16, torch.float16)
+_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+_log = logging.getLogger("funicular")
 
 
 class Found(NamedTuple):
@@ -41,7 +47,7 @@ class Source:
     """An opened checkpoint and what it says of itself."""
 
     def __init__(self, path: Path, *, own: bool) -> None:
-        self.path = path
+        self.path, self.own = path, own
         self.core = _core.Checkpoint(str(path), own)
         self.model = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(False)}
         self.optimizer = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(True)}
@@ -49,12 +55,40 @@ class Source:
         self.training: dict[str, Any] = {} if said is None else json.loads(said)
         #: types of 16-bit parameters of which the file has the fp32 masters
         self.masters: dict[str, str] = self.training.get("dtypes", {})
+        #: what modules added to their state: names of tensors, and values
+        said = self.training.get("entries", {"tensors": [], "values": {}})
+        try:
+            self.entries = [str(name) for name in said["tensors"]]
+            self.values: dict[str, Any] = {name: decode(value) for name, value in said["values"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StorageError(
+                "FN-E406", f"{path}: what its manifest says of added entries is not what a save writes."
+            ) from error
+
+        #: what the file calls the model's tensors, and what of the model is made of others
+        self.names = {name: name for name in self.model}
+        self.conversion: Conversion | None = None
+
+    def convert_for(self, model: nn.Module) -> None:
+        """Have the file's tensors converted as transformers does for this model, if it is one of its own."""
+        if not self.training:
+            self.conversion = Conversion.of(model, {name: found.shape for name, found in self.model.items()})
+        if self.conversion is not None:
+            self.names = self.conversion.names
 
     def name_of(self, name: str, aliases: dict[str, str]) -> str | None:
         """Return the name under which the file has a tensor of the model."""
-        if name in self.model:
-            return name
-        return next((alias for alias, first in aliases.items() if first == name and alias in self.model), None)
+        return next((self.names[n] for n in _names(name, aliases) if n in self.names), None)
+
+    def made(self, name: str, aliases: dict[str, str]) -> tuple[str, Made] | None:
+        """Return under which of its names a tensor of the model is made of others, and of which."""
+        made = {} if self.conversion is None else self.conversion.made
+        return next(((n, made[n]) for n in _names(name, aliases) if n in made), None)
+
+
+def _names(name: str, aliases: dict[str, str]) -> Iterator[str]:
+    yield name
+    yield from (alias for alias, first in aliases.items() if first == name)
 
 
 def _list(title: str, found: list[str]) -> list[str]:
@@ -64,7 +98,7 @@ def _list(title: str, found: list[str]) -> list[str]:
     return [f"{title}: {', '.join(found[:5])}{more}"]
 
 
-def compare_model(source: Source, named: Named, *, exact: bool) -> str:
+def compare_model(source: Source, model: nn.Module, named: Named, *, exact: bool) -> str:
     """Compare names, shapes and types of the model's tensors.
 
     Parameters
@@ -81,20 +115,31 @@ def compare_model(source: Source, named: Named, *, exact: bool) -> str:
     missing, shaped, typed = [], [], []
     used = set()
     for name, tensor in {**named.params, **named.buffers}.items():
+        own = DTYPES.get(tensor.dtype, "")
+        made = source.made(name, named.aliases)
+        if made is not None:
+            of = [key for _, key in made[1].sources]
+            used.update(of)
+            if made[1].shapes[made[0]] != tuple(tensor.shape):
+                shaped.append(f"{name} {list(made[1].shapes[made[0]])} instead of {list(tensor.shape)}")
+            bad = [k for k in of if not _fits(source.model[k].dtype, own, "", tensor.dtype, exact=exact)]
+            typed += [f"{key} {source.model[key].dtype} instead of {own}" for key in bad]
+            continue
         key = source.name_of(name, named.aliases)
         if key is None:
             missing.append(name)
             continue
         used.add(key)
-        found, own = source.model[key], DTYPES.get(tensor.dtype, "")
+        found = source.model[key]
         if found.shape != tuple(tensor.shape):
             shaped.append(f"{name} {list(found.shape)} instead of {list(tensor.shape)}")
         elif not _fits(found.dtype, own, source.masters.get(key, ""), tensor.dtype, exact=exact):
             typed.append(f"{name} {found.dtype} instead of {own}")
-    unexpected = [
-        n for n in source.model if n not in used and named.aliases.get(n) not in {*named.params, *named.buffers}
-    ]
+    used.update(source.entries if source.training else named.entries)
+    used.update(source.names[alias] for alias in named.aliases if alias in source.names)
+    unexpected = [n for n in source.model if n not in used]
     more = _list("unexpected", unexpected)
+    missing += [name for name in source.entries if name not in source.model]
     said = [
         *_list("missing", missing),
         *(more if exact else []),
@@ -103,8 +148,22 @@ def compare_model(source: Source, named: Named, *, exact: bool) -> str:
     ]
     if said:
         said += [] if exact else more
+        said += _untied(model, missing)
         raise UsageError("FN-E407", f"{source.path} is of another model. {'; '.join(said)}. Nothing was loaded.")
     return "".join(more)
+
+
+def _untied(model: nn.Module, missing: list[str]) -> list[str]:
+    """Say what to call where names are missing because a tie was lost, as on the meta device."""
+    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
+    if not callable(getattr(model, "tie_weights", None)):
+        return []
+    lost = [name for name in missing if any(name == key or name.endswith(f".{key}") for key in tied)]
+    if not lost:
+        return []
+    return [
+        f"{', '.join(lost)} should be tied, which models made on the meta device may lose: call model.tie_weights() first"
+    ]
 
 
 def _fits(found: str, own: str, master_of: str, dtype: torch.dtype, *, exact: bool) -> bool:
@@ -169,17 +228,22 @@ class _Ordinary(NamedTuple):
 class Loader:
     """Fills a model, and an optimizer, from a checkpoint that was compared with them."""
 
-    def __init__(self, source: Source, named: Named, session: Session | None) -> None:
+    def __init__(self, source: Source, model: nn.Module, named: Named, session: Session | None) -> None:
         self.source = source
+        self._model = model
         self.named = named
         self.session = session
         self.items: list[Any] = []
         self.ordinary: list[_Ordinary] = []
+        #: what is made of several tensors, and where it goes
+        self.made: dict[str, tuple[Made, dict[str, torch.Tensor]]] = {}
         self.after: list[Callable[[], None]] = []
 
     def model(self) -> None:
         """List the model's tensors."""
         for name, p in self.named.params.items():
+            if self._is_made(name, p):
+                continue
             key = self.source.name_of(name, self.named.aliases)
             assert key is not None
             ref = ref_of(p)
@@ -190,9 +254,30 @@ class Loader:
             else:
                 self._ordinary(key, False, p, "param" if half else None, _copier(p))
         for name, b in self.named.buffers.items():
+            if self._is_made(name, b):
+                continue
             key = self.source.name_of(name, self.named.aliases)
             assert key is not None
             self._ordinary(key, False, b, None, _copier(b))
+
+    def _is_made(self, name: str, tensor: torch.Tensor) -> bool:
+        made = self.source.made(name, self.named.aliases)
+        if made is not None:
+            self.made.setdefault(made[1].first, (made[1], {}))[1][made[0]] = tensor
+        return made is not None
+
+    def _make(self, made: Made, targets: dict[str, torch.Tensor]) -> None:
+        """Make parameters of several tensors of the file."""
+        assert self.source.conversion is not None
+        dtype = next(iter(targets.values())).dtype
+
+        read = {key: torch.empty(self.source.model[key].shape, dtype=dtype) for _, key in made.sources}
+        self.source.core.read([(t.data_ptr(), t.nbytes, DTYPES[dtype], False, key, None) for key, t in read.items()])
+        # Each is given away, so that what is merged can go.
+        found = self.source.conversion.convert(made, read.pop)
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(found[name])
 
     def _ordinary(
         self, name: str, optimizer: bool, like: torch.Tensor, half: str | None, take: Callable[[torch.Tensor], None]
@@ -265,7 +350,49 @@ class Loader:
         return p.dtype not in _HALVES or f"{name}.master" in self.source.optimizer or key in self.source.masters
 
     def run(self, told: Callable[[int], None] | None) -> None:
-        """Fill everything that was listed."""
+        """Fill everything that was listed, and give modules back what they had added to their state."""
+        self._run(told)
+        if self._entries():
+            # A module wrote to parameters that it was not given: they are loaded once more.
+            self._run(told)
+
+    def _entries(self) -> bool:
+        """Give modules back what they had added to their state; returns whether parameters were written to."""
+        given: dict[str, Any] = dict(self.source.values)
+        model = self.source.model
+        foreign = [
+            n for n in self.named.entries if n in model and model[n].dtype in _TYPES and not self.source.training
+        ]
+        read = {
+            name: torch.empty(model[name].shape, dtype=_TYPES[model[name].dtype])
+            for name in (*self.source.entries, *foreign)
+        }
+        if read:
+            self.source.core.read(
+                [(t.data_ptr(), t.nbytes, DTYPES[t.dtype], False, name, None) for name, t in read.items()]
+            )
+        given |= {name: tensor.to(self._device_of(name)) for name, tensor in read.items()}
+        lacking = [name for name in self.named.entries if name not in given]
+        if lacking:
+            _log.warning(
+                "FN-W408 %s lacks what the model's state_dict() has besides parameters and buffers: %s. They stay as they are.",
+                self.source.path, ", ".join(lacking[:5]),
+            )  # fmt: skip
+        if not given:
+            return False
+        with torch._C.DisableTorchFunctionSubclass():
+            before = [p._version for p in self.named.params.values()]
+        hand_back(self._model, given, str(self.source.path))
+        with torch._C.DisableTorchFunctionSubclass():
+            return before != [p._version for p in self.named.params.values()]
+
+    def _device_of(self, name: str) -> torch.device | str:
+        own = self.named.entries.get(name)
+        if isinstance(own, torch.Tensor) and not own.is_meta:
+            return own.device
+        return "cpu" if self.session is None else self.session.device
+
+    def _run(self, told: Callable[[int], None] | None) -> None:
         if self.items:
             assert self.session is not None
             _core.restore(self.session.engine, self.source.core, self.items, self.session.stream(), told)
@@ -280,6 +407,8 @@ class Loader:
                 self._fill(batch)
                 batch, size = [], 0
         self._fill(batch)
+        for made, targets in self.made.values():
+            self._make(made, targets)
         for note in self.after:
             note()
 
@@ -294,7 +423,11 @@ class Loader:
 
 def _copier(target: torch.Tensor) -> Callable[[torch.Tensor], None]:
     def take(t: torch.Tensor) -> None:
-        target.copy_(t)
+        if target.is_inference():
+            with torch.inference_mode():
+                target.copy_(t)
+        else:
+            target.copy_(t)
 
     return take
 

@@ -19,7 +19,7 @@ from funicular._errors import Error, UsageError
 from funicular._facts import decode, encode, random_states, set_random_states
 from funicular._gather import Snapshot, config_files, named_tensors
 from funicular._model import stream_of
-from funicular._offload import session_of
+from funicular._parts import session_within
 from funicular._quiet import between_steps, preserve_aliased, quiesce
 from funicular._restore import Loader, Source, compare_groups, compare_model, take_groups
 
@@ -126,6 +126,12 @@ def _plain_model(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, torch.nn.Module) else model
 
 
+def _session(model: nn.Module) -> Session | None:
+    found = session_within(model)
+    return None if found is None else found[1]
+
+
+@torch.inference_mode(mode=False)
 def save(
     model: nn.Module,
     opt: torch.optim.Optimizer | None,
@@ -146,7 +152,7 @@ def save(
     Parameters
     ----------
     model : nn.Module
-        Offloaded or not.
+        Offloaded or not, or a module that wraps one offloaded model.
     opt : Optimizer or None
         ``funicular.AdamW`` or ``torch.optim.AdamW``; ``None`` saves the model alone.
     path : path
@@ -168,13 +174,14 @@ def save(
     Raises
     ------
     UsageError
-        ``FN-E402`` if something is there, ``FN-E408`` for what cannot be saved.
+        ``FN-E402`` if something is there, ``FN-E408`` for what cannot be saved, ``FN-E114`` for a part of an offloaded model.
     StorageError
         ``FN-E401`` and ``FN-E403``, here or, with ``wait=False``, from the handle and the next save.
     BudgetError
         ``FN-E409`` if the host budget leaves too little for the frames (128 KiB at least).
     """
     model = _plain_model(model)
+    session = _session(model)
     if weights not in ("param", "fp32"):
         raise UsageError("FN-E408", f"weights={weights!r}. Say 'param' or 'fp32'.")
     if keep is not None and keep < 1:
@@ -183,7 +190,6 @@ def save(
     before = _last.get(model)
     if before is not None:
         before._raise_untold()
-    session = session_of(model)
     if session is None:
         handle = _begin(None, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
     else:
@@ -239,6 +245,7 @@ def _begin(
         snapshot.param(name, p)
     for name, b in named.buffers.items():
         snapshot.buffer(name, b)
+    entries = snapshot.entries(named.entries)
     training |= {
         "step": max(snapshot.steps.values(), default=0),
         "steps": snapshot.steps,
@@ -246,6 +253,7 @@ def _begin(
         "dtypes": snapshot.dtypes,
         "weights": weights,
         "tied": named.aliases,
+        "entries": entries,
         "model": type(model).__name__,
         "torch": str(torch.__version__),
         "random": random_states(),
@@ -290,6 +298,7 @@ def _step_after(opt: torch.optim.Optimizer, read: threading.Event, core: _core.S
     _hooks[opt] = opt.register_step_pre_hook(hook)
 
 
+@torch.inference_mode(mode=False)
 def load(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -321,7 +330,8 @@ def load(
     Raises
     ------
     UsageError
-        ``FN-E404`` if there is no checkpoint, ``FN-E405`` another version of the format, ``FN-E407`` another model.
+        ``FN-E404`` if there is no checkpoint, ``FN-E405`` another version of the format, ``FN-E407`` another model, ``FN-E114`` a part of
+        an offloaded model.
     StorageError
         ``FN-E406`` if a file is missing, truncated or damaged. If that was found while loading, the model refuses to run
         (``FN-E410``) until a load succeeds.
@@ -329,15 +339,15 @@ def load(
         ``FN-E409``.
     """
     model = _plain_model(model)
+    session = _session(model)
     source = Source(Path(path), own=True)
     named = named_tensors(model)
-    compare_model(source, named, exact=True)
+    compare_model(source, model, named, exact=True)
     groups = [] if opt is None else compare_groups(source, opt, named)
     if opt is not None and any(len(states) > 0 for states in opt.state.values()):
         source.core.verify()
-    session = session_of(model)
     if session is None:
-        _fill(source, named, None, opt, groups)
+        _fill(source, model, named, None, opt, groups)
     else:
         between_steps(session)
         with session.lock:
@@ -347,7 +357,7 @@ def load(
             except BaseException:
                 session.partial = kept
                 raise
-            _fill(source, named, session, opt, groups)
+            _fill(source, model, named, session, opt, groups)
     if opt is not None:
         take_groups(source, opt)
     if random:
@@ -355,8 +365,10 @@ def load(
     return Loaded(int(source.training["step"]), decode(source.training["extra"]))
 
 
-def _fill(source: Source, named: Any, session: Session | None, opt: Any, groups: list[list[str]]) -> None:
-    loader = Loader(source, named, session)
+def _fill(
+    source: Source, model: nn.Module, named: Any, session: Session | None, opt: Any, groups: list[list[str]]
+) -> None:
+    loader = Loader(source, model, named, session)
     loader.model()
     total = sum(p.numel() * p.element_size() for p in named.params.values())
     began = last = time.monotonic()

@@ -148,8 +148,12 @@ pub unsafe fn read_buffers(
         let tensors = work.iter().map(|(_, found, _)| *found).collect();
         let mut reader = TensorReader::open(contents, tensors, &means, control)?;
         for (buffer, _, conversion) in &work {
-            // SAFETY: the caller vouches for the buffer.
-            let out = unsafe { std::slice::from_raw_parts_mut(buffer.address as *mut u8, buffer.bytes as usize) };
+            let out = match buffer.bytes {
+                // A tensor without elements has no address.
+                0 => &mut [][..],
+                // SAFETY: the caller vouches for the buffer.
+                bytes => unsafe { std::slice::from_raw_parts_mut(buffer.address as *mut u8, bytes as usize) },
+            };
             reader.read(*conversion, out)?;
             reader.advance();
         }
