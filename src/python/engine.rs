@@ -61,6 +61,16 @@ impl Drop for Call {
     }
 }
 
+impl Drop for Engine {
+    /// Python drops it with the GIL held; a save that is given up may want that.
+    fn drop(&mut self) {
+        if let Some(runtime) = self.slot.get_mut().take() {
+            // Without Python the closure, and the runtime with it, is dropped here.
+            Python::try_attach(move |py| py.detach(move || drop(runtime)));
+        }
+    }
+}
+
 impl Engine {
     /// Calls the runtime without the GIL; the second argument tells a wait whether a signal ends it.
     pub(super) fn call<R: Send>(

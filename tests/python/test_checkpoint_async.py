@@ -295,9 +295,11 @@ def test_inside_a_forward_or_backward(two_worlds: World, tmp_path: Path, wait: b
         run.opt = run.adamw()
         run.train(2)
 
+        names = iter(["c0", "c1"])
+
         def saves(*_: Any) -> None:
             if run.offloaded:
-                funicular.save(run.model, run.opt, tmp_path / f"c{len(list(tmp_path.iterdir()))}", wait=wait)
+                funicular.save(run.model, run.opt, tmp_path / next(names), wait=wait)
 
         forward = run.model.layers[2].up.register_forward_hook(saves)
         loss = run.model(run.data(4, WIDTH))

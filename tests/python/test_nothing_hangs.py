@@ -30,7 +30,7 @@ def test_ends_beside_a_wait(wait: str, disk: str):
     assert out.count("over") == len(waits.ENDS)
 
 
-@pytest.mark.parametrize("wait", waits.WAITS)
+@pytest.mark.parametrize("wait", waits.LEFT)
 def test_exit_beside_a_wait(wait: str, disk: str):
     """The program ends, with its status and without a word, and leaves no file of the runtime."""
     out = run(f"leave({wait!r}, disk)", disk, status=3)
