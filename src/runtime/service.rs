@@ -12,7 +12,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use parking_lot::MutexGuard;
@@ -192,6 +192,8 @@ impl Shared {
             if !busy && !self.saves.needs(group_of(unit)) {
                 return self.happened(&mut inner, |m, _| m.begin_write(unit));
             }
+            // Another thread was faster, or a result is on its way home for a save.
+            self.changed.wait_for(&mut inner, Duration::from_millis(1));
         }
     }
 
@@ -213,7 +215,9 @@ impl Shared {
         let home = self.homes.unit(unit);
         let looked_at = home.shadow.as_ref().is_some_and(|s| s.filled());
         if home.shadow.is_some() {
-            // Before there is a shadow without its bytes: from here to its last byte nothing looks at signals.
+            // All that may take long, before there is a shadow that nobody has asked for: as long as it is there nothing looks at
+            // signals, whose handlers might take it for theirs.
+            self.settle_disk(unit, interrupted)?;
             self.block_stream(stream, interrupted)?;
             self.blank_shadow(unit)?;
         }
@@ -233,7 +237,7 @@ impl Shared {
         } else {
             self.wait_gate(stream, down, Cause::Copy, &mut || false)?;
             self.block_gate(Some(stream), down, Cause::Copy, &mut || false)?;
-            self.store_shadow(unit, interrupted)?;
+            self.store_shadow(unit, &mut || false)?;
             if !looked_at {
                 self.discard_shadow(unit)?;
             }
