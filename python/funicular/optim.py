@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -300,26 +301,41 @@ class _SessionStep:
     ) -> None:
         """Take the step as a whole, bookkeeping and all, or not at all, wherever and however often interruptions strike."""
         engine, hypers, stream = session.engine, list(self.hypers), session.stream()
-        before = engine.steps()
-
-        def note() -> None:
-            if session.unnoted is not note or engine.steps() == before:
-                return
-            for states, count in counts:
-                states.advance(count)
-            for p, states in self.residents:
-                torch.autograd.graph.increment_version(p)
-                states.plain_version = p._version
-            session.stepped(refs, watched)
-            session.ahead.learn(self._members(), _described)
-            session.unnoted = None
-
+        note = _Note(self, counts, refs, watched)
+        at_last = functools.partial(note, last=True)
         session.unnoted = note
         try:
             engine.update(updates, hypers, self.resident_updates, stream, session.waits)
         finally:
             # One call into the core, which no signal can cut in two. A signal handler that reads or saves may have done it already.
-            complete(note)
+            complete(at_last)
+
+
+class _Note:
+    """Takes note of a step once the runtime has taken it. It can be run again, and amid itself."""
+
+    def __init__(
+        self, step: _SessionStep, counts: list[tuple[ParamStates, int]], refs: list[ParamRef], watched: list[Unit]
+    ) -> None:
+        self.step, self.counts, self.refs, self.watched = step, counts, refs, watched
+        self.before = step.session.engine.steps()
+
+    def __call__(self, *, last: bool = False) -> None:
+        session = self.step.session
+        if session.unnoted is not self:
+            return
+        if session.engine.steps() == self.before:
+            if last:  # it was not taken
+                session.unnoted = None
+            return
+        for states, count in self.counts:
+            states.advance(count)
+        for p, states in self.step.residents:
+            torch.autograd.graph.increment_version(p)
+            states.plain_version = p._version
+        session.stepped(self.refs, self.watched)
+        session.ahead.learn(self.step._members(), _described)
+        session.unnoted = None
 
 
 def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[_Span]:
