@@ -5,7 +5,14 @@
 //! way, and the last of them ends the runtime. E3: numbers from Python are checked before they become indices.
 #![expect(unsafe_code, reason = "passes raw addresses of tensors to the runtime")]
 
-use std::{cell::Cell, sync::Arc, time::Duration};
+use std::{
+    cell::Cell,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use pyo3::{prelude::*, types::PyDict};
@@ -16,7 +23,7 @@ use super::{
         resident_update, split, step_hypers, unit_specs, unit_update,
     },
     dlpack,
-    failures::{check, guarded, waiting},
+    failures::{check, guarded, raise, waiting},
     figures::Figures,
 };
 use crate::{
@@ -38,6 +45,8 @@ thread_local! {
 #[pyclass(frozen, module = "funicular._core")]
 pub struct Engine {
     slot: Mutex<Option<Arc<Runtime>>>,
+    /// Calls that have not returned to Python.
+    inside: AtomicU32,
     pid: u32,
 }
 
@@ -61,6 +70,15 @@ impl Drop for Call {
     }
 }
 
+/// Counts a call until it is dropped, with the GIL held again.
+struct Inside<'a>(&'a AtomicU32);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Drop for Engine {
     /// Python drops it with the GIL held; a save that is given up may want that.
     fn drop(&mut self) {
@@ -78,6 +96,12 @@ impl Engine {
         py: Python<'_>,
         f: impl FnOnce(&Runtime, Interrupted<'_>) -> Result<R> + Send,
     ) -> PyResult<R> {
+        // A thread that goes on calling must not be between two states of the GIL when the interpreter ends.
+        if self.slot.try_lock().is_some_and(|slot| slot.is_none()) {
+            return Err(raise(py, &closed()));
+        }
+        self.inside.fetch_add(1, Ordering::AcqRel);
+        let _inside = Inside(&self.inside);
         waiting(py, |interrupted| {
             // First: in a forked child a thread that is not there may hold the lock.
             check_process(self.pid)?;
@@ -130,7 +154,8 @@ impl Engine {
                 Runtime::open(layout, &Policy::from_json_str(policy, "policy")?, ByteCount(freed))
             })
         });
-        Ok(Self { slot: Mutex::new(Some(Arc::new(check(py, opened)?))), pid: std::process::id() })
+        let slot = Mutex::new(Some(Arc::new(check(py, opened)?)));
+        Ok(Self { slot, inside: AtomicU32::new(0), pid: std::process::id() })
     }
 
     /// "host" or "cuda:N".
@@ -434,14 +459,12 @@ impl Engine {
             return Ok(());
         }
         waiting(py, |interrupted| {
-            let Some(mut runtime) = self.slot.lock().take() else { return Ok(()) };
+            let Some(runtime) = self.slot.lock().take() else { return Ok(()) };
             runtime.shut();
+            // The last one that has it ends it.
+            drop(runtime);
             let mut waited = Duration::ZERO;
-            while let Err(used) = Arc::try_unwrap(runtime).map(drop) {
-                if CALLS.get() > 0 {
-                    return Ok(());
-                }
-                runtime = used;
+            while CALLS.get() == 0 && self.inside.load(Ordering::Acquire) > 0 {
                 std::thread::sleep(LOOK);
                 waited += LOOK;
                 if waited >= SLICE {
