@@ -29,6 +29,7 @@ use crate::{
         parse_size,
         profile::Profile,
     },
+    text::{printable, printable_lines},
     units::ByteCount,
 };
 
@@ -281,16 +282,16 @@ fn policy(command: PolicyCommand) -> Output {
 }
 
 fn said(output: &Output) -> i32 {
-    let told = stderr().write_all(output.err.as_bytes()).is_ok();
+    let told = stderr().write_all(printable_lines(&output.err).as_bytes()).is_ok();
     match print(&output.out) {
         Ok(()) if told => output.code.into(),
         _ => 1,
     }
 }
 
-/// Prints; a reader that went away (`| head`) is no error.
+/// Prints what comes from files without what a terminal would obey; a reader that went away (`| head`) is no error.
 fn print(text: &str) -> Result<()> {
-    match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
+    match stdout().write_all(printable_lines(text).as_bytes()).and_then(|()| stdout().flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::new(Code::OutputFile, format!("the standard output: {e}.")))
         }
@@ -311,7 +312,7 @@ fn examine(arguments: DoctorArguments, relaunch: &[OsString]) -> Result<i32> {
         written.and_then(|mut open| open.write_all(doctor::SECCOMP.as_bytes())).map_err(|e| {
             Error::new(Code::OutputFile, format!("{}: {e}.", file.display())).action("Name a file that does not exist.")
         })?;
-        eprintln!("{0}: for docker run --security-opt seccomp={0}", file.display());
+        eprintln!("{0}: for docker run --security-opt seccomp={0}", printable(&file.display().to_string()));
         return Ok(0);
     }
     let paths = or_here(arguments.paths);
@@ -366,7 +367,7 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
     let report = report?;
     print(&bench::text(&report))?;
     for file in outputs.write(&report)? {
-        eprintln!("written: {}", file.display());
+        eprintln!("written: {}", printable(&file.display().to_string()));
     }
     Ok(0)
 }

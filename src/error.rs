@@ -1,8 +1,8 @@
 //! One error type: a stable code, what happened to which thing, and what to do next.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
-use crate::units::ByteCount;
+use crate::{text::printable_lines, units::ByteCount};
 
 /// Result of everything that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -96,7 +96,8 @@ codes! {
     OutputFile = "FN-E606", Storage, "a file to be written exists and is not ours, or cannot be written";
 }
 
-/// What went wrong. `Display` gives one line: code, message, next action.
+/// What went wrong. `Display` gives one line: code, message, next action. Names and values in it come from files and
+/// arguments: what a terminal would obey is escaped here, once for all messages.
 #[derive(Clone, Debug)]
 pub struct Error {
     code: Code,
@@ -110,13 +111,13 @@ pub struct Error {
 impl Error {
     /// An error with its code and what happened, naming the thing.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), action: None, errno: None, needs: 0 }
+        Self { code, message: safe(message.into()), action: None, errno: None, needs: 0 }
     }
 
     /// What the user can do about it; a full sentence.
     #[must_use]
     pub fn action(mut self, action: impl Into<String>) -> Self {
-        self.action = Some(action.into().into_boxed_str());
+        self.action = Some(safe(action.into()).into_boxed_str());
         self
     }
 
@@ -130,7 +131,7 @@ impl Error {
     /// One more sentence on what happened.
     #[must_use]
     pub fn because(mut self, sentence: &str) -> Self {
-        self.message = format!("{} {sentence}", self.message);
+        self.message = format!("{} {}", self.message, printable_lines(sentence));
         self
     }
 
@@ -177,6 +178,13 @@ impl Error {
     }
 }
 
+fn safe(text: String) -> String {
+    match printable_lines(&text) {
+        Cow::Borrowed(_) => text,
+        Cow::Owned(escaped) => escaped,
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.code.as_str(), self.message)?;
@@ -199,6 +207,13 @@ mod tests {
         for code in Code::ALL {
             assert!(seen.insert(code.as_str()), "{} twice", code.as_str());
         }
+    }
+
+    #[test]
+    fn no_message_reaches_a_terminal_as_a_command() {
+        let e = Error::new(Code::PolicyKey, "key 'a\x1b[2J'\n    1 | a").because("b\x07").action("See \u{9b}c.");
+        assert_eq!(e.to_string(), "FN-E502 key 'a\\u001b[2J'\n    1 | a b\\u0007 See \\u009bc.");
+        assert_eq!(e.message(), "key 'a\\u001b[2J'\n    1 | a b\\u0007");
     }
 
     #[test]

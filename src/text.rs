@@ -27,21 +27,19 @@ fn escaped(text: &str, kept: impl Fn(char) -> bool) -> Cow<'_, str> {
             '\n' => out.push_str("\\n"),
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
-            // Writing to a string cannot fail. Python's notation, which the readers of these messages know.
-            c if u32::from(c) < 0x100 => drop(write!(out, "\\x{:02x}", u32::from(c))),
-            c if u32::from(c) < 0x1_0000 => drop(write!(out, "\\u{:04x}", u32::from(c))),
-            c => drop(write!(out, "\\U{:08x}", u32::from(c))),
+            // Valid in JSON, TOML and Python strings alike, so that printed documents keep their meaning.
+            c => drop(write!(out, "\\u{:04x}", u32::from(c))),
         }
     }
     Cow::Owned(out)
 }
 
 /// Control characters (C0, DEL, C1), and those that change the order of what is shown, break lines, or have no width.
-fn misleads(c: char) -> bool {
+pub(crate) fn misleads(c: char) -> bool {
     c.is_control()
         || matches!(c,
             '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
 }
 
 #[cfg(test)]
@@ -57,12 +55,20 @@ mod tests {
 
     #[test]
     fn what_a_terminal_obeys_is_escaped() {
-        assert_eq!(printable("a\x1b[31mb\x07\x7f\u{9b}2Jc"), "a\\x1b[31mb\\x07\\x7f\\x9b2Jc");
-        assert_eq!(printable("one\ntwo\r\t\0"), "one\\ntwo\\r\\t\\x00");
-        assert_eq!(
-            printable("x\u{202e}y\u{200b}\u{feff}\u{2028}\u{e0041}"),
-            "x\\u202ey\\u200b\\ufeff\\u2028\\U000e0041"
-        );
-        assert_eq!(printable_lines("one\n\ttwo\r\x1b]0;x\x07"), "one\n\ttwo\\r\\x1b]0;x\\x07");
+        assert_eq!(printable("a\x1b[31mb\x07\x7f\u{9b}2Jc"), r"a\u001b[31mb\u0007\u007f\u009b2Jc");
+        assert_eq!(printable("one\ntwo\r\t\0"), r"one\ntwo\r\t\u0000");
+        assert_eq!(printable("x\u{202e}y\u{200b}\u{feff}\u{2028}"), r"x\u202ey\u200b\ufeff\u2028");
+        assert_eq!(printable_lines("one\n\ttwo\r\x1b]0;x\x07"), "one\n\ttwo\\r\\u001b]0;x\\u0007");
+    }
+
+    #[test]
+    fn a_printed_document_keeps_its_meaning() {
+        let name = "a\x1b\u{9b}\u{202e}\x7f";
+        let json = serde_json::json!({ "name": name }).to_string();
+        let read: serde_json::Value = serde_json::from_str(&printable_lines(&json)).unwrap_or_default();
+        assert_eq!(read["name"], name);
+        let toml = toml::Table::from_iter([("name".to_owned(), toml::Value::from(name))]).to_string();
+        let read: toml::Table = printable_lines(&toml).parse().unwrap_or_default();
+        assert_eq!(read["name"].as_str(), Some(name));
     }
 }
