@@ -1,10 +1,20 @@
 //! What to do about an error of the operating system, in one place: the same number gets the same advice everywhere.
 
-use std::path::Path;
+use std::{io::Error as OsError, path::Path};
 
-/// Advice for a refused thread: the system's reason is always a limit, whatever number it gives.
-pub const THREAD: &str =
-    "Raise the limit on processes and threads (ulimit -u; pids.max of the container), or set budget.threads to fewer.";
+use crate::error::{Code, Error};
+
+/// `FN-E107` for a refused thread: whatever number the system gives, a limit is the reason. `instead` is what else helps, as the
+/// end of a sentence; empty: nothing.
+#[must_use]
+pub fn no_thread(purpose: &str, e: &OsError, instead: &str) -> Error {
+    let or = if instead.is_empty() { "" } else { ", or " };
+    Error::new(Code::NoThread, format!("the system refused a thread for {purpose}: {e}."))
+        .errno(e.raw_os_error().unwrap_or(0))
+        .action(format!(
+            "Raise the limit on processes and threads (ulimit -u; pids.max of the container){or}{instead}."
+        ))
+}
 
 /// True for the two errors of a file system that holds no more: no space (or inodes) left, quota used up.
 #[must_use]
@@ -46,15 +56,20 @@ pub fn too_many_open() -> String {
     format!("This process has too many open files: raise the limit (ulimit -n{now}).")
 }
 
+/// The limit on the size of a file (ulimit -f) in bytes, if there is one.
+pub(crate) fn file_size_limit() -> Option<u64> {
+    soft_limit("Max file size")
+}
+
 fn too_large() -> String {
-    match soft_limit("Max file size") {
+    match file_size_limit() {
         Some(bytes) => format!("Raise the limit on the size of a file (ulimit -f, now {bytes} bytes)."),
         None => "That file system takes no file of this size: use one that does (ext4, XFS).".to_owned(),
     }
 }
 
 /// Whether the file system of `path`, or of its nearest ancestor that exists, counts inodes and has none left.
-fn no_inodes(path: &Path) -> bool {
+pub(crate) fn no_inodes(path: &Path) -> bool {
     let found = path.ancestors().find_map(|path| rustix::fs::statvfs(path).ok());
     found.is_some_and(|stat| stat.f_files > 0 && stat.f_favail == 0)
 }
@@ -87,7 +102,9 @@ mod tests {
         let large = advice(libc::EFBIG, here).unwrap_or_default();
         assert!(!large.contains("Free") && (large.contains("ulimit -f") || large.contains("file system")), "{large}");
         assert_eq!(advice(libc::EINVAL, here), None);
-        assert!(THREAD.contains("ulimit -u"));
+        let refused = no_thread("a test", &OsError::from_raw_os_error(libc::EAGAIN), "lower budget.threads");
+        assert!(refused.to_string().ends_with("of the container), or lower budget.threads."), "{refused}");
+        assert_eq!((refused.code(), refused.os_error()), (Code::NoThread, Some(libc::EAGAIN)));
     }
 
     #[test]

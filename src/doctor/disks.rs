@@ -89,7 +89,7 @@ pub(super) fn io_uring() -> Check {
     match open_engine(&options, Vec::new(), &[], drop) {
         Ok(_) => Check::okay("io_uring", "works (written and read through a ring)"),
         Err(e) => {
-            let action = e.next_action().unwrap_or_default().trim_end_matches("Or set io.engine = \"auto\".").trim();
+            let action = e.next_action().unwrap_or_default().trim_end_matches("Or set nvme.engine = \"auto\".").trim();
             let profile = if action.contains("seccomp") {
                 " `funicular doctor --write-seccomp FILE` writes such a profile."
             } else {

@@ -22,6 +22,7 @@ use super::ALIGNMENT;
 use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
+    os_error,
     units::ByteCount,
 };
 
@@ -274,7 +275,12 @@ pub(crate) fn random() -> u64 {
 /// reserve space; the file then only has its size.
 pub fn allocate(file: &File, bytes: u64, dir: &Path) -> Result<bool> {
     let refused = |e: &OsError| match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => disk_full(dir, bytes, free_bytes(dir).unwrap_or(0)),
+        Some(errno) if os_error::is_full(errno) => full(dir, bytes, errno),
+        // A file system that is smaller than the file answers so, too.
+        Some(libc::EFBIG) if os_error::file_size_limit().is_none_or(|limit| bytes <= limit) => match free_bytes(dir) {
+            Ok(free) if free < bytes => disk_full(dir, bytes, free),
+            _ => unusable(dir, e),
+        },
         _ => unusable(dir, e),
     };
     let Ok(len) = libc::off_t::try_from(bytes) else {
@@ -332,15 +338,28 @@ pub(crate) fn disk_full(dir: &Path, need: u64, free: u64) -> Error {
         .action("Free some space, add another path to nvme.paths, or keep more in host memory.")
 }
 
+/// `FN-E605` after the system's refusal: for want of space, of inodes, or of quota.
+fn full(dir: &Path, need: u64, errno: i32) -> Error {
+    let free = free_bytes(dir).unwrap_or(0);
+    if errno == libc::ENOSPC && !os_error::no_inodes(dir) {
+        return disk_full(dir, need, free);
+    }
+    let (cause, need, free) = (OsError::from_raw_os_error(errno), ByteCount(need), ByteCount(free));
+    Error::new(Code::DiskFull, format!("{}: a file of {need} was refused, {free} free: {cause}.", dir.display()))
+        .errno(errno)
+        .action(os_error::advice(errno, dir).unwrap_or_default())
+}
+
 /// `FN-E604` with its cause; `FN-E605` if that is a full disk.
 pub(crate) fn unusable(dir: &Path, e: &OsError) -> Error {
-    if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) {
-        return disk_full(dir, PROBE_BYTES as u64, free_bytes(dir).unwrap_or(0));
+    let errno = e.raw_os_error().unwrap_or(0);
+    if os_error::is_full(errno) {
+        return full(dir, PROBE_BYTES as u64, errno);
     }
     let action = match e.kind() {
-        ErrorKind::NotFound => "Create the directory, or correct nvme.paths.",
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => "Use a directory this user can write to.",
-        _ => "Use a directory on a local drive.",
+        ErrorKind::NotFound => "Create the directory, or correct nvme.paths.".to_owned(),
+        ErrorKind::PermissionDenied => "Use a directory this user can write to.".to_owned(),
+        _ => os_error::advice(errno, dir).unwrap_or_else(|| "Use a directory on a local drive.".to_owned()),
     };
     Error::new(Code::PathUnusable, format!("{}: {e}.", dir.display()))
         .errno(e.raw_os_error().unwrap_or(0))

@@ -49,7 +49,7 @@ pub fn open_engine(
                 if options.choice == EngineChoice::IoUring {
                     return Err(Error::new(Code::EngineUnavailable, format!("io_uring does not work here: {cause}."))
                         .errno(refused.errno)
-                        .action(format!("{remedy} Or set io.engine = \"auto\".")));
+                        .action(format!("{remedy} Or set nvme.engine = \"auto\".")));
                 }
                 let threads = options.threads.min(options.queue_depth).max(1);
                 notes.push(format!(

@@ -10,7 +10,7 @@ use super::{
     requests::{Next, Requests, check, closed, deliver},
     transfer::{Block, Step, Transfer},
 };
-use crate::error::{Code, Error, Result};
+use crate::error::Result;
 
 struct Shared {
     requests: Mutex<Requests>,
@@ -42,11 +42,9 @@ impl Threads {
         for n in 0..options.threads.min(options.queue_depth).max(1) {
             let shared = Arc::clone(&engine.shared);
             let thread = std::thread::Builder::new().name(format!("funicular-io-{n}")).spawn(move || work(&shared));
-            engine.threads.push(thread.map_err(|e| {
-                Error::new(Code::EngineUnavailable, format!("thread {n} of the I/O engine cannot be started: {e}."))
-                    .errno(e.raw_os_error().unwrap_or(0))
-                    .action("Lower io.threads, or raise the limit of processes (ulimit -u, pids.max).")
-            })?);
+            let purpose = format!("the I/O engine ({n} of its threads are there)");
+            let refused = |e| crate::os_error::no_thread(&purpose, &e, "lower nvme.queue_depth");
+            engine.threads.push(thread.map_err(refused)?);
         }
         Ok(engine)
     }

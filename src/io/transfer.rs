@@ -1,5 +1,7 @@
 //! One block on its way: what is left of it, and what a result of the system means. Pure; both engines use it.
 
+use std::path::Path;
+
 use super::{ALIGNMENT, Direction, FileId, IoFile};
 use crate::error::{Code, Error};
 
@@ -113,11 +115,8 @@ impl Failure {
             Self::Errno(errno, tries) => {
                 let cause = std::io::Error::from_raw_os_error(errno);
                 let tries = if tries > 1 { format!(", {tries} times") } else { String::new() };
-                let action = match errno {
-                    libc::ENOSPC | libc::EDQUOT => "Free space on that file system, or raise the quota.",
-                    libc::EIO => "The drive or its link is failing: see dmesg and `smartctl -a`; use another path.",
-                    _ => "See dmesg for what the kernel says about that device.",
-                };
+                let action = crate::os_error::advice(errno, Path::new(file.label()))
+                    .unwrap_or_else(|| "See dmesg for what the kernel says about that device.".to_owned());
                 Error::new(Code::IoFailed, format!("{place}: {cause}{tries}.")).errno(errno).action(action)
             }
             Self::Short(bytes) => Error::new(Code::IoFailed, format!("{place}: only {bytes} bytes were {done}."))

@@ -219,7 +219,7 @@ impl Ring {
                     if failures > ENTER_RETRIES {
                         let message = format!("io_uring_enter keeps failing: {e}.");
                         let error = Error::new(Code::IoFailed, message).errno(e.raw_os_error().unwrap_or(libc::EIO));
-                        self.shared.requests.lock().close(error.action("Set io.engine = \"threads\"."));
+                        self.shared.requests.lock().close(error.action("Set nvme.engine = \"threads\"."));
                     }
                 }
             }

@@ -66,7 +66,7 @@ impl HostRegion {
         let refused = || {
             Error::new(Code::HostAlloc, format!("the system refused {len} of memory for {purpose}."))
                 .errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))
-                .action("Lower budget.host, or raise the container's or user's memory limit.")
+                .action("Lower budget.host, or raise the container's or user's memory limit (ulimit -v).")
         };
         let len_rounded = round_up(len.0.max(1), page_size() as u64);
         let total = usize::try_from(len_rounded + slack).map_err(|_| refused())?;

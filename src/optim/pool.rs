@@ -112,9 +112,8 @@ impl Pool {
                 .name(format!("funicular-pool-{index}"))
                 .spawn(move || shared.serve())
                 .map_err(|e| {
-                    Error::new(Code::NoThread, format!("thread {index} of {count} of the optimizer's pool: {e}."))
-                        .errno(e.raw_os_error().unwrap_or(0))
-                        .action("Raise the user's or container's limit on threads (ulimit -u, pids.max).")
+                    let purpose = format!("the optimizer's pool ({index} of {count} are there)");
+                    crate::os_error::no_thread(&purpose, &e, "lower budget.threads")
                 })?;
             pool.threads.push(thread);
         }

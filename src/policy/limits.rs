@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use super::{Auto, Policy};
 use crate::{
     error::{Code, Error, Result},
+    os_error,
     units::ByteCount,
 };
 
@@ -49,10 +50,14 @@ impl HostLimits {
     /// As [`HostLimits::read`], for a tree below `root`.
     pub(crate) fn read_under(root: &Path) -> Result<Self> {
         let text = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
-        let (mem_total, mem_available) = parse_meminfo(&text("proc/meminfo")).ok_or_else(|| {
-            Error::new(Code::HostBudget, "/proc/meminfo cannot be read, so the free host memory is not known.")
-                .action("Set budget.host.")
-        })?;
+        let unknown = |why: &str, errno: i32| {
+            let what = format!("/proc/meminfo cannot be read{why}, so the free host memory is not known.");
+            let action = os_error::advice(errno, root).unwrap_or_else(|| "Set budget.host.".to_owned());
+            Error::new(Code::HostBudget, what).errno(errno).action(action)
+        };
+        let meminfo = std::fs::read_to_string(root.join("proc/meminfo"))
+            .map_err(|e| unknown(&format!(" ({e})"), e.raw_os_error().unwrap_or(0)))?;
+        let (mem_total, mem_available) = parse_meminfo(&meminfo).ok_or_else(|| unknown("", 0))?;
         let groups = Cgroups::parse(&text("proc/self/cgroup"), &text("proc/self/mountinfo"), root);
         let affinity = parse_cpus_allowed(&text("proc/self/status")).unwrap_or_else(|| {
             std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
@@ -109,9 +114,8 @@ impl HostLimits {
         }
     }
 
-    /// What to raise where nothing else helps.
-    pub fn way_out(&self, need: ByteCount) -> String {
-        let more = ByteCount(need.0.saturating_sub(self.available().0));
+    /// What to raise by so much where nothing else helps.
+    pub fn way_out(&self, more: ByteCount) -> String {
         match &self.cgroup {
             Some(c) if c.headroom < self.mem_available => {
                 format!("raise the limit at {} by {more}", c.path.display())

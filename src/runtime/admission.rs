@@ -57,7 +57,10 @@ pub(crate) fn admit(
             return advice::with_ways(error, Some(need), &ways(), None);
         }
         let why = format!("It is auto: {}, less budget.reserve.", config.machine.describe());
-        advice::with_ways(error.because(&why), None, &ways(), Some(config.machine.way_out(need)))
+        // Of what is added, the reserve takes its share: 8 % unless it is set.
+        let short = need.0.saturating_sub(config.budgets.host.0);
+        let way_out = config.machine.way_out(ByteCount(short + short / 11));
+        advice::with_ways(error.because(&why), None, &ways(), Some(way_out))
     })?;
     let frames = if on_host && config.budgets.hbm.is_some() { plan.hbm_bytes } else { 0 };
     let need = plan.host_bytes + plan.widest_on_nvme(layout) + frames;
@@ -75,7 +78,7 @@ pub(crate) fn admit(
         ways.retain(|w| w.host.0 + frames + coming <= running.available);
         let smaller =
             if frames > 0 { "lower budget.hbm, which is host memory here, or" } else { "lower budget.host, or" };
-        let last = format!("{smaller} {}", config.machine.way_out(ByteCount(need + coming)));
+        let last = format!("{smaller} {}", config.machine.way_out(ByteCount(need + coming - running.available)));
         return Err(advice::with_ways(error, None, &ways, Some(last)));
     }
     Ok((plan, running))

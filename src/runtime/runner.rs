@@ -70,7 +70,7 @@ pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<Task>, ahead: Receiver
                 }
             }
         })
-        .map_err(|e| Error::new(Code::HostAlloc, format!("thread 'funicular-run' could not be started: {e}.")))
+        .map_err(|e| crate::os_error::no_thread("funicular-run", &e, ""))
 }
 
 impl Runner {

@@ -155,7 +155,7 @@ fn begin(
         worker.stats.returned(memory);
         watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
     };
-    let failed = |e| Error::new(Code::NoThread, format!("a save's thread could not be started: {e}."));
+    let failed = |e| crate::os_error::no_thread("a save", &e, "");
     let thread = std::thread::Builder::new().name("funicular-save".into()).spawn(work).map_err(failed)?;
     shared.saves.keep(&control, thread);
     Ok(control)
@@ -178,7 +178,7 @@ pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unch
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
         watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
     };
-    let failed = |e| Error::new(Code::NoThread, format!("a save's thread could not be started: {e}."));
+    let failed = |e| crate::os_error::no_thread("a save", &e, "");
     std::thread::Builder::new().name("funicular-save".into()).spawn(work).map_err(failed)?;
     Ok(control)
 }

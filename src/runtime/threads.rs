@@ -46,7 +46,7 @@ pub(crate) fn spawn<T: Send + 'static>(
                 }
             }
         })
-        .map_err(|e| Error::new(Code::HostAlloc, format!("thread '{name}' could not be started: {e}.")))
+        .map_err(|e| crate::os_error::no_thread(name, &e, ""))
 }
 
 /// Handles one completion from the disk.

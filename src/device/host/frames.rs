@@ -6,6 +6,7 @@
 
 use std::{
     fs::File,
+    io::Error as OsError,
     os::fd::{AsRawFd, FromRawFd},
     ptr::NonNull,
     sync::Arc,
@@ -51,9 +52,10 @@ pub(super) fn create(
     // SAFETY: a fresh reservation; no existing memory is touched.
     let base = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
     if base == libc::MAP_FAILED {
-        return Err(refused("reserve addresses for", ByteCount(mapped)));
+        return Err(refused("reserve addresses for", ByteCount(mapped), &OsError::last_os_error()));
     }
-    let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| refused("reserve addresses for", ByteCount(mapped)))?;
+    let base = NonNull::new(base.cast::<u8>())
+        .ok_or_else(|| refused("reserve addresses for", ByteCount(mapped), &OsError::last_os_error()))?;
     let mut frames = HostFrames { base, len, not_forked: None, addresses: Box::default(), streams };
     let mut addresses = Vec::with_capacity(spans.len());
     let mut at = 0;
@@ -76,19 +78,25 @@ fn ring_file(bytes: u64) -> Result<File> {
     // SAFETY: the name is a C string; the call touches no memory of ours.
     let fd = unsafe { libc::memfd_create(c"funicular-frames".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
-        return Err(refused("create", ByteCount(bytes)));
+        return Err(refused("create", ByteCount(bytes), &OsError::last_os_error()));
     }
     // SAFETY: the descriptor was just created and has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(bytes).map_err(|_| refused("size", ByteCount(bytes)))?;
+    file.set_len(bytes).map_err(|e| refused("size", ByteCount(bytes), &e))?;
     Ok(file)
 }
 
-fn refused(what: &str, bytes: ByteCount) -> Error {
-    let cause = std::io::Error::last_os_error();
+fn refused(what: &str, bytes: ByteCount, cause: &OsError) -> Error {
+    let errno = cause.raw_os_error().unwrap_or(0);
+    let memory = "Lower budget.hbm, or raise the container's or user's memory limit (ulimit -v).";
+    let action = match errno {
+        libc::ENOMEM => memory.to_owned(),
+        // Open files, the size of a file: budgets have no part in them.
+        other => crate::os_error::advice(other, std::path::Path::new("/")).unwrap_or_else(|| memory.to_owned()),
+    };
     Error::new(Code::HostAlloc, format!("the system refused to {what} {bytes} of frames of the host device: {cause}."))
-        .errno(cause.raw_os_error().unwrap_or(0))
-        .action("Lower budget.hbm, or raise the container's or user's memory limit.")
+        .errno(errno)
+        .action(action)
 }
 
 impl HostFrames {
@@ -106,7 +114,7 @@ impl HostFrames {
             let offset = offset as libc::off_t;
             libc::mmap(place.cast(), bytes as usize, protection, flags, ring.as_raw_fd(), offset)
         };
-        if got == libc::MAP_FAILED { Err(refused("map", ByteCount(bytes))) } else { Ok(()) }
+        if got == libc::MAP_FAILED { Err(refused("map", ByteCount(bytes), &OsError::last_os_error())) } else { Ok(()) }
     }
 }
 

@@ -56,11 +56,8 @@ impl HostLanes {
             });
             lanes.lanes.push(Arc::clone(&lane));
             let worker = std::thread::Builder::new().name(format!("funicular-lane-{number}"));
-            let worker = worker.spawn(move || lane.serve()).map_err(|e| {
-                Error::new(Code::NoThread, format!("the system refused a thread for lane {number}: {e}."))
-                    .errno(e.raw_os_error().unwrap_or(0))
-                    .action("Raise the limit on processes of this user or container.")
-            })?;
+            let worker = worker.spawn(move || lane.serve());
+            let worker = worker.map_err(|e| crate::os_error::no_thread(&format!("lane {number}"), &e, ""))?;
             lanes.workers.push(worker);
         }
         Ok(lanes)

@@ -125,11 +125,8 @@ impl Streams {
                 streams.fail(name);
             }
         };
-        thread::Builder::new().name(name.to_owned()).spawn(worker).map(Some).map_err(|e| {
-            Error::new(Code::HostAlloc, format!("the system refused a thread for {name}: {e}."))
-                .errno(e.raw_os_error().unwrap_or(0))
-                .action("Raise the limit on processes of this user or container.")
-        })
+        let started = thread::Builder::new().name(name.to_owned()).spawn(worker);
+        started.map(Some).map_err(|e| crate::os_error::no_thread(name, &e, ""))
     }
 
     fn lane(&self, role: Role) -> Option<&Lane> {
