@@ -313,7 +313,8 @@ fn files() {
     assert_error(&refuse(dir.path().to_path_buf()), Code::PolicyFile, &["directory"]);
     assert_error(&refuse(path("b.toml", b"a = \xff")), Code::PolicyFile, &["b.toml", "not UTF-8 at byte 4"]);
     assert_error(&refuse(path("c.yaml", b"a: 1")), Code::PolicyFile, &["not YAML"]);
-    assert_error(&refuse("/dev/zero".into()), Code::PolicyFile, &["larger than 1 MiB"]);
+    assert_error(&refuse("/dev/zero".into()), Code::PolicyFile, &["/dev/zero: not a regular file"]);
+    assert_error(&refuse(path("large.toml", &[b'#'; (1 << 20) + 1])), Code::PolicyFile, &["larger than 1 MiB"]);
     assert_error(&refuse(path("d.toml", b"[budgets]\n")), Code::PolicyKey, &["d.toml:1:2:", "'budget'"]);
 }
 

@@ -1,6 +1,6 @@
 //! Models without their weights: from a count of parameters, or from the headers of safetensors files.
 
-use std::{collections::BTreeMap, fs::File, io::Read, path::Path};
+use std::{collections::BTreeMap, io::Read, path::Path};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -9,13 +9,13 @@ use crate::{
     dtype::DType,
     error::{Code, Error, Result},
     model::{ParamSpec, UnitSpec},
-    policy::Pattern,
+    policy::{Pattern, open_regular},
 };
 
 /// What is not part of a block is cut into units of about this many bytes, as the wrapper does.
 const REST_BYTES: u64 = 64 << 20;
-/// Largest header of a safetensors file that is read.
-const MAX_HEADER: u64 = 256 << 20;
+/// Largest header of a safetensors file that is read: the format allows no larger one.
+const MAX_HEADER: u64 = 100_000_000;
 
 /// A unit, and whether its backward reads its parameters.
 #[derive(Clone, Debug)]
@@ -139,13 +139,18 @@ pub fn safetensors(path: &Path) -> Result<Option<Vec<ParamSpec>>> {
         for (name, tensor) in header(file)? {
             if name != "__metadata__" {
                 let tensor: Tensor = serde_json::from_value(tensor).map_err(|e| unreadable(file, &e.to_string()))?;
-                tensors.insert(name, tensor);
+                let numel = tensor.shape.iter().try_fold(1_u64, |product, &length| product.checked_mul(length));
+                // So that sums of bytes stay numbers, too.
+                let numel = numel.filter(|&numel| numel < 1 << 50).ok_or_else(|| {
+                    unreadable(file, &format!("'{name}' has the shape {:?}, more than any file holds", tensor.shape))
+                })?;
+                tensors.insert(name, (tensor, numel));
             }
         }
     }
-    let param = |(name, t): (String, Tensor)| ParamSpec {
+    let param = |(name, (t, numel)): (String, (Tensor, u64))| ParamSpec {
         name,
-        numel: t.shape.iter().product(),
+        numel,
         dtype: dtype(&t.dtype),
         trainable: dtype(&t.dtype).trainable(),
     };
@@ -159,7 +164,7 @@ fn unreadable(path: &Path, why: &str) -> Error {
 
 fn header(file: &Path) -> Result<serde_json::Map<String, Value>> {
     let read = || -> std::io::Result<Vec<u8>> {
-        let mut open = File::open(file)?;
+        let mut open = open_regular(file)?;
         let mut size = [0; 8];
         open.read_exact(&mut size)?;
         let mut text = Vec::new();
@@ -271,6 +276,31 @@ mod tests {
         assert_eq!(parse_count("350M"), Ok(350_000_000));
         for wrong in ["", "B", "seven", "-1B", "0", "1e30B", "nan"] {
             assert!(parse_count(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_only_looks_like_a_model_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, header: &str| {
+            let path = dir.path().join(name);
+            let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+            std::fs::write(&path, bytes).expect("writes");
+            path
+        };
+        let shape =
+            |shape: &str| format!("{{\"a\": {{\"dtype\": \"F32\", \"shape\": {shape}, \"data_offsets\": [0, 0]}}}}");
+        let right = safetensors(&write("right.safetensors", &shape("[2, 3]"))).expect("reads").expect("is one");
+        assert_eq!(right[0].numel, 6);
+        for wrong in ["[4294967296, 4294967296]", "[9007199254740993]"] {
+            let error = safetensors(&write("large.safetensors", &shape(wrong))).expect_err("more than any file holds");
+            assert!(error.code() == Code::PolicyFile && error.to_string().contains("'a' has the shape"), "{error}");
+        }
+        for (name, target) in [("null.safetensors", "/dev/zero"), ("full.safetensors", "/dev/full")] {
+            let link = dir.path().join(name);
+            std::os::unix::fs::symlink(target, &link).expect("links");
+            let error = safetensors(&link).expect_err("a device");
+            assert!(error.to_string().contains("not a regular file"), "{error}");
         }
     }
 

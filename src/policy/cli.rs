@@ -65,18 +65,26 @@ pub fn import(file: &Path, hints: Hints) -> Output {
             Some(path) => {
                 let beside = file.parent().map_or_else(|| PathBuf::from(path), |dir| dir.join(path));
                 let target = if beside.exists() { beside } else { PathBuf::from(path) };
-                (read(&target, hints)?, format!("{} refers to {}\n", file.display(), target.display()))
+                (follow(file, &target, hints)?, format!("{} refers to {}\n", file.display(), target.display()))
             }
         };
-        if let Some(path) = &imported.refers_to {
-            let what = format!("{}: refers to {path}, which is one step too many.", imported.name);
-            return Err(Error::new(Code::PolicyFile, what).action("Import that file."));
-        }
         let Imported { name, mapped, ignored, undecided, .. } = &imported;
         let sums = format!("{} mapped, {} ignored, {} to decide", mapped.len(), ignored.len(), undecided.len());
         Ok(Output { out: imported.to_string(), err: format!("{note}{name}: {sums}\n"), code: 0 })
     };
     imported().into()
+}
+
+/// What a configuration names as its DeepSpeed file. Unlike a file that the caller names, it is not quoted unless it is one.
+fn follow(from: &Path, target: &Path, hints: Hints) -> Result<Imported> {
+    let (from, name) = (from.display(), target.display().to_string());
+    let text = read_text(target).map_err(|e| e.because(&format!("{from} names it as its DeepSpeed configuration.")))?;
+    import::referred(&text, &name, hints).ok_or_else(|| {
+        let what = format!(
+            "{from}: names {name} as its DeepSpeed configuration, but that is not JSON with a section zero_optimization; nothing of it is shown."
+        );
+        Error::new(Code::PolicyFile, what).action("Correct the path; or import that file by itself to see what is wrong.")
+    })
 }
 
 fn read(file: &Path, hints: Hints) -> Result<Imported> {

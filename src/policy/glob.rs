@@ -5,22 +5,33 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Most alternatives that the braces of one pattern may multiply to.
-const MAX_ALTERNATIVES: usize = 256;
+/// Longest pattern, in characters.
+const MAX_LENGTH: usize = 1_024;
+
+/// Deepest nesting of braces.
+const MAX_DEPTH: usize = 8;
 
 /// A checked pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern {
     text: String,
-    alternatives: Vec<Vec<Token>>,
+    /// A state machine: each step takes a character or leads on. Its length grows with the pattern's, braces or not.
+    steps: Vec<Step>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Token {
+enum Step {
     Char(char),
     One,
     Run,
-    Class { negated: bool, ranges: Vec<(char, char)> },
+    Class {
+        negated: bool,
+        ranges: Vec<(char, char)>,
+    },
+    /// Goes on at each of these steps: the branches of a brace.
+    Fork(Vec<usize>),
+    /// Goes on at that step: the end of a branch.
+    Jump(usize),
 }
 
 impl Pattern {
@@ -32,13 +43,17 @@ impl Pattern {
         if text.is_empty() {
             return Err("an empty pattern matches nothing; \"*\" matches every name".to_owned());
         }
-        let chars: Vec<char> = text.chars().collect();
-        let mut at = 0;
-        let alternatives = sequence(&chars, &mut at, 0)?;
+        let chars: Vec<char> = text.chars().take(MAX_LENGTH + 1).collect();
+        if chars.len() > MAX_LENGTH {
+            let length = text.chars().count();
+            return Err(format!("a pattern of {length} characters; the longest has {MAX_LENGTH}"));
+        }
+        let (mut at, mut steps) = (0, Vec::new());
+        sequence(&chars, &mut at, 0, &mut steps)?;
         if at < chars.len() {
             return Err(format!("pattern '{text}': '}}' without '{{'"));
         }
-        Ok(Self { text: text.to_owned(), alternatives })
+        Ok(Self { text: text.to_owned(), steps })
     }
 
     /// As it was written.
@@ -46,75 +61,127 @@ impl Pattern {
         &self.text
     }
 
-    /// True if the whole of `name` matches.
+    /// True if the whole of `name` matches. Takes time in proportion to both lengths, at worst to their product.
     pub fn matches(&self, name: &str) -> bool {
-        let name: Vec<char> = name.chars().collect();
-        self.alternatives.iter().any(|tokens| matches(tokens, &name))
+        let (mut now, mut next) = (Reached::new(&self.steps), Reached::new(&self.steps));
+        now.add(0);
+        for c in name.chars() {
+            next.clear();
+            for at in now.list.drain(..) {
+                match self.steps.get(at) {
+                    Some(Step::Run) => next.add(at),
+                    Some(step) if takes(step, c) => next.add(at + 1),
+                    _ => {}
+                }
+            }
+            std::mem::swap(&mut now, &mut next);
+        }
+        now.list.contains(&self.steps.len())
     }
 }
 
-/// Tokens up to the end, or up to the `,` or `}` that ends a branch of a brace; one list per alternative.
-fn sequence(chars: &[char], at: &mut usize, depth: usize) -> Result<Vec<Vec<Token>>, String> {
-    let text = || chars.iter().collect::<String>();
-    let mut all = vec![Vec::new()];
+/// The steps that a name has led to so far. The end is one more than the last step.
+struct Reached<'a> {
+    steps: &'a [Step],
+    list: Vec<usize>,
+    seen: Vec<bool>,
+    todo: Vec<usize>,
+}
+
+impl<'a> Reached<'a> {
+    fn new(steps: &'a [Step]) -> Self {
+        Self { steps, list: Vec::new(), seen: vec![false; steps.len() + 1], todo: Vec::new() }
+    }
+
+    fn clear(&mut self) {
+        self.list.clear();
+        self.seen.fill(false);
+    }
+
+    /// A step, and those that it leads to without a character.
+    fn add(&mut self, step: usize) {
+        self.todo.push(step);
+        while let Some(at) = self.todo.pop() {
+            if std::mem::replace(&mut self.seen[at], true) {
+                continue;
+            }
+            match self.steps.get(at) {
+                Some(Step::Fork(branches)) => self.todo.extend(branches),
+                Some(Step::Jump(to)) => self.todo.push(*to),
+                Some(Step::Run) => {
+                    self.list.push(at);
+                    self.todo.push(at + 1);
+                }
+                _ => self.list.push(at),
+            }
+        }
+    }
+}
+
+/// Steps up to the end, or up to the `,` or `}` that ends a branch of a brace.
+fn sequence(chars: &[char], at: &mut usize, depth: usize, steps: &mut Vec<Step>) -> Result<(), String> {
     while let Some(&c) = chars.get(*at) {
         match c {
             '}' => break,
             ',' if depth > 0 => break,
             '{' => {
                 *at += 1;
-                let branches = braces(chars, at, depth + 1)?;
-                if all.len() * branches.len() > MAX_ALTERNATIVES {
-                    return Err(format!("pattern '{}' has more than {MAX_ALTERNATIVES} alternatives", text()));
-                }
-                all = all.iter().flat_map(|head| branches.iter().map(|b| [&head[..], &b[..]].concat())).collect();
+                braces(chars, at, depth + 1, steps)?;
             }
-            _ => {
-                let token = token(chars, at)?;
-                all.iter_mut().for_each(|tokens| tokens.push(token.clone()));
-            }
+            _ => steps.push(token(chars, at)?),
         }
     }
-    Ok(all)
+    Ok(())
 }
 
 /// The branches of a brace, after its `{`, through its `}`.
-fn braces(chars: &[char], at: &mut usize, depth: usize) -> Result<Vec<Vec<Token>>, String> {
-    let mut branches = Vec::new();
-    if depth > 8 {
+fn braces(chars: &[char], at: &mut usize, depth: usize, steps: &mut Vec<Step>) -> Result<(), String> {
+    if depth > MAX_DEPTH {
         return Err(format!("pattern '{}' nests braces too deep", chars.iter().collect::<String>()));
     }
+    let fork = steps.len();
+    steps.push(Step::Fork(Vec::new()));
+    let (mut branches, mut ends) = (Vec::new(), Vec::new());
     loop {
-        branches.extend(sequence(chars, at, depth)?);
+        branches.push(steps.len());
+        sequence(chars, at, depth, steps)?;
         let end = chars.get(*at).copied();
         *at += 1;
         match end {
-            Some('}') => return Ok(branches),
-            Some(_) => {}
+            Some('}') => break,
+            Some(_) => {
+                ends.push(steps.len());
+                steps.push(Step::Jump(0));
+            }
             None => return Err(format!("pattern '{}': '{{' without '}}'", chars.iter().collect::<String>())),
         }
     }
+    for end in ends {
+        steps[end] = Step::Jump(steps.len());
+    }
+    steps[fork] = Step::Fork(branches);
+    Ok(())
 }
 
 /// One token that is not a brace.
-fn token(chars: &[char], at: &mut usize) -> Result<Token, String> {
+fn token(chars: &[char], at: &mut usize) -> Result<Step, String> {
     let c = chars[*at];
     *at += 1;
     match c {
-        '*' => Ok(Token::Run),
-        '?' => Ok(Token::One),
+        '*' => Ok(Step::Run),
+        '?' => Ok(Step::One),
         '[' => class(chars, at),
         '\\' => {
             let next = chars.get(*at).ok_or_else(|| "a pattern cannot end in a backslash".to_owned())?;
             *at += 1;
-            Ok(Token::Char(*next))
+            Ok(Step::Char(*next))
         }
-        _ => Ok(Token::Char(c)),
+        _ => Ok(Step::Char(c)),
     }
 }
 
 /// A class, after its `[`, through its `]`. A `]` that comes first stands for itself.
-fn class(chars: &[char], at: &mut usize) -> Result<Token, String> {
+fn class(chars: &[char], at: &mut usize) -> Result<Step, String> {
     let negated = matches!(chars.get(*at), Some('!' | '^'));
     *at += usize::from(negated);
     let mut ranges = Vec::new();
@@ -124,7 +191,7 @@ fn class(chars: &[char], at: &mut usize) -> Result<Token, String> {
         };
         *at += 1;
         if low == ']' && !ranges.is_empty() {
-            return Ok(Token::Class { negated, ranges });
+            return Ok(Step::Class { negated, ranges });
         }
         match (chars.get(*at), chars.get(*at + 1)) {
             (Some('-'), Some(&high)) if high != ']' => {
@@ -142,38 +209,12 @@ fn class(chars: &[char], at: &mut usize) -> Result<Token, String> {
     }
 }
 
-/// Greedy matching that goes back to the last `*` only: linear in practice, quadratic at worst.
-fn matches(tokens: &[Token], name: &[char]) -> bool {
-    let (mut t, mut n) = (0, 0);
-    let mut retry: Option<(usize, usize)> = None;
-    while n < name.len() {
-        match tokens.get(t) {
-            Some(Token::Run) => {
-                t += 1;
-                retry = Some((t, n));
-                continue;
-            }
-            Some(token) if one(token, name[n]) => {
-                t += 1;
-                n += 1;
-                continue;
-            }
-            _ => {}
-        }
-        let Some((after, from)) = retry else { return false };
-        retry = Some((after, from + 1));
-        t = after;
-        n = from + 1;
-    }
-    tokens[t..].iter().all(|token| *token == Token::Run)
-}
-
-fn one(token: &Token, c: char) -> bool {
-    match token {
-        Token::Char(x) => *x == c,
-        Token::One => true,
-        Token::Run => false,
-        Token::Class { negated, ranges } => ranges.iter().any(|&(low, high)| (low..=high).contains(&c)) != *negated,
+fn takes(step: &Step, c: char) -> bool {
+    match step {
+        Step::Char(x) => *x == c,
+        Step::One => true,
+        Step::Class { negated, ranges } => ranges.iter().any(|&(low, high)| (low..=high).contains(&c)) != *negated,
+        Step::Run | Step::Fork(_) | Step::Jump(_) => false,
     }
 }
 
@@ -215,9 +256,20 @@ mod tests {
 
     #[test]
     fn refuses_broken_patterns() {
-        for bad in ["", "[a", "{a,b", "a}", "\\", "[z-a]", &"{a,b}".repeat(9), &"{".repeat(5000)] {
+        for bad in ["", "[a", "{a,b", "a}", "\\", "[z-a]", &"{".repeat(50), &"{".repeat(5000)] {
             assert!(Pattern::new(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn alternatives_do_not_multiply() {
+        let pattern = Pattern::new(&"{a,b,}".repeat(150)).unwrap();
+        assert!(pattern.steps.len() < 1_000);
+        assert!(pattern.matches(&"ab".repeat(75)) && !pattern.matches(&"ab".repeat(76)) && !pattern.matches("c"));
+        assert!(hit("x{a,{b,c*}d}{,y}", "xcddy") && !hit("x{a,{b,c*}d}{,y}", "xcy"));
+        let error = Pattern::new(&"*a".repeat(1 << 19)).unwrap_err();
+        assert_eq!(error, "a pattern of 1048576 characters; the longest has 1024");
+        assert!(Pattern::new(&"ö".repeat(1024)).unwrap().matches(&"ö".repeat(1024)));
     }
 
     #[test]

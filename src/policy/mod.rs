@@ -24,6 +24,7 @@ mod words;
 use std::{
     fs::File,
     io::Read,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -330,6 +331,7 @@ impl Policy {
     }
 
     fn from_node(source: &Source<'_>, node: &Node) -> Result<Self> {
+        source.check_size(node)?;
         decode::decode(source, node, &schema::paths())
     }
 
@@ -400,6 +402,20 @@ impl Policy {
     }
 }
 
+/// Opens a file to read it: a regular one, so that nothing waits for a pipe's writer or acts on a device. What the shell hands
+/// over (`<(...)`, `/dev/stdin`) may be a pipe.
+pub(crate) fn open_regular(path: &Path) -> std::io::Result<File> {
+    if ["/dev/fd", "/dev/stdin", "/proc/self/fd"].iter().any(|handed| path.starts_with(handed)) {
+        return File::open(path);
+    }
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_dir() {
+        return Ok(file);
+    }
+    Err(std::io::Error::other("not a regular file"))
+}
+
 /// The text of a file, with limits on its size and kind.
 fn read_text(path: &Path) -> Result<String> {
     let fault = |e: &std::io::Error| {
@@ -408,7 +424,8 @@ fn read_text(path: &Path) -> Result<String> {
         e.raw_os_error().map_or(error.clone(), |n| error.errno(n))
     };
     let mut bytes = Vec::new();
-    File::open(path).and_then(|f| f.take(MAX_FILE + 1).read_to_end(&mut bytes)).map_err(|e| fault(&e))?;
+    let file = open_regular(path).map_err(|e| fault(&e))?;
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| fault(&e))?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(Error::new(Code::PolicyFile, format!("{}: larger than 1 MiB, so not a policy.", path.display())));
     }

@@ -3,7 +3,7 @@
 //! The Python dialect reads what people paste from their scripts: `True`, single quotes, trailing commas, comments,
 //! and a call such as `DeepSpeedStrategy(stage=3, ...)` or `dict(...)` as a table.
 
-use super::source::{Entry, Node, Source, Value};
+use super::source::{Entry, MAX_KEYS, Node, Source, Value};
 use crate::error::{Code, Error, Result};
 
 /// Deepest nesting that is read.
@@ -173,6 +173,9 @@ impl<'a> Parser<'a> {
     }
 
     fn add(&self, entries: &mut Vec<Entry>, entry: Entry) -> Result<()> {
+        if entries.len() >= MAX_KEYS {
+            return Err(self.source.too_many_keys(entry.span.as_ref()));
+        }
         if entries.iter().any(|e| e.key == entry.key) {
             let what = format!("the key \"{}\" is there twice", entry.key);
             return Err(self.source.error(Code::PolicySyntax, entry.span.as_ref(), &what));

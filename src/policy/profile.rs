@@ -107,11 +107,7 @@ impl Profile {
     /// # Errors
     /// `FN-E504` when the file cannot be read, `FN-E501` when it is no profile of this version.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| {
-            Error::new(Code::PolicyFile, format!("{}: {e}.", path.display()))
-                .errno(e.raw_os_error().unwrap_or(0))
-                .action("Measure with funicular bench --save.")
-        })?;
+        let text = super::read_text(path).map_err(|e| e.action("Measure with funicular bench --save."))?;
         let wrong = |why: String| {
             Error::new(Code::PolicySyntax, format!("{}: {why}.", path.display()))
                 .action("Measure again with funicular bench --save.")

@@ -1,28 +1,43 @@
 //! Where policy text came from: lines, columns, the snippet with a caret, and the parsed tree with its spans.
 
-use std::ops::Range;
+use std::{cell::OnceCell, ops::Range};
 
-use crate::error::{Code, Error};
+use crate::{
+    error::{Code, Error, Result},
+    text::{misleads, printable},
+};
+
+/// Most keys of one table, most items of one list, most values in all, and the longest string in bytes. A file within
+/// these takes little time and memory, whatever is done with its parts; no real configuration comes near them.
+pub(crate) const MAX_KEYS: usize = 1_000;
+const MAX_ITEMS: usize = 4_096;
+const MAX_VALUES: usize = 32_768;
+const MAX_TEXT: usize = 4_096;
+
+/// Bytes between two places whose line and column are known.
+const MARK: usize = 4_096;
 
 /// Longest part of a line that a snippet shows, in characters.
 const SNIPPET: usize = 100;
 
 /// A named text, or only a name (an environment variable, a `--set`) when there are no lines to point at.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Source<'a> {
     name: &'a str,
     text: Option<&'a str>,
+    /// Line and column of every [`MARK`]th byte; made when a place is first asked for.
+    marks: OnceCell<Vec<(usize, usize)>>,
 }
 
 impl<'a> Source<'a> {
     /// A file's text under the name that errors print.
     pub(crate) fn new(name: &'a str, text: &'a str) -> Self {
-        Self { name, text: Some(text) }
+        Self { name, text: Some(text), marks: OnceCell::new() }
     }
 
     /// An origin without lines.
     pub(crate) fn named(name: &'a str) -> Self {
-        Self { name, text: None }
+        Self { name, text: None, marks: OnceCell::new() }
     }
 
     /// The name that errors print.
@@ -32,30 +47,94 @@ impl<'a> Source<'a> {
 
     /// Line and column of a byte offset, both from 1, the column in characters.
     pub(crate) fn locate(&self, offset: usize) -> (usize, usize) {
-        let text = self.text.unwrap_or_default();
-        let before = &text.as_bytes()[..offset.min(text.len())];
-        let line_start = before.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
-        let line = before.iter().filter(|&&b| b == b'\n').count() + 1;
-        (line, String::from_utf8_lossy(&before[line_start..]).chars().count() + 1)
+        let text = self.text.unwrap_or_default().as_bytes();
+        let marks = self.marks.get_or_init(|| {
+            let mut marks = vec![(1, 1)];
+            let mut at = (1, 1);
+            marks.extend(text.chunks_exact(MARK).map(|part| {
+                at = advanced(at, part);
+                at
+            }));
+            marks
+        });
+        let offset = offset.min(text.len());
+        advanced(marks[offset / MARK], &text[offset / MARK * MARK..offset])
     }
 
     /// An error at a span: `name:line:column: what`, the line, and a caret under the span.
     pub(crate) fn error(&self, code: Code, span: Option<&Range<usize>>, what: &str) -> Error {
+        let (name, what) = (printable(self.name), printable(what));
         match (self.text, span) {
             (Some(text), Some(span)) => {
                 let (line, column) = self.locate(span.start);
                 let snippet = snippet(text, span, line, column);
-                Error::new(code, format!("{}:{line}:{column}: {what}\n{snippet}", self.name))
+                Error::new(code, format!("{name}:{line}:{column}: {what}\n{snippet}"))
             }
-            _ => Error::new(code, format!("{}: {what}", self.name)),
+            _ => Error::new(code, format!("{name}: {what}")),
         }
     }
+
+    /// Refuses a tree that is larger than any configuration.
+    ///
+    /// # Errors
+    /// `FN-E503` with the place and the bound.
+    pub(crate) fn check_size(&self, root: &Node) -> Result<()> {
+        let refuse = |span: &Option<Range<usize>>, what: &str| Err(self.error(Code::PolicyValue, span.as_ref(), what));
+        let mut left = vec![root];
+        let mut seen = 0;
+        while let Some(node) = left.pop() {
+            seen += 1;
+            if seen > MAX_VALUES {
+                return refuse(&None, &format!("more than {MAX_VALUES} values; no configuration has so many"));
+            }
+            match &node.value {
+                Value::Text(text) if text.len() > MAX_TEXT => {
+                    let what = format!("a string of {} bytes; at most {MAX_TEXT} are read", text.len());
+                    return refuse(&node.span, &what);
+                }
+                Value::List(items) if items.len() > MAX_ITEMS => {
+                    let what = format!("a list of {} items; at most {MAX_ITEMS} are read", items.len());
+                    return refuse(&node.span, &what);
+                }
+                Value::List(items) => left.extend(items),
+                Value::Table(entries) => {
+                    if entries.len() > MAX_KEYS {
+                        return Err(self.too_many_keys(entries[MAX_KEYS].span.as_ref()));
+                    }
+                    if let Some(long) = entries.iter().find(|e| e.key.len() > MAX_TEXT) {
+                        let what = format!("a key of {} bytes; at most {MAX_TEXT} are read", long.key.len());
+                        return refuse(&long.span, &what);
+                    }
+                    left.extend(entries.iter().map(|e| &e.node));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// `FN-E503` for a table with more than [`MAX_KEYS`] keys, at the first that is too many.
+    pub(crate) fn too_many_keys(&self, span: Option<&Range<usize>>) -> Error {
+        self.error(Code::PolicyValue, span, &format!("a table with more than {MAX_KEYS} keys; no more are read"))
+    }
+}
+
+/// Line and column after these bytes; a column is a character, which begins with its first byte.
+fn advanced((mut line, mut column): (usize, usize), bytes: &[u8]) -> (usize, usize) {
+    for byte in bytes {
+        match byte {
+            b'\n' => (line, column) = (line + 1, 1),
+            0x80..=0xbf => {}
+            _ => column += 1,
+        }
+    }
+    (line, column)
 }
 
 /// The line of a span with carets under it, shortened around the span when long.
 fn snippet(text: &str, span: &Range<usize>, line: usize, column: usize) -> String {
     let shown: Vec<char> =
-        text.lines().nth(line - 1).unwrap_or_default().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        text.lines().nth(line - 1).unwrap_or_default().chars().map(|c| if misleads(c) { ' ' } else { c }).collect();
     let width = text
         .get(span.start.min(text.len())..span.end.min(text.len()))
         .and_then(|s| s.lines().next())
@@ -171,6 +250,18 @@ mod tests {
         assert_eq!(source.locate(at), (2, 11));
         let error = source.error(Code::PolicyValue, Some(&(at..at + 1)), "no").to_string();
         assert_eq!(error, "FN-E503 p.toml:2:11: no\n    2 | \"größe\" = 2\n      |           ^");
+    }
+
+    #[test]
+    fn finds_places_in_long_texts() {
+        let text = "größe = 1\n".repeat(3_000) + &"ö".repeat(10_000);
+        let source = Source::new("p", &text);
+        for (offset, _) in text.char_indices().step_by(997) {
+            let before = &text[..offset];
+            let line = before.matches('\n').count() + 1;
+            let column = before.rsplit('\n').next().unwrap().chars().count() + 1;
+            assert_eq!(source.locate(offset), (line, column), "{offset}");
+        }
     }
 
     #[test]

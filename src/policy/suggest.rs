@@ -3,10 +3,13 @@
 /// The candidate nearest to `word`, if it is near enough to be a slip of the hand. Case, `-` and `_` do not count.
 pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = fold(word);
-    let limit = (word.len() / 3).max(1);
+    let limit = (word.len() / 3).clamp(1, 16);
     candidates
         .into_iter()
-        .map(|c| (distance(&word, &fold(c)), c))
+        .map(|c| (c, fold(c)))
+        // A word of another length is as far away at least; a word of a megabyte is not compared at all.
+        .filter(|(_, folded)| folded.len().abs_diff(word.len()) <= limit)
+        .map(|(c, folded)| (distance(&word, &folded), c))
         .filter(|&(d, c)| d <= limit && d < c.chars().count())
         .min_by_key(|&(d, _)| d)
         .map(|(_, c)| c)

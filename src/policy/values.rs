@@ -24,6 +24,9 @@ const UNITS: &[(&str, u64)] = &[
 /// Largest count that a policy accepts for threads, queue depths and rows.
 const MAX_COUNT: u32 = 4096;
 
+/// Most directories that files are striped over.
+const MAX_PATHS: usize = 256;
+
 /// `"auto"`, or a value that holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Auto<T> {
@@ -342,6 +345,9 @@ impl<'de> Deserialize<'de> for DeviceChoice {
 /// Reads directories: none empty, none twice, no `~` that nobody would expand.
 pub(crate) fn directories<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
     let paths = Vec::<String>::deserialize(from)?;
+    if paths.len() > MAX_PATHS {
+        return Err(de::Error::custom(format!("{} paths; at most {MAX_PATHS} are striped over", paths.len())));
+    }
     for (at, path) in paths.iter().enumerate() {
         if path.trim().is_empty() {
             return Err(de::Error::custom("an empty path; name a directory on a local disk"));

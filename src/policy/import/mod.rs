@@ -59,8 +59,9 @@ pub fn accelerate(text: &str, name: &str, hints: Hints) -> Result<Imported> {
 pub fn lightning(text: &str, name: &str, hints: Hints) -> Result<Imported> {
     let source = Source::new(name, text);
     let node = parse_json::parse(&source, text, Dialect::Python)?;
-    if !matches!(node.value, Value::Text(_)) {
-        table(&source, &node)?;
+    match node.value {
+        Value::Text(_) => source.check_size(&node)?,
+        _ => table(&source, &node)?,
     }
     Ok(others::lightning(&source, &node, hints))
 }
@@ -85,7 +86,18 @@ pub fn any(text: &str, name: &str, hints: Hints) -> Result<Imported> {
     }
 }
 
+/// Imports a DeepSpeed configuration that another file names; `None` if it is none. Nothing of such a file may be shown before it
+/// is known to be one: the file that names it may come from elsewhere.
+pub(super) fn referred(text: &str, name: &str, hints: Hints) -> Option<Imported> {
+    let source = Source::new(name, text);
+    let node = parse_json::parse(&source, text, Dialect::Json).ok()?;
+    table(&source, &node).ok()?;
+    matches!(node.get("zero_optimization")?.value, Value::Table(_))
+        .then(|| deepspeed::import(&source, &node, hints, &[]))
+}
+
 fn table(source: &Source<'_>, node: &Node) -> Result<()> {
+    source.check_size(node)?;
     match node.value {
         Value::Table(_) => Ok(()),
         _ => Err(source.error(Code::PolicyValue, node.span.as_ref(), "a configuration is a table of keys and values")),

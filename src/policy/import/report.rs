@@ -8,6 +8,7 @@ use crate::{
         Policy,
         source::{Node, Source, Value},
     },
+    text::misleads,
 };
 
 /// A key of the imported file and what became of it.
@@ -116,7 +117,7 @@ impl fmt::Display for Imported {
 
 /// A comment of one line, whatever the text: a key of the file may hold a line feed.
 fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
-    let line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let line: String = text.chars().map(|c| if misleads(c) { ' ' } else { c }).collect();
     writeln!(f, "# {line}")
 }
 

@@ -4,7 +4,7 @@ use saphyr_parser::{Event, Parser, ScalarStyle, Span};
 
 use crate::{
     error::{Code, Result},
-    policy::source::{Entry, Node, Source, Value},
+    policy::source::{Entry, MAX_KEYS, Node, Source, Value},
 };
 
 /// Deepest nesting that is read.
@@ -94,6 +94,9 @@ impl<'a> Reader<'a> {
                 Event::Scalar(key, ..) => key.into_owned(),
                 _ => return Err(self.fault(&span, "a key was expected here")),
             };
+            if entries.len() >= MAX_KEYS {
+                return Err(self.source.too_many_keys(Some(&self.range(&span))));
+            }
             if entries.iter().any(|e| e.key == key) {
                 return Err(self.fault(&span, &format!("the key \"{key}\" is there twice")));
             }
