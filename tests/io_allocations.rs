@@ -65,8 +65,16 @@ fn steady_state_allocates_nothing() {
             held = Some((done.lease, done.parts));
         };
         (0..20).for_each(&mut round);
-        let before = COUNT.load(Ordering::Relaxed);
-        (0..200).for_each(&mut round);
-        assert_eq!(COUNT.load(Ordering::Relaxed) - before, 0, "{choice:?}");
+        let mut allocations = || {
+            let before = COUNT.load(Ordering::Relaxed);
+            (0..200).for_each(&mut round);
+            COUNT.load(Ordering::Relaxed) - before
+        };
+        // A thread that waits for the first time makes what it waits with, once. On a busy machine that may be late: threads that
+        // found work at once did not wait before. What a request allocates it allocates in every one of these runs.
+        let counts: Vec<usize> = (0..6).map(|_| allocations()).collect();
+        let threads = usize::try_from(options.threads).unwrap() + 2;
+        assert!(counts.contains(&0), "{choice:?}: something in each 200 requests: {counts:?}");
+        assert!(counts.iter().sum::<usize>() <= 2 * threads, "{choice:?}: more than first waits: {counts:?}");
     }
 }

@@ -73,16 +73,23 @@ def raw(tensor: torch.Tensor | None) -> bytes:
 
 
 def one_case(dtype: torch.dtype, case: tuple[float, ...], seed: int) -> bytes:
-    """A case as bytes."""
-    lr, beta1, beta2, eps, weight_decay, grad_scale, clip, step, maximize, reset_master = case
+    """A case as bytes, with numbers of its own."""
     arrays = random_arrays(dtype, LENGTH, seed)
     grad = arrays.pop("grad")
     assert grad is not None
     if seed % 2:  # half of the norms are finite
         grad = torch.where(grad.isfinite(), grad, 1.0).to(dtype)
+    return written(dtype, case, grad, arrays)
+
+
+def written(
+    dtype: torch.dtype, case: tuple[float, ...], grad: torch.Tensor, arrays: dict[str, torch.Tensor | None]
+) -> bytes:
+    """A case as bytes: what goes in, and what the reference makes of it."""
+    lr, beta1, beta2, eps, weight_decay, grad_scale, clip, step, maximize, reset_master = case
     norm = reference.norm_sq(grad)
     flags = int(maximize) | int(reset_master) << 1
-    out = struct.pack("<4I", DTYPES.index(dtype), LENGTH, int(step), flags)
+    out = struct.pack("<4I", DTYPES.index(dtype), grad.numel(), int(step), flags)
     out += struct.pack("<8d", lr, beta1, beta2, eps, weight_decay, grad_scale, clip, norm)
     out += raw(grad) + b"".join(map(raw, arrays.values()))
     reference.adamw_step(
@@ -105,9 +112,35 @@ def one_case(dtype: torch.dtype, case: tuple[float, ...], seed: int) -> bytes:
 
 
 def golden() -> bytes:
-    """The whole file."""
+    """The whole file. Its numbers are torch's random ones, whose last bits depend on the processor."""
     cases = [one_case(d, case, 100 * i + j) for i, d in enumerate(DTYPES) for j, case in enumerate(CASES)]
     return b"FNADAMW1" + struct.pack("<I", len(cases)) + b"".join(cases)
+
+
+def again(data: bytes) -> bytes:
+    """The file once more: the reference's results from the numbers that stand in it."""
+    count, at = struct.unpack_from("<I", data, 8)[0], 12
+    out = data[:at]
+    for _ in range(count):
+        kind, length, step, flags = struct.unpack_from("<4I", data, at)
+        numbers = struct.unpack_from("<8d", data, at + 16)
+        at += 16 + 64
+        dtype = DTYPES[kind]
+        arrays: dict[str, torch.Tensor | None] = {}
+        types = {"grad": dtype, "param": dtype, "master": MASTERS.get(dtype)}
+        for name in ("grad", "param", "master", "exp_avg", "exp_avg_sq"):
+            one = types.get(name, torch.float32)
+            arrays[name] = (
+                None if one is None else torch.frombuffer(bytearray(data), dtype=one, count=length, offset=at)
+            )
+            at += 0 if one is None else length * one.itemsize
+        # The same four after the step.
+        at += sum(tensor.nbytes for name, tensor in arrays.items() if tensor is not None and name != "grad")
+        grad = arrays.pop("grad")
+        assert grad is not None
+        case = (*numbers[:7], step, bool(flags & 1), bool(flags & 2))
+        out += written(dtype, case, grad, arrays)
+    return out
 
 
 if __name__ == "__main__":

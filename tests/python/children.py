@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
+#: Seconds after which a process hangs. Starting one takes half a minute where eight others want the processor.
+PATIENCE = 400
 
 PRELUDE = """
 import os, signal, sys, threading, time
@@ -39,7 +41,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str, str]:
     """Status and output; a process that hangs is killed, and that is a failure."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -56,7 +58,7 @@ def succeed(
     placement: dict[str, str],
     device: str = "host",
     prefix: Sequence[str] = (),
-    seconds: float = 60,
+    seconds: float = PATIENCE,
 ) -> list[str]:
     """Run a script that must end well; its lines."""
     status, out, err = finish(start(body, disk, placement, device, prefix), seconds)

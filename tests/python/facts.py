@@ -121,7 +121,26 @@ def threads() -> int:
     return thread_names().total()
 
 
-def eventually(true: Callable[[], bool], seconds: float = 10) -> None:
+def nap(seconds: float) -> None:
+    """Give other threads the time that they get in so many seconds of a quiet machine."""
+    time.sleep(seconds * max(1.0, 4 * os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+
+def busy() -> tuple[float, float, float]:
+    """Seconds of processor time that all programs have taken, those of this process and its children, and the clock."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    tick = os.sysconf("SC_CLK_TCK")
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / tick, sum(os.times()[:4]), time.monotonic()
+
+
+def others_since(before: tuple[float, float, float]) -> float:
+    """How many processors other programs have kept busy since then, on average."""
+    everyone, own, clock = (now - then for now, then in zip(busy(), before, strict=True))
+    return (everyone - own) / max(clock, 0.1)
+
+
+def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
     """Wait for what other threads are about to do; an assertion error if they do not."""
     end = time.monotonic() + seconds
     while not true():

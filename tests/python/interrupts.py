@@ -397,7 +397,7 @@ forever(opt.step)
 """
 
 
-def process_ends(where: str, placement: str, disk: str, after: float, limit: float = 30) -> float:
+def process_ends(where: str, placement: str, disk: str, after: float, limit: float = 200) -> float:
     """Ctrl-C that nobody catches, ``after`` seconds of a loop: seconds until all is closed. A hang is an error with its stack."""
     process = children.start(ENDLESS.format(where=where), disk, PLACEMENTS[placement], DEVICE)
     assert process.stdout is not None

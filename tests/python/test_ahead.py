@@ -1,11 +1,11 @@
 """Updates that begin during backward: the same bits whatever happens between backward and step, and used where nothing does."""
 
 import copy
-import time
 
 import pytest
 import torch
 
+import facts
 import funicular
 from models import WIDTH, stack
 from twin import Run, compare
@@ -244,7 +244,7 @@ def test_what_was_begun_is_used(host_world):
 
 def settle(seconds: float = 0.05) -> None:
     """Give the runner the time that a GPU's backward would."""
-    time.sleep(seconds)
+    facts.nap(seconds)
 
 
 def test_nothing_is_begun_without_spare_frames(host_world):

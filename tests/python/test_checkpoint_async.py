@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,7 +386,7 @@ def train_ahead(run: Run, steps: int) -> None:
     """Steps whose updates have time to begin during backward."""
     for _ in range(steps):
         run.model(run.data(4, WIDTH)).square().mean().backward()
-        time.sleep(0.03)
+        facts.nap(0.03)
         run.opt.step()
         run.opt.zero_grad()
 
@@ -449,7 +448,7 @@ def test_a_step_between_a_save_given_up_and_the_next(host_world: World, tmp_path
         run = begin(host_world, stack(), **SPARE, override=override, debug={"faults": faults})
         train_ahead(run, steps)
         run.model(run.data(4, WIDTH)).square().mean().backward()
-        time.sleep(0.03)
+        facts.nap(0.03)
         return run
 
     alone = trained("")

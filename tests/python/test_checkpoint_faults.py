@@ -387,7 +387,11 @@ def test_killed():
     here = str(Path(__file__).parent)
     code = f"import sys; sys.path[:0] = [{here!r}]; from kill_saves import campaign; print(campaign(10, 3))"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=110
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=children.PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10 kills: ")

@@ -16,7 +16,7 @@ from twin import Run, World, compare, play
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),
 ]
 SLICES = pytest.mark.parametrize("rows", [None, 2], ids=["whole", "micro-batches"])
 

@@ -24,14 +24,14 @@ def in_child(call: str, placement: str, disk: str, io_uring: bool) -> str:
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
     body = f"import alarms, interrupts, faulthandler; faulthandler.enable()\nprint({call})"
-    status, out, err = children.finish(children.start(body, disk, PLACEMENTS[placement], DEVICE), 280)
+    status, out, err = children.finish(children.start(body, disk, PLACEMENTS[placement], DEVICE), 1100)
     assert status == 0, f"status {status}\n{out}\n{err[-3000:]}"
     assert not facts.files(disk)
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(
     sys.version_info < (3, 11), reason="needs the exception table of Python 3.11 to know where signals can strike"
 )
@@ -45,7 +45,7 @@ def test_at_every_point(placement: str, scenario: str, disk: str, io_uring: bool
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_real_signals(placement: str, disk: str, io_uring: bool):
     """At random moments, as it really comes."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import children
 import funicular
 from models import WIDTH, stack
 from twin import Run, case, compare
@@ -200,7 +201,7 @@ def subprocess_of(body: str, disk: str, device: str) -> tuple[subprocess.Popen, 
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen, seconds: float = children.PATIENCE) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -266,7 +267,7 @@ def test_signal_while_training(number, disk):
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     process.send_signal(number)
-    status, _, err = finish(process, 20)
+    status, _, err = finish(process)
     assert status == -number or (number == signal.SIGINT and status == 1), err
     assert number != signal.SIGINT or "KeyboardInterrupt" in err
     assert left_behind(disk, orderly=number == signal.SIGINT) == []

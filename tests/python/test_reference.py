@@ -106,4 +106,8 @@ def test_norm_is_right_and_sees_every_nonfinite():
 
 
 def test_the_golden_file_is_what_the_reference_gives():
-    assert golden.GOLDEN.read_bytes() == golden.golden(), "run python tests/data/make_adamw_golden.py"
+    held = golden.GOLDEN.read_bytes()
+    assert golden.again(held) == held, "run python tests/data/make_adamw_golden.py"
+    cases = len(golden.DTYPES) * len(golden.CASES)
+    assert int.from_bytes(held[8:12], "little") == cases
+    assert len(held) == len(golden.golden()), "run python tests/data/make_adamw_golden.py"
