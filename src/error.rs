@@ -65,6 +65,7 @@ codes! {
     BlockTwice = "FN-E122", Usage, "a block in micro-batches cannot be differentiated twice";
     Scripted = "FN-E123", Usage, "a TorchScript module cannot be paged";
     Captured = "FN-E126", Usage, "an offloaded model cannot be traced or exported";
+    FullGraph = "FN-E127", Usage, "a function compiled with `fullgraph=True` was given an offloaded parameter or its gradient";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
     HostBudget = "FN-E202", Budget, "the host budget is too small";
     NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from funicular._model import storage_uses
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -61,7 +59,7 @@ class Ahead:
 
     def _begin(self, unit: Unit) -> None:
         members = self._members.get(unit.engine_id)
-        if members is None or self._describe is None or len(members) != unit.trained or _grads_aliased(unit):
+        if members is None or self._describe is None or len(members) != unit.trained or unit.grads_aliased():
             return
         session = unit.session
         spans, hypers = self._describe(members)
@@ -71,7 +69,7 @@ class Ahead:
     @staticmethod
     def confirmed(unit: Unit) -> bool:
         """Whether gradients and parameters are still those from which a unit's update was begun."""
-        return unit.guess is not None and unit.guess == _inputs(unit) and not _grads_aliased(unit)
+        return unit.guess is not None and unit.guess == _inputs(unit) and not unit.grads_aliased()
 
     @staticmethod
     def drop(session: Session, unit: Unit) -> None:
@@ -88,8 +86,3 @@ def _inputs(unit: Unit) -> list[tuple[bool, int, int]]:
             for ref in unit.params
             if ref.grad is not None
         ]
-
-
-def _grads_aliased(unit: Unit) -> bool:
-    """Whether anything but the runtime's own tensors looks at the gradients' segment."""
-    return unit.grad is not None and storage_uses(unit.grad) > unit.grad_idle

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Inside",
+    "check_conversion",
     "check_replacement",
     "note",
     "refresh_frames",
@@ -72,7 +73,7 @@ def refresh_frames(session: Session, unit: Unit) -> None:
     """Let another thread's window, and views that outlived theirs, see what the weight is now."""
     if unit.moving or not (unit.is_open or unit.frames_seen is not None):
         return
-    session.engine.open(unit.engine_id, 2, session.stream())
+    session.engine.open(unit.engine_id, None, session.stream())
     if unit.frames_seen is not None:
         look_at_frames(unit)
     for ref in unit.params:
@@ -108,7 +109,7 @@ def check_replacement(ref: ParamRef, data: torch.Tensor) -> None:
     Raises
     ------
     UsageError
-        ``FN-E115`` for another shape, dtype or device.
+        ``FN-E115`` for another shape, order in memory, dtype or device.
     """
     home = ref.home
     if data.shape != home.shape or data.dtype != home.dtype or data.device != home.device:
@@ -117,6 +118,44 @@ def check_replacement(ref: ParamRef, data: torch.Tensor) -> None:
             f"'{ref.name}' is offloaded as {tuple(home.shape)} {home.dtype} on {home.device}; it cannot become "
             f"{tuple(data.shape)} {data.dtype} on {data.device}. Call funicular.unwrap(model) first, then change it.",
         )
+    if data.layout != home.layout or _order(data) != _order(home):
+        raise _other_order(ref, data)
+
+
+def check_conversion(ref: ParamRef, data: torch.Tensor) -> None:
+    """Refuse what ``module.to(...)`` and its kin would make of a parameter, where it cannot become that.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E115``, before anything is changed.
+    """
+    check_replacement(ref, data)
+    if data.stride() != ref.home.stride():
+        raise _other_order(ref, data)  # also where it is one of dimensions of size 1: torch chooses kernels by it
+    if torch.__future__.get_overwrite_module_params_on_conversion():
+        raise UsageError(
+            "FN-E115",
+            f"'{ref.name}' is offloaded and cannot be replaced by a new parameter, as torch.__future__."
+            "set_overwrite_module_params_on_conversion(True) asks for. Switch that off, or call funicular.unwrap(model) first.",
+        )
+
+
+def _order(tensor: torch.Tensor) -> list[int]:
+    """Return the strides that say where elements are."""
+    return (
+        []
+        if tensor.numel() == 0
+        else [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    )
+
+
+def _other_order(ref: ParamRef, data: torch.Tensor) -> UsageError:
+    return UsageError(
+        "FN-E115",
+        f"'{ref.name}' is offloaded with strides {ref.home.stride()}; it cannot become one with strides {data.stride()}. Convert the "
+        "model before funicular.offload (model.to(memory_format=...)), or copy the values with copy_.",
+    )
 
 
 def replace_data(ref: ParamRef, data: torch.Tensor) -> None:
@@ -133,7 +172,7 @@ def _take_replacement(ref: ParamRef, data: torch.Tensor) -> None:
     """Carry out ``p.data = t`` inside a window, where no guard saw it."""
     check_replacement(ref, data)
     with torch.no_grad():
-        ref.frame.copy_(data)
+        ref.frame.data.copy_(data)  # as torch, which counts no edit here
         ref.param.data = ref.frame
 
 

@@ -32,11 +32,11 @@ __all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
 
 def make_grad(ref: ParamRef) -> torch.Tensor:
     """Build the tensor over the gradient's place."""
-    storage, home = ref.unit.grad, ref.home
+    storage, home = ref.grad_storage, ref.home
     assert storage is not None
     # Not by slicing: autograd's notes on views would keep tensors that look at the place.
     grad = torch.empty(0, dtype=home.dtype, device=storage.device)
-    grad.set_(storage, ref.offset // home.element_size(), home.size(), home.stride())
+    grad.set_(storage, 0, home.size(), home.stride())
     grad.__class__ = GuardedGrad
     link(grad, ref)
     return grad
@@ -54,18 +54,14 @@ def place_for(ref: ParamRef) -> torch.Tensor:
     if sys.getrefcount(ref.grad) > 2 or (ref.views and any(view() is not None for view in ref.views)):
         ref.unit.session.access_grad(ref)
         move_out(ref)
-    unit = ref.unit
-    assert unit.grad is not None
+    assert ref.grad_storage is not None
     assert ref.grad is not None
-    uses = storage_uses(unit.grad)
-    if uses > unit.grad_idle:
-        views = sum(view() is not None for other in unit.params for view in other.views)
-        if uses > unit.grad_idle + views:
-            raise RuntimeFailure(
-                "FN-E119",
-                f"something looks at the old gradient of '{ref.name}', or of a parameter beside it, in a way that cannot be followed. "
-                "Keep a clone: p.grad.clone().",
-            )
+    if storage_uses(ref.grad_storage) > ref.unit.grad_idle:
+        raise RuntimeFailure(
+            "FN-E119",
+            f"something looks at the old gradient of '{ref.name}' in a way that cannot be followed. "
+            "Keep a clone: p.grad.clone().",
+        )
     return ref.grad
 
 
@@ -80,7 +76,7 @@ class Landing:
 
     def send(self, ref: ParamRef, grad: torch.Tensor, stream: int) -> None:
         """Begin the copy of a gradient to its place."""
-        self._most = max(self._most, 2 * ref.unit.frame.nbytes())
+        self._most = max(self._most, 2 * ref.unit.nbytes)
         under_way: list[Any] = [grad, None]
         self._queue.append(under_way)  # before: nothing may free what is being copied
         under_way[1] = self._engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), grad.nbytes, stream)
@@ -144,19 +140,17 @@ def move_out(ref: ParamRef) -> None:
     assert grad is not None
     with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         copy = grad.detach().clone()
-        begin = int(grad.storage_offset()) * grad.element_size()
         living = [view() for view in ref.views]
         for tensor in (grad, *living):
             if tensor is not None:
-                _rebase(tensor, copy, begin)
+                _rebase(tensor, copy)
         ref.views.clear()
         ref.grad = make_grad(ref)
 
 
-def _rebase(tensor: torch.Tensor, copy: torch.Tensor, begin: int) -> None:
-    offset = tensor.storage_offset() - begin // tensor.element_size()
+def _rebase(tensor: torch.Tensor, copy: torch.Tensor) -> None:
     moved = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    moved.set_(copy.untyped_storage(), offset, tensor.size(), tensor.stride())
+    moved.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     tensor.data = moved
     tensor.__class__ = torch.Tensor
     del tensor._funicular_ref  # type: ignore[attr-defined]

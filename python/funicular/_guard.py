@@ -14,17 +14,19 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._foreach_utils
 import torch.utils.checkpoint
 from torch import nn
 from torch.multiprocessing.reductions import reduce_tensor
 
 from funicular._clip import NOTHING, recognised
-from funicular._core import ThreadSwitch
-from funicular._edits import check_replacement, note, replace_data, touch
+from funicular._core import BoundUnlessAsked, ThreadSwitch
+from funicular._edits import check_conversion, note, replace_data, touch
 from funicular._errors import RuntimeFailure, UsageError
+from funicular._functions import CONSTANT, DATA_GET, DATA_SET, HARMLESS, ITSELF, NUMPY, RAW, RESHAPING, TAKING
 from funicular._model import UNDER_WAY, Use, link, ref_of
+from funicular._questions import calls_in
 from funicular._saved_hooks import pop, push
+from funicular._sending import packed, spawning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,59 +35,15 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter"]
 
-#: untyped: descriptors of the class are looked at, not values
 _T: Any = torch.Tensor
-
-
-def _getters(*names: str) -> list[Any]:
-    return [getattr(_T, n).__get__ for n in names if hasattr(_T, n)]
-
-
-#: What says nothing about the values: runs without waiting.
-HARMLESS: frozenset[Any] = frozenset(
-    [
-        *_getters(
-            "shape", "dtype", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "layout", "names",
-            "_version", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
-            "is_xpu", "is_xla", "is_ipu", "is_vulkan", "is_sparse_csr", "itemsize", "nbytes", "output_nr", "retains_grad",
-            "_backward_hooks", "_post_accumulate_grad_hooks", "name", "_base", "is_maia", "is_mtia", "is_ort", "is_hpu",
-        ),
-        _T.requires_grad.__set__, _T.grad.__set__, _T.grad.__delete__, _T._backward_hooks.__set__,
-        _T._post_accumulate_grad_hooks.__set__,
-        _T.size, _T.stride, _T.numel, _T.nelement, _T.dim, _T.ndimension, _T.element_size, _T.is_floating_point,
-        _T.is_complex, _T.is_contiguous, _T.storage_offset, _T.register_hook, _T.register_post_accumulate_grad_hook,
-        _T.requires_grad_, _T.__hash__, _T.__len__, _T.get_device, _T.is_signed, _T.is_inference, _T.has_names,
-        torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, _T.__dlpack_device__,
-        torch.result_type, torch.can_cast, torch.promote_types,
-    ]
-)  # fmt: skip
-_DATA_GET = _T.data.__get__
-_DATA_SET = _T.data.__set__
-
-
-def _known(*names: str) -> list[Any]:
-    return [getattr(_T, n) for n in names if hasattr(_T, n)]
-
-
-_NUMPY: frozenset[Any] = frozenset([_T.numpy, _T.__array__])
-_STORAGES: frozenset[Any] = frozenset(_known("untyped_storage", "storage", "_typed_storage"))
-#: What gives out the memory itself, past all that torch counts.
-_RAW: frozenset[Any] = frozenset([_DATA_GET, _T.data_ptr, _T.__dlpack__, *_NUMPY, *_STORAGES])
-#: What has the same result on a tensor that needs no gradient.
-_CONSTANT: frozenset[Any] = frozenset(
-    [_DATA_GET, *_STORAGES, *_known("detach", "data_ptr", "item", "tolist", "__bool__", "equal", "isfinite", "isnan")]
+#: Makes parameters of tensors; of tensors whose class it does not know, by ``detach``.
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
+_NO_GRAPH = (
+    "FN-E127 a function compiled with fullgraph=True was given an offloaded parameter outside of its module, or its gradient. Both "
+    "wait for transfers, which a graph cannot. Give it p.detach() and p.grad.clone(), or leave fullgraph=True out."
 )
-#: What asks for the parameter itself: its place in autograd, or an error that says that it has one.
-_ITSELF: frozenset[Any] = frozenset(
-    [_T.__dlpack__, *_NUMPY, *_known("retain_grad", "backward", "detach_", "is_shared")]
-)
-#: What would give a parameter another memory or another shape, in place.
-_RESHAPING = (
-    "_use_count", "as_strided_", "rename_", "resize_", "resize_as_", "share_memory_", "squeeze_", "swapaxes_", "swapdims_",
-    "t_", "transpose_", "unsqueeze_",
-)  # fmt: skip
-#: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
-_TAKING: frozenset[Any] = frozenset([_T.data_ptr, _T.__dlpack__, *_NUMPY, *_STORAGES, _DATA_SET, *_known(*_RESHAPING)])
+#: how many edits of other threads may keep a weight from being saved for the backward
+_TRIES = 1000
 
 
 def _find(items: Iterable[Any], params: list[Any], grads: list[Any]) -> None:
@@ -127,17 +85,22 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
     pair = refs[0].unit.session.leases.pair()
     if pair is None:
         return func(*args, **kwargs)
-    for _ in range(1000):
+    for _ in range(_TRIES):
+        before = [ref.param._version for ref in refs]
         try:
             push(*pair)
             return func(*args, **kwargs)
-        except RuntimeError as error:
-            # A step of another thread counted its edit while a weight was being saved, which torch takes for ours.
-            if "pack hook is modifying" not in str(error) or _written(func, args, kwargs):
+        except RuntimeError:
+            # torch takes an edit for the hook's own that a step of another thread counted while a weight was being saved.
+            if [ref.param._version for ref in refs] == before or _written(func, args, kwargs):
                 raise
         finally:
             pop()
-    return func(*args, **kwargs)
+    raise UsageError(
+        "FN-E118",
+        f"'{refs[0].name}' was edited by other threads each of {_TRIES} times that an operation was about to save it for its backward. "
+        "Let the optimizers of other threads step when the forward is over.",
+    )
 
 
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,28 +138,28 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     refs = [_living(p) for p in params]
     if func is torch._has_compatible_shallow_copy_type and isinstance(args[1], torch.Tensor):
         # `module.to(...)` and its kin ask before they move a parameter or replace it.
-        check_replacement(refs[0], args[1])
+        check_conversion(refs[0], args[1])
     me = get_ident()
     outside = [ref for ref in refs if me not in ref.unit.inside]
     use = Use()
     try:
         UNDER_WAY.append(use)
-        plain = func in _CONSTANT or (not torch.is_grad_enabled() and func not in _ITSELF)
+        plain = func in CONSTANT or (not torch.is_grad_enabled() and func not in ITSELF)
         swap: dict[int, Any] = {}
         back: dict[int, Any] = {}
         for session in dict.fromkeys(ref.unit.session for ref in outside):
             mine = [ref for ref in outside if ref.unit.session is session]
-            for ref in session.access(mine, use, raw=func in _RAW, plain=plain):
-                swap[id(ref.param)] = ref.home
-                back[id(ref.home)] = ref.param
-        if func == _DATA_SET and args[0] is params[0] and me not in refs[0].unit.inside:
+            for ref in session.access(mine, use, raw=func in RAW, plain=plain):
+                swap[id(ref.param)] = ref.stand_in
+                back[id(ref.stand_in)] = ref.param
+        if func == DATA_SET and args[0] is params[0] and me not in refs[0].unit.inside:
             replace_data(refs[0], args[1])
             return None
         if func is _T.data_ptr:
             for ref in outside:
                 ref.unit.exposed = True
         args, kwargs = _swapped(args, swap), _swapped(kwargs, swap)
-        if func in _NUMPY and outside and not params[0].requires_grad:
+        if func in NUMPY and outside and not params[0].requires_grad:
             # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
             args = (outside[0].home.detach(), *args[1:])
         with torch._C.DisableTorchFunctionSubclass():
@@ -233,7 +196,7 @@ def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], befo
     flat: set[int] = set()
     _ids(written, flat)
     for ref, version in before.items():
-        if ref.param._version == version and not flat.isdisjoint((id(ref.param), id(ref.home))):
+        if ref.param._version == version and not flat.isdisjoint((id(ref.param), id(ref.stand_in))):
             torch.autograd.graph.increment_version(ref.param)
     return True
 
@@ -255,7 +218,7 @@ def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[ParamRef]:
             continue
         session = ref.unit.session
         session.access_grad(ref)
-        if func in _TAKING:
+        if func in TAKING:
             session.move_out(ref)
         else:
             owners.append(ref)
@@ -275,16 +238,15 @@ def _adopt(result: Any, refs: list[ParamRef]) -> None:
             _adopt(item, refs)
     elif type(result) is torch.Tensor and result.layout == torch.strided:
         try:
-            address = result.untyped_storage().data_ptr()
+            storage = result.untyped_storage()
         except (RuntimeError, NotImplementedError):
             return  # a wrapper without memory
         for ref in refs:
-            if ref.unit.grad is not None and ref.unit.grad.data_ptr() == address:
-                owner = ref.unit.ref_at(int(result.storage_offset()) * result.element_size()) or ref
+            if ref.grad_storage is not None and ref.grad_storage._cdata == storage._cdata:
                 result.__class__ = GuardedGrad
-                link(result, owner)
-                owner.views = [view for view in owner.views if view() is not None]
-                owner.views.append(weakref.ref(result))
+                link(result, ref)
+                ref.views = [view for view in ref.views if view() is not None]
+                ref.views.append(weakref.ref(result))
                 return
 
 
@@ -296,24 +258,60 @@ def _refusal(ref: ParamRef, what: str) -> UsageError:
     )
 
 
-class GuardedParameter(nn.Parameter):
-    """A parameter outside its window."""
+def _override(real: Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    """Make a class's ``__torch_function__``; code that only asks whether there is one does not see it."""
 
-    @classmethod
     def __torch_function__(
-        cls,
+        cls: type,
         func: Callable[..., Any],
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return _operate(func, args, kwargs or {})
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_NO_GRAPH)
+        return real(cls, func, args, kwargs or {})
+
+    # torch.compile is to read this function, although it leaves those of this package alone.
+    __torch_function__.__code__ = __torch_function__.__code__.replace(co_filename="<funicular>")
+    get = BoundUnlessAsked(__torch_function__, torch._C._disabled_torch_function_impl, calls_in)
+    # Still a class method: torch.compile looks for one.
+    return type("classmethod", (classmethod,), {"__get__": get})(__torch_function__)
+
+
+class GuardedParameter(nn.Parameter):
+    """A parameter outside its window."""
+
+    @_override
+    def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = _operate(func, args, kwargs)
+        if func is _T.detach and sys._getframe(2).f_code is _NEW_PARAMETER:
+            return _parameter_over(args[0], result, sys._getframe(2).f_locals["cls"])
+        return result
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Return an ordinary parameter: code makes parameters of the class that one has."""
+        return _ordinary(cls)(data, requires_grad)
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        kind = self.__dict__.pop("_funicular_becomes", None)
+        if kind is not None:
+            self.__class__ = kind
+
+    def __copy__(self) -> nn.Parameter:
+        """Return an ordinary parameter over the same memory, as torch does."""
+        return nn.Parameter(self, self.requires_grad)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Return an ordinary, independent parameter on the same device."""
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
-        kind = getattr(type(self), "_funicular_class", nn.Parameter)
+        kind = _ordinary(type(self))
         copy: nn.Parameter = kind(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
         memo[id(self)] = copy
         return copy
@@ -322,7 +320,7 @@ class GuardedParameter(nn.Parameter):
         """Pickle as an ordinary parameter holding a copy."""
         copy: Any = nn.Parameter(self.detach().clone(), self.requires_grad)
         copy.__dict__.update((k, v) for k, v in self.__dict__.items() if not k.startswith("_funicular_"))
-        return copy.__reduce_ex__(proto)
+        return packed(copy) if spawning() else copy.__reduce_ex__(proto)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return "Parameter containing:\n" + repr(self.detach())
@@ -340,6 +338,20 @@ class GuardedParameter(nn.Parameter):
         return self
 
 
+def _ordinary(cls: type) -> Any:
+    """Return the class that parameters of a guarded class have when they are not offloaded."""
+    return getattr(cls, "_funicular_class", nn.Parameter)
+
+
+def _parameter_over(p: GuardedParameter, tensor: torch.Tensor, kind: type[nn.Parameter]) -> Any:
+    """Return what ``nn.Parameter(p)`` asks ``detach`` for: something of p's class, until it is marked as a parameter."""
+    alias: Any = torch.Tensor._make_subclass(nn.Parameter, tensor, p.requires_grad)
+    # As torch: of a subclass of its own, whichever class was called.
+    alias._funicular_becomes = kind if _ordinary(type(p)) is nn.Parameter else _ordinary(type(p))
+    alias.__class__ = type(p)
+    return alias
+
+
 def _refuse(name: str) -> None:
     def refused(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise _refusal(_living(self), "torch.utils.swap_tensors" if name == "_use_count" else name)
@@ -349,7 +361,7 @@ def _refuse(name: str) -> None:
     setattr(GuardedParameter, name, refused)
 
 
-for _name in _RESHAPING:
+for _name in RESHAPING:
     _refuse(_name)
 
 
@@ -376,6 +388,8 @@ def _touching(name: str) -> Any:
 
     def touching(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_filename != _CHECKPOINT:
+            if name == "detach" and sys._getframe(1).f_code is _NEW_PARAMETER:
+                return _parameter_over(self, self.data, sys._getframe(1).f_locals["cls"])
             _touch(self, by_address=True)
         return original(self, *args, **kwargs)
 
@@ -394,6 +408,7 @@ class WindowParameter(GuardedParameter):
         GuardedParameter.__torch_function__,
         # Functions of torch's that are written in Python ask the class, once an instance has said that there is something to ask.
         torch.overrides.__file__,
+        calls_in,
     )
 
     @property
@@ -402,11 +417,11 @@ class WindowParameter(GuardedParameter):
         if torch.compiler.is_compiling():
             return _T.detach(self)  # type: ignore[no-any-return]
         _touch(self, by_address=False)
-        return _DATA_GET(self)  # type: ignore[no-any-return]
+        return DATA_GET(self)  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        _DATA_SET(self, value)
+        DATA_SET(self, value)
 
     detach, data_ptr, __dlpack__ = _touching("detach"), _touching("data_ptr"), _touching("__dlpack__")
     untyped_storage, storage = _touching("untyped_storage"), _touching("storage")
@@ -423,15 +438,8 @@ class WindowParameter(GuardedParameter):
 class GuardedGrad(torch.Tensor):
     """A gradient in its pinned segment, or a view of one."""
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    @_override
+    def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = NOTHING if func in HARMLESS else recognised(func, args, kwargs, cls)
         return _operate(func, args, kwargs) if known is NOTHING else known
 
@@ -458,15 +466,20 @@ class GuardedGrad(torch.Tensor):
             memo[id(self)] = self.clone()
         return memo[id(self)]  # type: ignore[no-any-return]
 
+    def __copy__(self) -> torch.Tensor:
+        """Return an ordinary tensor over the same memory, as torch does."""
+        return _T.detach(self._own())  # type: ignore[no-any-return]
+
     def __reduce_ex__(self, proto: Any) -> Any:
         """Pickle as an ordinary tensor."""
         copy: Any = self.clone()
-        return copy.__reduce_ex__(proto)
+        return packed(copy) if spawning() else copy.__reduce_ex__(proto)
 
 
 def _send(grad: GuardedGrad) -> Any:
     """Send an ordinary tensor with the same bytes to another process, as torch sends tensors."""
-    return reduce_tensor(grad.clone())  # type: ignore[no-untyped-call]
+    copy = grad.clone()
+    return packed(copy) if spawning() else reduce_tensor(copy)  # type: ignore[no-untyped-call]
 
 
 # As torch does for its own classes: on a GPU a storage cannot be sent, only a tensor.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from funicular._saved_hooks import Pair
     from funicular._session import Session
 
-__all__ = ["AssignHook", "ModuleHooks", "RootHooks", "remove_hooks"]
+__all__ = ["AssignHook", "ModuleHooks", "RootHooks", "counts_hooks", "remove_hooks"]
 
 _local = threading.local()
 
@@ -152,7 +152,7 @@ class _Leave(_Hook):
         if isinstance(t, nn.Parameter):
             return False
         owner = self.session.leases.owner(t)
-        return owner is not None and owner.is_open
+        return owner is not None and owner.unit.is_open
 
     def _hint_backward(self, args: Any, kwargs: Any, output: Any) -> None:
         """Have the window opened when the backward reaches the outputs: a hint, saved tensors are what decides."""
@@ -192,8 +192,9 @@ class _Around:
         depth = len(stack)
         module: Any = self.module()
         call = module._call_impl if self.compiled is None else self.compiled
+        quiet = module.__dict__.get(_QUIET)
         try:
-            return call(*args, **kwargs)
+            return call(*args, **kwargs) if quiet is None else _between(quiet, module, call, args, kwargs)
         except BaseException:
             _unwind(stack, depth)
             session = self.session()
@@ -220,13 +221,42 @@ class ModuleHooks:
     """The pair of hooks of one module."""
 
     @staticmethod
-    def install(session: Session, module: nn.Module, units: tuple[Unit, ...]) -> None:
-        """Register them: ours run before and after the user's."""
+    def install(session: Session, module: nn.Module, units: tuple[Unit, ...], *, quiet: bool = False) -> None:
+        """Register them: ours run before and after the user's. ``quiet``: around the call, where code that counts hooks sees none."""
         enter = _Enter(session, units)
         leave = _Leave(session, units, enter)
-        session.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        session.handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+        if quiet:
+            _quietly(module, enter, leave)
+        else:
+            session.handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            session.handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         _surround(session, module)
+
+
+#: attribute of modules whose hooks are run by what is around their call, the outermost first
+_QUIET = "_funicular_quiet_hooks"
+
+
+def _quietly(module: nn.Module, enter: _Hook, leave: _Hook) -> None:
+    module.__dict__[_QUIET] = ((enter, leave), *module.__dict__.get(_QUIET, ()))
+
+
+@untraced_itself
+def _between(hooks: Any, module: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
+    """Call a module between its quiet hooks."""
+    for enter, _ in hooks:
+        enter(module, args, kwargs)
+    output = call(*args, **kwargs)
+    for _, leave in reversed(hooks):
+        replaced = leave(module, args, kwargs, output)
+        output = output if replaced is None else replaced
+    return output
+
+
+def counts_hooks(model: nn.Module) -> set[int]:
+    """Return the modules whose hooks torch counts: an encoder layer that finds any, in itself or inside, leaves its fast path."""
+    layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    return {id(m) for layer in layers for m in layer.modules()}
 
 
 def _surround(session: Session, module: nn.Module) -> None:
@@ -273,6 +303,7 @@ class AssignHook(_Hook):
 def remove_hooks(session: Session, model: nn.Module) -> None:
     """Remove what a session hung on modules, also what an interruption kept out of its list of handles."""
     for module in model.modules():
+        module.__dict__.pop(_QUIET, None)
         for hooks, others in (
             (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
             (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
@@ -294,7 +325,7 @@ class _EnterRoot(_Hook):
         self.running = threading.local()
 
     @untraced
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if in_backward():
             return
         keep_out()
@@ -311,14 +342,15 @@ class _EnterRoot(_Hook):
 
 
 def _has_window(module: nn.Module) -> bool:
-    return any(isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values())
+    quiet = (enter for enter, _ in module.__dict__.get(_QUIET, ()))
+    return any(isinstance(hook, _Enter) for hook in (*module._forward_pre_hooks.values(), *quiet))
 
 
 class _LeaveRoot(_Hook):
     def __init__(self, enter: _EnterRoot) -> None:
         self.session, self.enter = enter.session, enter
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         self.enter.running.depth = 0
 
 
@@ -326,9 +358,13 @@ class RootHooks:
     """Hooks of the whole model, which notice a forward that was interrupted."""
 
     @staticmethod
-    def install(session: Session, model: nn.Module) -> None:
+    def install(session: Session, model: nn.Module, *, quiet: bool = False) -> None:
         """Register them."""
         enter = _EnterRoot(session, model)
-        session.handles.append(model.register_forward_pre_hook(enter, prepend=True))
-        session.handles.append(model.register_forward_hook(_LeaveRoot(enter), always_call=True))
+        leave = _LeaveRoot(enter)
+        if quiet:
+            _quietly(model, enter, leave)
+        else:
+            session.handles.append(model.register_forward_pre_hook(enter, prepend=True))
+            session.handles.append(model.register_forward_hook(leave, always_call=True))
         _surround(session, model)

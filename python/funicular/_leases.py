@@ -25,15 +25,14 @@ __all__ = ["Lease", "LeaseHooks", "check_version", "remove"]
 
 
 class Lease(NamedTuple):
-    """A view of a unit's parameters, without the tensor."""
+    """A view of a parameter, without the tensor."""
 
     session: Session
-    unit: Unit
+    ref: ParamRef
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    ref: ParamRef | None
     version: int
     conjugate: bool
     negative: bool
@@ -63,15 +62,17 @@ class LeaseHooks:
     """The pair of saved-tensor hooks, chained over hooks that are there already, never replacing them."""
 
     def __init__(self) -> None:
-        self.found: dict[int, Unit] = {}
+        #: by the address at which a storage begins
+        self.found: dict[int, ParamRef] = {}
 
     def add(self, unit: Unit) -> None:
-        """Recognise tensors in this unit's memory."""
-        self.found[unit.frame.data_ptr()] = unit
-        self.found[unit.home.data_ptr()] = unit
+        """Recognise tensors in the memory of this unit's parameters."""
+        for ref in unit.params:
+            if ref.numel > 0:  # without elements there is no address
+                self.found[ref.frame_address] = self.found[ref.home_address] = ref
 
-    def owner(self, tensor: torch.Tensor) -> Unit | None:
-        """Return the unit in whose memory a tensor lies."""
+    def owner(self, tensor: torch.Tensor) -> ParamRef | None:
+        """Return the parameter in whose memory a tensor lies."""
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         try:
@@ -107,23 +108,20 @@ class LeaseHooks:
         """Replace a view of a unit's memory by a lease."""
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
             return tensor
-        unit = self.owner(tensor)
-        if unit is None:
+        ref = self.owner(tensor)
+        if ref is None:
             # Detached: an output that a node saves of itself would keep the node alive for ever.
             return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with torch._C.DisableTorchFunctionSubclass():
-            offset = int(plain.storage_offset())
-            ref = unit.ref_at(offset * plain.element_size())
             return Lease(
-                unit.session,
-                unit,
+                ref.unit.session,
+                ref,
                 plain.dtype,
                 tuple(plain.size()),
                 tuple(plain.stride()),
-                offset,
-                ref,
-                0 if ref is None else ref.param._version,
+                int(plain.storage_offset()),
+                ref.param._version,
                 plain.is_conj(),
                 plain.is_neg(),
             )
@@ -135,17 +133,26 @@ class LeaseHooks:
             return packed.tensor
         if not isinstance(packed, Lease):
             return packed  # type: ignore[no-any-return]
-        if packed.ref is not None:
-            check_version(f"{packed.ref.name} {list(packed.size)}", packed.ref.param, packed.version)
+        ref = packed.ref
+        check_version(f"{ref.name} {list(packed.size)}", ref.param, packed.version)
         refuse(packed.session, "a backward")
         # Until the view is there, nothing tells another thread that the bytes are in use.
         with packed.session.lock:
-            at_frames = packed.session.open_for_backward(packed.unit)
-            flat = packed.unit.flat(packed.dtype, at_frames=at_frames)
-            view = torch.as_strided(flat, packed.size, packed.stride, packed.offset)
+            whole = ref.frame if packed.session.open_for_backward(ref.unit) else ref.home
+            view = torch.as_strided(_seen_as(packed.dtype, whole), packed.size, packed.stride, packed.offset)
         if packed.conjugate:
             view = view.conj()
         return torch._neg_view(view) if packed.negative else view
+
+
+def _seen_as(dtype: torch.dtype, whole: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's memory in a format."""
+    if dtype == whole.dtype:
+        return whole
+    if whole.nbytes % dtype.itemsize == 0:
+        return torch.as_strided(whole, (whole.numel(),), (1,)).view(dtype)
+    # What was saved begins or ends inside the parameter. This tensor has a version counter of its own.
+    return torch.empty(0, dtype=dtype, device=whole.device).set_(whole.untyped_storage())
 
 
 def check_version(name: str, tensor: torch.Tensor, saved: int) -> None:

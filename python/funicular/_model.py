@@ -11,6 +11,8 @@ import torch
 from funicular._errors import RuntimeFailure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from funicular._session import Session
     from funicular._states import ParamStates
 
@@ -23,8 +25,8 @@ __all__ = [
     "Visit",
     "in_backward",
     "link",
-    "outdate",
     "ref_of",
+    "same_storage",
     "storage_address",
     "storage_uses",
     "stream_of",
@@ -41,10 +43,19 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
+#: the same, by the number that a storage has as ``_cdata``
+_uses_of: Callable[[int], int] = torch._C._storage_Use_Count
+
+
 def storage_address(tensor: torch.Tensor) -> int:
     """Where a tensor's storage begins. Not by a method of the tensor: parameters in windows take note of such questions."""
     with torch._C.DisableTorchFunctionSubclass():
         return int(torch.Tensor.untyped_storage(tensor).data_ptr())
+
+
+def same_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether a tensor lies in a storage; the caller has switched guards off."""
+    return bool(torch.Tensor.untyped_storage(tensor)._cdata == storage._cdata)
 
 
 def stream_of(device: torch.device) -> int:
@@ -116,10 +127,13 @@ class ParamRef:
         "factor",
         "frame",
         "frame_address",
+        "frame_storage",
         "grad",
+        "grad_storage",
         "guarded",
         "home",
         "home_address",
+        "home_storage",
         "kind",
         "name",
         "norm",
@@ -128,6 +142,7 @@ class ParamRef:
         "param",
         "section",
         "seen",
+        "stand_in",
         "start",
         "states",
         "stepped",
@@ -150,11 +165,18 @@ class ParamRef:
         self.window: type[torch.nn.Parameter]
         self.unit = unit
         self.section, self.start, self.numel, self.offset = place
+        # Each of the three places has a storage of its own, of exactly the parameter's bytes: other libraries tell shared tensors by
+        # their storages, and pickle whole storages.
+        self.frame_storage: torch.UntypedStorage
+        self.home_storage: torch.UntypedStorage
+        self.grad_storage: torch.UntypedStorage | None = None
+        #: The tensors over frame and home share the parameter's version counter, and stay there while the parameter is elsewhere.
         self.frame: torch.Tensor
         self.frame_address = 0
-        #: a view of the home that shares the parameter's version counter, and stays there while the parameter is elsewhere
         self.home: torch.Tensor
         self.home_address = 0
+        #: a parameter over the home, for operations that must not see the parameter move
+        self.stand_in: torch.nn.Parameter
         self.grad: torch.Tensor | None = None
         #: views of the gradient's place that were handed out
         self.views: list[weakref.ref[torch.Tensor]] = []
@@ -174,13 +196,18 @@ class ParamRef:
         #: the runtime's states are not blank any more
         self.stepped = False
 
+    def prepare_stand_in(self) -> None:
+        """Let the stand-in need a gradient if the parameter does: torch chooses between kernels by it, even under ``no_grad``."""
+        if self.stand_in.requires_grad != self.param.requires_grad:
+            self.stand_in.requires_grad_(self.param.requires_grad)
+
     def at_frame(self) -> bool:
         """Whether the parameter is at its frame; the caller has switched guards off."""
-        return storage_address(self.param) == self.unit.frame_address
+        return same_storage(self.param, self.frame_storage)
 
     def at_home(self) -> bool:
         """Whether the parameter is at its home; the caller has switched guards off."""
-        return storage_address(self.param) == self.unit.home_address
+        return same_storage(self.param, self.home_storage)
 
 
 class Visit:
@@ -197,35 +224,34 @@ class Unit:
 
     __slots__ = (
         "_session",
+        "addresses",
         "arrived",
         "behind",
         "calls",
         "dirty",
         "engine_id",
         "exposed",
-        "frame",
-        "frame_address",
-        "frame_flats",
         "frame_idle",
+        "frame_storages",
         "frames_seen",
-        "grad",
         "grad_idle",
+        "grad_storages",
         "guess",
         "held",
-        "home",
-        "home_address",
-        "home_flats",
         "home_idle",
         "home_seen",
+        "home_storages",
         "inside",
         "is_open",
         "moving",
         "name",
+        "nbytes",
         "neighbours",
         "on_nvme",
         "params",
         "shadow_filled",
         "spare",
+        "storages",
         "trained",
     )
 
@@ -235,6 +261,7 @@ class Unit:
         self.engine_id = engine_id
         self.name = name
         self.params: list[ParamRef] = []
+        self.nbytes = 0
         self.neighbours: list[Unit] = []
         self.on_nvme = False
         #: its update may begin before the step
@@ -264,16 +291,16 @@ class Unit:
         self.home_seen: list[int] | None = None
         #: digests of the parameters' frames, while others look at them and no window is open
         self.frames_seen: list[int] | None = None
-        self.frame: torch.UntypedStorage
-        self.home: torch.UntypedStorage
-        self.frame_address = 0
-        self.home_address = 0
-        self.frame_flats: dict[torch.dtype, torch.Tensor] = {}
-        self.home_flats: dict[torch.dtype, torch.Tensor] = {}
-        self.grad: torch.UntypedStorage | None = None
-        self.grad_idle = 0
+        #: storages of all homes and frames, and where they are to begin
+        self.storages: list[torch.UntypedStorage] = []
+        self.addresses: list[int] = []
+        # Numbers of the parameters' storages, and how many uses each of them has while nobody else uses it.
+        self.frame_storages: list[int] = []
+        self.home_storages: list[int] = []
+        self.grad_storages: list[int] = []
         self.frame_idle = 0
         self.home_idle = 0
+        self.grad_idle = 0
 
     @property
     def session(self) -> Session:
@@ -283,13 +310,42 @@ class Unit:
             raise RuntimeFailure("FN-E104", "the offloaded model is gone. Keep the model, or unwrap it first.")
         return session
 
+    def count_idle(self) -> None:
+        """Note how many uses the storages have now, while the runtime's own tensors and the parameters at home are all there are."""
+        self.note_storages()
+        self.frame_idle = min(map(_uses_of, self.frame_storages), default=0)
+        self.home_idle = min(map(_uses_of, self.home_storages), default=0)
+        self.grad_idle = min(map(_uses_of, self.grad_storages), default=0)
+
+    def note_storages(self) -> None:
+        """Note which storages the parameters have."""
+        refs = self.params
+        self.frame_storages = [ref.frame_storage._cdata for ref in refs]
+        self.home_storages = [ref.home_storage._cdata for ref in refs]
+        self.grad_storages = [ref.grad_storage._cdata for ref in refs if ref.grad_storage is not None]
+        # Those of parameters without elements begin nowhere.
+        self.storages = [s for ref in refs if ref.numel > 0 for s in (ref.frame_storage, ref.home_storage)]
+        self.addresses = [a for ref in refs if ref.numel > 0 for a in (ref.frame_address, ref.home_address)]
+
     def frame_in_use(self) -> bool:
-        """Whether anything but the runtime's own views looks at the frames."""
-        return storage_uses(self.frame) > self.frame_idle + self._away()
+        """Whether anything but the runtime's own tensors looks at the frames."""
+        uses = list(map(_uses_of, self.frame_storages))
+        if self.moving:
+            return any(count > self.frame_idle + away for count, away in zip(uses, self._away(), strict=True))
+        return max(uses, default=0) > self.frame_idle + self.is_open
 
     def home_aliased(self) -> bool:
         """Whether anything but the parameters themselves looks at the home, or may."""
-        return self.exposed or storage_uses(self.home) > self.home_idle - self._away()
+        if self.exposed:
+            return True
+        uses = list(map(_uses_of, self.home_storages))
+        if self.moving:
+            return any(count > self.home_idle - away for count, away in zip(uses, self._away(), strict=True))
+        return max(uses, default=0) > self.home_idle - self.is_open
+
+    def grads_aliased(self) -> bool:
+        """Whether anything but the runtime's own tensors looks at the gradients' places."""
+        return max(map(_uses_of, self.grad_storages), default=0) > self.grad_idle
 
     def is_read(self) -> bool:
         """Whether an operation on the home is under way, in any thread."""
@@ -331,34 +387,7 @@ class Unit:
     def _called_by(self, thread: int) -> bool:
         return any(call.thread == thread for call in self.calls)
 
-    def _away(self) -> int:
-        """How many parameters are at their frames."""
-        if self.moving:
-            with torch._C.DisableTorchFunctionSubclass():
-                return sum(ref.at_frame() for ref in self.params)
-        return len(self.params) if self.is_open else 0
-
-    def flat(self, dtype: torch.dtype, *, at_frames: bool) -> torch.Tensor:
-        """Return the whole frames, or the whole home, as one dimension of a dtype."""
-        flats = self.frame_flats if at_frames else self.home_flats
-        if dtype not in flats:
-            flats[dtype] = flats[torch.uint8].view(dtype)
-            # One more view of the runtime's own.
-            if at_frames:
-                self.frame_idle += 1
-            else:
-                self.home_idle += 1
-        return flats[dtype]
-
-    def ref_at(self, offset: int) -> ParamRef | None:
-        """Return the parameter that covers a byte offset of the segment."""
-        for ref in self.params:
-            if ref.offset <= offset < ref.offset + ref.frame.numel() * ref.frame.element_size():
-                return ref
-        return None
-
-
-def outdate(unit: Unit) -> None:
-    """Have torch refuse a backward through views that a backward with ``create_graph`` saved before the change."""
-    torch.autograd.graph.increment_version(unit.frame_flats[torch.uint8])
-    torch.autograd.graph.increment_version(unit.home_flats[torch.uint8])
+    def _away(self) -> list[bool]:
+        """Which parameters are at their frames, while they are on their way."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [ref.at_frame() for ref in self.params]

@@ -18,12 +18,12 @@ from funicular._compiler import tell_core
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
 from funicular._guard import GuardedParameter
-from funicular._hooks import AssignHook, ModuleHooks, RootHooks, remove_hooks
+from funicular._hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular._meta import Weights
 from funicular._micro_batches import MicroBatches
-from funicular._model import ParamRef, Unit, link, ref_of, storage_uses
+from funicular._model import ParamRef, Unit, link, ref_of
 from funicular._parts import ATTRIBUTE, offloaded, session_of
-from funicular._places import tensor_over, view_of
+from funicular._places import build_places, share_version, tensor_over
 from funicular._replaced import Held
 from funicular._resident import keep, resident_session, unkeep
 from funicular._session import Session
@@ -188,20 +188,10 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     unit = Unit(session, index, found.name)
     unit.on_nvme = engine.homes(index)[0] == "nvme"
     unit.spare = engine.spare(index)
-    frame = tensor_over(engine.frame_buffer(index))
-    home = tensor_over(engine.home_buffer(index, True))
-    unit.frame, unit.home = frame.untyped_storage(), home.untyped_storage()
-    unit.frame_flats[torch.uint8] = frame
-    unit.home_flats[torch.uint8] = home
-    unit.frame_address, unit.home_address = frame.data_ptr(), home.data_ptr()
-    if any(p.requires_grad for _, p in found.params):
-        unit.grad = tensor_over(engine.grad_buffer(index)).untyped_storage()
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = ParamRef(p, name, unit, place)
-        ref.frame = view_of(unit.flat(p.dtype, at_frames=True), ref, p)
-        ref.frame_address = ref.frame.data_ptr()
-        ref.home = view_of(unit.flat(p.dtype, at_frames=False), ref, p)
-        ref.home_address = ref.home.data_ptr()
+        build_places(engine, ref)
+        unit.nbytes += ref.home.nbytes
         ref.guarded, ref.window = guarded_classes(ref.kind)
         ref.trainable = p.requires_grad
         unit.trained += ref.trainable
@@ -240,19 +230,13 @@ def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
         ref.version = p._version
         p.__class__ = ref.guarded
         with torch._C.DisableTorchFunctionSubclass():
-            ref.home = p.detach()
+            share_version(ref)
     session.leases.add(unit)
-    # What counts as idle: the runtime's own views and the parameters themselves, nothing else alive here.
-    unit.frame_idle = storage_uses(unit.frame)
-    unit.home_idle = storage_uses(unit.home)
-    if unit.grad is not None:
-        unit.grad_idle = storage_uses(unit.grad)
+    unit.count_idle()
 
 
 def _copy_home(session: Session, unit: Unit) -> None:
-    host = unit.home_flats[torch.uint8]
-    if session.device.type != "cpu":
-        host = tensor_over(session.engine.home_buffer(unit.engine_id, False))
+    host = tensor_over(session.engine.home_buffer(unit.engine_id, False))
     for ref in unit.params:
         p = ref.param
         target = torch.as_strided(host.view(p.dtype), p.size(), p.stride(), ref.offset // p.element_size())
@@ -307,6 +291,7 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
     unit_of = {id(ref.param): unit for unit in session.units for ref in unit.params}
     blocks = {id(m) for f in found for m in f.modules}
     inside: set[int] = set()
+    counted = counts_hooks(model)
     for module in model.modules():
         if id(module) in blocks and id(module) not in inside:
             inside.update(id(m) for m in module.modules())
@@ -316,13 +301,13 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
         else:
             continue
         if units:
-            ModuleHooks.install(session, module, units)
+            ModuleHooks.install(session, module, units, quiet=id(module) in counted)
     for module in model.modules():
         if any(id(p) in unit_of for p in module.parameters(recurse=False)):
             AssignHook.install(session, module)
     session.held = Held(model, set(unit_of))
     # Last, so that they run before all others.
-    RootHooks.install(session, model)
+    RootHooks.install(session, model, quiet=id(model) in counted)
 
 
 def _slice(session: Session, found: list[Found], policy: Policy) -> None:

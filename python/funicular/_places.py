@@ -8,13 +8,16 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from funicular._errors import UsageError
-from funicular._model import storage_address
 
 if TYPE_CHECKING:
+    from funicular._core import Engine
     from funicular._model import ParamRef, Unit
     from funicular._session import Session
 
-__all__ = ["check_places", "tensor_over", "view_of"]
+__all__ = ["build_places", "check_places", "share_version", "tensor_over"]
+
+_Storage: Any = torch._C.StorageBase
+_address = _Storage.data_ptr
 
 
 class _Capsule:
@@ -35,44 +38,65 @@ def tensor_over(capsule: Any) -> torch.Tensor:
     return from_dlpack(_Capsule(capsule))
 
 
-def view_of(flat: torch.Tensor, ref: ParamRef, p: torch.Tensor) -> torch.Tensor:
-    """Return a parameter's part of frames or home, in its shape."""
-    return torch.as_strided(flat, p.size(), p.stride(), ref.offset // p.element_size())
+def build_places(engine: Engine, ref: ParamRef) -> None:
+    """Make the tensors over a parameter's frame, home and gradient."""
+    p, unit = ref.param, ref.unit.engine_id
+    part = (ref.offset, ref.numel * p.element_size())
+    ref.frame_storage = tensor_over(engine.frame_buffer(unit, part)).untyped_storage()
+    ref.home_storage = tensor_over(engine.home_buffer(unit, True, part)).untyped_storage()
+    ref.frame, ref.home = _place(p, ref.frame_storage), _place(p, ref.home_storage)
+    ref.frame_address, ref.home_address = ref.frame.data_ptr(), ref.home.data_ptr()
+    if p.requires_grad:
+        ref.grad_storage = tensor_over(engine.grad_buffer(unit, part)).untyped_storage()
+
+
+def _place(p: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return a tensor over a storage, in the parameter's shape."""
+    tensor = torch.empty(0, dtype=p.dtype, device=storage.device)
+    return tensor.set_(storage, 0, p.size(), p.stride())
+
+
+def share_version(ref: ParamRef) -> None:
+    """Let the tensors over a parameter's frame and home count versions with it: an edit of one is an edit of all."""
+    frame, home, p = ref.frame, ref.home, ref.param
+    ref.frame, ref.home = torch.Tensor.detach(p), torch.Tensor.detach(p)
+    ref.frame.data, ref.home.data = frame, home
+    ref.stand_in = torch.Tensor._make_subclass(torch.nn.Parameter, ref.home, p.requires_grad)
 
 
 def check_places(session: Session, unit: Unit) -> None:
-    """Look whether the tensors over a unit's frames and home still are: torch moves a storage that is shared with a process.
+    """Look whether the tensors over a unit's frames and homes still are: torch moves a storage that is shared with a process.
 
     Raises
     ------
     UsageError
         ``FN-E115`` if one was moved. It is put right: the weights are as they were, and the other side has a copy.
     """
-    home, frame = unit.home_flats[torch.uint8], unit.frame_flats[torch.uint8]
-    if home.data_ptr() == unit.home_address and frame.data_ptr() == unit.frame_address:
+    if list(map(_address, unit.storages)) == unit.addresses:
         return
     with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        _renew(session, unit)
+        moved = [ref for ref in unit.params if _has_moved(ref)]
+        for ref in moved:
+            _renew(session, ref)
+        unit.note_storages()
+    names = ", ".join(f"'{ref.name}'" for ref in moved)
     raise UsageError(
         "FN-E115",
-        f"weights of '{unit.name}' were moved to shared memory: sent to another process, or by share_memory_(). That is a copy "
+        f"{names} was moved to shared memory: sent to another process, or by share_memory_(). That is a copy "
         "now, and the model goes on without it. Send clones: {name: value.clone() for name, value in model.state_dict().items()}.",
     )
 
 
-def _renew(session: Session, unit: Unit) -> None:
-    # By where the frames' storage is now.
-    moved = unit.frame_flats[torch.uint8].data_ptr()
-    away = [ref for ref in unit.params if storage_address(ref.param) == moved]
-    frame = tensor_over(session.engine.frame_buffer(unit.engine_id))
-    home = tensor_over(session.engine.home_buffer(unit.engine_id, True))
-    unit.frame, unit.frame_flats = frame.untyped_storage(), {torch.uint8: frame}
-    unit.home, unit.home_flats = home.untyped_storage(), {torch.uint8: home}
-    for ref in unit.params:
-        p = ref.param
-        ref.frame = view_of(unit.flat(p.dtype, at_frames=True), ref, ref.home)
-        p.data = view_of(unit.flat(p.dtype, at_frames=False), ref, ref.home)
-        ref.home = p.detach()
-    unit.frame_idle, unit.home_idle = (int(torch._C._storage_Use_Count(s._cdata)) for s in (unit.frame, unit.home))
-    for ref in away:
-        ref.param.data = ref.frame
+def _has_moved(ref: ParamRef) -> bool:
+    at = (_address(ref.frame_storage), _address(ref.home_storage))
+    return ref.numel > 0 and at != (ref.frame_address, ref.home_address)
+
+
+def _renew(session: Session, ref: ParamRef) -> None:
+    """Make a parameter's tensors anew, and bring it to the new ones."""
+    p = ref.param
+    at_frame, grad = ref.at_frame(), ref.grad_storage
+    build_places(session.engine, ref)
+    ref.grad_storage = grad  # the gradient has not moved
+    share_version(ref)
+    p.data = ref.frame if at_frame else ref.home

@@ -9,7 +9,7 @@ import torch
 from funicular import _core
 from funicular._amid import refuse
 from funicular._errors import UsageError
-from funicular._model import in_backward, outdate
+from funicular._model import in_backward
 from funicular._replaced import check_replaced
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ def homes_changed(session: Session, refs: list[ParamRef]) -> None:
             ref.version = ref.param._version
             ref.edited = False
     for unit in dict.fromkeys(ref.unit for ref in refs):
-        outdate(unit)
         unit.guess = None
         unit.behind = True
         session.engine.invalidate(unit.engine_id, session.stream())

@@ -31,7 +31,7 @@ from funicular._faults import adopt, fetch
 from funicular._grads import Landing, bring_down, move_out
 from funicular._leases import LeaseHooks
 from funicular._log import StepLog
-from funicular._model import ParamRef, Unit, Use, in_backward, outdate, ref_of, stream_of
+from funicular._model import ParamRef, Unit, Use, in_backward, ref_of, stream_of
 from funicular._nvtx import ranges
 from funicular._places import check_places
 from funicular._replaced import check_replaced
@@ -201,7 +201,7 @@ class Session:
         """
         if unit.is_open or unit.moving:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
-            if unit.frame_in_use() and in_backward():
+            if in_backward() and unit.frame_in_use():
                 return
             if unit.is_used_by_others() or (unit.has_others_inside() and not force):
                 return
@@ -315,6 +315,8 @@ class Session:
         self._fault_in(units)
         with torch._C.DisableTorchFunctionSubclass():
             at_home = [ref for ref in refs if ref.unit in units and (plain or not ref.param.requires_grad)]
+            for ref in at_home:
+                ref.prepare_stand_in()
         use.themselves.update(units.keys() - {ref.unit for ref in at_home})
         if raw:
             for unit in units:
@@ -334,7 +336,6 @@ class Session:
     def edited(self, ref: ParamRef) -> None:
         """Note that a parameter was edited in its home."""
         ref.edited = True
-        outdate(ref.unit)
         if ref.unit.on_nvme:
             self.engine.store_shadow(ref.unit.engine_id, self.stream())
         self.engine.invalidate(ref.unit.engine_id, self.stream())
@@ -470,8 +471,6 @@ class Session:
                 torch.autograd.graph.increment_version(ref.param)
                 ref.version = ref.param._version
                 ref.edited, ref.stepped = False, True
-            for unit in dict.fromkeys(ref.unit for ref in refs):
-                outdate(unit)
         self.factors.clear()
         for unit in watched:
             unit.behind = True

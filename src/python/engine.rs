@@ -116,29 +116,6 @@ impl Engine {
             })
         })
     }
-
-    fn buffer(&self, py: Python<'_>, unit: u32, which: &str, on_device: bool) -> PyResult<Py<PyAny>> {
-        let (address, len, kind, owner) = self.call(py, |rt, _| {
-            let id = known(rt, unit)?;
-            let kind = rt.device()?.kind();
-            let packed = rt.layout()?.unit(id);
-            let home = rt.homes()?.unit(id);
-            let device = Arc::clone(rt.device()?);
-            let (address, len, owner): (u64, u64, Box<dyn std::any::Any + Send + Sync>) = match which {
-                "frame" => {
-                    let frames = Arc::clone(rt.frames()?);
-                    (frames.address(id.index()), packed.param_bytes(), Box::new((frames, device)))
-                }
-                "home" => match &home.shadow {
-                    Some(shadow) => (home.params, packed.param_bytes(), Box::new((Arc::clone(shadow), device))),
-                    None => (home.params, packed.param_bytes(), Box::new((Arc::clone(&rt.homes()?.params), device))),
-                },
-                _ => (home.grads, packed.grad_bytes(), Box::new((Arc::clone(&rt.homes()?.grads), device))),
-            };
-            Ok((address, len, if on_device { kind } else { DeviceKind::Host }, owner))
-        })?;
-        dlpack::capsule(py, address, len, kind, owner)
-    }
 }
 
 #[pymethods]
@@ -210,19 +187,22 @@ impl Engine {
         })
     }
 
-    /// DLPack capsule over the unit's frames, on the device.
-    fn frame_buffer(&self, py: Python<'_>, unit: u32) -> PyResult<Py<PyAny>> {
-        self.buffer(py, unit, "frame", true)
+    /// DLPack capsule over the unit's frames, or `part` (offset, bytes) of them, on the device.
+    #[pyo3(signature = (unit, part = None))]
+    fn frame_buffer(&self, py: Python<'_>, unit: u32, part: Option<(u64, u64)>) -> PyResult<Py<PyAny>> {
+        self.buffer(py, unit, "frame", true, part)
     }
 
-    /// DLPack capsule over the unit's home, as memory of the device or of the host.
-    fn home_buffer(&self, py: Python<'_>, unit: u32, on_device: bool) -> PyResult<Py<PyAny>> {
-        self.buffer(py, unit, "home", on_device)
+    /// DLPack capsule over the unit's home, or `part` of it, as memory of the device or of the host.
+    #[pyo3(signature = (unit, on_device, part = None))]
+    fn home_buffer(&self, py: Python<'_>, unit: u32, on_device: bool, part: Option<(u64, u64)>) -> PyResult<Py<PyAny>> {
+        self.buffer(py, unit, "home", on_device, part)
     }
 
-    /// DLPack capsule over the unit's gradients.
-    fn grad_buffer(&self, py: Python<'_>, unit: u32) -> PyResult<Py<PyAny>> {
-        self.buffer(py, unit, "grad", true)
+    /// DLPack capsule over the unit's gradients, or `part` of them.
+    #[pyo3(signature = (unit, part = None))]
+    fn grad_buffer(&self, py: Python<'_>, unit: u32, part: Option<(u64, u64)>) -> PyResult<Py<PyAny>> {
+        self.buffer(py, unit, "grad", true, part)
     }
 
     /// DLPack capsule over page-locked host memory for activations: `wanted` bytes, or from `least` on what is left.
@@ -233,9 +213,9 @@ impl Engine {
         dlpack::capsule(py, address, len, DeviceKind::Host, Box::new((region, device)))
     }
 
-    /// Opens a window; false: use the home.
-    fn open(&self, py: Python<'_>, unit: u32, in_phase: u8, stream: u64) -> PyResult<bool> {
-        self.call(py, |rt, i| rt.open_window(known(rt, unit)?, phase(in_phase)?, stream, i))
+    /// Opens a window; false: use the home. `None` as the phase: fills the frames of a window anew.
+    fn open(&self, py: Python<'_>, unit: u32, in_phase: Option<u8>, stream: u64) -> PyResult<bool> {
+        self.call(py, |rt, i| rt.open_window(known(rt, unit)?, in_phase.map(phase).transpose()?, stream, i))
     }
 
     /// Ends a window.

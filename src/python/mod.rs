@@ -2,6 +2,7 @@
 //! [`engine::Engine::call`], all others in `failures::waiting` or `Python::detach`.
 
 mod arguments;
+mod buffers;
 mod checkpoints;
 mod completion;
 mod digest;
@@ -29,6 +30,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(memory::keep_for_child, m)?)?;
     m.add_function(wrap_pyfunction!(memory::forked, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
+    m.add_class::<switch::BoundUnlessAsked>()?;
     m.add_class::<switch::ThreadSwitch>()?;
     m.add_class::<checkpoints::Checkpoint>()?;
     m.add_class::<checkpoints::Save>()?;

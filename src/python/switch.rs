@@ -1,19 +1,83 @@
-//! A descriptor without Python code. torch looks `__torch_function__` up in C++ and drops what the lookup raises: a Ctrl-C that
+//! Descriptors without Python code. torch looks `__torch_function__` up in C++ and drops what the lookup raises: a Ctrl-C that
 //! struck in a `__get__` of Python would be lost.
 
-use pyo3::{prelude::*, types::PyString};
+use pyo3::{
+    prelude::*,
+    types::{PyDict, PyString, PyTuple},
+};
+
+/// torch's functions that ask whether a tensor has an override.
+const QUESTIONS: [&str; 3] = ["has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"];
+/// What code calls that asks in order to hand its work to the override.
+const DISPATCH: &str = "handle_torch_function";
+
+/// Tells code that asks whether a tensor has an override, to choose between two ways of its own, from code that runs an
+/// operation.
+struct Asked {
+    get_frame: Py<PyAny>,
+    questions: [Py<PyString>; 3],
+    dispatch: Py<PyString>,
+    /// From a code object to the offsets of its calls of `QUESTIONS`.
+    calls_in: Py<PyAny>,
+    /// What that gave, by the code's address, with the code, which keeps the address its own.
+    known: Py<PyDict>,
+}
+
+impl Asked {
+    fn new(py: Python<'_>, calls_in: Py<PyAny>) -> PyResult<Self> {
+        Ok(Self {
+            get_frame: py.import("sys")?.getattr("_getframe")?.unbind(),
+            questions: QUESTIONS.map(|name| PyString::intern(py, name).unbind()),
+            dispatch: PyString::intern(py, DISPATCH).unbind(),
+            calls_in,
+            known: PyDict::new(py).unbind(),
+        })
+    }
+
+    fn frame<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.get_frame.bind(py).call0()
+    }
+
+    /// Whether the frame is at a call of one of `QUESTIONS`.
+    fn asks(&self, frame: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = frame.py();
+        let code = frame.getattr("f_code")?;
+        let names = code.getattr("co_names")?;
+        let names = names.cast::<PyTuple>()?;
+        // Names of code are interned: the same text is the same object.
+        if names.iter().any(|name| name.is(&self.dispatch)) || !names.iter().any(|name| self.is_question(&name)) {
+            return Ok(false);
+        }
+        let known = self.known.bind(py);
+        let key = code.as_ptr() as usize;
+        let entry = match known.get_item(key)? {
+            Some(entry) => entry,
+            None => {
+                let entry = (&code, self.calls_in.bind(py).call1((&code,))?).into_pyobject(py)?.into_any();
+                known.set_item(key, &entry)?;
+                entry
+            }
+        };
+        entry.get_item(1)?.contains(frame.getattr("f_lasti")?)
+    }
+
+    fn is_question(&self, name: &Bound<'_, PyAny>) -> bool {
+        self.questions.iter().any(|question| name.is(question))
+    }
+}
 
 /// Gives `inside` to the threads whose number (`threading.get_ident`) is in the container that the instance has as `attribute`,
-/// and to lookups on the class; `outside` to all others, and to lookups on the class by code of the file `asks`: there torch asks
-/// whether arguments of this class have an override at all, once one of them has said so.
+/// to code that only asks whether there is an override, and to lookups on the class; `outside` to all others, and to lookups on
+/// the class by code of the file `asks`: there torch asks whether arguments of this class have an override at all, once one of
+/// them has said so.
 #[pyclass(frozen, module = "funicular._core")]
 pub(super) struct ThreadSwitch {
     attribute: Py<PyString>,
     inside: Py<PyAny>,
     outside: Py<PyAny>,
     asks: Py<PyString>,
+    asked: Asked,
     get_ident: Py<PyAny>,
-    get_frame: Py<PyAny>,
 }
 
 #[pymethods]
@@ -25,10 +89,10 @@ impl ThreadSwitch {
         inside: Py<PyAny>,
         outside: Py<PyAny>,
         asks: Py<PyString>,
+        calls_in: Py<PyAny>,
     ) -> PyResult<Self> {
         let get_ident = py.import("_thread")?.getattr("get_ident")?.unbind();
-        let get_frame = py.import("sys")?.getattr("_getframe")?.unbind();
-        Ok(Self { attribute, inside, outside, asks, get_ident, get_frame })
+        Ok(Self { attribute, inside, outside, asks, asked: Asked::new(py, calls_in)?, get_ident })
     }
 
     fn __get__(
@@ -38,11 +102,43 @@ impl ThreadSwitch {
         _owner: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<PyAny>> {
         if instance.is_none() {
-            let caller = self.get_frame.bind(py).call0()?.getattr("f_code")?.getattr("co_filename")?;
+            let caller = self.asked.frame(py)?.getattr("f_code")?.getattr("co_filename")?;
             return Ok(if caller.eq(&self.asks)? { &self.outside } else { &self.inside }.clone_ref(py));
         }
         let threads = instance.getattr(self.attribute.bind(py))?;
-        let within = threads.contains(self.get_ident.bind(py).call0()?)?;
+        let within = threads.contains(self.get_ident.bind(py).call0()?)? || self.asked.asks(&self.asked.frame(py)?)?;
         Ok(if within { &self.inside } else { &self.outside }.clone_ref(py))
+    }
+}
+
+/// What a subclass of `classmethod` has as `__get__`: gives `silent` to code that only asks whether an instance has an override,
+/// and the function bound to the class to all others.
+#[pyclass(frozen, module = "funicular._core")]
+pub(super) struct BoundUnlessAsked {
+    function: Py<PyAny>,
+    silent: Py<PyAny>,
+    asked: Asked,
+    bind: Py<PyAny>,
+}
+
+#[pymethods]
+impl BoundUnlessAsked {
+    #[new]
+    fn new(py: Python<'_>, function: Py<PyAny>, silent: Py<PyAny>, calls_in: Py<PyAny>) -> PyResult<Self> {
+        let bind = py.import("types")?.getattr("MethodType")?.unbind();
+        Ok(Self { function, silent, asked: Asked::new(py, calls_in)?, bind })
+    }
+
+    fn __call__(
+        &self,
+        py: Python<'_>,
+        _descriptor: &Bound<'_, PyAny>,
+        instance: &Bound<'_, PyAny>,
+        owner: &Bound<'_, PyAny>,
+    ) -> PyResult<Py<PyAny>> {
+        if !instance.is_none() && self.asked.asks(&self.asked.frame(py)?)? {
+            return Ok(self.silent.clone_ref(py));
+        }
+        Ok(self.bind.bind(py).call1((&self.function, owner))?.unbind())
     }
 }

@@ -268,21 +268,25 @@ impl Shared {
         Ok(())
     }
 
-    /// Opens a unit's window: true if its frames may be used on `stream`, false if the home must be used instead.
+    /// Opens a unit's window: true if its frames may be used on `stream`, false if the home must be used instead. Without a phase it
+    /// fills the frames anew, which is no use of the unit in the order that the machine learns.
     pub(crate) fn open(
         &self,
         unit: UnitId,
-        phase: Phase,
+        phase: Option<Phase>,
         stream: u64,
         interrupted: &mut dyn FnMut() -> bool,
     ) -> Result<bool> {
-        self.entered(unit, phase, stream);
+        if let Some(phase) = phase {
+            self.entered(unit, phase, stream);
+        }
+        let (first, phase) = (phase.is_some(), phase.unwrap_or(Phase::Eval));
         let mut inner = self.lock()?;
         if inner.machine.held(unit) {
             // Views of it are alive: kernels enqueued since its last release may still read what a refill overwrites.
             inner.gates[unit.index()].release = self.device.record(StreamRef::Compute(stream))?;
         }
-        let mut answer = self.step(&mut inner, |m, out| m.open(unit, phase, true, out))?;
+        let mut answer = self.step(&mut inner, |m, out| m.open(unit, phase, first, out))?;
         if let Opening::Pending(why) = answer {
             let mut pause = self.pause(Some(stream), cause_of(why));
             let name = || format!("'{}' ({why:?})", self.layout.unit(unit).name);

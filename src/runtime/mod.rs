@@ -165,9 +165,15 @@ impl Runtime {
     ///
     /// # Errors
     /// The runtime's first failure, or an interruption; the window is not open then.
-    pub fn open_window(&self, unit: UnitId, phase: Phase, stream: u64, interrupted: Interrupted<'_>) -> Result<bool> {
+    pub fn open_window(
+        &self,
+        unit: UnitId,
+        phase: impl Into<Option<Phase>>,
+        stream: u64,
+        interrupted: Interrupted<'_>,
+    ) -> Result<bool> {
         let shared = self.shared()?;
-        let opened = shared.open(unit, phase, stream, interrupted)?;
+        let opened = shared.open(unit, phase.into(), stream, interrupted)?;
         if shared.sync {
             let gate = shared.lock()?.gates[unit.index()].fill;
             shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;

@@ -245,7 +245,7 @@ class Paged:
                 if not self.used
                 else [self.used[n.engine_id] for n in [unit, *unit.neighbours] if n.engine_id in self.used]
             )
-            flat = unit.frame_flats[torch.uint8]
+            flat = tensor_over(self.session.engine.frame_buffer(unit.engine_id))
             event = self.streams.copy("up", [*after, self.fork], flat, self.homes[unit.engine_id][: flat.numel()])
             self.ups += 1
             self.streams.wait(event)

@@ -54,7 +54,7 @@ def places(run: Run) -> dict[str, int]:
     """Addresses of each kind of the runtime's memory."""
     ref = ref_of(run.model.layers[1].up.weight)
     assert ref is not None
-    found = {"home": ref.home_address, "gradient": ref.unit.grad.data_ptr()}
+    found = {"home": ref.home_address, "gradient": ref.grad_storage.data_ptr()}
     if run.world.device == "host":
         found["frame"] = ref.frame_address
     return found

@@ -1,0 +1,62 @@
+"""Functions of torch's by what they ask of a parameter or a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._foreach_utils
+
+__all__ = ["CONSTANT", "DATA_GET", "DATA_SET", "HARMLESS", "ITSELF", "NUMPY", "RAW", "RESHAPING", "TAKING"]
+
+#: untyped: descriptors of the class are looked at, not values
+_T: Any = torch.Tensor
+
+
+def _getters(*names: str) -> list[Any]:
+    return [getattr(_T, n).__get__ for n in names if hasattr(_T, n)]
+
+
+#: What says nothing about the values: runs without waiting.
+HARMLESS: frozenset[Any] = frozenset(
+    [
+        *_getters(
+            "shape", "dtype", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "layout", "names",
+            "_version", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
+            "is_xpu", "is_xla", "is_ipu", "is_vulkan", "is_sparse_csr", "itemsize", "nbytes", "output_nr", "retains_grad",
+            "_backward_hooks", "_post_accumulate_grad_hooks", "name", "_base", "is_maia", "is_mtia", "is_ort", "is_hpu",
+        ),
+        _T.requires_grad.__set__, _T.grad.__set__, _T.grad.__delete__, _T._backward_hooks.__set__,
+        _T._post_accumulate_grad_hooks.__set__,
+        _T.size, _T.stride, _T.numel, _T.nelement, _T.dim, _T.ndimension, _T.element_size, _T.is_floating_point,
+        _T.is_complex, _T.is_contiguous, _T.storage_offset, _T.register_hook, _T.register_post_accumulate_grad_hook,
+        _T.requires_grad_, _T.__hash__, _T.__len__, _T.get_device, _T.is_signed, _T.is_inference, _T.has_names,
+        torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, _T.__dlpack_device__,
+        torch.result_type, torch.can_cast, torch.promote_types,
+    ]
+)  # fmt: skip
+DATA_GET = _T.data.__get__
+DATA_SET = _T.data.__set__
+
+
+def _known(*names: str) -> list[Any]:
+    return [getattr(_T, n) for n in names if hasattr(_T, n)]
+
+
+NUMPY: frozenset[Any] = frozenset([_T.numpy, _T.__array__])
+_STORAGES: frozenset[Any] = frozenset(_known("untyped_storage", "storage", "_typed_storage"))
+#: What gives out the memory itself, past all that torch counts.
+RAW: frozenset[Any] = frozenset([DATA_GET, _T.data_ptr, _T.__dlpack__, *NUMPY, *_STORAGES])
+#: What has the same result on a tensor that needs no gradient.
+CONSTANT: frozenset[Any] = frozenset(
+    [DATA_GET, *_STORAGES, *_known("detach", "data_ptr", "item", "tolist", "__bool__", "equal", "isfinite", "isnan")]
+)
+#: What asks for the parameter itself: its place in autograd, or an error that says that it has one.
+ITSELF: frozenset[Any] = frozenset([_T.__dlpack__, *NUMPY, *_known("retain_grad", "backward", "detach_", "is_shared")])
+#: What would give a parameter another memory or another shape, in place.
+RESHAPING = (
+    "_use_count", "as_strided_", "rename_", "resize_", "resize_as_", "share_memory_", "squeeze_", "swapaxes_", "swapdims_",
+    "t_", "transpose_", "unsqueeze_",
+)  # fmt: skip
+#: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
+TAKING: frozenset[Any] = frozenset([_T.data_ptr, _T.__dlpack__, *NUMPY, *_STORAGES, DATA_SET, *_known(*RESHAPING)])
