@@ -52,7 +52,7 @@ ABOVE = [*range(0, 64, 3), *range(64, 160, 8), *range(160, 400, 30), 4096]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(CUDA, reason="CUDA reserves more than any such limit")
 @pytest.mark.parametrize("placement", ["host", "nvme-threads", "nvme-io_uring"])
 def test_near_the_limit(placement: str, disk: str, io_uring: bool):

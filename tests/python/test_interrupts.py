@@ -53,7 +53,7 @@ def test_real_signals(placement: str, disk: str, io_uring: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("placement", ["host", "nvme-threads"])
 def test_several_signals(placement: str, disk: str, io_uring: bool):
     """Ctrl-C again and again, faster than a step notes what it did."""
