@@ -418,10 +418,10 @@ fn dotted(text: &str) -> Vec<(&str, &str)> {
         let left = before[..before.len() - first.len()].chars().next_back();
         let mut right = after[second.len()..].chars();
         let (next, second_next) = (right.next(), right.next());
-        let alone = !left.is_some_and(|c| c.is_alphanumeric() || matches!(c, '.' | '/' | '-' | '*'))
-            && !next.is_some_and(|c| c.is_alphanumeric() || matches!(c, '(' | '/' | '*'))
-            && !(next == Some('.') && second_next.is_some_and(char::is_alphanumeric));
-        if !first.is_empty() && !second.is_empty() && alone {
+        let joined = left.is_some_and(|c| c.is_alphanumeric() || matches!(c, '.' | '/' | '-' | '*'))
+            || next.is_some_and(|c| c.is_alphanumeric() || matches!(c, '(' | '/' | '*'))
+            || (next == Some('.') && second_next.is_some_and(char::is_alphanumeric));
+        if !first.is_empty() && !second.is_empty() && !joined {
             found.push((first, second));
         }
     }
