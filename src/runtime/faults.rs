@@ -85,7 +85,7 @@ pub(super) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
         .name("funicular-faults".into())
         .spawn(move || serve(&space, &units, &shared))
         .map(Some)
-        .map_err(|e| Error::new(Code::NoThread, format!("thread 'funicular-faults' could not be started: {e}.")))
+        .map_err(|e| crate::os_error::no_thread("funicular-faults", &e, ""))
 }
 
 fn serve(space: &ShadowSpace, units: &[UnitId], shared: &Weak<Shared>) {

@@ -172,7 +172,7 @@ pub fn aside(control: &Control, interrupted: Interrupted<'_>, work: impl FnOnce(
             control.ended(done.map(|()| Vec::new()));
         };
         let started = std::thread::Builder::new().name("funicular-load".into()).spawn_scoped(scope, work);
-        started.map_err(|e| Error::new(Code::NoThread, format!("a load's thread could not be started: {e}.")))?;
+        started.map_err(|e| crate::os_error::no_thread("a load", &e, ""))?;
         let ended = control.wait(interrupted);
         if ended.is_err() {
             control.cancel();
