@@ -132,7 +132,8 @@ endif
 
 # Quick feedback: one placement, no slow tests, and without the files that mostly start programs of their own, which take as long as all
 # others together. `make test` is what counts.
-SLOW_FILES := $(addprefix tests/python/test_,admission.py budgets.py checkpoint_async.py checkpoint_cli.py checkpoint_faults.py cli.py examples.py plan.py)
+SLOW_FILES := $(addprefix tests/python/test_,admission.py budgets.py can_fail.py checkpoint_async.py checkpoint_cli.py checkpoint_faults.py cli.py \
+    compile.py examples.py plan.py)
 
 test-fast: package
 	$(call say,Python tests in host memory, without the slow ones)
