@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from funicular import _core
+from funicular._edits import take_frame_edits
 from funicular._ends import living
 from funicular._errors import BudgetError
 from funicular._watch import look_at_home
@@ -57,8 +58,8 @@ def bring_in(session: Session, units: list[Unit]) -> None:
         session.alive()
         for unit in units:
             session.close(unit, force=True)
-            session.use_home(unit)
-        # Those that were there before made room for none of the others.
+            session.engine.settle(unit.engine_id, session.stream())
+            take_frame_edits(session, unit)
         session._fault_in(units)
 
 

@@ -74,7 +74,9 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
                     session.edited(ref)
 
 
-#: graphs of compiled steps must call back: a GPU's kernels cannot wait for weights that are on NVMe
+#: sessions whose weights on NVMe a compiled step cannot just touch: on a GPU, or where they do not fit the budget together
+_asking: weakref.WeakSet[Session] = weakref.WeakSet()
+#: whether there is one, so that graphs of compiled steps are broken at the hooks; dynamo compares it before each call
 _breaks_graphs = False
 
 
@@ -99,7 +101,11 @@ _watching = False
 def watch_optimizers(session: Session) -> None:
     """Have every optimizer's steps followed from now on; those over ordinary parameters cost a look at each."""
     global _breaks_graphs, _watching
-    _breaks_graphs |= session.device.type == "cuda" and any(unit.on_nvme for unit in session.units)
+    on_nvme = sum(ref.home.nbytes for unit in session.units if unit.on_nvme for ref in unit.params)
+    limit, used, _ = session.engine.stats()["budgets"]["host"]
+    if on_nvme and (session.device.type == "cuda" or on_nvme > (limit or 0) - used):
+        _asking.add(session)
+    _breaks_graphs = any(not other.closed and other.pid == session.pid for other in _asking)
     if not _watching:
         _watching = True
         register_optimizer_step_pre_hook(_before_step)
