@@ -45,8 +45,8 @@ os.register_at_fork(after_in_child=_in_child)
 def leave(session: Session, unit: Unit) -> None:
     """Make a unit's parameters that somebody still holds ordinary tensors over their home; the session is going."""
     if unit.on_nvme:
-        # Somebody besides the reference, this loop and the call keeps a parameter.
-        if not any(sys.getrefcount(ref.param) > 3 for ref in unit.params):
+        # More than the reference and the argument of the call: the caller keeps a parameter.
+        if not any(sys.getrefcount(ref.param) > 2 for ref in unit.params):
             return
         session.engine.fault_in(unit.engine_id, session.stream())
     else:
