@@ -187,12 +187,13 @@ def unwrap(program: Program) -> None:
 
 
 def fork(program: Program, *, touches: bool) -> None:
+    # Its thread would be missing in the child, where an alarm stands in for it.
+    faulthandler.cancel_dump_traceback_later()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            faulthandler.cancel_dump_traceback_later()
-            signal.alarm(LIMIT // 2)
+            signal.alarm(LIMIT)
             if touches:
                 for touch in (
                     program.step,
@@ -211,6 +212,7 @@ def fork(program: Program, *, touches: bool) -> None:
             traceback.print_exc()
         finally:
             os._exit(status)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     assert os.waitpid(pid, 0)[1] == 0
 
 
