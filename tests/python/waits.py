@@ -55,8 +55,8 @@ class Program:
         self.saved = 0
         self.wait = wait
         torch.manual_seed(SEED)
-        self.model: Any = Stack(depth=2)
-        self.plain: Any = Stack(depth=2).to(world.torch_device)
+        self.model: Any = Stack(depth=4)
+        self.plain: Any = Stack(depth=4).to(world.torch_device)
         self.plain.load_state_dict(self.model.state_dict())
         log = {"trace": str(Path(disk) / "trace.json")}
         policy = world.policy(self.model, debug={"faults": faults}, log=log)
@@ -120,7 +120,7 @@ class Program:
     def check(self, path: Path) -> None:
         """A checkpoint is the state of one step, as a whole."""
         torch.manual_seed(0)
-        model: Any = Stack(depth=2)
+        model: Any = Stack(depth=4)
         opt = funicular.AdamW(model.parameters(), lr=1e-2)
         step = funicular.load(path, model, opt).step
         assert step in (len(self.history) - 1, len(self.history) - 2), step
@@ -339,7 +339,7 @@ def handlers(wait: str, disk: str) -> None:
     begin(f"what was saved amid {wait}:")
     assert len(paths) == 2
     for path in paths:
-        step = funicular.load(path, Stack(depth=2)).step
+        step = funicular.load(path, Stack(depth=4)).step
         kept, program.history = program.history, program.history[: step + 1]
         program.check(path)
         program.history = kept
