@@ -66,6 +66,8 @@ codes! {
     Scripted = "FN-E123", Usage, "a TorchScript module cannot be paged";
     Captured = "FN-E126", Usage, "an offloaded model cannot be traced or exported";
     FullGraph = "FN-E127", Usage, "a function compiled with `fullgraph=True` was given an offloaded parameter or its gradient";
+    OptimizerState = "FN-E130", Usage, "a state of the optimizer cannot be used by a step";
+    OptimizerParam = "FN-E131", Usage, "an optimizer holds parameters without memory";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
     HostBudget = "FN-E202", Budget, "the host budget is too small";
     NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";

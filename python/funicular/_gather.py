@@ -12,6 +12,7 @@ from funicular._errors import UsageError
 from funicular._facts import encode
 from funicular._model import ref_of
 from funicular._states import MOMENTS, ParamStates
+from funicular.optim import AdamW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,11 +79,17 @@ def states_of(opt: torch.optim.Optimizer, p: torch.Tensor) -> tuple[int, Any]:
     Raises
     ------
     UsageError
-        ``FN-E408`` for states of another optimizer than AdamW.
+        ``FN-E408`` for states of another optimizer than AdamW, and for entries of the user's own.
     """
     states = opt.state.get(p)
     if isinstance(states, ParamStates):
-        return states.count, states
+        if own := states.own_keys():
+            raise UsageError(
+                "FN-E408",
+                f"optimizer.state of a parameter of shape {tuple(p.shape)} has entries of its own ({', '.join(map(repr, own[:5]))}), "
+                "which a checkpoint does not hold. Take them out for the save, and keep them by yourself.",
+            )
+        return states.count, states if states.begun else {}
     if not states:
         return 0, {}
     unknown = set(states) - {"step", *MOMENTS, "master"}
@@ -172,7 +179,7 @@ class Snapshot:
         """List a parameter's states."""
         self.steps[name] = count
         self.known[name] = states
-        if count == 0:
+        if not states:
             return
         ref = ref_of(p)
         ours = isinstance(states, ParamStates)
@@ -204,6 +211,8 @@ class Snapshot:
     def groups(self, opt: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> list[Any]:
         """List the states of all groups; returns the groups' options, with parameters by name."""
         names = {id(p): name for name, p in params.items()}
+        if isinstance(opt, AdamW):
+            opt.settle()
         groups = []
         for index, group in enumerate(opt.param_groups):
             members = []

@@ -47,6 +47,8 @@ class Weights:
         _check_path(path)
         self.source = Source(Path(path), own=False)
         self._before: list[tuple[dict[str, Any], str, Any]] = []
+        #: parameters that were given memory, each with the tensor that has what it was
+        self._exchanged: list[tuple[torch.Tensor, torch.Tensor]] = []
         #: what was there before, by parameter: should loading fail, the model is as it was
         self.values = {id(p): p.data for p in model.parameters() if not p.is_meta}
         for name, p in model.named_parameters():
@@ -70,18 +72,34 @@ class Weights:
                     if tensor is None or not tensor.is_meta:
                         continue
                     if id(tensor) not in made:
-                        trained = isinstance(tensor, nn.Parameter)
-                        dtype = self._cast.dtype_of(tensor) if trained else tensor.dtype
-                        empty = torch.empty_like(tensor, device="cpu", dtype=dtype)
-                        made[id(tensor)] = _like(tensor, empty) if trained else empty
-                    self._before.append((table, name, tensor))
-                    table[name] = made[id(tensor)]
+                        made[id(tensor)] = self._made(tensor)
+                    if made[id(tensor)] is not tensor:
+                        self._before.append((table, name, tensor))
+                        table[name] = made[id(tensor)]
+
+    def _made(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with memory: a parameter stays the object that it is, for an optimizer that has it already."""
+        trained = isinstance(tensor, nn.Parameter)
+        dtype = self._cast.dtype_of(tensor) if trained else tensor.dtype
+        empty = torch.empty_like(tensor, device="cpu", dtype=dtype)
+        if not trained:
+            return empty
+        new: torch.Tensor = _like(tensor, empty)
+        self._exchanged.append((tensor, new))
+        if _exchanged(tensor, new):
+            return tensor
+        self._exchanged.pop()
+        return new
 
     def undo(self) -> None:
         """Put what was on the meta device back."""
         for table, name, tensor in self._before:
             table[name] = tensor
         self._before.clear()
+        while self._exchanged:
+            tensor, new = self._exchanged.pop()
+            if not tensor.is_meta and not _exchanged(tensor, new):
+                _put_in_place(self.model, tensor, new)
 
     def fill(self, session: Session) -> None:
         """Stream everything into the tiers."""
@@ -129,6 +147,22 @@ def _check_path(path: str | os.PathLike[str]) -> None:
             f"{text} is no file of safetensors but {_FORMATS[where.suffix]}. Load it into the model and write that with "
             "model.save_pretrained(directory), or with safetensors.torch.save_model(model, 'model.safetensors').",
         )
+
+
+def _exchanged(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Exchange what two tensors are while the objects stay; False if something of torch's own holds one of them."""
+    try:
+        torch._C._swap_tensor_impl(tensor, other)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _put_in_place(model: nn.Module, tensor: torch.Tensor, other: torch.Tensor) -> None:
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is tensor:
+                module._parameters[name] = other  # type: ignore[assignment]
 
 
 def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]]) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular._session import Session
-    from funicular._states import ParamStates
+    from funicular._state_places import StatePlaces
 
 __all__ = [
     "UNDER_WAY",
@@ -192,7 +192,7 @@ class ParamRef:
         #: digest of the frame when its window opened, or when it was first reached past the version counter
         self.seen: int | None = None
         self.touched = False
-        self.states: ParamStates | None = None
+        self.states: StatePlaces | None = None
         #: the runtime's states are not blank any more
         self.stepped = False
 

@@ -61,7 +61,7 @@ def offload(
     checkpoint : path or None
         A checkpoint, a directory of the model's safetensors (one file, or shards with an index), or one such file: the weights
         are streamed from there to where they will live. The model may then be on the meta device, so that it never has
-        to fit into memory; its parameters become new objects, so make the optimizer afterwards.
+        to fit into memory. Its parameters stay the same objects: an optimizer may be made before or after.
 
     Returns
     -------

@@ -190,6 +190,13 @@ def compare_groups(source: Source, opt: torch.optim.Optimizer, named: Named) -> 
     own = [[names.get(id(p), "") for p in group["params"]] for group in opt.param_groups]
     if any("" in group for group in own):
         raise UsageError("FN-E408", "the optimizer has parameters that are not the model's. Make them part of it.")
+    stateful = any(source.training["steps"].values())
+    if stateful and not all("betas" in group for group in opt.param_groups):
+        raise UsageError(
+            "FN-E407",
+            f"{source.path} has states of {source.training['optimizer']}, which {type(opt).__name__} does not use. Load it with such an "
+            "optimizer, or with None for the optimizer. Nothing was loaded.",
+        )
     saved = [group["params"] for group in groups]
     if [sorted(g) for g in own] != [sorted(g) for g in saved]:
         flat = {n for g in own for n in g}, {n for g in saved for n in g}
@@ -287,14 +294,18 @@ class Loader:
     def optimizer(self, opt: torch.optim.Optimizer, groups: list[list[str]]) -> None:
         """List the states of the parameters of all groups."""
         steps = {name: int(self.source.training["steps"].get(name, 0)) for group in groups for name in group}
+        options = {p: group for group in opt.param_groups for p in group["params"]}
         before = dict(opt.state)
         opt.state.clear()
         busy = {
-            ref.unit for name, count in steps.items() if count and (ref := ref_of(self.named.params[name])) is not None
+            ref.unit
+            for name, count in steps.items()
+            if self._has_states(name, count) and (ref := ref_of(self.named.params[name])) is not None
         }
         for name, count in steps.items():
             p = self.named.params[name]
             ref = ref_of(p)
+            there = self._has_states(name, count)
             old = before.get(p)
             if isinstance(old, ParamStates):
                 old.forget()
@@ -302,33 +313,37 @@ class Loader:
             within = ref is not None and ref.trainable and isinstance(states, ParamStates)
             if ref is not None and within and p.is_contiguous():
                 if ref.unit in busy:
-                    self._in_unit(name, p, ref, count)
-            elif count:
+                    self._in_unit(name, p, ref, there=there)
+            elif there:
                 if within:
                     states.attach(ref)
                 self._beside(name, p, states)
-            if count == 0:
+            if not there:
                 opt.state.pop(p, None)
                 continue
             if isinstance(states, ParamStates):
                 edited = name in self.source.training["edited"] or not self._has_master(name, p)
                 self.after.append(_noter(states, ref if within else None, count, edited))
             else:
-                states["step"] = torch.tensor(float(count))
+                states["step"] = _step_of(options[p], p, count)
                 opt.state[p] = states
 
-    def _in_unit(self, name: str, p: nn.Parameter, ref: Any, count: int) -> None:
+    def _has_states(self, name: str, count: int) -> bool:
+        """Whether there are states: someone may have set the count of a stepped parameter to 0."""
+        return count > 0 or f"{name}.{MOMENTS[0]}" in self.source.optimizer
+
+    def _in_unit(self, name: str, p: nn.Parameter, ref: Any, *, there: bool) -> None:
         place = (ref.unit.engine_id, ref.section)
         span = (ref.start, ref.numel)
         for kind in MOMENTS:
-            self.items.append((*place, kind, *span, True, f"{name}.{kind}" if count else None, False))
+            self.items.append((*place, kind, *span, True, f"{name}.{kind}" if there else None, False))
         if p.dtype in _HALVES:
             saved = f"{name}.master"
-            if count and saved in self.source.optimizer:
+            if there and saved in self.source.optimizer:
                 self.items.append((*place, "master", *span, True, saved, False))
             else:
                 key = self.source.name_of(name, self.named.aliases)
-                whole = count > 0 and key in self.source.masters
+                whole = there and key in self.source.masters
                 self.items.append((*place, "master", *span, False, key if whole else None, whole))
 
     def _beside(self, name: str, p: nn.Parameter, states: Any) -> None:
@@ -434,9 +449,19 @@ def _copier(target: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 def _setter(states: Any, kind: str, p: torch.Tensor) -> Callable[[torch.Tensor], None]:
     def take(t: torch.Tensor) -> None:
-        states[kind] = t if isinstance(states, ParamStates) else t.to(p.device)
+        if isinstance(states, ParamStates):
+            states.put(kind, t)
+        else:
+            # As torch loads states: in the type of their parameter.
+            states[kind] = t.to(device=p.device, dtype=p.dtype if p.is_floating_point() else t.dtype)
 
     return take
+
+
+def _step_of(group: dict[str, Any], p: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a count as torch's optimizers keep it: beside the parameter where kernels read it."""
+    near = group.get("capturable") or group.get("fused")
+    return torch.tensor(float(count), device=p.device if near else "cpu")
 
 
 def _noter(states: ParamStates, ref: Any, count: int, edited: bool) -> Callable[[], None]:

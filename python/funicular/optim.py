@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -12,10 +14,13 @@ from funicular._clip import effective_factor
 from funicular._core import complete
 from funicular._errors import UsageError
 from funicular._grads import bring_home
+from funicular._load_states import Sealed, refuse_options, seal, show, unsealed
 from funicular._model import ref_of
 from funicular._replaced import refuse_dtensors
 from funicular._resident import resident_session, resident_update
-from funicular._states import MOMENTS, ParamStates
+from funicular._state_values import Unusable
+from funicular._states import ParamStates
+from funicular._steps import label, refuse_meta
 from funicular.reference import adamw_step
 
 if TYPE_CHECKING:
@@ -29,6 +34,11 @@ __all__ = ["AdamW"]
 
 #: parameters start at multiples of this many elements in their section
 _ALIGN = 128
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: options of groups that states saved by older versions of torch lack
+_LATER_OPTIONS = {
+    "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+}  # fmt: skip
 
 #: section, first element, elements, which hyperparameters, master starts anew
 _Span = tuple[int, int, int, int, bool]
@@ -118,41 +128,113 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients in ``p.grad``; parameters without one are left alone.
 
+        A closure runs with gradients enabled, as in torch.
+
         Raises
         ------
         UsageError
-            ``FN-E116`` for sparse gradients, before anything is changed.
+            Before anything is changed: ``FN-E116`` for sparse gradients, ``FN-E117`` for options of a group, ``FN-E112`` for
+            parameters of other types, ``FN-E130`` for states that cannot be used, ``FN-E131`` for parameters without memory.
         """
-        loss = closure() if closure is not None else None
+        loss = None
         with torch.no_grad():
-            chosen = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-            for p, _ in chosen:
-                if p.grad.layout != torch.strided:
-                    raise UsageError(
-                        "FN-E116",
-                        "a gradient is sparse. Use dense gradients: sparse=False in the embedding.",
-                    )
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             runs: dict[int, _SessionStep] = {}
-            for p, group in chosen:
-                states = self._states(p)
-                ref = ref_of(p)
-                if ref is None or not ref.trainable:
+            plain = []
+            for p, group, ref, states in self._ready():
+                if ref is None:
                     session = resident_session(p)
                     if session is None or not _run_of(runs, session).add_resident(p, group, states):
-                        self._step_plain(p, group, states)
+                        plain.append((p, group, states))
                     continue
                 states.attach(ref)
                 _run_of(runs, ref.unit.session).add(ref, group, states)
             for run in runs.values():
                 run.go()
+            for p, group, states in plain:
+                self._step_plain(p, group, states)
         return loss
 
+    def _ready(self) -> list[tuple[torch.nn.Parameter, dict[str, Any], ParamRef | None, ParamStates]]:
+        """Return what is to be stepped: parameter, group, place and states. All is looked at before anything changes."""
+        params, groups, refs = [], [], []
+        for group in self.param_groups:
+            refuse_options(group)
+            for p in group["params"]:
+                if p.grad is None:
+                    if p.is_meta:
+                        refuse_meta(self)
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise UsageError(
+                        "FN-E116",
+                        "a gradient is sparse. Use dense gradients: sparse=False in the embedding.",
+                    )
+                ref = ref_of(p)
+                if ref is None or not ref.trainable:
+                    self._check_ordinary(p)
+                    ref = None
+                params.append(p)
+                groups.append(group)
+                refs.append(ref)
+        return list(zip(params, groups, refs, self._take(params), strict=True))
+
+    def _check_ordinary(self, p: torch.nn.Parameter) -> None:
+        if p.is_meta:
+            refuse_meta(self)
+        if p.dtype not in _DTYPES:
+            raise UsageError(
+                "FN-E112",
+                f"AdamW cannot step {label(self, p)}, of {p.dtype}. Convert it to fp32, bf16 or fp16, or give it to another "
+                "optimizer.",
+            )
+
+    def _take(self, params: list[torch.nn.Parameter]) -> list[ParamStates]:
+        """Return the states of parameters; ordinary dictionaries, and the states of other parameters, become theirs.
+
+        Raises
+        ------
+        Unusable
+            For states that cannot be used; then nothing was changed.
+        """
+        found, new = [], []
+        for p in params:
+            states = self.state.get(p)
+            try:
+                if type(states) is ParamStates and states.param is p:
+                    states.check()
+                else:
+                    states = _made(p, states)
+                    new.append((p, states))
+            except Unusable as error:
+                if ref_of(p) is not None:
+                    raise
+                raise Unusable(p, error.key, error.why, label(self, p)) from None
+            found.append(states)
+        if not new:
+            return found
+        for p, states in new:
+            before = self.state.get(p)
+            if type(before) is ParamStates and self.state.get(before.param) is not before:
+                before.move(states)  # it goes on under its new key, for whoever keeps it
+            else:
+                self.state[p] = states
+        return [self.state[p] for p in params]
+
+    def settle(self) -> None:
+        """Take ordinary dictionaries in ``state`` as the states of their parameters now, and not at the next step.
+
+        Raises
+        ------
+        UsageError
+            ``FN-E130`` for states that a step could not use; then nothing was changed.
+        """
+        self._take([p for group in self.param_groups for p in group["params"] if self.state.get(p)])
+
     def _states(self, p: torch.nn.Parameter) -> ParamStates:
-        states = self.state[p]
-        if not isinstance(states, ParamStates):
-            states = ParamStates(p)
-            self.state[p] = states
-        return states
+        return self._take([p])[0]
 
     def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
         assert p.grad is not None
@@ -178,31 +260,54 @@ class AdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, in the format of ``torch.optim.AdamW``; states are copies on the host."""
-        packed = super().state_dict()
-        packed["state"] = {key: states.copies() for key, states in packed["state"].items() if len(states) > 0}
-        return packed
+        # The first hook after torch's own work: those of the user see copies, and what they return is what is returned.
+        handle = self.register_state_dict_post_hook(show, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` or ``torch.optim.AdamW.state_dict`` gave."""
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        self.state.clear()
-        for p, key in zip(params, ids, strict=True):
-            given = state_dict["state"].get(key)
-            if not given:
-                continue
-            states = self._states(p)
-            ref = ref_of(p)
-            if ref is not None and ref.trainable:
-                states.attach(ref)
-            for name in (*MOMENTS, "master"):
-                if name in given:
-                    states[name] = given[name]
-            states["step"] = given["step"]
-            if ref is not None:
-                ref.stepped = True
-                ref.edited = "master" not in given
+        """Take what :meth:`state_dict` or ``torch.optim.AdamW.state_dict`` gave.
+
+        Raises
+        ------
+        UsageError
+            Before anything is changed: ``FN-E117`` for options that are not supported, ``FN-E130`` for states that do not fit.
+        """
+        # The last hook before torch's own work: it has what those of the user returned, and keeps the states from torch's casts.
+        handle = self.register_load_state_dict_pre_hook(seal)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled, copied, or is being loaded."""
+        for group in state.get("param_groups", ()):
+            for name, value in _LATER_OPTIONS.items():
+                group.setdefault(name, value)
+            if "decoupled_weight_decay" in group:
+                group["decoupled_weight_decay"] = True
+        entries = state.get("state", {})
+        if not any(isinstance(value, Sealed) for value in entries.values()):
+            super().__setstate__(state)
+            return
+        for group in state["param_groups"]:
+            refuse_options(group)
+        made, others = unsealed(entries)
+        super().__setstate__({**state, "state": defaultdict(dict, others)})
+        for p, states in made.items():
+            self.state[p] = states
+            states.install(ref_of(p))
+
+
+def _made(p: torch.nn.Parameter, given: Any) -> ParamStates:
+    if not given:
+        return ParamStates(p)
+    if not isinstance(given, Mapping):
+        raise Unusable(p, "state", f"is a {type(given).__name__}, not a dictionary")
+    return ParamStates.of(p, given)
 
 
 def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
@@ -278,10 +383,12 @@ class _SessionStep:
         watched = session.before_step(units)
         updates = []
         refs = []
+        followed = []
         for unit in units:
             members = sorted(self.units[unit], key=lambda m: (m[0].section, m[0].start))
             for ref, states, _ in members:
-                states.flush()
+                if states.flush():
+                    followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
             updates.append((unit.engine_id, _spans(members), session.ahead.confirmed(unit)))
@@ -290,6 +397,8 @@ class _SessionStep:
         counts += [(states, states.count + 1) for _, states in self.residents]
         self._submit(session, updates, refs, counts, watched)
         session.after_step(watched)
+        for states in followed:
+            states.follow()
 
     def _submit(
         self,
@@ -343,7 +452,7 @@ def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[_Span]:
     spans: list[_Span] = []
     for ref, states, hyper in members:
         # The fp16 master is the weight itself, and starts from it.
-        reset = ref.edited or states.count == 0
+        reset = ref.edited or not states.begun
         if spans:
             section, start, length, before, was_reset = spans[-1]
             end = start + -(-length // _ALIGN) * _ALIGN

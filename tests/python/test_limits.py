@@ -231,7 +231,9 @@ def test_past_the_dispatcher(how: str, disk: str):
         pytest.skip("a fault of the device instead")
     for act in (PAST[how], PAST[how].replace("weight", "weight.detach()")):
         code = CODE.format(path=str(HERE), device=DEVICE, disk=disk, act=act)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=children.PATIENCE, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=children.PATIENCE, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout == "began\nwent on\n"
 

@@ -227,17 +227,20 @@ def test_states_read_and_written_by_name(two_worlds):
     assert close(opt_plain.state[p]["exp_avg"].cpu(), opt_paged.state[q]["exp_avg"], 1e-5)
 
 
-def test_a_fetched_state_does_not_change_later(two_worlds):
-    """What was read is a value of its time, as long as nobody writes to it."""
+def test_a_fetched_state_follows_later_steps(two_worlds):
+    """As in torch, where it is the state itself; a copy stays what it was."""
     data = batches(4)
     _, paged = pair(two_worlds)
     opt = funicular.AdamW(paged.parameters())
     train(paged, opt, data[:2])
-    moment = opt.state[paged.layers[0].up.weight]["exp_avg"]
+    weight = paged.layers[0].up.weight
+    moment, count = opt.state[weight]["exp_avg"], opt.state[weight]["step"]
     before = moment.clone()
     train(paged, opt, data[2:])
-    assert torch.equal(moment, before)
-    assert not torch.equal(opt.state[paged.layers[0].up.weight]["exp_avg"], before)
+    assert not torch.equal(moment, before)
+    assert int(count) == 4
+    assert torch.equal(copy.deepcopy(opt).state_dict()["state"][0]["exp_avg"], opt.state_dict()["state"][0]["exp_avg"])
+    assert torch.equal(opt.state[weight]["exp_avg"], moment)
 
 
 SCHEDULERS = {
