@@ -98,8 +98,8 @@ def offload(
         raise
     for note in session.engine.notes():
         _log.warning("%s", note)
-    if session.unpaged:
-        _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.unpaged))
+    if session.held.unpaged:
+        _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
     return model
 
 
@@ -112,7 +112,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
     engine = _core.Engine(units, resolved.to_json(), _freed(found))
     where = engine.device()
     session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
-    session.unpaged = left
+    session.held = Held(model, left)
     devices = {id(p): p.device for p in model.parameters()}
     buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
@@ -122,7 +122,6 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
         _move_buffers(model, session)
         _slice(session, found, resolved)
         _hook(model, session, found)
-        session.model = weakref.ref(model)
         model.__dict__[ATTRIBUTE] = session
         if weights is not None:
             weights.fill(session)
@@ -305,7 +304,7 @@ def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:
     for module in model.modules():
         if any(id(p) in unit_of for p in module.parameters(recurse=False)):
             AssignHook.install(session, module)
-    session.held = Held(model, set(unit_of))
+    session.held.note(model, set(unit_of))
     # Last, so that they run before all others.
     RootHooks.install(session, model, quiet=id(model) in counted)
 

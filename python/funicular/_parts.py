@@ -73,7 +73,7 @@ def _session_with(p: torch.Tensor) -> Session | None:
 
 
 def _whole(model: nn.Module, session: Session) -> str:
-    root = None if session.model is None else session.model()
+    root = None if session.held is None else session.held.model()
     if root is None:
         return "Give the model that was given to funicular.offload."
     path = next((name for name, module in root.named_modules() if module is model), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from funicular._classes import is_dtensor
@@ -13,15 +14,32 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from funicular._classes import Unpaged
     from funicular._session import Session
 
 __all__ = ["Held", "check_replaced", "refuse_dtensors"]
 
 
 class Held:
-    """Where the modules of a model hold its paged parameters, in columns: they are compared in every forward."""
+    """The model that was offloaded, and where its modules hold the paged parameters: in columns, since every forward compares them.
 
-    def __init__(self, model: nn.Module, paged: set[int]) -> None:
+    Attributes
+    ----------
+    model : weakref.ref
+        The model.
+    unpaged : list of Unpaged
+        Its parameters that cannot be paged.
+    """
+
+    def __init__(self, model: nn.Module, unpaged: list[Unpaged]) -> None:
+        self.model, self.unpaged = weakref.ref(model), unpaged
+        self.tables: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        self.params: list[Any] = []
+        self.names: list[str] = []
+
+    def note(self, model: nn.Module, paged: set[int]) -> None:
+        """Note where the parameters of these ids are now."""
         found = [
             (module._parameters, key, p, f"{prefix}.{key}" if prefix else key)
             for prefix, module in model.named_modules()
@@ -44,10 +62,10 @@ def check_replaced(session: Session) -> None:
     UsageError
         ``FN-E115`` if ``fully_shard``, ``parallelize_module`` or ``distribute_module`` have put DTensors in their place.
     """
-    held = session.held
+    held: Held | None = session.held
     if held is None or all(map(operator.is_, map(dict.get, held.tables, held.keys), held.params)):
         return
-    model = None if session.model is None else session.model()
+    model = held.model()
     sharded = model is not None and any(_is_sharded(module) for module in model.modules())
     for table, key, p, name in zip(held.tables, held.keys, held.params, held.names, strict=True):
         now = table.get(key)

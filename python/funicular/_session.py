@@ -34,17 +34,13 @@ from funicular._log import StepLog
 from funicular._model import ParamRef, Unit, Use, in_backward, ref_of, stream_of
 from funicular._nvtx import ranges
 from funicular._places import check_places
-from funicular._replaced import check_replaced
 from funicular._watch import digest, look_at_frames, look_at_home, renew_home
 
 if TYPE_CHECKING:
-    import weakref
     from collections.abc import Callable, Iterable
 
     from funicular._activations import Activations
-    from funicular._classes import Unpaged
     from funicular._core import Engine, Save
-    from funicular._replaced import Held
     from funicular.policy import Policy
 
 __all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
@@ -76,16 +72,11 @@ class Session:
         self.units: list[Unit] = []
         #: parameters that are not paged: they live on the compute device
         self.residents: list[torch.nn.Parameter] = []
-        #: parameters of classes that cannot be paged
-        self.unpaged: list[Unpaged] = []
         self.ahead = Ahead()
         self.leases = LeaseHooks()
         #: block inputs that wait in host memory, where the policy says so
         self.activations: Activations | None = None
-        #: the model that was given to ``offload``
-        self.model: weakref.ref[torch.nn.Module] | None = None
-        #: where its modules hold the paged parameters
-        self.held: Held | None = None
+        self.held: Any = None  # see Held: the model that was given to offload, and what it holds
         #: everything hung on the model: each has ``remove()``
         self.handles: list[Any] = []
         self.pid = os.getpid()
@@ -449,7 +440,6 @@ class Session:
     def before_step(self, units: list[Unit]) -> list[Unit]:
         """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
         self.alive()
-        check_replaced(self)
         self._bring_down()
         if in_backward():
             self.close_all()

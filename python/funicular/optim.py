@@ -16,7 +16,7 @@ from funicular._errors import UsageError
 from funicular._grads import bring_home
 from funicular._load_states import Sealed, refuse_options, seal, show, unsealed
 from funicular._model import ref_of
-from funicular._replaced import refuse_dtensors
+from funicular._replaced import check_replaced, refuse_dtensors
 from funicular._resident import resident_session, resident_update
 from funicular._state_values import Unusable
 from funicular._states import ParamStates
@@ -380,6 +380,7 @@ class _SessionStep:
 
     def _go(self, session: Session) -> None:
         units = sorted(self.units, key=lambda u: u.engine_id)
+        check_replaced(session)
         watched = session.before_step(units)
         updates = []
         refs = []

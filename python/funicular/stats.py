@@ -165,7 +165,7 @@ def stats(model: nn.Module) -> Stats:
     timed, lost = raw["timed"]
     hits, late, demand, wasted, conflicts = raw["prefetch"]
     unpaged: dict[str, int] = {}
-    for one in session.unpaged:
+    for one in session.held.unpaged:
         unpaged[one.device] = unpaged.get(one.device, 0) + one.bytes
     return Stats(
         device=session.engine.device(),
