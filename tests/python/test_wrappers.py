@@ -56,8 +56,9 @@ def test_saved_and_loaded_as_a_whole(wait: bool, two_worlds: World, tmp_path: Pa
     """The wrapper's own parameters are part of it, and their states."""
     run = wrapped(two_worlds, 1)
     steps(run)
-    funicular.save(run.model, run.opt, tmp_path / "c", wait=wait)
+    handle = funicular.save(run.model, run.opt, tmp_path / "c", wait=wait)
     expected = steps(run)
+    handle.wait()
     for offloaded in (True, False):
         other = wrapped(two_worlds, 2, offloaded)
         funicular.load(tmp_path / "c", other.model, other.opt)
