@@ -184,6 +184,10 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     for (unit, (home, wish)) in case.layout.units.iter().zip(plan.homes.iter().zip(&case.tiers)) {
         prop_assert_eq!(home.params == Tier::Hbm, home.optimizer == Tier::Hbm, "residents are whole");
         let asked = if unit.trainable() { wish.optimizer } else { wish.optimizer.filter(|&t| t != Tier::Hbm) };
+        if unit.param_bytes() == 0 {
+            prop_assert_eq!(home.params, Tier::Host, "what has no bytes needs no store and no place in the ring");
+            continue;
+        }
         prop_assert!(wish.params.is_none_or(|t| t == home.params) && asked.is_none_or(|t| t == home.optimizer));
     }
     for (unit, id) in case.layout.units.iter().zip(case.layout.ids()) {
