@@ -7,7 +7,19 @@ from typing import Any
 import torch
 import torch.utils._foreach_utils
 
-__all__ = ["CONSTANT", "DATA_GET", "DATA_SET", "HARMLESS", "ITSELF", "NUMPY", "RAW", "RESHAPING", "TAKING"]
+__all__ = [
+    "BACKWARDS",
+    "CONSTANT",
+    "DATA_GET",
+    "DATA_SET",
+    "HARMLESS",
+    "ITSELF",
+    "NUMPY",
+    "RAW",
+    "RESHAPING",
+    "TAKING",
+    "written",
+]
 
 #: untyped: descriptors of the class are looked at, not values
 _T: Any = torch.Tensor
@@ -60,3 +72,18 @@ RESHAPING = (
 )  # fmt: skip
 #: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
 TAKING: frozenset[Any] = frozenset([_T.data_ptr, _T.__dlpack__, *NUMPY, *_STORAGES, DATA_SET, *_known(*RESHAPING)])
+#: What runs a backward, and frees what was saved for it: it cannot be run again.
+BACKWARDS: frozenset[Any] = frozenset([_T.backward, torch.autograd.backward, torch.autograd.grad])
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments that an operation says it writes to."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        schemas = [getattr(func, name)._schema for name in func.overloads()]  # type: ignore[no-untyped-call]
+    elif isinstance(func, torch._ops.OpOverload):
+        schemas = [func._schema]
+    else:
+        name = getattr(func, "__name__", "")
+        return [args[0]] if args and name.endswith("_") and not name.endswith("__") else []
+    names = {(i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.alias_info and a.alias_info.is_write}
+    return [args[i] for i, _ in names if i < len(args)] + [kwargs[n] for _, n in names if n in kwargs]

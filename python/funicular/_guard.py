@@ -22,7 +22,19 @@ from funicular._clip import NOTHING, recognised
 from funicular._core import BoundUnlessAsked, ThreadSwitch
 from funicular._edits import check_conversion, note, replace_data, touch
 from funicular._errors import RuntimeFailure, UsageError
-from funicular._functions import CONSTANT, DATA_GET, DATA_SET, HARMLESS, ITSELF, NUMPY, RAW, RESHAPING, TAKING
+from funicular._functions import (
+    BACKWARDS,
+    CONSTANT,
+    DATA_GET,
+    DATA_SET,
+    HARMLESS,
+    ITSELF,
+    NUMPY,
+    RAW,
+    RESHAPING,
+    TAKING,
+    written,
+)
 from funicular._model import UNDER_WAY, Use, link, ref_of
 from funicular._questions import calls_in
 from funicular._saved_hooks import pop, push
@@ -82,17 +94,20 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
     """Call, with what autograd saves of the parameters packed as leases."""
     if not refs or not torch.is_grad_enabled():
         return func(*args, **kwargs)
-    pair = refs[0].unit.session.leases.pair()
+    leases = refs[0].unit.session.leases
+    pair = leases.pair()
     if pair is None:
         return func(*args, **kwargs)
     for _ in range(_TRIES):
+        leases.local.packed = False
         before = [ref.param._version for ref in refs]
         try:
             push(*pair)
             return func(*args, **kwargs)
         except RuntimeError:
             # torch takes an edit for the hook's own that a step of another thread counted while a weight was being saved.
-            if [ref.param._version for ref in refs] == before or _written(func, args, kwargs):
+            edited = [ref.param._version for ref in refs] != before
+            if not edited or not leases.local.packed or func in BACKWARDS or written(func, args, kwargs):
                 raise
         finally:
             pop()
@@ -116,7 +131,7 @@ def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     result = _call(func, args, kwargs, params)
     if owners:
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_grad_enabled() and _needs_grad(result) and not _written(func, args, kwargs):
+            if torch.is_grad_enabled() and _needs_grad(result) and not written(func, args, kwargs):
                 # A graph was made, which may keep the gradients until after the next ones.
                 swap = {id(grad): grad.clone() for grad in grads}
                 args, kwargs, result = _swapped(args, swap), _swapped(kwargs, swap), None
@@ -175,26 +190,13 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             unit.session.close_left(unit)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Arguments that an operation says it writes to."""
-    if isinstance(func, torch._ops.OpOverloadPacket):
-        schemas = [getattr(func, name)._schema for name in func.overloads()]  # type: ignore[no-untyped-call]
-    elif isinstance(func, torch._ops.OpOverload):
-        schemas = [func._schema]
-    else:
-        name = getattr(func, "__name__", "")
-        return [args[0]] if args and name.endswith("_") and not name.endswith("__") else []
-    names = {(i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.alias_info and a.alias_info.is_write}
-    return [args[i] for i, _ in names if i < len(args)] + [kwargs[n] for _, n in names if n in kwargs]
-
-
 def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[ParamRef, int]) -> bool:
     """Count the edits of operations that forget to: fused optimizers, kernels of the user's; returns whether it writes."""
-    written = _written(func, args, kwargs)
-    if not written:
+    stored = written(func, args, kwargs)
+    if not stored:
         return "out" in kwargs or func is _T.__setitem__
     flat: set[int] = set()
-    _ids(written, flat)
+    _ids(stored, flat)
     for ref, version in before.items():
         if ref.param._version == version and not flat.isdisjoint((id(ref.param), id(ref.stand_in))):
             torch.autograd.graph.increment_version(ref.param)

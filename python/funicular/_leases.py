@@ -6,6 +6,7 @@ the tensor; unpacking it opens the unit's window again.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,6 +65,8 @@ class LeaseHooks:
     def __init__(self) -> None:
         #: by the address at which a storage begins
         self.found: dict[int, ParamRef] = {}
+        #: ``packed``: the calling thread has packed a lease since this was set to False
+        self.local = threading.local()
 
     def add(self, unit: Unit) -> None:
         """Recognise tensors in the memory of this unit's parameters."""
@@ -112,6 +115,7 @@ class LeaseHooks:
         if ref is None:
             # Detached: an output that a node saves of itself would keep the node alive for ever.
             return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
+        self.local.packed = True
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with torch._C.DisableTorchFunctionSubclass():
             return Lease(

@@ -33,6 +33,7 @@ BAD: dict[str, list[Any]] = {
     "dst": [0, 2**64, -1],
     "bytes": HUGE[2:],
     "least": HUGE[1:],
+    "part": [(2**40, 4), (0, 2**40), (2**64 - 1, 2), (-1, 4), (0, 2**64)],
     "split": ["nobody", ""],
     "path": ["/none/at/all.json"],
     "updates": [
@@ -76,6 +77,7 @@ def good(name: str, buffer: torch.Tensor) -> Any:
         "src": buffer.data_ptr(), "dst": buffer.data_ptr(), "bytes": 1, "least": 1, "wanted": 1, "split": "processor",
         "path": "/none/at/all.json", "updates": [(0, [GOOD_SPAN], False)], "update": (0, [GOOD_SPAN], False),
         "hypers": [GOOD_HYPER], "residents": [], "stream": 0, "wait": False, "on_device": True, "on": False,
+        "part": None,
     }  # fmt: skip
     return values[name]
 

@@ -166,6 +166,7 @@ class Beside:
         try:
             while not self.stopped:
                 self.program.once()
+                time.sleep(0.001)  # eight threads that never sleep would leave the main one no turn at the GIL
         except BaseException as error:
             self.error = error
 
