@@ -7,10 +7,12 @@
 
 mod checksums;
 mod layout;
+mod owner;
 mod run_dir;
 
 use std::{ops::Range, path::PathBuf, sync::Arc};
 
+pub use owner::{Owner, PrivateName};
 pub use run_dir::RunDir;
 
 use crate::{

@@ -1,7 +1,8 @@
 //! The private directory of a run on one path. It says who is at work there; the data itself has no name.
 //!
-//! R1: the owner file is locked as long as the process lives; whoever can lock it knows that its owner is dead.
-//! R2: only directories with our prefix, of our user, with an owner file that can be locked are removed.
+//! R1: the owner file is locked as long as the process lives; a process that can lock it knows that its owner is dead.
+//! R2: a directory is removed only if its name is one that `create` makes, its owner file is a record of the process in
+//! the name, that process is dead, and nothing else is in it than what a run leaves there.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
@@ -13,10 +14,13 @@ use std::{
 use crate::{
     error::Result,
     io::{FileSystem, random, unusable},
+    store::owner::{Owner, PrivateName},
 };
 
 const PREFIX: &str = "funicular-";
 const OWNER: &str = "owner";
+/// How the names of data files begin, where the file system has no files without a name.
+const DATA: &str = "data-";
 /// How often a name may be lost to a process that takes it for a left-over while it is being made.
 const ATTEMPTS: u32 = 16;
 
@@ -34,14 +38,13 @@ impl RunDir {
     /// # Errors
     /// `FN-E604` if that is not possible.
     pub fn create(dir: &Path, file_system: FileSystem) -> Result<(Self, Vec<String>)> {
-        let host = host_name();
         let mut last = OsError::from_raw_os_error(libc::EEXIST);
         for _ in 0..ATTEMPTS {
-            let path = dir.join(format!("{PREFIX}{host}-{}-{:016x}", std::process::id(), random()));
-            match take(&path, &host) {
+            let path = dir.join(PrivateName::make(PREFIX, random()));
+            match take(&path) {
                 Ok(owner) => {
                     let this = Self { path, _owner: owner };
-                    let notes = this.sweep(dir, &host, file_system);
+                    let notes = this.sweep(dir, file_system);
                     return Ok((this, notes));
                 }
                 Err(e) => {
@@ -62,15 +65,16 @@ impl RunDir {
     }
 
     /// Removes what dead runs left in `dir`. Trouble with a left-over is no reason to fail: it stays.
-    fn sweep(&self, dir: &Path, host: &str, file_system: FileSystem) -> Vec<String> {
+    fn sweep(&self, dir: &Path, file_system: FileSystem) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
         let Ok(mine) = std::fs::metadata(&self.path) else { return Vec::new() };
         let mut notes = Vec::new();
         for entry in entries.flatten() {
-            let (name, path) = (entry.file_name(), entry.path());
-            let ours = name.to_string_lossy().starts_with(PREFIX) && path != self.path;
+            let path = entry.path();
+            let Some(name) = PrivateName::parse(PREFIX, &entry.file_name().to_string_lossy()) else { continue };
             let Ok(metadata) = path.symlink_metadata() else { continue };
-            if ours && metadata.is_dir() && metadata.uid() == mine.uid() && remove_if_dead(&path, host, file_system) {
+            let ours = path != self.path && metadata.is_dir() && metadata.uid() == mine.uid();
+            if ours && remove_if_dead(&path, &name, file_system) {
                 notes.push(format!("FN-I605 removed {}, left behind by a run that is dead.", path.display()));
             }
         }
@@ -87,16 +91,16 @@ impl Drop for RunDir {
 }
 
 /// Makes the directory and takes it, or leaves nothing behind.
-fn take(path: &Path, host: &str) -> std::result::Result<File, OsError> {
+fn take(path: &Path) -> std::result::Result<File, OsError> {
     DirBuilder::new().mode(0o700).create(path)?;
-    own(path, host).inspect_err(|_| {
+    own(path).inspect_err(|_| {
         let _ = std::fs::remove_file(path.join(OWNER));
         let _ = std::fs::remove_dir(path);
     })
 }
 
 /// Makes the owner file, locks it and fills it in.
-fn own(path: &Path, host: &str) -> std::result::Result<File, OsError> {
+fn own(path: &Path) -> std::result::Result<File, OsError> {
     let owner = path.join(OWNER);
     let mut file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&owner)?;
     file.try_lock().map_err(lock_error)?;
@@ -104,31 +108,53 @@ fn own(path: &Path, host: &str) -> std::result::Result<File, OsError> {
     if owner.metadata()?.ino() != file.metadata()?.ino() {
         return Err(OsError::from_raw_os_error(libc::ENOENT));
     }
-    writeln!(file, "pid {}\nstart {}\nhost {host}", std::process::id(), start_time())?;
+    file.write_all(Owner::this_process().encode().as_bytes())?;
     Ok(file)
 }
 
-fn remove_if_dead(path: &Path, host: &str, file_system: FileSystem) -> bool {
-    let owner = path.join(OWNER);
-    let Ok(file) = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&owner) else {
-        // Its process died before it could make the owner file; or is about to, and will then make another directory.
-        return std::fs::remove_dir(path).is_ok();
-    };
+fn remove_if_dead(path: &Path, name: &PrivateName, file_system: FileSystem) -> bool {
+    let this_host = name.host == Owner::this_process().host;
     // Locks do not always reach across machines.
-    let text = std::fs::read_to_string(&owner).unwrap_or_default();
-    let same_host = text.lines().any(|line| line.strip_prefix("host ") == Some(host));
-    if (file_system.is_remote() && !same_host) || file.try_lock().is_err() {
+    if file_system.is_remote() && !this_host {
+        return false;
+    }
+    let owner = path.join(OWNER);
+    // Neither a link nor a pipe is an owner file: the one is not followed, the other not waited for.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = match OpenOptions::new().read(true).write(true).custom_flags(flags).open(&owner) {
+        Ok(file) => file,
+        // Its process died before it made the owner file; or it is about to, and will then make another directory.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return std::fs::remove_dir(path).is_ok(),
+        Err(_) => return false,
+    };
+    if !file.metadata().is_ok_and(|m| m.is_file()) || file.try_lock().is_err() {
+        return false;
+    }
+    // An owner file without a byte: its process died before it filled the file in.
+    let unfilled = file.metadata().is_ok_and(|m| m.len() == 0);
+    let record = Owner::read(&file);
+    if !unfilled && !record.is_some_and(|record| name.fits(&record) && !record.is_alive()) {
         return false;
     }
     let Ok(entries) = std::fs::read_dir(path) else { return false };
-    // Everything else first: while the owner file is there and locked by us, nobody takes this directory.
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        if name.to_string_lossy().starts_with("data-") {
-            let _ = std::fs::remove_file(entry.path());
-        }
+    let Ok(names) = entries.map(|e| e.map(|e| e.file_name())).collect::<std::result::Result<Vec<_>, _>>() else {
+        return false;
+    };
+    let data: Vec<PathBuf> = names.iter().filter(|n| *n != OWNER).map(|n| path.join(n)).collect();
+    if !data.iter().all(|file| is_data(file)) {
+        return false;
     }
-    std::fs::remove_file(&owner).is_ok() && std::fs::remove_dir(path).is_ok()
+    // Everything else first: while the owner file is there and locked by us, no other process takes this directory.
+    data.iter().all(|file| std::fs::remove_file(file).is_ok())
+        && std::fs::remove_file(&owner).is_ok()
+        && std::fs::remove_dir(path).is_ok()
+}
+
+/// Whether a run names its data so.
+fn is_data(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let digits = name.strip_prefix(DATA).filter(|rest| rest.bytes().all(|b| b.is_ascii_hexdigit()));
+    digits.is_some() && path.symlink_metadata().is_ok_and(|m| m.is_file())
 }
 
 fn lock_error(e: TryLockError) -> OsError {
@@ -136,21 +162,6 @@ fn lock_error(e: TryLockError) -> OsError {
         TryLockError::Error(e) => e,
         TryLockError::WouldBlock => OsError::from_raw_os_error(libc::EWOULDBLOCK),
     }
-}
-
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let clean: String =
-        name.trim().chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect();
-    if clean.is_empty() { "host".to_owned() } else { clean }
-}
-
-/// When this process was started, in clock ticks since boot.
-fn start_time() -> String {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // The name, in parentheses, may hold anything; what follows it are numbers from the third field on.
-    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    after_name.split_whitespace().nth(19).unwrap_or("0").to_owned()
 }
 
 #[cfg(test)]
@@ -161,14 +172,21 @@ mod tests {
         RunDir::create(dir, FileSystem::Disk).expect("a run directory")
     }
 
+    /// A directory as a run leaves it that was killed.
+    fn left(dir: &Path, name: &str, owner: &str) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::create_dir(&path).expect("makes");
+        std::fs::write(path.join(OWNER), owner).expect("writes");
+        path
+    }
+
     #[test]
     fn lives_as_long_as_its_owner() {
         let dir = tempfile::tempdir().expect("a directory");
         let (run, notes) = create(dir.path());
         assert!(notes.is_empty());
         let owner = std::fs::read_to_string(run.path().join(OWNER)).expect("an owner file");
-        assert!(owner.contains(&format!("pid {}", std::process::id())), "{owner}");
-        assert!(start_time().parse::<u64>().expect("a number") > 0);
+        assert_eq!(Owner::decode(&owner), Some(Owner::this_process()));
         drop(run);
         assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 0);
     }
@@ -177,30 +195,51 @@ mod tests {
     fn the_dead_are_swept_and_the_living_and_strangers_are_not() {
         let dir = tempfile::tempdir().expect("a directory");
         let (living, _) = create(dir.path());
-        let dead = dir.path().join("funicular-x-1-0123");
-        std::fs::create_dir(&dead).expect("makes");
-        std::fs::write(dead.join(OWNER), "pid 1\nhost x\n").expect("writes");
+        let dead = left(dir.path(), "funicular-x-1-0123456789abcdef", "pid 1\nstart 5\nhost x\nboot b\n");
         std::fs::write(dead.join("data-00"), "left over").expect("writes");
-        let half_made = dir.path().join("funicular-x-2-4567");
+        let older = left(dir.path(), "funicular-x-3-0123456789abcdef", "pid 3\nstart 5\nhost x\n");
+        let unfilled = left(dir.path(), "funicular-x-4-0123456789abcdef", "");
+        let half_made = dir.path().join("funicular-x-2-4567456745674567");
         std::fs::create_dir(&half_made).expect("makes");
-        let stranger = dir.path().join("funicular-notes");
-        std::fs::create_dir(&stranger).expect("makes");
-        std::fs::write(stranger.join("thesis.txt"), "three years").expect("writes");
         std::fs::write(dir.path().join("other"), "").expect("writes");
 
         let (_run, notes) = create(dir.path());
-        assert!(!dead.exists() && !half_made.exists());
-        assert!(living.path().join(OWNER).exists());
-        assert!(stranger.join("thesis.txt").exists() && dir.path().join("other").exists());
-        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert!(!dead.exists() && !older.exists() && !unfilled.exists() && !half_made.exists());
+        assert!(living.path().join(OWNER).exists() && dir.path().join("other").exists());
+        assert_eq!(notes.len(), 4, "{notes:?}");
+    }
+
+    #[test]
+    fn directories_of_the_user_stay() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let record = "pid 1\nstart 5\nhost x\nboot b\n";
+        std::fs::create_dir(dir.path().join("funicular-checkpoints")).expect("makes");
+        let mut kept = vec![
+            left(dir.path(), "funicular-corpus", "me"),
+            left(dir.path(), "funicular-notes", record),
+            left(dir.path(), "funicular-x-1-0123456789abcdef", "me"),
+            left(dir.path(), "funicular-y-1-0123456789abcdef", record),
+            left(dir.path(), "funicular-x-2-0123456789abcdef", record),
+        ];
+        let mine = left(dir.path(), "funicular-x-1-1123456789abcdef", record);
+        std::fs::write(mine.join("data-thesis"), "three years").expect("writes");
+        std::os::unix::fs::symlink(&mine, dir.path().join("funicular-x-1-2123456789abcdef")).expect("links");
+        let linked = dir.path().join("funicular-x-1-3123456789abcdef");
+        std::fs::create_dir(&linked).expect("makes");
+        std::os::unix::fs::symlink(kept[1].join(OWNER), linked.join(OWNER)).expect("links");
+        let living = Owner { host: "x".into(), ..Owner::this_process() };
+        kept.extend([mine.clone(), linked, left(dir.path(), "funicular-x-1-4123456789abcdef", &living.encode())]);
+
+        let (_run, notes) = create(dir.path());
+        assert!(notes.is_empty(), "{notes:?}");
+        assert!(kept.iter().all(|path| path.join(OWNER).exists()));
+        assert!(mine.join("data-thesis").exists() && dir.path().join("funicular-checkpoints").exists());
     }
 
     #[test]
     fn another_machines_directory_on_a_shared_file_system_stays() {
         let dir = tempfile::tempdir().expect("a directory");
-        let dead = dir.path().join("funicular-elsewhere-1-0123");
-        std::fs::create_dir(&dead).expect("makes");
-        std::fs::write(dead.join(OWNER), "pid 1\nhost elsewhere\n").expect("writes");
+        let dead = left(dir.path(), "funicular-elsewhere-1-0123456789abcdef", "pid 1\nstart 1\nhost elsewhere\n");
         let _run = RunDir::create(dir.path(), FileSystem::Unusual("NFS")).expect("a run directory");
         assert!(dead.exists());
     }
