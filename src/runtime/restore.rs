@@ -142,7 +142,11 @@ pub unsafe fn read_buffers(
         };
         let elements = (found.end - found.start) / (found.dtype.bitsize() as u64 / 8).max(1);
         let conversion = conversion.filter(|_| elements * (buffer.dtype.bitsize() as u64 / 8) == buffer.bytes);
-        work.push((buffer, found, conversion.ok_or_else(|| mismatch(found, &format!("{}", buffer.dtype)))?));
+        let conversion = conversion.ok_or_else(|| mismatch(found, &format!("{}", buffer.dtype)))?;
+        // A tensor without elements has no address.
+        if buffer.bytes > 0 {
+            work.push((buffer, found, conversion));
+        }
     }
     aside(control, interrupted, || {
         let tensors = work.iter().map(|(_, found, _)| *found).collect();
