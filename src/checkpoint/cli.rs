@@ -9,8 +9,9 @@ use crate::{
     checkpoint::{
         contents::{Contents, Found},
         control::Control,
-        directory::{leftovers, read_manifest},
+        directory::read_manifest,
         export::export as write_weights,
+        leftovers::{PREFIX, leftovers},
         manifest::{MANIFEST, Manifest},
         tensors::verify as read_all,
         writer::Means,
@@ -18,6 +19,7 @@ use crate::{
     error::{Code, Error, Result},
     io::EngineOptions,
     schedule::placement::{SAVE_FRAME, SAVE_FRAMES},
+    text::printable,
     units::ByteCount,
 };
 
@@ -30,13 +32,15 @@ fn means() -> Means {
 /// # Errors
 /// `FN-E404` if there are none.
 pub fn list(path: &Path) -> Result<(String, bool)> {
-    let mut found: Vec<PathBuf> = if path.join(MANIFEST).exists() {
+    let is_one = |path: &Path| path.join(MANIFEST).symlink_metadata().is_ok();
+    let mut found: Vec<PathBuf> = if is_one(path) {
         vec![path.to_owned()]
     } else {
         let entries = std::fs::read_dir(path).map_err(|e| {
             Error::new(Code::CheckpointMissing, format!("{}: {e}.", path.display())).action("Check the path.")
         })?;
-        entries.flatten().map(|e| e.path()).filter(|p| p.join(MANIFEST).exists()).collect()
+        let public = |e: &std::fs::DirEntry| !e.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes());
+        entries.flatten().filter(public).map(|e| e.path()).filter(|p| is_one(p)).collect()
     };
     let left = leftovers(path);
     if found.is_empty() && left.is_empty() {
@@ -48,45 +52,47 @@ pub fn list(path: &Path) -> Result<(String, bool)> {
     let mut whole = true;
     for path in &found {
         let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
-        let state = match Contents::checkpoint(path) {
-            Ok(_) => "complete".to_owned(),
+        let (manifest, state) = match Contents::checkpoint(path) {
+            Ok(contents) => (contents.manifest, "complete".to_owned()),
+            // Removed since it was listed.
+            Err(_) if path.symlink_metadata().is_err() => continue,
             Err(e) => {
                 whole = false;
-                e.to_string()
+                (read_manifest(path).ok(), e.to_string())
             }
         };
-        rows.push(match read_manifest(path) {
-            Ok(manifest) => row(name, &manifest, state),
-            Err(_) => [name, "?".into(), "?".into(), "?".into(), "?".into(), state],
+        rows.push(match manifest {
+            Some(manifest) => row(name, &manifest, state),
+            None => [name, "?".into(), "?".into(), "?".into(), "?".into(), state],
         });
     }
     let mut text = table(&rows);
-    for path in left {
-        let _ = writeln!(text, "{}: left behind by a save that did not end; the next save removes it", path.display());
+    for one in left {
+        let path = one.path().display();
+        let _ = writeln!(text, "{path}: left behind by a save that did not end; the next save removes it");
     }
     Ok((text, whole))
 }
 
 fn row(name: String, manifest: &Manifest, state: String) -> [String; 6] {
-    let bytes = |optimizer: Option<bool>| -> u64 {
-        manifest.shards.iter().filter(|s| optimizer.is_none_or(|o| s.optimizer == o)).map(|s| s.bytes).sum()
-    };
-    let step = manifest.training["step"].as_u64().map_or_else(|| "-".to_owned(), |s| s.to_string());
+    let step = manifest.step().map_or_else(|| "-".to_owned(), |s| s.to_string());
     [
         name,
         step,
         utc(manifest.created / 1_000_000_000),
-        ByteCount(bytes(Some(false))).to_string(),
-        ByteCount(bytes(None)).to_string(),
+        ByteCount(manifest.bytes(Some(false))).to_string(),
+        ByteCount(manifest.bytes(None)).to_string(),
         state,
     ]
 }
 
 fn table(rows: &[[String; 6]]) -> String {
+    let rows: Vec<[String; 6]> =
+        rows.iter().map(|row| row.each_ref().map(|cell| printable(cell).into_owned())).collect();
     let width = |k: usize| rows.iter().map(|r| r[k].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..6).map(width).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(&widths) {
             let _ = write!(line, "{cell:width$}  ");
@@ -127,7 +133,7 @@ pub fn verify(path: &Path, control: &Control) -> Result<(String, bool)> {
     let wrong = read_all(&contents, all, &means(), control)?;
     let mut text = String::new();
     for error in &wrong {
-        let _ = writeln!(text, "{error}");
+        let _ = writeln!(text, "{}", printable(&error.to_string()));
     }
     let kept = if contents.manifest.is_some() { "all checksums agree" } else { "no checksums to compare with" };
     let said = if wrong.is_empty() { kept.to_owned() } else { format!("{} damaged", wrong.len()) };

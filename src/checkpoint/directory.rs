@@ -1,34 +1,55 @@
 //! A checkpoint's directory, made under a private name beside its place and renamed when it is whole.
 //!
 //! D1: under its own name a checkpoint is whole or absent, whenever the process ends. D2: the private directory is locked
-//! as long as its process lives; whoever can lock it knows that its owner is dead. D3: nothing but checkpoints and
-//! private directories is ever replaced or removed.
+//! as long as its process lives; a process that can lock it knows that its owner is dead. D3: only files that a manifest
+//! names, or that this process wrote, are ever replaced or removed; what else lies in a checkpoint stays at its place.
 
 use std::{
     fs::File,
     io::{Error as OsError, ErrorKind},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::{
-    checkpoint::manifest::{MANIFEST, Manifest},
+    checkpoint::{
+        folder::{Folder, Links},
+        leftovers::{Leftover, OWNER, PREFIX, SWAP, Unproved, lock},
+        manifest::{LONGEST, MANIFEST, Manifest},
+        refused::{reading, unwritable},
+    },
     error::{Code, Error, Result},
-    io::{FileSystem, random},
+    io::random,
+    store::{Owner, PrivateName},
 };
 
-const PREFIX: &str = ".funicular-save-";
+/// How often a private directory may be lost to a process that takes it for a left-over before it is locked.
+const ATTEMPTS: u32 = 64;
+/// How long other processes that save to the same place are waited for, and how long until the next look.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(2);
+const LS: &str = "`funicular checkpoint ls` lists the checkpoints in a directory.";
 
 /// A directory in the making; removed when it is dropped unpublished.
 #[derive(Debug)]
 pub struct Workspace {
-    path: PathBuf,
     target: PathBuf,
     overwrite: bool,
-    /// Locked; see D2.
-    _lock: File,
+    /// The private directory, locked; see D2.
+    folder: Folder,
+    published: bool,
+}
+
+/// What stands where a checkpoint shall be.
+enum Place {
+    /// Nothing, or an empty directory.
+    Free,
+    /// A checkpoint that may be replaced, locked.
+    Checkpoint(Leftover),
+    /// Another process is about to change it.
+    Busy,
 }
 
 impl Workspace {
@@ -41,22 +62,25 @@ impl Workspace {
         let (Some(parent), Some(_)) = (target.parent(), target.file_name()) else {
             return Err(unwritable(&target, &OsError::from(ErrorKind::InvalidInput)));
         };
-        check_target(&target, overwrite)?;
+        look(&target, overwrite)?;
         std::fs::create_dir_all(parent).map_err(|e| unwritable(parent, &e))?;
-        let path = private_name(parent);
-        std::fs::create_dir(&path).map_err(|e| unwritable(parent, &e))?;
-        match lock(&path) {
-            Ok(lock) => Ok(Self { path, target, overwrite, _lock: lock }),
-            Err(e) => {
-                let _ = std::fs::remove_dir(&path);
-                Err(unwritable(parent, &e))
+        let mut last = OsError::from_raw_os_error(libc::EEXIST);
+        for _ in 0..ATTEMPTS {
+            match private_folder(parent) {
+                Ok(folder) => return Ok(Self { target, overwrite, folder, published: false }),
+                // A sweep of another process took it for a left-over before it was locked.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EWOULDBLOCK)) && parent.is_dir() => {
+                    last = e;
+                }
+                Err(e) => return Err(unwritable(parent, &e)),
             }
         }
+        Err(unwritable(parent, &last))
     }
 
     /// Where files are written now.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.folder.path()
     }
 
     /// Where they will be.
@@ -64,95 +88,126 @@ impl Workspace {
         &self.target
     }
 
-    /// Gives the directory its name, durably. What is in it must be durable already.
+    /// Gives the directory its name, durably. What is in it must be durable already. What it returns is worth telling.
     ///
     /// # Errors
     /// `FN-E402` if the place was taken meanwhile; `FN-E403` when the system refuses.
-    pub fn publish(self) -> Result<()> {
+    pub fn publish(mut self) -> Result<Vec<String>> {
         let failed = |e: &OsError| unwritable(&self.target, e);
-        sync_dir(&self.path).map_err(|e| failed(&e))?;
-        check_target(&self.target, self.overwrite)?;
-        let replaces = self.target.join(MANIFEST).exists();
-        let flags = if replaces { RenameFlags::EXCHANGE } else { RenameFlags::empty() };
-        if let Err(e) = renameat_with(CWD, &self.path, CWD, &self.target, flags) {
-            return Err(match OsError::from(e) {
-                e if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EEXIST | libc::ENOTDIR)) => {
-                    taken(&self.target)
-                }
-                e if replaces && matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => Error::new(
-                    Code::CheckpointExists,
-                    format!("{}: this file system cannot exchange two directories.", self.target.display()),
-                )
-                .action("Save under a new name, and remove the old checkpoint afterwards."),
-                e => failed(&e),
-            });
+        self.folder.remove(&[OWNER.into()]).and_then(|()| self.folder.file().sync_all()).map_err(|e| failed(&e))?;
+        let old = self.take_place(RenameFlags::EXCHANGE)?;
+        self.published = true;
+        // A child of a fork may have the lock too, and would keep it from the next save.
+        let _ = self.folder.file().unlock();
+        let mut notes = Vec::new();
+        if let Some(old) = old {
+            move_strangers(&old, &self.folder);
+            notes.extend(old.remove());
         }
         if let Some(parent) = self.target.parent() {
-            sync_dir(parent).map_err(|e| failed(&e))?;
+            sync_dir(parent).map_err(|e| unwritable(&self.target, &e))?;
         }
-        Ok(())
+        Ok(notes)
+    }
+
+    /// Renames it; what was replaced, under a private name. `exchange` is how two directories are exchanged.
+    fn take_place(&self, exchange: RenameFlags) -> Result<Option<Leftover>> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let renamed = match look(&self.target, self.overwrite)? {
+                Place::Busy => Err(OsError::from_raw_os_error(libc::EWOULDBLOCK)),
+                Place::Free => rename(self.path(), &self.target, RenameFlags::empty()).map(|()| None),
+                Place::Checkpoint(old) => self.replace(old, exchange).map(Some),
+            };
+            let e = match renamed {
+                Ok(replaced) => return Ok(replaced),
+                Err(e) => e,
+            };
+            match e.raw_os_error() {
+                // Another process saves there, or removed what was there: look again.
+                Some(libc::ENOTEMPTY | libc::EEXIST | libc::ENOENT | libc::EWOULDBLOCK) if Instant::now() < end => {
+                    std::thread::sleep(PAUSE);
+                }
+                Some(libc::ENOTDIR) => return Err(taken(&self.target, "exists")),
+                Some(libc::EWOULDBLOCK) => {
+                    return Err(taken(&self.target, "is being saved to by another process"));
+                }
+                _ => return Err(unwritable(&self.target, &e)),
+            }
+        }
+    }
+
+    /// Exchanges it with a checkpoint that is locked, so that neither a sweep nor another save takes that meanwhile.
+    fn replace(&self, old: Leftover, exchange: RenameFlags) -> std::result::Result<Leftover, OsError> {
+        match rename(self.path(), &self.target, exchange) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => return self.in_two_steps(old),
+            other => other?,
+        }
+        if old.folder().is_at(self.path()) {
+            return Ok(old.moved(self.path()));
+        }
+        // A process that knows no locks put something else there: it gets its place back.
+        rename(self.path(), &self.target, exchange)?;
+        Err(OsError::from_raw_os_error(libc::EWOULDBLOCK))
+    }
+
+    /// For file systems that cannot exchange two directories. A note tells a sweep how to end it if this process dies
+    /// in between.
+    fn in_two_steps(&self, old: Leftover) -> std::result::Result<Leftover, OsError> {
+        let name = self.target.file_name().unwrap_or_default();
+        let away = private_path(self.target.parent().unwrap_or(&self.target));
+        std::fs::write(self.path().join(SWAP), name.as_encoded_bytes())?;
+        self.folder.file().sync_all()?;
+        let swapped = rename(&self.target, &away, RenameFlags::empty()).and_then(|()| {
+            rename(self.path(), &self.target, RenameFlags::empty()).inspect_err(|_| {
+                let _ = rename(&away, &self.target, RenameFlags::empty());
+            })
+        });
+        let _ = self.folder.remove(&[SWAP.into()]);
+        swapped.map(|()| old.moved(&away))
     }
 }
 
 impl Drop for Workspace {
     fn drop(&mut self) {
-        // After an exchange this is the checkpoint that was replaced; after a rename there is nothing. A failure leaves
-        // a directory that the next save sweeps.
-        let _ = std::fs::remove_dir_all(&self.path);
-    }
-}
-
-/// Removes what dead processes left beside `target`; each note is a full line.
-pub(super) fn sweep(target: &Path) -> Vec<String> {
-    let mut notes = Vec::new();
-    for path in leftovers(target.parent().unwrap_or(target)) {
-        if std::fs::remove_dir_all(&path).is_ok() {
-            notes.push(format!("FN-I401 removed {}, left behind by a save that did not end.", path.display()));
+        if !self.published {
+            // A failure leaves a directory that the next save sweeps. This needs no further file descriptor.
+            let _ = self.folder.names().and_then(|names| self.folder.remove(&names));
+            let _ = std::fs::remove_dir(self.folder.path());
         }
     }
-    notes
 }
 
-/// The private directories in `parent` whose processes are dead.
-pub fn leftovers(parent: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(parent) else { return Vec::new() };
-    let remote = FileSystem::of(parent).is_ok_and(FileSystem::is_remote);
-    let ours = format!("{PREFIX}{}-", host_name());
-    let mut found: Vec<PathBuf> = entries
-        .flatten()
-        // Locks do not always reach across machines.
-        .filter(|e| e.file_name().to_string_lossy().starts_with(if remote { &ours } else { PREFIX }))
-        .map(|e| e.path())
-        .filter(|path| path.symlink_metadata().is_ok_and(|m| m.is_dir()) && lock(path).is_ok())
-        .collect();
-    found.sort();
-    found
-}
-
-/// Removes all but the newest `keep` checkpoints among `target` and those beside it whose names differ from its own only in
-/// digits; each note is a full line.
-pub(super) fn prune(target: &Path, keep: usize) -> Vec<String> {
-    let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else { return Vec::new() };
-    let pattern = without_digits(&name.to_string_lossy());
-    let Ok(entries) = std::fs::read_dir(parent) else { return Vec::new() };
-    let mut found: Vec<(u64, PathBuf)> = entries
-        .flatten()
-        .filter(|e| without_digits(&e.file_name().to_string_lossy()) == pattern)
-        .filter_map(|e| Some((read_manifest(&e.path()).ok()?.created, e.path())))
-        .collect();
-    found.sort();
-    found.reverse();
-    let mut notes = Vec::new();
-    for (_, path) in found.into_iter().skip(keep.max(1)).filter(|(_, path)| path != target) {
-        // Out of its name first: a checkpoint that is half removed must not look like one.
-        let away = private_name(parent);
-        let removed = std::fs::rename(&path, &away).and_then(|()| std::fs::remove_dir_all(&away));
-        notes.push(match removed {
-            Ok(()) => format!("FN-I402 removed {}: {keep} checkpoints are kept.", path.display()),
-            Err(e) => format!("FN-W402 {} could not be removed: {e}.", path.display()),
-        });
+/// What the user put into the checkpoint that was replaced goes into the one that replaces it.
+fn move_strangers(old: &Leftover, new: &Folder) {
+    for name in old.strangers() {
+        // What has a file of the same name in the new one stays behind; removing the old one tells of it.
+        let _ = renameat_with(old.folder().file(), &name, new.file(), &name, RenameFlags::NOREPLACE);
     }
-    notes
+}
+
+/// Makes and locks a private directory in `parent`, or leaves nothing behind.
+fn private_folder(parent: &Path) -> std::result::Result<Folder, OsError> {
+    let path = private_path(parent);
+    std::fs::create_dir(&path)?;
+    let taken = Folder::open_itself(&path).and_then(|folder| {
+        lock(&folder)?;
+        std::fs::write(path.join(OWNER), Owner::this_process().encode())?;
+        Ok(folder)
+    });
+    taken.inspect_err(|_| {
+        let _ = std::fs::remove_file(path.join(OWNER));
+        let _ = std::fs::remove_dir(&path);
+    })
+}
+
+/// A private path in `parent` that nothing has.
+pub(super) fn private_path(parent: &Path) -> PathBuf {
+    parent.join(PrivateName::make(PREFIX, random()))
+}
+
+pub(super) fn rename(from: &Path, to: &Path, flags: RenameFlags) -> std::result::Result<(), OsError> {
+    Ok(renameat_with(CWD, from, CWD, to, flags)?)
 }
 
 /// Reads and checks the manifest of the checkpoint at `path`.
@@ -160,16 +215,23 @@ pub(super) fn prune(target: &Path, keep: usize) -> Vec<String> {
 /// # Errors
 /// `FN-E404` if there is none, `FN-E405`, `FN-E406`.
 pub fn read_manifest(path: &Path) -> Result<Manifest> {
-    let file = path.join(MANIFEST);
-    match std::fs::read(&file) {
-        Ok(bytes) => Manifest::decode(&bytes, &file),
-        Err(e) => {
-            let why = if path.is_dir() { format!("no readable {MANIFEST} in it: {e}") } else { e.to_string() };
-            Err(Error::new(Code::CheckpointMissing, format!("{}: {why}.", path.display()))
-                .errno(e.raw_os_error().unwrap_or(0))
-                .action("`funicular checkpoint ls` lists the checkpoints in a directory."))
-        }
-    }
+    let none = |why: String, e: &OsError| {
+        Error::new(Code::CheckpointMissing, format!("{}: {why}.", path.display()))
+            .errno(e.raw_os_error().unwrap_or(0))
+            .action(reading(e, LS))
+    };
+    let folder = Folder::open(path).map_err(|e| none(e.to_string(), &e))?;
+    manifest_of(&folder, Links::Cache)
+}
+
+/// Reads and checks the manifest in an open directory.
+pub(super) fn manifest_of(folder: &Folder, links: Links) -> Result<Manifest> {
+    let read = folder.open_file(MANIFEST, links).and_then(|file| file.read_all(LONGEST));
+    let bytes = read.map_err(|e| {
+        let text = format!("{}: no readable {MANIFEST} in it: {e}.", folder.path().display());
+        Error::new(Code::CheckpointMissing, text).errno(e.raw_os_error().unwrap_or(0)).action(reading(&e, LS))
+    })?;
+    Manifest::decode(&bytes, &folder.path().join(MANIFEST))
 }
 
 /// Writes a small file and makes it durable.
@@ -180,87 +242,66 @@ pub(super) fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
         .map_err(|e| unwritable(&path, &e))
 }
 
-/// `FN-E403` with its cause; `FN-E401` where the disk is full.
-pub(super) fn unwritable(path: &Path, e: &OsError) -> Error {
-    let (code, action) = match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => (Code::CheckpointSpace, "Free space on that disk, or save to another."),
-        Some(libc::EROFS | libc::EACCES | libc::EPERM) => (Code::CheckpointWrite, "Save where this user can write."),
-        _ => (Code::CheckpointWrite, "Save to another path; see dmesg for what the kernel says about that disk."),
-    };
-    Error::new(code, format!("{}: {e}.", path.display())).errno(e.raw_os_error().unwrap_or(0)).action(action)
-}
-
-fn taken(target: &Path) -> Error {
-    Error::new(Code::CheckpointExists, format!("{} exists.", target.display()))
+fn taken(target: &Path, why: &str) -> Error {
+    Error::new(Code::CheckpointExists, format!("{} {why}.", target.display()))
         .errno(libc::EEXIST)
         .action("Name another path; overwrite=True replaces a checkpoint, and nothing else.")
 }
 
-/// An empty directory may be replaced, a checkpoint if asked for.
-fn check_target(target: &Path, overwrite: bool) -> Result<()> {
+/// An empty directory may be replaced; a checkpoint, if asked for and if its manifest proves that it is one.
+fn look(target: &Path, overwrite: bool) -> Result<Place> {
     match target.symlink_metadata() {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(unwritable(target, &e)),
-        Ok(m) if m.is_dir() => {
-            let empty = std::fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-            if empty || (overwrite && target.join(MANIFEST).exists()) { Ok(()) } else { Err(taken(target)) }
-        }
-        Ok(_) => Err(taken(target)),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Place::Free),
+        Err(e) => return Err(unwritable(target, &e)),
+        Ok(m) if !m.is_dir() => return Err(taken(target, "exists")),
+        Ok(_) => {}
     }
-}
-
-fn private_name(parent: &Path) -> PathBuf {
-    parent.join(format!("{PREFIX}{}-{}-{:016x}", host_name(), std::process::id(), random()))
-}
-
-fn lock(path: &Path) -> std::result::Result<File, OsError> {
-    let file = File::open(path)?;
-    match file.try_lock() {
-        Ok(()) if file.metadata()?.ino() == path.metadata()?.ino() => Ok(file),
-        Ok(()) => Err(OsError::from_raw_os_error(libc::ENOENT)),
-        Err(std::fs::TryLockError::WouldBlock) => Err(OsError::from_raw_os_error(libc::EWOULDBLOCK)),
-        // Some remote file systems lock files only; the directory is then known by its name.
-        Err(std::fs::TryLockError::Error(e)) if FileSystem::of(path).is_ok_and(FileSystem::is_remote) => {
-            let alive = pid_of(path).is_some_and(|pid| Path::new(&format!("/proc/{pid}")).exists());
-            if alive && pid_of(path) != Some(std::process::id()) { Err(e) } else { Ok(file) }
-        }
-        Err(std::fs::TryLockError::Error(e)) => Err(e),
+    let folder = match Folder::open_itself(target) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Place::Free),
+        other => other.map_err(|e| unwritable(target, &e))?,
+    };
+    let entries = folder.names().map_err(|e| unwritable(target, &e))?;
+    if entries.is_empty() {
+        return Ok(Place::Free);
     }
-}
-
-fn pid_of(path: &Path) -> Option<u32> {
-    path.file_name()?.to_str()?.rsplit('-').nth(1)?.parse().ok()
+    if !overwrite {
+        return Err(taken(target, "exists"));
+    }
+    match Leftover::checkpoint(folder) {
+        Ok(old) => Ok(Place::Checkpoint(old)),
+        Err(Unproved::Locked) => Ok(Place::Busy),
+        Err(Unproved::NoCheckpoint(e)) => {
+            Err(taken(target, &format!("exists, and is no checkpoint ({})", e.message().trim_end_matches('.'))))
+        }
+    }
 }
 
 fn sync_dir(path: &Path) -> std::result::Result<(), OsError> {
     File::open(path)?.sync_all()
 }
 
-fn without_digits(name: &str) -> String {
-    let mut out = String::new();
-    for c in name.chars() {
-        match (c.is_ascii_digit(), out.ends_with('#')) {
-            (true, true) => {}
-            (true, false) => out.push('#'),
-            (false, _) => out.push(c),
-        }
-    }
-    out
-}
-
-fn host_name() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    name.trim().chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::value::RawValue;
+
     use super::*;
+    use crate::checkpoint::{
+        leftovers::{leftovers, sweep},
+        manifest::FileFacts,
+    };
+
+    /// A checkpoint with a file; its manifest names it.
+    fn begin(target: &Path, content: &str) -> Workspace {
+        let space = Workspace::create(target, true).expect("makes");
+        write_file(space.path(), "config.json", content.as_bytes()).expect("writes");
+        let mut manifest = Manifest::new(RawValue::from_string("{}".into()).expect("JSON"));
+        manifest.files.push(FileFacts { name: "config.json".into(), bytes: 2, checksum: String::new() });
+        write_file(space.path(), MANIFEST, &manifest.encode()).expect("writes");
+        space
+    }
 
     fn checkpoint(dir: &Path, name: &str) -> PathBuf {
-        let space = Workspace::create(&dir.join(name), true).expect("makes");
-        write_file(space.path(), MANIFEST, &Manifest::new(serde_json::json!({})).encode()).expect("writes");
-        space.publish().expect("publishes");
+        begin(&dir.join(name), "{}").publish().expect("publishes");
         dir.join(name)
     }
 
@@ -281,7 +322,7 @@ mod tests {
         drop(space);
         assert_eq!(names(&dir.path().join("a")), Vec::<String>::new(), "given up: nothing stays");
         let made = checkpoint(&dir.path().join("a"), "step-1");
-        assert_eq!(names(&made), [MANIFEST]);
+        assert_eq!(names(&made), ["config.json", MANIFEST]);
     }
 
     #[test]
@@ -292,37 +333,107 @@ mod tests {
         assert_eq!(refused(&made, false), Code::CheckpointExists);
         checkpoint(dir.path(), "c");
         assert_eq!(names(dir.path()), ["c"], "what was replaced is gone");
-        std::fs::create_dir(dir.path().join("thesis")).expect("makes");
-        std::fs::write(dir.path().join("thesis/text"), "years").expect("writes");
-        assert_eq!(refused(&dir.path().join("thesis"), true), Code::CheckpointExists);
-        assert_eq!(refused(&dir.path().join("thesis/text"), true), Code::CheckpointExists);
+        let thesis = dir.path().join("thesis");
+        std::fs::create_dir(&thesis).expect("makes");
+        std::fs::write(thesis.join("text"), "years").expect("writes");
+        assert_eq!(refused(&thesis, true), Code::CheckpointExists);
+        assert_eq!(refused(&thesis.join("text"), true), Code::CheckpointExists);
+        for manifest in ["", "{\"version\": 1}", "{\"format\": \"funicular-checkpoint\", \"version\": 1}"] {
+            std::fs::write(thesis.join(MANIFEST), manifest).expect("writes");
+            assert_eq!(refused(&thesis, true), Code::CheckpointExists, "{manifest}");
+        }
+        std::fs::remove_file(thesis.join(MANIFEST)).expect("removes");
+        std::os::unix::fs::symlink(made.join(MANIFEST), thesis.join(MANIFEST)).expect("links");
+        assert_eq!(refused(&thesis, true), Code::CheckpointExists, "the manifest of another");
+        assert!(thesis.join("text").exists());
         std::fs::create_dir(dir.path().join("empty")).expect("makes");
         checkpoint(dir.path(), "empty");
     }
 
     #[test]
-    fn the_dead_are_swept_and_the_living_and_strangers_are_not() {
+    fn what_the_user_put_into_a_checkpoint_stays_at_its_place() {
         let dir = tempfile::tempdir().expect("a directory");
-        let living = Workspace::create(&dir.path().join("c"), false).expect("makes");
-        let dead = dir.path().join(format!("{PREFIX}x-1-0123"));
-        std::fs::create_dir(&dead).expect("makes");
-        std::fs::write(dead.join("model.safetensors"), "half").expect("writes");
-        std::fs::create_dir(dir.path().join("other")).expect("makes");
-        assert_eq!(leftovers(dir.path()), [dead.as_path()]);
-        assert_eq!(sweep(&dir.path().join("c")).len(), 1);
-        assert!(!dead.exists() && living.path().exists() && dir.path().join("other").exists());
+        let made = checkpoint(dir.path(), "c");
+        std::fs::create_dir(made.join("runs")).expect("makes");
+        std::fs::write(made.join("runs/a"), "a").expect("writes");
+        std::fs::write(made.join("notes.txt"), "years").expect("writes");
+        checkpoint(dir.path(), "c");
+        assert_eq!(names(&made), ["config.json", MANIFEST, "notes.txt", "runs"]);
+        assert_eq!(std::fs::read_to_string(made.join("runs/a")).expect("reads"), "a");
+        assert_eq!(names(dir.path()), ["c"]);
     }
 
     #[test]
-    fn keeps_the_newest_of_one_series() {
+    fn without_exchange_it_is_replaced_in_two_steps() {
         let dir = tempfile::tempdir().expect("a directory");
-        for name in ["step-1", "step-2", "best", "step-30"] {
-            checkpoint(dir.path(), name);
-        }
-        std::fs::create_dir(dir.path().join("step-4")).expect("makes");
-        let notes = prune(&dir.path().join("step-30"), 2);
-        assert_eq!(notes.len(), 1, "{notes:?}");
-        assert_eq!(names(dir.path()), ["best", "step-2", "step-30", "step-4"]);
+        let made = checkpoint(dir.path(), "c");
+        let space = begin(&made, "[]");
+        let Place::Checkpoint(old) = look(&made, true).expect("a checkpoint") else { panic!("a checkpoint") };
+        assert!(matches!(look(&made, true), Ok(Place::Busy)), "it is locked");
+        let old = space.in_two_steps(old).expect("swaps");
+        assert_eq!(std::fs::read_to_string(made.join("config.json")).expect("reads"), "[]");
+        assert!(!made.join(SWAP).exists());
+        assert_eq!(std::fs::read_to_string(old.folder().path().join("config.json")).expect("reads"), "{}");
+    }
+
+    #[test]
+    fn a_swap_in_two_steps_that_was_cut_off_is_ended_by_a_sweep() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let made = checkpoint(dir.path(), "c");
+        let space = begin(&made, "[]");
+        write_file(space.path(), SWAP, b"c").expect("writes");
+        space.folder.remove(&[OWNER.into()]).expect("removes");
+        std::fs::rename(&made, private_path(dir.path())).expect("renames");
+        let living = leftovers(dir.path()).len();
+        assert_eq!(living, 1, "the old checkpoint; the new one's process is alive");
+        // A process that is killed drops nothing but its lock.
+        space.folder.file().unlock().expect("unlocks");
+        let notes = sweep(&made);
+        assert_eq!(names(dir.path()), ["c"], "{notes:?}");
+        assert_eq!(std::fs::read_to_string(made.join("config.json")).expect("reads"), "[]");
+        assert_eq!(names(&made), ["config.json", MANIFEST]);
+    }
+
+    #[test]
+    fn what_another_process_put_there_meanwhile_is_not_taken() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let made = checkpoint(dir.path(), "c");
+        let space = begin(&made, "[]");
+        let Place::Checkpoint(old) = look(&made, true).expect("a checkpoint") else { panic!("a checkpoint") };
+        std::fs::rename(&made, dir.path().join("moved")).expect("moves");
+        std::fs::create_dir(&made).expect("makes");
+        std::fs::write(made.join("thesis"), "years").expect("writes");
+        let error = space.replace(old, RenameFlags::EXCHANGE).expect_err("refused");
+        assert_eq!(error.raw_os_error(), Some(libc::EWOULDBLOCK));
+        assert_eq!(space.publish().expect_err("refused").code(), Code::CheckpointExists);
+        assert_eq!(names(&made), ["thesis"]);
+        assert_eq!(names(dir.path()), ["c", "moved"]);
+    }
+
+    #[test]
+    fn two_savers_and_a_sweep_lose_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let target = dir.path().join("c");
+        std::thread::scope(|scope| {
+            for saver in 0..4 {
+                let target = &target;
+                scope.spawn(move || {
+                    for round in 0..40 {
+                        sweep(target);
+                        let content = format!("{saver} {round}");
+                        begin(target, &content).publish().expect("publishes");
+                        let folder = Folder::open(target).expect("is there");
+                        manifest_of(&folder, Links::No)
+                            .map(|_| ())
+                            .or_else(|e| if folder.is_current() { Err(e) } else { Ok(()) })
+                            .expect("whole");
+                    }
+                });
+            }
+        });
+        sweep(&target);
+        assert_eq!(names(dir.path()), ["c"]);
+        assert_eq!(names(&target), ["config.json", MANIFEST]);
     }
 
     #[test]

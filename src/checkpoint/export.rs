@@ -1,15 +1,20 @@
 //! A checkpoint's weights alone, as they are or as fp32 masters, for other programs.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use safetensors::Dtype;
+use serde::Deserialize;
+use serde_json::value::to_raw_value;
 
 use crate::{
     checkpoint::{
         contents::{Contents, Found},
         control::Control,
         convert::{Conversion, master},
+        folder::Links,
         layout::TensorSpec,
+        manifest::{LONGEST_FILE, MANIFEST},
+        reader::damaged,
         save::{GRAIN, Job, Request, Tiers},
         tensors::TensorReader,
         writer::Means,
@@ -35,16 +40,13 @@ pub(super) fn export(
     means: &Means,
     control: &Control,
 ) -> Result<()> {
-    let training = contents.manifest.as_ref().map(|m| &m.training);
-    let said = |key: &str| training.and_then(|t| t[key].as_object()).cloned().unwrap_or_default();
-    let kept = said("dtypes");
-    let text = |v: &serde_json::Value| v.as_str().unwrap_or_default().to_owned();
+    let said = Said::of(contents)?;
     let found: Vec<&Found> = contents.model.values().collect();
     let tensors: Vec<TensorSpec> = found
         .iter()
         .map(|f| TensorSpec {
             name: f.name.clone(),
-            dtype: if fp32 { widened(f.dtype) } else { kept.get(&f.name).map_or(f.dtype, own) },
+            dtype: if fp32 { widened(f.dtype) } else { said.dtypes.get(&f.name).map_or(f.dtype, |kind| own(kind)) },
             shape: f.shape.clone(),
             group: 0,
             optimizer: false,
@@ -54,9 +56,12 @@ pub(super) fn export(
         target: target.to_owned(),
         overwrite: false,
         keep: None,
-        aliases: said("tied").iter().map(|(name, first)| (name.clone(), text(first))).collect(),
+        aliases: said.tied.clone().into_iter().collect(),
         files: copied(contents, &tensors)?,
-        training: serde_json::json!({ "exported_from": contents.path.display().to_string(), "tied": said("tied") }),
+        training: to_raw_value(
+            &serde_json::json!({ "exported_from": contents.path.display().to_string(), "tied": said.tied }),
+        )
+        .map_err(|e| Error::new(Code::CheckpointValue, format!("what is tied: {e}.")))?,
         shard,
         tensors,
     };
@@ -81,7 +86,28 @@ fn widened(dtype: Dtype) -> Dtype {
     if matches!(dtype, Dtype::BF16 | Dtype::F16) { Dtype::F32 } else { dtype }
 }
 
-fn own(name: &serde_json::Value) -> Dtype {
+/// What a manifest says of the weights.
+#[derive(Default, Deserialize)]
+struct Said {
+    /// Types of 16-bit parameters of which the file has the fp32 masters.
+    #[serde(default)]
+    dtypes: BTreeMap<String, String>,
+    /// Other names of tensors.
+    #[serde(default)]
+    tied: BTreeMap<String, String>,
+}
+
+impl Said {
+    fn of(contents: &Contents) -> Result<Self> {
+        let Some(manifest) = &contents.manifest else { return Ok(Self::default()) };
+        serde_json::from_str(manifest.training.get()).map_err(|e| {
+            let path = contents.path.join(MANIFEST);
+            damaged(format!("{}: its part about the training: {e}.", path.display()))
+        })
+    }
+}
+
+fn own(name: &str) -> Dtype {
     if name == "float16" { Dtype::F16 } else { Dtype::BF16 }
 }
 
@@ -97,7 +123,9 @@ fn half(found: &Found) -> Option<DType> {
 fn copied(contents: &Contents, tensors: &[TensorSpec]) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = Vec::new();
     for name in COPIED {
-        let Ok(bytes) = std::fs::read(contents.path.join(name)) else { continue };
+        let Some(folder) = contents.folder.as_ref().filter(|folder| folder.has(name)) else { continue };
+        let named = |e: std::io::Error| damaged(format!("{}: {e}.", contents.path.join(name).display()));
+        let bytes = folder.open_file(name, Links::Cache).and_then(|f| f.read_all(LONGEST_FILE)).map_err(named)?;
         let parsed = serde_json::from_slice::<serde_json::Value>(&bytes);
         let mut config = parsed.map_err(|e| {
             Error::new(Code::CheckpointDamaged, format!("{}: {e}.", contents.path.join(name).display()))
@@ -132,8 +160,8 @@ impl Tiers for Tensors<'_> {
 
     fn fetch(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<()> {
         let (found, to) = (self.found[tensor], self.specs[tensor]);
-        let size = to.bitsize() as u64 / 8;
-        let over = at + out.len() as u64 == size * found.shape.iter().map(|&n| n as u64).product::<u64>();
+        let size = found.shape.iter().map(|&n| n as u64).product::<u64>() * to.bitsize() as u64 / 8;
+        let over = at + out.len() as u64 == size;
         match half(found).filter(|_| self.joined[tensor]) {
             Some(dtype) => self.join(dtype, out)?,
             None => {

@@ -6,10 +6,14 @@ use safetensors::{
 };
 
 use crate::{
+    checkpoint::manifest::LONGEST_FILE,
     error::{Code, Error, Result},
     io::ALIGNMENT,
     units::round_up,
 };
+
+/// What the format keeps under a tensor's key and is none.
+const METADATA: &str = "__metadata__";
 
 /// A tensor to be written.
 #[derive(Clone, Debug)]
@@ -29,7 +33,7 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// Bytes of its data.
     pub fn bytes(&self) -> u64 {
-        self.shape.iter().map(|&n| n as u64).product::<u64>() * (self.dtype.bitsize() as u64 / 8)
+        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.bitsize() as u64 / 8
     }
 }
 
@@ -90,6 +94,11 @@ fn shard(
     optimizer: bool,
     metadata: &[(String, String)],
 ) -> Result<Shard> {
+    let invalid = |e: &dyn std::fmt::Display| Error::new(Code::CheckpointValue, format!("{name}: {e}."));
+    if order.iter().any(|&i| tensors[i].name == METADATA) {
+        return Err(invalid(&"a tensor cannot be called '__metadata__', which means another thing in the format")
+            .action("Give that parameter or buffer another name."));
+    }
     // The format has no gaps: tensors are aligned to their element because wider ones come first.
     order.sort_by_key(|&i| (std::cmp::Reverse(tensors[i].dtype.bitsize()), tensors[i].group));
     let mut at = 0;
@@ -100,15 +109,19 @@ fn shard(
         infos.push((tensors[i].name.clone(), info));
         at = end;
     }
+    // Last, so that no tied tensor of that name hides what loaders look for.
     let format = [("format".to_owned(), "pt".to_owned())];
-    let notes = Some(format.iter().chain(metadata).cloned().collect());
-    let invalid = |e: &dyn std::fmt::Display| Error::new(Code::CheckpointValue, format!("{name}: {e}."));
+    let notes = Some(metadata.iter().chain(&format).cloned().collect());
     let described = Metadata::new(notes, infos).map_err(|e| invalid(&e))?;
     if described.offset_keys().len() != order.len() {
         return Err(invalid(&"two tensors have the same name"));
     }
     let json = serde_json::to_vec(&described).map_err(|e| invalid(&e))?;
     let length = round_up(8 + json.len() as u64, ALIGNMENT as u64) as usize;
+    if length as u64 - 8 > LONGEST_FILE {
+        let text = format!("its header would have {length} bytes, the format allows {LONGEST_FILE}");
+        return Err(invalid(&text).action("Lower shard_bytes, so that a file has fewer tensors."));
+    }
     let mut header = Vec::with_capacity(length);
     header.extend_from_slice(&(length as u64 - 8).to_le_bytes());
     header.extend_from_slice(&json);
@@ -176,6 +189,17 @@ mod tests {
         assert_eq!(read.tensor("x").expect("there").data().len(), 16);
         let (_, metadata) = safetensors::SafeTensors::read_metadata(&file).expect("valid");
         assert_eq!(metadata.metadata().as_ref().and_then(|m| m.get("format")).map(String::as_str), Some("pt"));
+    }
+
+    #[test]
+    fn what_no_loader_could_read_is_refused() {
+        let tensors = [spec("__metadata__", Dtype::F32, 4, 0)];
+        let error = arrange("model", &tensors, false, 1 << 20, &[]).expect_err("another meaning");
+        assert_eq!(error.code(), Code::CheckpointValue);
+        let tensors = [spec("x", Dtype::F32, 4, 0)];
+        let tied = [("format".to_owned(), "x".to_owned())];
+        let shard = &arrange("model", &tensors, false, 1 << 20, &tied).expect("places")[0];
+        assert!(String::from_utf8_lossy(&shard.header).contains(r#""format":"pt""#));
     }
 
     #[test]

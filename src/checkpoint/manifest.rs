@@ -1,11 +1,18 @@
 //! `funicular.json`: what a checkpoint consists of, and the checksum of every piece of it.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use twox_hash::XxHash3_64;
 
-use crate::error::{Code, Error, Result};
+use crate::{
+    checkpoint::folder::is_plain,
+    error::{Code, Error, Result},
+};
 
 /// File name of the manifest. A directory without it is no checkpoint of this project.
 pub const MANIFEST: &str = "funicular.json";
@@ -13,6 +20,10 @@ pub const MANIFEST: &str = "funicular.json";
 pub const VERSION: u32 = 1;
 /// Bytes of a tensor under one checksum.
 pub const PIECE: u64 = 4 << 20;
+/// The largest manifest: that of some 20 TiB of tensors.
+pub(super) const LONGEST: u64 = 256 << 20;
+/// The largest small file, and the largest header that the format of safetensors allows.
+pub(super) const LONGEST_FILE: u64 = 100_000_000;
 
 const FORMAT: &str = "funicular-checkpoint";
 const BLANK: &str = "0000000000000000";
@@ -65,7 +76,8 @@ pub struct Manifest {
     /// Other files.
     pub files: Vec<FileFacts>,
     /// What the wrapper needs: steps, groups, random states, policy, and what the user gave.
-    pub training: serde_json::Value,
+    /// The text is kept as it is: numbers would change on their way through another representation.
+    pub training: Box<RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -86,7 +98,7 @@ pub(super) fn sum(bytes: &[u8]) -> u64 {
 
 impl Manifest {
     /// A new one, without files.
-    pub fn new(training: serde_json::Value) -> Self {
+    pub fn new(training: Box<RawValue>) -> Self {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Self {
             format: FORMAT.to_owned(),
@@ -148,16 +160,80 @@ impl Manifest {
         if actual != manifest.checksum {
             return Err(damaged(format!("its checksum is {actual}, it says {}", manifest.checksum)));
         }
+        manifest.check_names().map_err(damaged)?;
         Ok(manifest)
     }
+
+    /// Names of files and nothing else, each once, and no shard of a set left out.
+    fn check_names(&self) -> std::result::Result<(), String> {
+        let mut seen = BTreeSet::from([MANIFEST]);
+        for name in self.names() {
+            if !is_plain(name) {
+                return Err(format!("it names '{name}', which is not the name of a file in its directory"));
+            }
+            if !seen.insert(name) {
+                return Err(format!("it names '{name}' twice"));
+            }
+        }
+        complete(self.shards.iter().map(|s| s.name.as_str()))
+    }
+
+    /// The names of all files but the manifest.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        let shards = self.shards.iter().map(|s| s.name.as_str());
+        shards.chain(self.files.iter().map(|f| f.name.as_str()))
+    }
+
+    /// The step that the training was at.
+    pub(super) fn step(&self) -> Option<u64> {
+        #[derive(Deserialize)]
+        struct Step {
+            step: u64,
+        }
+        serde_json::from_str::<Step>(self.training.get()).ok().map(|s| s.step)
+    }
+
+    /// Bytes of the model's files, or of the optimizer's, or of both.
+    pub(super) fn bytes(&self, optimizer: Option<bool>) -> u64 {
+        let of_set = self.shards.iter().filter(|s| optimizer.is_none_or(|o| s.optimizer == o));
+        of_set.fold(0, |total, shard| total.saturating_add(shard.bytes))
+    }
+}
+
+/// Fails if of files called `STEM-00001-of-00003.safetensors` and so on one is not among the names.
+pub(super) fn complete<'a>(names: impl Iterator<Item = &'a str>) -> std::result::Result<(), String> {
+    let mut sets: BTreeMap<(&str, u64), BTreeSet<u64>> = BTreeMap::new();
+    for name in names {
+        if let Some((stem, number, count)) = numbered(name) {
+            sets.entry((stem, count)).or_default().insert(number);
+        }
+    }
+    for ((stem, count), numbers) in sets {
+        if let Some(lost) = (1..=count).find(|n| !numbers.contains(n)) {
+            return Err(format!("of {count} files '{stem}-*.safetensors' number {lost} is not named"));
+        }
+    }
+    Ok(())
+}
+
+/// The stem, the number and the count in the name of one of several shards.
+fn numbered(name: &str) -> Option<(&str, u64, u64)> {
+    let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| text.len() >= 2 && text.bytes().all(|b| b.is_ascii_digit());
+    (digits(number) && digits(count)).then(|| Some((stem, number.parse().ok()?, count.parse().ok()?)))?
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_owned()).expect("JSON")
+    }
+
     fn sample() -> Manifest {
-        let mut manifest = Manifest::new(serde_json::json!({ "step": 7, "lr": 0.1 }));
+        let mut manifest = Manifest::new(raw(r#"{"step":7,"lr":0.30000000000000004}"#));
         manifest.files.push(FileFacts { name: "config.json".into(), bytes: 2, checksum: hex(sum(b"{}")) });
         manifest
     }
@@ -165,8 +241,28 @@ mod tests {
     #[test]
     fn survives_the_trip() {
         let read = Manifest::decode(&sample().encode(), Path::new("m")).expect("reads");
-        assert_eq!(read.training["step"], 7);
+        assert_eq!(read.step(), Some(7));
+        assert_eq!(read.training.get(), sample().training.get(), "to the letter");
         assert_eq!(read.files[0].name, "config.json");
+    }
+
+    #[test]
+    fn names_are_those_of_files_in_the_directory() {
+        for name in ["../x", "/abs", "/dev/zero", "a/b", "", "..", "nul\0", MANIFEST, "config.json"] {
+            let mut forged = sample();
+            forged.files.push(FileFacts { name: name.into(), bytes: 0, checksum: hex(0) });
+            let error = Manifest::decode(&forged.encode(), Path::new("m")).expect_err("refused");
+            assert_eq!(error.code(), Code::CheckpointDamaged, "{name}");
+        }
+    }
+
+    #[test]
+    fn no_shard_is_left_out() {
+        let shards = |names: &[&'static str]| complete(names.iter().copied());
+        assert_eq!(shards(&["model.safetensors", "other-of-02.safetensors"]), Ok(()));
+        assert_eq!(shards(&["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]), Ok(()));
+        assert!(shards(&["m-00001-of-00002.safetensors"]).is_err());
+        assert!(shards(&["m-00001-of-18446744073709551615.safetensors"]).is_err());
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use std::{
     collections::VecDeque,
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     os::unix::fs::{FileExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use crossbeam::channel::{Receiver, unbounded};
@@ -12,6 +12,8 @@ use crossbeam::channel::{Receiver, unbounded};
 use crate::{
     checkpoint::{
         control::Control,
+        folder::Opened,
+        refused::reading,
         writer::{Means, frames, next_done},
     },
     error::{Code, Error, Result},
@@ -47,8 +49,8 @@ pub struct Reader<'a> {
     engine: Box<dyn IoEngine>,
     done: Receiver<IoCompletion>,
     pool: SlotPool,
-    /// The same files through the page cache, for the blocks in which they end.
-    files: Vec<(File, u64, PathBuf)>,
+    /// The same files through the page cache, for the blocks in which they end, and their sizes.
+    files: Vec<(&'a Opened, u64)>,
     ranges: VecDeque<Range>,
     ahead: VecDeque<Window>,
     first: u64,
@@ -62,21 +64,20 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// `FN-E404` for a file that cannot be opened, `FN-E409` without memory.
-    pub fn open(files: &[PathBuf], ranges: Vec<Range>, means: &Means, control: &'a Control) -> Result<Self> {
-        let direct = means.direct && files.iter().all(|f| reads_direct(f));
+    pub fn open(files: &'a [Opened], ranges: Vec<Range>, means: &Means, control: &'a Control) -> Result<Self> {
+        let direct = means.direct && files.iter().all(|f| reads_direct(&f.again()));
         let mut plain = Vec::with_capacity(files.len());
         let mut opened = Vec::with_capacity(files.len());
-        for path in files {
-            let flags = if direct { libc::O_DIRECT } else { 0 };
-            let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
-            let size = |file: File| file.metadata().map(|m| (file, m.len()));
-            let (file, bytes) = open(0).and_then(size).map_err(|e| unreadable(path, &e))?;
-            opened.push(IoFile::new(
-                open(flags).map_err(|e| unreadable(path, &e))?,
-                path.display().to_string(),
-                direct,
-            ));
-            plain.push((file, bytes, path.clone()));
+        for file in files {
+            // The same file, whatever has its name by now; the checkpoint may have been replaced.
+            let open = || match direct {
+                true => OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(file.again()),
+                false => file.file.try_clone(),
+            };
+            let bytes = file.bytes().map_err(|e| unreadable(&file.path, &e))?;
+            let handle = open().map_err(|e| unreadable(&file.path, &e))?;
+            opened.push(IoFile::new(handle, file.path.display().to_string(), direct));
+            plain.push((file, bytes));
         }
         let pool = frames(means)?;
         let (sender, done) = unbounded();
@@ -121,8 +122,8 @@ impl<'a> Reader<'a> {
             let Some(mut lease) = self.pool.lease() else { return Ok(()) };
             let base = start / BLOCK * BLOCK;
             let stop = end.min(base + lease.len() as u64);
-            let (plain, bytes, path) = &self.files[file as usize];
-            if stop > *bytes {
+            let (Opened { file: plain, path }, bytes) = self.files[file as usize];
+            if stop > bytes {
                 let text = format!("{} ends at byte {bytes}, not at {end} or later.", path.display());
                 return Err(damaged(text));
             }
@@ -181,10 +182,13 @@ pub(super) fn damaged(text: impl Into<String>) -> Error {
 }
 
 fn unreadable(path: &Path, e: &std::io::Error) -> Error {
-    let code = if e.kind() == std::io::ErrorKind::NotFound { Code::CheckpointMissing } else { Code::CheckpointDamaged };
+    let code = match e.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => Code::CheckpointMissing,
+        _ => Code::CheckpointDamaged,
+    };
     Error::new(code, format!("{}: {e}.", path.display()))
         .errno(e.raw_os_error().unwrap_or(0))
-        .action("Check the path and its permissions; load another checkpoint.")
+        .action(reading(e, "Check the disk; load another checkpoint."))
 }
 
 #[cfg(test)]
@@ -213,6 +217,7 @@ mod tests {
             for path in &paths {
                 std::fs::write(path, &content).expect("writes");
             }
+            let files = paths.each_ref().map(|path| Opened::by_path(path).expect("opens"));
             let ranges: Vec<Range> = cuts
                 .iter()
                 .map(|&(start, len, file)| Range { file, start: start.min(size), end: (start + len).min(size) })
@@ -221,7 +226,7 @@ mod tests {
             let expected: Vec<u8> =
                 ranges.iter().flat_map(|r| content[r.start as usize..r.end as usize].iter().copied()).collect();
             let control = Control::default();
-            let mut reader = Reader::open(&paths, ranges, &means(direct), &control).expect("opens");
+            let mut reader = Reader::open(&files, ranges, &means(direct), &control).expect("opens");
             let mut found = Vec::new();
             loop {
                 let bytes = reader.take(most).expect("reads");
@@ -242,7 +247,8 @@ mod tests {
         std::fs::write(&path, [0; 5000]).expect("writes");
         let control = Control::default();
         let range = Range { file: 0, start: 0, end: 6000 };
-        let error = Reader::open(&[path], vec![range], &means(true), &control).err().expect("too short");
+        let files = [Opened::by_path(&path).expect("opens")];
+        let error = Reader::open(&files, vec![range], &means(true), &control).err().expect("too short");
         assert_eq!(error.code(), Code::CheckpointDamaged);
     }
 }

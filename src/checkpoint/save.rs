@@ -1,13 +1,18 @@
 //! A save from begin to end, whatever the bytes come from.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
+
+use serde_json::value::RawValue;
 
 use crate::{
     checkpoint::{
         control::Control,
-        directory::{Workspace, prune, sweep, write_file},
+        directory::{Workspace, write_file},
+        folder::is_plain,
         layout::{Shard, TensorSpec, arrange, index},
-        manifest::{FileFacts, MANIFEST, Manifest, PIECE, ShardFacts, hex, sum},
+        leftovers::sweep,
+        manifest::{FileFacts, LONGEST, LONGEST_FILE, MANIFEST, Manifest, PIECE, ShardFacts, hex, sum},
+        series::prune,
         tensors::Pieces,
         writer::{Means, Writer},
     },
@@ -32,7 +37,7 @@ pub struct Request {
     /// Small files: name and contents.
     pub files: Vec<(String, Vec<u8>)>,
     /// What the wrapper wants to find again.
-    pub training: serde_json::Value,
+    pub training: Box<RawValue>,
     /// Bytes of a shard at most.
     pub shard: u64,
 }
@@ -89,6 +94,7 @@ impl Job {
         let most = request.shard;
         let mut shards = arrange("model", &request.tensors, false, most, &request.aliases)?;
         shards.extend(arrange("optimizer", &request.tensors, true, most, &[])?);
+        check_readable(&request, &shards)?;
         let workspace = Workspace::create(&request.target, request.overwrite)?;
         let small: usize = request.files.iter().map(|(_, bytes)| bytes.len()).sum();
         let need = shards.iter().map(|s| round_up(s.bytes, 4096)).sum::<u64>() + small as u64 + (1 << 20);
@@ -140,12 +146,36 @@ impl Job {
         write_file(workspace.path(), MANIFEST, &manifest.encode())?;
         control.check()?;
         let target = workspace.target().to_owned();
-        workspace.publish()?;
+        notes.extend(workspace.publish()?);
         if let Some(keep) = request.keep {
             notes.extend(prune(&target, keep));
         }
         Ok(notes)
     }
+}
+
+/// Whether a load could read what is to be written: names of files, each once, and sizes.
+fn check_readable(request: &Request, shards: &[Shard]) -> Result<()> {
+    let refused = |text: String, action: &str| Err(Error::new(Code::CheckpointValue, text).action(action));
+    let mut names = BTreeSet::from([MANIFEST.to_owned()]);
+    names.extend(shards.iter().map(|s| s.name.clone()));
+    for (name, bytes) in request.files.iter().chain(&indices(shards, &request.tensors)) {
+        if !is_plain(name) || !names.insert(name.clone()) {
+            return refused(format!("a file of a checkpoint cannot be called '{name}'."), "Give it another name.");
+        }
+        if bytes.len() as u64 > LONGEST_FILE {
+            let text = format!("{name} would have {} bytes, {LONGEST_FILE} are allowed.", bytes.len());
+            return refused(text, "Save fewer tensors, or a smaller configuration.");
+        }
+    }
+    // Per tensor its name and what stands around it, per piece its checksum.
+    let tensors = request.tensors.iter().map(|t| 6 * t.name.len() as u64 + 64 + t.bytes().div_ceil(PIECE) * 40);
+    let need = request.training.get().len() as u64 + tensors.sum::<u64>() + 1024 * (names.len() as u64 + 1);
+    if need > LONGEST {
+        let (need, most) = (ByteCount(need), ByteCount(LONGEST));
+        return refused(format!("{MANIFEST} would need {need}, {most} are allowed."), "Give less in `extra`.");
+    }
+    Ok(())
 }
 
 /// Writes all tensors, group by group; their checksums, by tensor.

@@ -167,7 +167,7 @@ impl<'a> TensorReader<'a> {
         let start = tensor.start + bad as u64 * self.contents.piece;
         Err(damaged(format!(
             "{}: '{}', bytes {start} to {}: the checksum of what was written is {:016x}, of what was read {:016x}.",
-            file.display(),
+            file.path.display(),
             tensor.name,
             tensor.end.min(start.saturating_add(self.contents.piece)),
             sums[bad],

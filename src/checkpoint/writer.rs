@@ -13,7 +13,11 @@ use std::{
 use crossbeam::channel::{Receiver, RecvTimeoutError, unbounded};
 
 use crate::{
-    checkpoint::{control::Control, directory::unwritable, edges::Edges},
+    checkpoint::{
+        control::Control,
+        edges::Edges,
+        refused::{as_write_error, unwritable},
+    },
     error::{Code, Error, Result},
     io::{
         ALIGNMENT, Direction, EngineOptions, FileId, IoCompletion, IoEngine, IoFile, IoPart, IoRequest, OpenedEngine,
@@ -88,7 +92,7 @@ impl<'a> Writer<'a> {
             let flags = if direct { libc::O_DIRECT } else { 0 };
             let open = || OpenOptions::new().write(true).create_new(true).custom_flags(flags).open(&path);
             let file = open().map_err(|e| unwritable(&path, &e))?;
-            allocate(&file, round_up(bytes, BLOCK), dir).map_err(|e| as_write_error(&e))?;
+            allocate(&file, round_up(bytes, BLOCK), dir).map_err(|e| as_write_error(&path, &e))?;
             let label = path.display().to_string();
             opened.push(IoFile::new(file.try_clone().map_err(|e| unwritable(&path, &e))?, label.as_str(), direct));
             targets.push(Target { file, bytes, label });
@@ -214,7 +218,8 @@ impl<'a> Writer<'a> {
     fn wait_one(&mut self) -> Result<()> {
         let done = next_done(&self.done, self.control)?;
         self.in_flight -= 1;
-        done.result.map_err(|e| as_write_error(&e))
+        let path = self.files.first().map_or(Path::new(""), |target| Path::new(&target.label));
+        done.result.map_err(|e| as_write_error(path, &e))
     }
 
     /// Writes what is left and makes everything durable.
@@ -253,22 +258,6 @@ pub(super) fn next_done(done: &Receiver<IoCompletion>, control: &Control) -> Res
             }
         }
     }
-}
-
-/// An error of the I/O layer as one of a checkpoint.
-fn as_write_error(e: &Error) -> Error {
-    let full = e.code() == Code::DiskFull || matches!(e.os_error(), Some(libc::ENOSPC | libc::EDQUOT));
-    let code = match e.code() {
-        _ if full => Code::CheckpointSpace,
-        Code::IoFailed | Code::PathUnusable => Code::CheckpointWrite,
-        other => other,
-    };
-    let action = if full {
-        "Free space on that disk, or save to another."
-    } else {
-        "Save to another disk; see dmesg for what the kernel says about this one."
-    };
-    Error::new(code, e.message()).errno(e.os_error().unwrap_or(0)).action(action)
 }
 
 #[cfg(test)]

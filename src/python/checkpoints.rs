@@ -4,6 +4,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use pyo3::prelude::*;
+use serde_json::value::RawValue;
 
 use super::{
     arguments::{address, dtype, elements, kind, known},
@@ -156,7 +157,7 @@ impl Checkpoint {
 
     /// What the wrapper stored, as JSON; none if it is not a checkpoint of this project.
     fn training(&self) -> Option<String> {
-        self.contents.manifest.as_ref().map(|m| m.training.to_string())
+        self.contents.manifest.as_ref().map(|m| m.training.get().to_owned())
     }
 
     /// Reads everything and compares it with the checksums.
@@ -211,7 +212,7 @@ fn request(
         specs.push(spec);
         sources.push(source);
     }
-    let training = serde_json::from_str(training)
+    let training = RawValue::from_string(training.to_owned())
         .map_err(|e| Error::new(Code::CheckpointValue, format!("what describes the training is no JSON: {e}.")))?;
     let request = Request { target, overwrite, keep, tensors: specs, aliases, files, training, shard };
     Ok((request, sources))
