@@ -257,6 +257,8 @@ soak: package
 	@FUNICULAR_SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --quiet --test sim
 	$(call say,soak: two hundred processes killed amid saves)
 	@$(PY) -W ignore tests/python/kill_saves.py 200
+	$(call say,soak: processes that save to one path and read it meanwhile)
+	@$(PY) -W ignore tests/python/saves_beside.py 1000
 	$(call say,soak: thousands of steps in which nothing may grow)
 	@$(PY) tests/python/soak.py $(SOAK_ARGS)
 

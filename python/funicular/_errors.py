@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = ["BudgetError", "Error", "RuntimeFailure", "StorageError", "UsageError"]
+
+
+#: what a message may quote from a file and a terminal would obey: controls (line breaks and tabs aside), and characters
+#: that turn the direction of writing
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Error(Exception):
@@ -17,6 +24,7 @@ class Error(Exception):
     code: str
 
     def __init__(self, code: str, message: str) -> None:
+        message = _CONTROL.sub(lambda found: ascii(found.group())[1:-1], message)
         super().__init__(message if message.startswith(code) else f"{code} {message}")
         self.code = code
 

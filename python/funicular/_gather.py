@@ -122,7 +122,8 @@ class Snapshot:
         return next((name for name, tensor, version in self.held if tensor._version != version), None)
 
     def _memory(self, name: str, tensor: torch.Tensor, *, capture: bool = False) -> _Place:
-        tensor = tensor.detach()
+        # What is written are bytes: a conjugate or a negation that torch has put off is done first.
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             raise UsageError(
                 "FN-E408", f"'{name}' is a {type(tensor).__name__} on {tensor.device}: not saved. Convert it."

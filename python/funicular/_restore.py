@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from funicular import _core
+from funicular import _core, _saving
 from funicular._conversion import Conversion
 from funicular._entries import hand_back
 from funicular._errors import StorageError, UsageError
@@ -48,11 +48,12 @@ class Source:
 
     def __init__(self, path: Path, *, own: bool) -> None:
         self.path, self.own = path, own
+        _saving.finish(path)
         self.core = _core.Checkpoint(str(path), own)
         self.model = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(False)}
         self.optimizer = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(True)}
         said = self.core.training()
-        self.training: dict[str, Any] = {} if said is None else json.loads(said)
+        self.training: dict[str, Any] = {} if said is None else _training_of(path, said)
         #: types of 16-bit parameters of which the file has the fp32 masters
         self.masters: dict[str, str] = self.training.get("dtypes", {})
         #: what modules added to their state: names of tensors, and values
@@ -91,11 +92,23 @@ def _names(name: str, aliases: dict[str, str]) -> Iterator[str]:
     yield from (alias for alias, first in aliases.items() if first == name)
 
 
+def _training_of(path: Path, text: str) -> dict[str, Any]:
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(
+            "FN-E406", f"{path}: what funicular.json says of the training cannot be read ({error})."
+        ) from None
+    if not isinstance(said, dict) or not isinstance(said.get("dtypes", {}), dict):
+        raise StorageError("FN-E406", f"{path}: what funicular.json says of the training is not what a save writes.")
+    return said
+
+
 def _list(title: str, found: list[str]) -> list[str]:
     if not found:
         return []
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return [f"{title}: {', '.join(found[:5])}{more}"]
+    return [f"{title}: {', '.join(name[:300] for name in found[:5])}{more}"]
 
 
 def compare_model(source: Source, model: nn.Module, named: Named, *, exact: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from funicular import _amid, _core
+from funicular import _amid, _core, _saving
 from funicular._errors import Error, UsageError
 from funicular._facts import decode, encode, random_states, set_random_states
 from funicular._gather import Snapshot, config_files, named_tensors
 from funicular._model import stream_of
+from funicular._partial import check_whole, mark_partial, mark_whole
 from funicular._parts import session_within
 from funicular._quiet import between_steps, preserve_aliased, quiesce
 from funicular._restore import Loader, Source, compare_groups, compare_model, take_groups
+from funicular._training import check_options, check_states, check_training
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,23 +41,6 @@ _last: weakref.WeakKeyDictionary[nn.Module, SaveHandle] = weakref.WeakKeyDiction
 _hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, torch.utils.hooks.RemovableHandle] = (
     weakref.WeakKeyDictionary()
 )
-_running: set[_core.Save] = set()
-_pid = os.getpid()
-
-
-@atexit.register
-def _finish() -> None:
-    """Let saves that were asked for end: the process leaves nothing half done."""
-    if os.getpid() != _pid:
-        return
-    for one in list(_running):
-        try:
-            while one.wait(60.0) is None:
-                _log.info("FN-I403 waiting for a save before the process ends: %d of %d bytes", *one.progress())
-        except Error as error:
-            _log.error("%s", error)
-        except KeyboardInterrupt:
-            one.cancel()
 
 
 class SaveHandle:
@@ -67,7 +51,7 @@ class SaveHandle:
         self._core = core
         self._started = time.monotonic()
         self._told = False
-        _running.add(core)
+        _saving.started(core, path)
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -98,13 +82,13 @@ class SaveHandle:
                 _log.info("FN-I404 saving %s: %.0f %%", self.path, 100 * done / max(total, 1))
         except Error:
             self._told = True
-            _running.discard(self._core)
+            _saving.ended(self._core)
             raise
         if not self._told:
             self._told = True
-            _running.discard(self._core)
+            _saving.ended(self._core)
             for note in notes:
-                _log.info("%s", note)
+                _log.log(logging.WARNING if note.startswith("FN-W") else logging.INFO, "%s", note)
             _log.info("FN-I405 saved %s: %.2f GB", self.path, self.progress[1] / 1e9)
 
     def _raise_untold(self) -> None:
@@ -158,14 +142,16 @@ def save(
     path : path
         The checkpoint's directory, made by the call; its parents too.
     extra : any
-        Numbers, text, and lists, tuples and dicts of them: a scheduler's ``state_dict()``, a position in the data.
+        Numbers, text, and lists, tuples and dicts of them: a scheduler's ``state_dict()``, a position in the data. They come
+        back equal and of the same types.
     wait : bool
         False: return at once. What is saved is the state at the call, however long the writing takes: a step waits for
         parameters that it is about to overwrite and that were not read yet. An earlier save is waited for.
     keep : int or None
-        Then remove all but so many of the newest checkpoints beside ``path`` whose names differ from its own in digits only.
+        Then keep so many checkpoints of the sequence of ``path``: itself, and those of the highest steps beside it whose names
+        differ from its own in their last number only. Others of the sequence are removed.
     overwrite : bool
-        Replace a checkpoint at ``path``; nothing else is ever replaced.
+        Replace a checkpoint at ``path``; nothing else is ever replaced. Files that the user put into it stay there.
     weights : str
         ``"param"``: in the parameters' types. ``"fp32"``: 16-bit parameters as their fp32 masters.
     shard_bytes : int
@@ -186,10 +172,11 @@ def save(
         raise UsageError("FN-E408", f"weights={weights!r}. Say 'param' or 'fp32'.")
     if keep is not None and keep < 1:
         raise UsageError("FN-E408", f"keep={keep}. Keep at least the checkpoint that is being saved.")
-    _prune_running()
+    _saving.prune()
     before = _last.get(model)
     if before is not None:
         before._raise_untold()
+    check_whole(model)
     if session is None:
         handle = _begin(None, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
     else:
@@ -216,11 +203,6 @@ def save(
     return handle
 
 
-def _prune_running() -> None:
-    for one in [one for one in _running if one.done()]:
-        _running.discard(one)
-
-
 def _begin(
     session: Session | None,
     model: nn.Module,
@@ -235,6 +217,8 @@ def _begin(
 ) -> SaveHandle:
     fp32 = weights == "fp32"
     named = named_tensors(model)
+    for name in (*named.params, *named.buffers, *named.aliases):
+        encode(name, f"the name {name!r}")
     device = None if session is None else session.device
     snapshot = Snapshot(fp32=fp32, capture=not wait, device=device)
     training: dict[str, Any] = {"extra": encode(extra, "extra")}
@@ -268,7 +252,7 @@ def _begin(
 
     core = _core.save(
         None if session is None else session.engine,
-        (str(path), overwrite, keep),
+        (os.fspath(path), overwrite, keep),
         snapshot.tensors,
         list(named.aliases.items()),
         list(config_files(model, fp32=fp32)),
@@ -309,7 +293,8 @@ def load(
     """Load a checkpoint into a model and an optimizer, wherever their bytes live now.
 
     Everything but the tensors' bytes is compared before anything is touched. If there is something to lose (the optimizer
-    has stepped), the bytes are compared with their checksums first too; else while they are loaded.
+    has stepped, or the model is not offloaded), the bytes are compared with their checksums first too; else while they are
+    loaded. A save of this process to the same path is waited for.
 
     Parameters
     ----------
@@ -341,13 +326,23 @@ def load(
     model = _plain_model(model)
     session = _session(model)
     source = Source(Path(path), own=True)
+    said = check_training(source)
     named = named_tensors(model)
     compare_model(source, model, named, exact=True)
     groups = [] if opt is None else compare_groups(source, opt, named)
-    if opt is not None and any(len(states) > 0 for states in opt.state.values()):
+    if opt is not None:
+        check_states(source, named, groups)
+        check_options(source, opt)
+    # A model that is not offloaded runs in torch's own code, which does not know of half a load.
+    if session is None or (opt is not None and any(len(states) > 0 for states in opt.state.values())):
         source.core.verify()
     if session is None:
-        _fill(source, model, named, None, opt, groups)
+        try:
+            _fill(source, model, named, None, opt, groups)
+        except BaseException as error:
+            mark_partial(model, opt, f"loading {source.path} failed halfway ({error}).")
+            raise
+        mark_whole(model)
     else:
         between_steps(session)
         with session.lock:
@@ -360,9 +355,9 @@ def load(
             _fill(source, model, named, session, opt, groups)
     if opt is not None:
         take_groups(source, opt)
-    if random:
-        set_random_states(source.training["random"])
-    return Loaded(int(source.training["step"]), decode(source.training["extra"]))
+    if random and "random" in said:
+        set_random_states(said["random"])
+    return Loaded(said["step"], decode(said["extra"]))
 
 
 def _fill(

@@ -218,7 +218,7 @@ def test_what_cannot_be_saved(host_world: World, tmp_path: Path):
         ({"opt": sgd}, "states of SGD"),
         ({"opt": stranger}, r"shape \(3,\) that is not one of the model's"),
         ({"extra": {"t": torch.ones(1)}}, r"extra\['t'\] is a Tensor"),
-        ({"extra": {1: 2}}, "key 1"),
+        ({"extra": {frozenset(): 2}}, "extra: a key is a frozenset"),
         ({"extra": object()}, "extra is a object"),
         ({"weights": "int8"}, "int8"),
         ({"keep": 0}, "keep=0"),
