@@ -118,7 +118,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
     try:
         cast.apply(model)
         _build(session, found, filled=weights is None, sync=resolved.debug.sync)
-        watch_optimizers(session)
+        watch_optimizers()
         _move_buffers(model, session)
         _slice(session, found, resolved)
         _hook(model, session, found)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from funicular._model import ParamRef
-    from funicular._session import Session
 
 __all__ = ["label", "refuse_meta", "watch_optimizers"]
 
@@ -174,39 +173,13 @@ def _size(number: int) -> str:
     return f"{number} B"
 
 
-#: sessions whose weights on NVMe a compiled step cannot just touch: on a GPU, or where they do not fit the budget together
-_asking: weakref.WeakSet[Session] = weakref.WeakSet()
-#: whether there is one, so that graphs of compiled steps are broken at the hooks; dynamo compares it before each call
-_breaks_graphs = False
-
-
-def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if _breaks_graphs or not torch.compiler.is_dynamo_compiling():
-        _note_versions(optimizer, args, kwargs)
-
-
-def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if _breaks_graphs or not torch.compiler.is_dynamo_compiling():
-        _count_edits(optimizer, args, kwargs)
-
-
-# torch.compile leaves functions of this package out of its graphs, by their file. These two it may trace: then they are nothing, the
-# graph itself counts what it edits, and steps compiled with fullgraph=True stay possible.
-for _hook in (_before_step, _after_step):
-    _hook.__code__ = _hook.__code__.replace(co_filename="<funicular: hooks of optimizers>")
-
 _watching = False
 
 
-def watch_optimizers(session: Session) -> None:
+def watch_optimizers() -> None:
     """Have every optimizer's steps followed from now on; those over ordinary parameters cost a look at each."""
-    global _breaks_graphs, _watching
-    on_nvme = sum(ref.home.nbytes for unit in session.units if unit.on_nvme for ref in unit.params)
-    limit, used, _ = session.engine.stats()["budgets"]["host"]
-    if on_nvme and (session.device.type == "cuda" or on_nvme > (limit or 0) - used):
-        _asking.add(session)
-    _breaks_graphs = any(not other.closed and other.pid == session.pid for other in _asking)
+    global _watching
     if not _watching:
         _watching = True
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
+        register_optimizer_step_pre_hook(_note_versions)
+        register_optimizer_step_post_hook(_count_edits)

@@ -108,6 +108,8 @@ impl Table {
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 /// What handled the signal before; null before the first installation.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+/// What handled it before the first installation: later ones may lead back here.
+static FIRST: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 /// The address that was last left to the handler before, and how often in a row.
 static LEFT: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
 /// A handler that returns this often without a change has changed nothing.
@@ -141,7 +143,10 @@ pub(crate) fn install() -> Result<()> {
         return Ok(());
     }
     // Leaked: a handler may read the one before at any time.
-    BEFORE.store(Box::into_raw(Box::new(now)), Ordering::SeqCst);
+    let before = Box::into_raw(Box::new(now));
+    BEFORE.store(before, Ordering::SeqCst);
+    // Fails where there was one.
+    let _ = FIRST.compare_exchange(ptr::null_mut(), before, Ordering::SeqCst, Ordering::SeqCst);
     // SAFETY: all its fields are integers or a set that is empty when zeroed.
     let mut ours: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     ours.sa_sigaction = on_fault as *const () as usize;
@@ -216,13 +221,18 @@ fn bring(node: &Node, ours: bool, address: usize) -> bool {
 /// # Safety
 /// As for a handler of the signal.
 unsafe fn leave(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, address: usize) {
-    // SAFETY: leaked by `install`.
-    let before = unsafe { BEFORE.load(Ordering::SeqCst).as_ref() };
-    let again =
-        if LEFT[0].swap(address, Ordering::Relaxed) == address { LEFT[1].fetch_add(1, Ordering::Relaxed) } else { 0 };
+    let last = LEFT[0].swap(address, Ordering::Relaxed);
+    let again = match address {
+        _ if last == address => LEFT[1].fetch_add(1, Ordering::Relaxed),
+        0 => 1, // sent by the handler that has just looked at a fault
+        _ => 0,
+    };
     if again == 0 {
         LEFT[1].store(1, Ordering::Relaxed);
     }
+    let whose = if again == 0 { &BEFORE } else { &FIRST };
+    // SAFETY: leaked by `install`.
+    let before = unsafe { whose.load(Ordering::SeqCst).as_ref() };
     match before {
         Some(before) if ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction) && again < RETURNS => {
             // SAFETY: a handler that was installed with these flags, called as the system would call it.
