@@ -47,8 +47,8 @@ class Weights:
         _check_path(path)
         self.source = Source(Path(path), own=False)
         self._before: list[tuple[dict[str, Any], str, Any]] = []
-        #: parameters that were given memory, each with the tensor that has what it was
-        self._exchanged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        #: parameters that were given memory, each with its class and the tensor that has what it was
+        self._exchanged: list[tuple[torch.Tensor, type, torch.Tensor]] = []
         #: what was there before, by parameter: should loading fail, the model is as it was
         self.values = {id(p): p.data for p in model.parameters() if not p.is_meta}
         for name, p in model.named_parameters():
@@ -85,7 +85,7 @@ class Weights:
         if not trained:
             return empty
         new: torch.Tensor = _like(tensor, empty)
-        self._exchanged.append((tensor, new))
+        self._exchanged.append((tensor, type(tensor), new))
         if _exchanged(tensor, new):
             return tensor
         self._exchanged.pop()
@@ -97,7 +97,10 @@ class Weights:
             table[name] = tensor
         self._before.clear()
         while self._exchanged:
-            tensor, new = self._exchanged.pop()
+            tensor, kind, new = self._exchanged.pop()
+            tensor.__class__ = kind
+            for name in ("_funicular_ref", "_funicular_inside"):
+                tensor.__dict__.pop(name, None)
             if not tensor.is_meta and not _exchanged(tensor, new):
                 _put_in_place(self.model, tensor, new)
 

@@ -56,6 +56,13 @@ def instructions(code: Any) -> tuple[dict[int, str], dict[int, int]]:
     return names, handler
 
 
+def in_finaliser(frame: Any) -> bool:
+    """Whether a frame runs for a ``__del__``: Python drops what is raised there."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
+
+
 class Strike:
     """Raises at the n-th visit of a point; without one, counts the visits of all."""
 
@@ -72,7 +79,7 @@ class Strike:
         sys.settrace(None)
 
     def call(self, frame: Any, event: str, arg: Any) -> Any:
-        if self.fired or not frame.f_code.co_filename.startswith(WATCHED):
+        if self.fired or not frame.f_code.co_filename.startswith(WATCHED) or in_finaliser(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self.visit(frame, -1)
