@@ -172,7 +172,7 @@ def holding(**tensors: torch.Tensor) -> nn.Module:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    plain = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return bytes(plain.reshape(-1).view(torch.uint8).tolist()) if plain.numel() else b""
 
 
