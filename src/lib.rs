@@ -27,3 +27,6 @@ pub mod units;
 mod python;
 
 pub use error::{Code, Error, Result};
+
+#[global_allocator]
+static HEAP: memory::Heap = memory::Heap;

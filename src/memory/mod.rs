@@ -3,6 +3,7 @@
 //! Owns every byte of host memory that hardware may read or write. M1: a region is mapped once and never moves.
 //! M2: a slot has one owner, its [`SlotLease`]; dropping the lease returns the slot.
 
+mod ballast;
 mod copy;
 mod fault;
 mod fork;
@@ -13,6 +14,8 @@ mod region;
 mod shadow;
 mod slots;
 
+pub(crate) use ballast::Heap;
+pub use ballast::set_aside;
 pub(crate) use copy::copy_past_caches;
 pub(crate) use fault::install as watch_faults;
 pub(crate) use fork::NotForked;

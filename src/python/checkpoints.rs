@@ -16,6 +16,7 @@ use crate::{
     dtype::StateKind,
     error::{Code, Error, Result},
     io::EngineOptions,
+    memory::set_aside,
     runtime::{Buffer, Item, Place, Runtime, Source, Unchanged, check_process, read_buffers, save_plain},
     units::UnitId,
 };
@@ -234,6 +235,7 @@ pub(crate) fn save(
     changed: Py<PyAny>,
     stream: u64,
 ) -> PyResult<Save> {
+    check(py, set_aside())?;
     let (request, sources) = check(py, request(place, tensors, aliases, files, training, shard))?;
     let unchanged: Unchanged = Box::new(move || {
         let found = Python::try_attach(|py| changed.call0(py)?.extract::<Option<String>>(py)).unwrap_or(Ok(None));
@@ -271,6 +273,7 @@ pub(crate) fn restore(
     stream: u64,
     told: Option<Py<PyAny>>,
 ) -> PyResult<()> {
+    check(py, set_aside())?;
     let given: Result<Vec<Item>> = items
         .into_iter()
         .map(|(unit, section, kind, start, len, optimizer, tensor, master)| {

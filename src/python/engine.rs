@@ -30,6 +30,7 @@ use crate::{
     device::DeviceKind,
     error::{Code, Error, Result},
     io::Direction,
+    memory::set_aside,
     model::Layout,
     policy::Policy,
     runtime::{Interrupted, Runtime, check_process, closed, shares_processor},
@@ -105,6 +106,8 @@ impl Engine {
         waiting(py, |interrupted| {
             // First: in a forked child a thread that is not there may hold the lock.
             check_process(self.pid)?;
+            // Where there is none left the call is tried all the same.
+            let _ = set_aside();
             let runtime = self.slot.lock().clone().ok_or_else(closed)?;
             let _call = Call::begin();
             guarded(|| f(&runtime, interrupted)).inspect_err(|error| {
@@ -127,6 +130,7 @@ impl Engine {
     fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str, freed: u64) -> PyResult<Self> {
         let opened = py.detach(|| {
             guarded(|| {
+                set_aside()?;
                 let layout = Layout::new(&unit_specs(units)?)?;
                 Runtime::open(layout, &Policy::from_json_str(policy, "policy")?, ByteCount(freed))
             })

@@ -58,8 +58,10 @@ ABOVE = [*range(0, 64, 3), *range(64, 160, 8), *range(160, 400, 30), 4096]
 def test_near_the_limit(placement: str, disk: str, io_uring: bool):
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    lines = children.succeed(LIMITED.format(above=ABOVE), disk, PLACEMENTS[placement], seconds=280)
-    print("\n".join(lines))
+    status, out, err = children.finish(children.start(LIMITED.format(above=ABOVE), disk, PLACEMENTS[placement]), 280)
+    assert status == 0, err
+    lines = out.splitlines()
+    print(out, err)
     outcomes = {int(line.split()[0]): line.split(maxsplit=1)[1] for line in lines if re.match(r"\d+ ", line)}
     assert set(outcomes) == set(ABOVE)
     for above, outcome in outcomes.items():

@@ -30,6 +30,8 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("maker", MAKERS)
 def test_programs(maker: str, part: str, two_worlds: World):
+    if (maker, part) == ("export", "linear"):
+        pytest.skip("a part of a block, which has no window of its own, is exported as an ordinary module")
     run = Run(two_worlds, True)
     run.model = run.wrap(Stack())
     run.opt = run.adamw()

@@ -175,7 +175,7 @@ TIGHT = """
 from funicular._model import ref_of
 import ctypes
 from torch import nn
-model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256)) for _ in range(24)])
+model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256)) for _ in range(16)])
 budget = {"hbm": "64MiB", "host": "7MiB", "nvme": "64MiB"}
 tiers = {"params": {"tier": "nvme"}, "optimizer": {"tier": "nvme"}}
 funicular.offload(model, {"device": "host", "budget": budget, "nvme": {"paths": [disk]}, **tiers})
