@@ -223,7 +223,7 @@ def closures(side: Side) -> None:
     with torch.no_grad():
         side.losses += [float(side.opt.step(closure)) for _ in range(2)]
         assert side.opt.step(silent) is None
-    side.losses.append(float(side.opt.step(closure)))
+    side.losses.append(float(side.opt.step(closure).detach()))
 
 
 def scaled(side: Side) -> None:
