@@ -227,6 +227,8 @@ class Recurrent(nn.Module):
         return x + self.rnn(x)[0]
 
 
+# cuDNN's, on a GPU: weights of a storage each are no single piece (docs/limits.md)
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single:UserWarning")
 def test_recurrent_blocks(host_world, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as matrix products have it
     close(host_world, stack(Recurrent, depth=3), (4, 3, WIDTH))
