@@ -20,10 +20,10 @@ from twin import SEED, World
 class Step:
     """A step amid alarms; called again, it waits until the last one has come."""
 
-    def __init__(self, step: Callable[[], Any], chance: random.Random) -> None:
+    def __init__(self, step: Callable[[], Any], chance: random.Random, usual: float) -> None:
         self.step: Callable[[], Any] | None = step
         self.left = chance.randint(2, 5)
-        self.after, self.gap = chance.uniform(1e-4, 4e-3), chance.uniform(1e-4, 6e-4)
+        self.after, self.gap = usual * chance.uniform(0.05, 1.5), chance.uniform(1e-4, 6e-4)
         signal.signal(signal.SIGALRM, self.fire)
 
     def fire(self, *_: Any) -> None:
@@ -41,6 +41,19 @@ class Step:
             time.sleep(1e-4)
 
 
+def usual_step(runs: Any, dtype: torch.dtype) -> float:
+    """Seconds of a step that nothing interrupts: the median of five."""
+    times = []
+    for _ in range(5):
+        for run in runs:
+            run.opt.zero_grad()
+            run.model(run.data(4, WIDTH, dtype=dtype)).float().square().mean().backward()
+            began = time.monotonic()
+            run.opt.step()
+        times.append(time.monotonic() - began)
+    return sorted(times)[2]
+
+
 def several_signals(world: World, rounds: int) -> int:
     """Two to five alarms within a millisecond or two, amid a step: it is taken as a whole or not at all, and so is what notes it."""
     dtype = torch.bfloat16
@@ -48,12 +61,13 @@ def several_signals(world: World, rounds: int) -> int:
     plain, paged = runs
     chance = random.Random(SEED)
     taken = 0
+    usual = usual_step(runs, dtype)
     for _ in range(rounds):
         for run in runs:
             run.opt.zero_grad()
             run.model(run.data(4, WIDTH, dtype=dtype)).float().square().mean().backward()
         before = count(paged)
-        step = Step(paged.opt.step, chance)
+        step = Step(paged.opt.step, chance, usual)
         with contextlib.suppress(KeyboardInterrupt, SystemError):
             funicular._core.complete(step)
         torch.set_grad_enabled(True)

@@ -13,7 +13,7 @@ _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 model = Stack()
 policy = world.policy(model)
 for more in range(60):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1 + more, hard))
     try:
         funicular.offload(model, policy)
     except (funicular.Error, OSError) as error:
