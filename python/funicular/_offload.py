@@ -357,18 +357,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     refuse(session, "unwrap")
     note_step(session)
     _core.saved(session.engine)
-    if session.engine.failed():
-        _log.warning(
-            "FN-W301 unwrapping after a failure: weights in host memory are, element by element, as before or as after the step "
-            "that failed. Optimizer states that cannot be read any more are lost: load a checkpoint's, or make a new optimizer."
-        )
-    else:
-        session.engine.settle_all()
-        session.close_all()
-        session.take_all_edits()
-    taken = _taken(session)
-    # Nothing has changed so far.
-    _core.complete(lambda: _leave(part, session, taken))
+    # Steps of other threads wait, and then find the model ordinary.
+    with session.lock:
+        if session.engine.failed():
+            _log.warning(
+                "FN-W301 unwrapping after a failure: weights in host memory are, element by element, as before or as after the step "
+                "that failed. Optimizer states that cannot be read any more are lost: load a checkpoint's, or make a new optimizer."
+            )
+        else:
+            session.engine.settle_all()
+            session.close_all()
+            session.take_all_edits()
+        taken = _taken(session)
+        # Nothing has changed so far.
+        _core.complete(lambda: _leave(part, session, taken))
     session.engine.close()
     return model
 

@@ -58,10 +58,12 @@ def _place(p: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
 
 def share_version(ref: ParamRef) -> None:
     """Let the tensors over a parameter's frame and home count versions with it: an edit of one is an edit of all."""
-    frame, home, p = ref.frame, ref.home, ref.param
-    ref.frame, ref.home = torch.Tensor.detach(p), torch.Tensor.detach(p)
-    ref.frame.data, ref.home.data = frame, home
-    ref.stand_in = torch.Tensor._make_subclass(torch.nn.Parameter, ref.home, p.requires_grad)
+    p = ref.param
+    frame, home = torch.Tensor.detach(p), torch.Tensor.detach(p)
+    frame.data, home.data = ref.frame, ref.home
+    # First: an interruption finds a stand-in wherever the rest has been done.
+    ref.stand_in = torch.Tensor._make_subclass(torch.nn.Parameter, home, p.requires_grad)
+    ref.frame, ref.home = frame, home
 
 
 def check_places(session: Session, unit: Unit) -> None:
