@@ -439,6 +439,7 @@ const FOREIGN: &[&str] = &[
     "importlib",
     "kernel",
     "memory",
+    "model",
     "numpy",
     "p",
     "param",
@@ -446,7 +447,9 @@ const FOREIGN: &[&str] = &[
     "s",
     "t",
     "torch",
+    "transformers",
     "vm",
+    "weakref",
     "zero_optimization",
 ];
 /// Endings of names of files.
@@ -457,7 +460,7 @@ const ATTRIBUTES: &[&str] = &["optimizer.state"];
 const FOREIGN_OPTIONS: &[&str] =
     &["--cpunodebind", "--direct-io", "--gpus", "--membind", "--memory", "--security-opt", "--ulimit"];
 /// What may follow `funicular` in prose and in code.
-const PROSE: &[&str] = &["import", "on", "reads", "that"];
+const PROSE: &[&str] = &["import", "on", "reads", "that", "wrote"];
 
 fn help(arguments: &[&str]) -> String {
     let out = Command::new(env!("CARGO_BIN_EXE_funicular")).args(arguments).arg("--help").output().expect("it runs");
