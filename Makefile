@@ -103,7 +103,7 @@ $(STAMPS)/package: $(SOURCES) $(VENV)/.installed | need-rust
 # With the system's Python nothing is installed: the module is built by cargo and put beside the package's Python files.
 $(STAMPS)/package-system: $(SOURCES) $(STAMPS)/system-python | need-rust
 	$(call say,building funicular (release) beside python/funicular)
-	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --release --locked --lib --features python
+	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --release --locked --lib --features python,heap
 	@cp target/release/libfunicular.so python/funicular/_core.abi3.so
 	@touch $@
 

@@ -28,5 +28,6 @@ mod python;
 
 pub use error::{Code, Error, Result};
 
+#[cfg(feature = "heap")]
 #[global_allocator]
 static HEAP: memory::Heap = memory::Heap;

@@ -7,6 +7,8 @@ that forgets to count show only in the bytes. Nothing is digested while nobody b
 from __future__ import annotations
 
 import functools
+import random
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,8 +49,9 @@ def _device_digest(tensor: torch.Tensor) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _factors(device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0x46756E69)
-    return (torch.randint(-(2**62), 2**62, (_PIECE,), generator=generator, dtype=torch.int64) | 1).to(device)
+    # Not by torch's random numbers, which torch.func.vmap refuses.
+    drawn = array("q", random.Random(0x46756E69).randbytes(8 * _PIECE))
+    return (torch.frombuffer(drawn, dtype=torch.int64) | 1).to(device)
 
 
 def _home_digest(ref: ParamRef) -> int:

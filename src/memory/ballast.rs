@@ -4,8 +4,9 @@
 //! is set aside, given up when the heap needs it, and set aside again before the next call may begin.
 #![expect(unsafe_code, reason = "is the heap of this library, and maps memory without access")]
 
+#[cfg(feature = "heap")]
+use std::alloc::{GlobalAlloc, Layout, System};
 use std::{
-    alloc::{GlobalAlloc, Layout, System},
     ptr,
     sync::atomic::{AtomicPtr, Ordering},
 };
@@ -17,13 +18,16 @@ const BYTES: usize = 32 << 20;
 static BALLAST: AtomicPtr<libc::c_void> = AtomicPtr::new(ptr::null_mut());
 
 /// The system's heap, which gives up what was set aside before it refuses.
+#[cfg(feature = "heap")]
 pub(crate) struct Heap;
 
 /// Tries again, once there is more to take from; the first answer where there is not.
+#[cfg(feature = "heap")]
 fn retried(first: *mut u8, again: impl FnOnce() -> *mut u8) -> *mut u8 {
     if first.is_null() && give_up() { again() } else { first }
 }
 
+#[cfg(feature = "heap")]
 // SAFETY: every call is the system's heap's, with the same arguments; a call that failed has changed nothing and may be made again.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -47,6 +51,7 @@ unsafe impl GlobalAlloc for Heap {
     }
 }
 
+#[cfg(any(feature = "heap", test))]
 fn give_up() -> bool {
     let ballast = BALLAST.swap(ptr::null_mut(), Ordering::AcqRel);
     // SAFETY: what `set_aside` mapped, whole, and nobody else's any more.

@@ -14,6 +14,7 @@ mod region;
 mod shadow;
 mod slots;
 
+#[cfg(feature = "heap")]
 pub(crate) use ballast::Heap;
 pub use ballast::set_aside;
 pub(crate) use copy::copy_past_caches;
