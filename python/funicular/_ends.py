@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from funicular._model import Unit
     from funicular._session import Session
 
-__all__ = ["check_alive", "leave", "living"]
+__all__ = ["check_alive", "check_process", "leave", "living"]
 
 #: closed at exit, before torch goes, so that no directory stays behind
 living: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -40,6 +40,26 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+_offloaded_in: set[int] = set()
+
+
+def check_process() -> None:
+    """Refuse to offload in a child forked from a process that has offloaded: locks of the parent's threads would never be let go.
+
+    Raises
+    ------
+    RuntimeFailure
+        ``FN-E103``.
+    """
+    if _offloaded_in and os.getpid() not in _offloaded_in:
+        raise RuntimeFailure(
+            "FN-E103",
+            "this process was forked from one that had offloaded a model, and cannot offload one of its own. Start it with the "
+            "method 'spawn' or 'forkserver', or fork before the parent offloads.",
+        )
+    _offloaded_in.add(os.getpid())
 
 
 def leave(session: Session, unit: Unit) -> None:

@@ -175,8 +175,8 @@ class ParamRef:
         self.frame_address = 0
         self.home: torch.Tensor
         self.home_address = 0
-        #: a parameter over the home, for operations that must not see the parameter move
-        self.stand_in: torch.nn.Parameter
+        #: a parameter over the home, for operations that must not see the parameter move; until it has moved in, itself
+        self.stand_in = param
         self.grad: torch.Tensor | None = None
         #: views of the gradient's place that were handed out
         self.views: list[weakref.ref[torch.Tensor]] = []

@@ -15,6 +15,7 @@ from funicular._amid import note_step, refuse
 from funicular._cast import Cast
 from funicular._classes import guarded_classes, unpaged, unpaged_note
 from funicular._compiler import tell_core
+from funicular._ends import check_process
 from funicular._errors import Error, UsageError
 from funicular._grads import make_grad
 from funicular._guard import GuardedParameter
@@ -104,6 +105,7 @@ def offload(
 
 
 def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast) -> Session:
+    check_process()
     found = find_units(model, resolved.unit_patterns())
     if torch.version.cuda is not None:
         tell_core()

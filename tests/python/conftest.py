@@ -12,6 +12,12 @@ from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two processes that compile at once can spoil each other's precompiled headers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR",
+        str(Path(tempfile.gettempdir()) / f"funicular-inductor-{os.getuid()}-{os.environ['PYTEST_XDIST_WORKER']}"),
+    )
 
 import pytest
 import torch
