@@ -15,7 +15,7 @@ pub struct Owner {
     pub start: u64,
     /// The kernel's boot id; empty in records of versions that did not write it.
     pub boot: String,
-    /// The machine's name, as [`host_name`] gives it.
+    /// The machine's name, as `host_name` gives it.
     pub host: String,
 }
 
