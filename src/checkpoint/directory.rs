@@ -281,7 +281,7 @@ fn sync_dir(path: &Path) -> std::result::Result<(), OsError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::value::RawValue;
 
     use super::*;
@@ -305,7 +305,8 @@ mod tests {
         dir.join(name)
     }
 
-    fn names(dir: &Path) -> Vec<String> {
+    /// What lies in a directory, in order.
+    pub(in crate::checkpoint) fn names(dir: &Path) -> Vec<String> {
         let entries = std::fs::read_dir(dir).expect("lists").flatten();
         let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
         names.sort();

@@ -113,7 +113,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::{
-        directory::{Workspace, write_file},
+        directory::{Workspace, tests::names, write_file},
         manifest::{MANIFEST, Manifest},
     };
 
@@ -124,13 +124,6 @@ mod tests {
         manifest.created = 1000 - step;
         write_file(space.path(), MANIFEST, &manifest.encode()).expect("writes");
         space.publish().expect("publishes");
-    }
-
-    fn names(dir: &Path) -> Vec<String> {
-        let entries = std::fs::read_dir(dir).expect("lists").flatten();
-        let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-        names.sort();
-        names
     }
 
     #[test]
