@@ -6,8 +6,10 @@ use crate::{
     error::Result,
     runtime::{
         Runtime,
-        split::{StepTime, Times},
-        stats::{Cause, FlowTotals, Link},
+        measure::{
+            stats::{Cause, FlowTotals, Link},
+            step_time::{StepTime, Times},
+        },
     },
     schedule::machine::Prefetches,
     units::Tier,

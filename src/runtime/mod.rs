@@ -1,51 +1,37 @@
 //! The runtime: one model's memory, threads and state, and the operations that the Python wrapper calls.
 //!
-//! - [`core`](self): the lock, the machine's commands performed, waiting;
-//! - `threads`: driver, reapers; `runner`: updates; `update`: AdamW over one piece, `share`: by whom; `service`: what is not part of a step;
-//! - `saves`, `snapshot`, `restore`: checkpoints, and what waits for them;
-//! - `faults`: parameters on NVMe that are touched where they are not;
-//! - [`homes`], [`files`], [`stats`], [`split`], [`trace`]: memory map, disk map, counters, each step's time, trace.
+//! | folder | what it holds |
+//! |---|---|
+//! | `setup` | what a run is told, whether it may begin, how it starts |
+//! | `shared` | the lock, the machine's commands performed, waiting, the end |
+//! | `paging` | where parameters live, and what happens when they are touched where they are not |
+//! | `update` | AdamW: a step, updates begun in backward, who does which part |
+//! | `disk` | the map of the files, requests on their way, the threads that take completions, what is not part of a step |
+//! | `saving` | checkpoints: saving beside training, loading |
+//! | `measure` | counters, the time of a step, the trace, slow requests |
 
-mod admission;
-mod ahead;
-mod config;
-mod core;
-mod end;
-mod factors;
-mod faults;
-pub mod files;
-pub mod homes;
-mod inner;
-mod read_ahead;
-mod restore;
-mod runner;
-mod running_notes;
-mod saves;
-mod service;
-mod settle;
-mod share;
-mod slow;
-mod snapshot;
-pub mod split;
-mod start;
-pub mod stats;
-mod steps;
+pub mod disk;
+pub mod measure;
+pub mod paging;
+mod saving;
+mod setup;
+mod shared;
 #[cfg(test)]
 mod tests;
-mod threads;
-mod ticket;
-pub mod trace;
 mod update;
-mod write_behind;
 
 use std::{sync::Arc, thread::JoinHandle};
 
-pub use config::Config;
-pub use end::{check_process, closed};
-pub use restore::{Buffer, Item, aside, read_buffers};
-pub use share::Sharing;
-pub use snapshot::{Place, Source, Unchanged, save_plain};
-pub use update::{Job, JobSpan, StepHyper};
+pub use saving::{
+    restore::{Buffer, Item, aside, read_buffers},
+    save::{Place, Source, Unchanged, save_plain},
+};
+pub use setup::config::Config;
+pub use shared::end::{check_process, closed};
+pub use update::{
+    run::{Job, JobSpan, StepHyper},
+    share::Sharing,
+};
 
 use crate::{
     device::{self, Device, DeviceKind, Frames, Gate, StreamRef},
@@ -56,12 +42,11 @@ use crate::{
     model::Layout,
     policy::Policy,
     runtime::{
-        admission::Running,
-        core::{Disk, Landing, Shared},
-        homes::Homes,
-        start::Started,
-        stats::{Cause, Stats},
-        threads::Ended,
+        disk::threads::Ended,
+        measure::stats::{Cause, Stats},
+        paging::homes::Homes,
+        setup::{admission::Running, start::Started},
+        shared::{Disk, Landing, Shared},
     },
     schedule::{Budgets, Phase, Placement, machine::Prefetches},
     units::{ByteCount, Tier, UnitId},
@@ -100,9 +85,9 @@ impl Runtime {
     /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`), a trace that cannot be written (`FN-E606`); nothing is left behind.
     pub fn open(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Self> {
         if !policy.log.trace_steps.is_empty() {
-            trace::check(std::path::Path::new(&policy.log.trace))?;
+            measure::trace::check(std::path::Path::new(&policy.log.trace))?;
         }
-        let Started { shared, threads, budgets, notes, running } = start::start(layout, policy, freed)?;
+        let Started { shared, threads, budgets, notes, running } = setup::start::start(layout, policy, freed)?;
         Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes, running: Some(running) })
     }
 
@@ -314,7 +299,7 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_all(None, settle::Until::Home, interrupted)
+        self.shared()?.settle_all(None, shared::settle::Until::Home, interrupted)
     }
 
     /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older. Once the

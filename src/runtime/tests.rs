@@ -9,7 +9,7 @@ use crate::{
     dtype::DType,
     model::{ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
-    runtime::stats::Link,
+    runtime::measure::stats::Link,
     schedule::LaneUse,
     units::ByteCount,
 };

@@ -4,7 +4,7 @@ use funicular::{
     Code,
     dtype::DType,
     model::{Layout, ParamSpec, Unit, UnitSpec},
-    runtime::files::Map,
+    runtime::disk::map::Map,
     schedule::{Budgets, LaneUse, Limits, Placement, Tiers, placement},
     units::{ByteCount, Tier, UnitId},
 };

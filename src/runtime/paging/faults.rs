@@ -22,10 +22,9 @@ use crate::{
     model::ParamPlace,
     runtime::{
         Interrupted, Runtime,
-        core::{Disk, SLICE, Shared},
-        saves::Ends,
-        settle::Until,
-        ticket::Ticket,
+        disk::ticket::Ticket,
+        saving::copy_on_update::Ends,
+        shared::{Disk, SLICE, Shared, settle::Until},
     },
     units::{ByteCount, Tier, UnitId},
 };
@@ -75,7 +74,7 @@ impl Runtime {
 }
 
 /// Starts the thread that serves, if there is anything to bring.
-pub(super) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
+pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
     let Some(space) = shared.homes.shadows.clone() else { return Ok(None) };
     let on_nvme = |unit: &UnitId| shared.placement.homes[unit.index()].params == Tier::Nvme;
     let units: Vec<UnitId> = shared.layout.ids().filter(on_nvme).collect();

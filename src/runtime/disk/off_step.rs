@@ -24,13 +24,11 @@ use crate::{
     io::Direction,
     memory::{HostRegion, Shadow, SlotLease},
     runtime::{
-        core::{Disk, SLICE, Shared},
-        homes::Set,
-        inner::Service,
-        saves::group_of,
-        settle::Until,
-        stats::Cause,
-        ticket::Ticket,
+        disk::ticket::Ticket,
+        measure::stats::Cause,
+        paging::homes::Set,
+        saving::copy_on_update::group_of,
+        shared::{Disk, SLICE, Shared, locked::Service, settle::Until},
     },
     units::{ByteCount, Tier, UnitId},
 };
@@ -277,7 +275,7 @@ impl Shared {
         each: &mut dyn FnMut(&mut [u8], usize),
     ) -> Result<()> {
         let size = disk.store.chunk_bytes() as usize;
-        let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
+        let chunks = crate::runtime::disk::map::Map::store_chunks(&disk.store, bytes);
         let mut first = chunks.start;
         while first < chunks.end {
             // Taken anew from time to time, so that a signal handler, or another thread, gets its turn (S3).
@@ -454,7 +452,7 @@ impl Shared {
             return self.segment_io(disk, segment, bytes, direction, interrupted, &mut |s, at| exchange(s, at, false));
         }
         // Chunks are written whole: what is around the range is read first.
-        let chunks = crate::runtime::files::Map::store_chunks(&disk.store, bytes);
+        let chunks = crate::runtime::disk::map::Map::store_chunks(&disk.store, bytes);
         for c in chunks {
             let one = u64::from(c) * disk.store.chunk_bytes();
             let span = one..one + disk.store.chunk_len(segment, c);

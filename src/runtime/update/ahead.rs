@@ -20,10 +20,10 @@ use crate::{
     optim::Target,
     runtime::{
         JobSpan, StepHyper, UnitUpdate,
-        core::Shared,
-        homes::Set,
-        stats::Link,
-        update::{Job, Outcome, Source},
+        measure::stats::Link,
+        paging::homes::Set,
+        shared::Shared,
+        update::run::{Job, Outcome, Source},
     },
     units::UnitId,
 };

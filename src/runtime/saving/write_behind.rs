@@ -16,8 +16,8 @@ use crate::{
     io::{Direction, IoCompletion},
     memory::{SlotLease, SlotPool},
     runtime::{
-        core::{Disk, Shared},
-        ticket::Ticket,
+        disk::ticket::Ticket,
+        shared::{Disk, Shared},
     },
     units::ByteCount,
 };

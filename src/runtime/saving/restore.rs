@@ -15,11 +15,10 @@ use crate::{
     model::Section,
     runtime::{
         Interrupted, Runtime,
-        core::{Disk, Shared},
-        files::Map,
-        saves::group_of,
-        stats::Cause,
-        write_behind::WriteBehind,
+        disk::map::Map,
+        measure::stats::Cause,
+        saving::{copy_on_update::group_of, write_behind::WriteBehind},
+        shared::{Disk, Shared},
     },
     units::UnitId,
 };

@@ -11,9 +11,11 @@ use crate::{
     io::{Direction, EngineOptions},
     runtime::{
         Interrupted, Runtime,
-        core::Shared,
-        read_ahead::ReadAhead,
-        saves::{Next, PLAIN, group_of},
+        saving::{
+            copy_on_update::{Next, PLAIN, group_of},
+            read_ahead::ReadAhead,
+        },
+        shared::Shared,
     },
     schedule::placement::{SAVE_FRAME, SAVE_FRAMES, SMALLEST_SAVE_FRAME},
     units::{ByteCount, UnitId},
@@ -390,7 +392,7 @@ impl Shared {
     }
 
     /// How a save or a load works within what is left of the host budget, its frames and `more` bytes counted there; to be given back
-    /// with [`crate::runtime::stats::Stats::returned`].
+    /// with [`crate::runtime::measure::stats::Stats::returned`].
     pub(crate) fn means(&self, more: u64) -> Result<Means> {
         let found = means(self.host_left().saturating_sub(more), &self.checkpoint_io)?;
         if self.stats.lent(found.bytes() + more, self.placement.shadow_bytes) {

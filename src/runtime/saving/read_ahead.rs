@@ -11,7 +11,10 @@ use crate::{
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     memory::{SlotLease, SlotPool},
-    runtime::{core::Shared, files::Map, ticket::Ticket},
+    runtime::{
+        disk::{map::Map, ticket::Ticket},
+        shared::Shared,
+    },
     units::ByteCount,
 };
 

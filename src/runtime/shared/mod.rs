@@ -19,6 +19,10 @@
 //! A look at signals (`interrupted`) is made with none of the locks of the runtime held: a handler may call the runtime.
 #![expect(unsafe_code, reason = "enqueues copies between raw addresses that it owns")]
 
+pub(super) mod end;
+pub(super) mod locked;
+pub(super) mod settle;
+
 use std::{
     sync::{Arc, atomic::AtomicU32},
     time::Duration,
@@ -35,21 +39,18 @@ use crate::{
     model::Layout,
     optim::Pool,
     runtime::{
-        ahead, closed,
-        factors::Factors,
-        faults::Faults,
-        files::Map,
-        homes::Homes,
-        inner::Inner,
-        saves::Saves,
-        share::Share,
-        slow::Slow,
-        split::Split,
-        stats::{Cause, Stats},
-        threads::Ended,
-        ticket::Ticket,
-        trace::Trace,
-        update::Job,
+        closed,
+        disk::{map::Map, threads::Ended, ticket::Ticket},
+        measure::{
+            slow::Slow,
+            stats::{Cause, Stats},
+            step_time::Split,
+            trace::Trace,
+        },
+        paging::{faults::Faults, homes::Homes},
+        saving::copy_on_update::Saves,
+        shared::locked::Inner,
+        update::{ahead, factors::Factors, run::Job, share::Share},
     },
     schedule::{Command, Machine, Opening, Phase, Placement, machine::Wait},
     store::Store,

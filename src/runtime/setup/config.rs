@@ -11,7 +11,7 @@ use crate::{
         self, Auto, Direct, OptimizerTier, ParamsTier, Policy, UpdateOn,
         limits::{self, HostLimits},
     },
-    runtime::{share::Sharing, slow::Slow},
+    runtime::{measure::slow::Slow, update::share::Sharing},
     schedule::{Budgets, LaneUse, Limits, Tiers},
     units::{ByteCount, Tier},
 };

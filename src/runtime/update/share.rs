@@ -19,7 +19,7 @@ use crate::{
     device::{Elapsed, Lanes},
     error::{Code, Error, Result},
     optim::{Hyper, Isa, PIECE, Pool, Span, Target, adamw, adamw_into_with, unsupported},
-    runtime::{core::Shared, stats::Link},
+    runtime::{measure::stats::Link, shared::Shared},
     units::UnitId,
 };
 

@@ -13,9 +13,9 @@ use crate::{
     error::{Code, Error, Result},
     runtime::{
         Interrupted, Runtime,
-        core::{SLICE, Shared},
-        stats::{Cause, Link},
-        threads::Ended,
+        disk::threads::Ended,
+        measure::stats::{Cause, Link},
+        shared::{SLICE, Shared},
     },
     schedule::Phase,
     units::UnitId,

@@ -7,7 +7,12 @@ use crate::{
     error::Result,
     memory::SlotLease,
     optim::{Hyper, Span},
-    runtime::{UnitUpdate, core::Shared, files::Chunk, homes::Set, settle::Until},
+    runtime::{
+        UnitUpdate,
+        disk::map::Chunk,
+        paging::homes::Set,
+        shared::{Shared, settle::Until},
+    },
     units::UnitId,
 };
 
@@ -37,7 +42,7 @@ pub struct StepHyper {
 
 impl StepHyper {
     /// Slots have numbers below this.
-    pub const SLOTS: u32 = crate::runtime::factors::SLOTS;
+    pub const SLOTS: u32 = crate::runtime::update::factors::SLOTS;
 }
 
 /// What the runner needs to know about a unit's update.

@@ -9,9 +9,9 @@ use crate::{
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     runtime::{
-        core::{Landing, Shared},
-        stats::Link,
-        ticket::Ticket,
+        disk::ticket::Ticket,
+        measure::stats::Link,
+        shared::{Landing, Shared},
     },
 };
 

@@ -20,7 +20,7 @@ use crate::{
     checkpoint::Control,
     error::{Code, Error, Result},
     io::IoCompletion,
-    runtime::core::Shared,
+    runtime::shared::Shared,
     units::UnitId,
 };
 

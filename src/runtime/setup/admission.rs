@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::{
     error::{Code, Error, Result},
     model::Layout,
-    runtime::{
+    runtime::setup::{
         config::Config,
         running_notes::{Folder, Note, Other},
     },

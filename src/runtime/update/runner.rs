@@ -8,10 +8,10 @@ use crate::{
     error::{Code, Error, Result},
     memory::SlotLease,
     runtime::{
-        core::{Shared, Task},
-        saves::group_of,
-        stats::Link,
-        update::Outcome,
+        measure::stats::Link,
+        saving::copy_on_update::group_of,
+        shared::{Shared, Task},
+        update::run::Outcome,
     },
     units::UnitId,
 };

@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     io::{IoCompletion, IoPart},
     memory::SlotLease,
-    runtime::stats::Busy,
+    runtime::measure::stats::Busy,
     schedule::{Command, Machine},
     units::UnitId,
 };

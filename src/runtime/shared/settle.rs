@@ -5,9 +5,8 @@ use parking_lot::MutexGuard;
 use crate::{
     error::{Code, Error, Result},
     runtime::{
-        core::{SLICE, Shared},
-        inner::Inner,
-        stats::Cause,
+        measure::stats::Cause,
+        shared::{SLICE, Shared, locked::Inner},
     },
     schedule::Machine,
     units::{Tier, UnitId},

@@ -1,6 +1,6 @@
 //! How a runtime ends: by a failure, by being closed, in a forked child.
 
-use super::Runtime;
+use crate::runtime::Runtime;
 use crate::{
     device::DeviceKind,
     error::{Code, Error, Result},

@@ -4,7 +4,9 @@ use crate::{
     device::StreamRef,
     error::Result,
     optim::{Update, adamw_parallel},
-    runtime::{Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, ahead, settle::Until, shares_processor},
+    runtime::{
+        Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, shared::settle::Until, shares_processor, update::ahead,
+    },
     units::{Tier, UnitId},
 };
 
@@ -14,7 +16,7 @@ impl Runtime {
     ///
     /// # Errors
     /// The runtime's first failure, or an interruption. Either all units are submitted or none:
-    /// [`crate::runtime::stats::Stats::steps`] says which.
+    /// [`crate::runtime::measure::stats::Stats::steps`] says which.
     ///
     /// # Safety
     /// For the arrays of `residents`: as for [`crate::optim::adamw_parallel`], until the stream is past this.

@@ -1,0 +1,6 @@
+//! What a run tells of itself: counters, the time of a step and what it is bound by, the trace, slow requests.
+
+pub(super) mod slow;
+pub mod stats;
+pub mod step_time;
+pub mod trace;
