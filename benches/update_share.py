@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular._offload import session_of
+from funicular.offloading import session_of
 
 SPLITS = ("processor", "lanes", "rates")
 

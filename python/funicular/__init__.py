@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from funicular._core import __version__
-from funicular._errors import BudgetError, Error, RuntimeFailure, StorageError, UsageError
-from funicular._offload import offload, unwrap
-from funicular.checkpoint import Loaded, SaveHandle, load, save
-from funicular.optim import AdamW
+from funicular.checkpoint.save_load import Loaded, SaveHandle, load, save
+from funicular.errors import BudgetError, Error, RuntimeFailure, StorageError, UsageError
+from funicular.offloading import offload, unwrap
+from funicular.optim.adamw import AdamW
 from funicular.policy import Policy
 from funicular.stats import Stats, StepTime, stats
 

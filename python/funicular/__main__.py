@@ -6,7 +6,7 @@ import signal
 import sys
 
 from funicular import _core
-from funicular._compiler import tell_core
+from funicular.torch_internals.nvrtc import tell_core
 
 
 def main() -> int:

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from funicular._parts import offloaded
-from funicular._step_time import StepTime, step_time
+from funicular.report.step_time import StepTime, step_time
+from funicular.windows.lookup import offloaded
 
 if TYPE_CHECKING:
     from torch import nn

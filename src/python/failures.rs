@@ -1,4 +1,4 @@
-//! Errors of the core as exceptions of `funicular._errors`, and interruptible waits.
+//! Errors of the core as exceptions of `funicular.errors`, and interruptible waits.
 
 use pyo3::{prelude::*, types::PyTuple};
 
@@ -12,7 +12,7 @@ pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
         Family::Storage => "StorageError",
         Family::Runtime => "RuntimeFailure",
     };
-    let made = py.import("funicular._errors").and_then(|m| m.getattr(class)).and_then(|class| {
+    let made = py.import("funicular.errors").and_then(|m| m.getattr(class)).and_then(|class| {
         let args = PyTuple::new(
             py,
             [error.code().as_str().into_pyobject(py)?.into_any(), error.to_string().into_pyobject(py)?.into_any()],

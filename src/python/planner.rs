@@ -13,11 +13,11 @@ type UnitTuple = (String, Vec<ParamTuple>, bool);
 /// (parameters that are not paged, of them trained, what they are)
 type UnpagedTuple = (u64, u64, String);
 
-/// Asks `funicular._planner.units`.
+/// Asks `funicular.planning.units`.
 pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Result<(Vec<PlannedUnit>, Unpaged)> {
     Python::attach(|py| {
         let found: PyResult<(Vec<UnitTuple>, UnpagedTuple)> = py
-            .import("funicular._planner")
+            .import("funicular.planning")
             .and_then(|module| module.getattr("units")?.call1((source, patterns.to_vec(), dtype)))
             .and_then(|found| found.extract());
         let (units, (params, trained, text)) = found.map_err(|e| failed(py, source, &e))?;

@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
 import funicular
-from funicular._offload import session_of
-from funicular._places import tensor_over
+from funicular.homes.moved import tensor_over
+from funicular.offloading import session_of
 
 LR = 0.05
 

@@ -384,9 +384,9 @@ def count(run: Run) -> int:
 
 
 ENDLESS = """
-import atexit, funicular._ends
+import atexit, funicular.windows.shutdown
 atexit.register(lambda: print("closed", flush=True))
-atexit.register(funicular._ends._close_all)  # before that; again later, for nothing
+atexit.register(funicular.windows.shutdown._close_all)  # before that; again later, for nothing
 where = {where!r}
 model = Stack(depth=200 if where == "offload" else 12)
 def forever(action):

@@ -175,7 +175,7 @@ def test_damage_changes_nothing_of_a_model_that_is_not_offloaded(tmp_path: Path)
 
 def test_half_a_load_of_a_model_that_is_not_offloaded_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A disk that fails after everything was compared, or Ctrl-C."""
-    from funicular._restore import Loader
+    from funicular.checkpoint.restore import Loader
 
     model, opt = large()
     funicular.save(model, opt, tmp_path / "c", extra=1)

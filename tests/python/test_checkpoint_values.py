@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funicular
-from funicular._facts import decode, encode
+from funicular.checkpoint.facts import decode, encode
 from models import Stack
 from test_checkpoint import begin
 from twin import World

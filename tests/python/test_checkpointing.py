@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
-from funicular._offload import session_of
+from funicular.offloading import session_of
 from models import WIDTH, Block, Decoder, Stack, stack
 from twin import Run, World, case, compare
 

@@ -136,19 +136,19 @@ def test_infinite_gradient(run: Run):
 def test_the_known_norms_are_used(host_world):
     """After the first step clipping neither reads nor writes homed gradients."""
     import funicular
-    from funicular import _clip
+    from funicular.gradients import clipping
 
     model = stack()()
     funicular.offload(model, host_world.policy(model))
     opt = funicular.AdamW(model.parameters())
     applied = []
-    original = _clip.apply_pending
+    original = clipping.apply_pending
 
     def spy(ref):
         applied.append(ref.factor)
         original(ref)
 
-    import funicular._session as session_module
+    import funicular.windows.session as session_module
 
     session_module.apply_pending = spy
     try:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import children
 import funicular
-from funicular._model import ref_of
+from funicular.units.unit import ref_of
 from models import CUDA, WIDTH, Stack
 from test_processes import in_child
 from twin import Run, World
@@ -277,7 +277,7 @@ def test_an_address_that_nobody_was_told_of(tier: str, disk: str):
     if CUDA:
         pytest.skip("CUDA does not survive fork")
     body = """
-    from funicular._model import ref_of
+    from funicular.units.unit import ref_of
     import ctypes
     model = Stack()
     funicular.offload(model, world.policy(model))

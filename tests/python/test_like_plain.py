@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import funicular
-from funicular._offload import session_of
+from funicular.offloading import session_of
 from models import CUDA, WIDTH, Block, Stack, stack
 from twin import Run, case, compare
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from conftest import DEVICE, make_world
-from funicular import _testing
+from funicular import testing
 from models import WIDTH, Linear, Stack
 from sliced import compare
 from twin import Mismatch, Run, World
@@ -28,7 +28,7 @@ INNER = 2 * WIDTH
 @pytest.fixture(autouse=True)
 def nothing_was_compiled(monkeypatch: pytest.MonkeyPatch):
     """Whatever other tests of this process did."""
-    monkeypatch.setattr("funicular._deferred.compilations", lambda: 0)
+    monkeypatch.setattr("funicular.micro_batches.skip_last.compilations", lambda: 0)
 
 
 class Ending(nn.Module):
@@ -283,7 +283,7 @@ def test_without_a_graph_nothing_is_put_off(host_world):
 
 @pytest.mark.parametrize("end", ["used", "a closure", "a function", "an argument"])
 def test_the_comparison_can_fail(end: str, host_world):
-    with _testing.break_("never_fill"), pytest.raises(Mismatch):
+    with testing.break_("never_fill"), pytest.raises(Mismatch):
         compare(host_world, endings(LOOKED[end]), steps)
 
 
@@ -356,5 +356,5 @@ def test_the_last_product_is_not_computed(host_world):
 
 def test_after_a_compiler_nothing_is_put_off(host_world, monkeypatch: pytest.MonkeyPatch):
     """Compiled code looks at modes and hooks, and would be compiled again."""
-    monkeypatch.setattr("funicular._deferred.compilations", lambda: 1)
+    monkeypatch.setattr("funicular.micro_batches.skip_last.compilations", lambda: 1)
     assert products(False, host_world) == products(True, host_world)

@@ -14,8 +14,8 @@ from torch import nn
 
 import facts
 import funicular
-from funicular import _guard
-from funicular._offload import session_of
+from funicular.guard import classes
+from funicular.offloading import session_of
 from models import CUDA, WIDTH, Block, Decoder, Linear, Stack, stack
 from sliced import close, compare
 from twin import Run, bits, play, same
@@ -371,7 +371,7 @@ def test_interrupted_in_the_middle(two_worlds):
 def test_frames_are_not_taken_for_edited(how, rows, host_world, monkeypatch):
     """The runtime's own ways past the version counters must not cost a look at every weight in every window."""
     touched = []
-    monkeypatch.setattr(_guard, "touch", lambda ref: touched.append(ref.name))
+    monkeypatch.setattr(classes, "touch", lambda ref: touched.append(ref.name))
     run = Run(host_world, True)
     run.model = run.wrap(Stack(), activations={"micro_batch": rows or "off"})
     run.opt = run.adamw()

@@ -8,7 +8,7 @@ import torch
 
 import funicular
 import turns
-from funicular._session import Session
+from funicular.windows.session import Session
 from models import WIDTH, stack
 from test_ahead import SPARE, loss_of, run_offloaded, settle
 from twin import Run, compare

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular._offload import session_of
+from funicular.offloading import session_of
 from models import CUDA
 
 DEVICE = "cuda" if CUDA else "cpu"

@@ -16,7 +16,7 @@ ROOM = {"all": "256MiB", "some": "64MiB"} if CUDA else {"all": "64MiB", "some": 
 
 
 def is_paged(p: nn.Parameter) -> bool:
-    from funicular._model import ref_of
+    from funicular.units.unit import ref_of
 
     return ref_of(p) is not None
 
@@ -131,7 +131,7 @@ def test_a_copy_is_ordinary(host_world):
 
 def test_clipping_leaves_paged_gradients_where_they_are(host_world, monkeypatch):
     """Beside residents, whose gradients torch multiplies, the factor of paged ones stays pending."""
-    import funicular._session as session_module
+    import funicular.windows.session as session_module
 
     model = offloaded(host_world, ROOM["some"])
     opt = funicular.AdamW(model.parameters())

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import funicular
 from funicular import StepTime
-from funicular._nvtx import Ranges
-from funicular._offload import session_of
+from funicular.offloading import session_of
+from funicular.report.nvtx import Ranges
 from models import CUDA, Block, Stack
 from twin import World
 

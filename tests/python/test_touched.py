@@ -13,7 +13,7 @@ import torch
 import children
 import funicular
 from conftest import DEVICE, PLACEMENTS
-from funicular._model import ref_of
+from funicular.units.unit import ref_of
 from models import CUDA, WIDTH, Stack, stack
 from twin import Run, World, compare
 
@@ -156,7 +156,7 @@ def test_many_threads(nvme_world: World):
 
 
 TOUCH = """
-from funicular._model import ref_of
+from funicular.units.unit import ref_of
 import ctypes
 model = Stack(depth=8)
 funicular.offload(model, merge(world.policy(model), {more!r}))
@@ -172,7 +172,7 @@ def run(body: str, disk: str, more: dict | None = None) -> tuple[int, str, str]:
 
 #: One weight after the other can be read; all at once are more host memory than is allowed.
 TIGHT = """
-from funicular._model import ref_of
+from funicular.units.unit import ref_of
 import ctypes
 from torch import nn
 model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256)) for _ in range(16)])

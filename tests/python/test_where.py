@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular._offload import session_of
+from funicular.offloading import session_of
 from models import CUDA, Block, Stack
 from twin import FRAMES, Run, World, compare, unit_bytes
 

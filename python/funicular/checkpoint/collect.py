@@ -1,0 +1,258 @@
+"""What of a model and its optimizer belongs into a checkpoint, and where its bytes are now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from funicular.checkpoint.entries import added_entries
+from funicular.checkpoint.facts import encode
+from funicular.errors import UsageError
+from funicular.optim.adamw import AdamW
+from funicular.optim.states import MOMENTS, ParamStates
+from funicular.units.unit import ref_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from funicular.units.unit import ParamRef
+
+__all__ = ["DTYPES", "Named", "Snapshot", "config_files", "named_tensors", "states_of"]
+
+#: names of types in safetensors
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+}  # fmt: skip
+_HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_Place = tuple[int, int, int, str]
+
+
+class Named(NamedTuple):
+    """The model's tensors, each under the first of its names, and the other names; what modules add to their state."""
+
+    params: dict[str, nn.Parameter]
+    buffers: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+    entries: dict[str, Any]
+
+
+def named_tensors(model: nn.Module) -> Named:
+    """Return what ``model.state_dict()`` has, by identity.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E408`` if the model's own ``state_dict()`` fails.
+    """
+    params: dict[str, nn.Parameter] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for key, p in module._parameters.items():
+            if p is not None:
+                _note(dot + key, p, first, params, aliases)
+        for key, b in module._buffers.items():
+            if b is not None and key not in module._non_persistent_buffers_set:
+                _note(dot + key, b, first, buffers, aliases)
+    return Named(params, buffers, aliases, added_entries(model, {**params, **buffers}, aliases))
+
+
+def _note(name: str, tensor: Any, first: dict[int, str], found: dict[str, Any], aliases: dict[str, str]) -> None:
+    known = first.setdefault(id(tensor), name)
+    if known == name:
+        found[name] = tensor
+    else:
+        aliases[name] = known
+
+
+def states_of(opt: torch.optim.Optimizer, p: torch.Tensor) -> tuple[int, Any]:
+    """Return how often a parameter was stepped, and its states.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E408`` for states of another optimizer than AdamW, and for entries of the user's own.
+    """
+    states = opt.state.get(p)
+    if isinstance(states, ParamStates):
+        if own := states.own_keys():
+            raise UsageError(
+                "FN-E408",
+                f"optimizer.state of a parameter of shape {tuple(p.shape)} has entries of its own ({', '.join(map(repr, own[:5]))}), "
+                "which a checkpoint does not hold. Take them out for the save, and keep them by yourself.",
+            )
+        return states.count, states if states.begun else {}
+    if not states:
+        return 0, {}
+    unknown = set(states) - {"step", *MOMENTS, "master"}
+    if unknown or "exp_avg" not in states:
+        raise UsageError(
+            "FN-E408",
+            f"states of {type(opt).__name__} ({', '.join(sorted(map(str, states)))}) cannot be saved. Save the model alone, "
+            "with None for the optimizer, and its state_dict() by yourself.",
+        )
+    return int(states["step"]), states
+
+
+class Snapshot:
+    """Lists of tensors and facts for the core, and what must stay alive until they were written."""
+
+    def __init__(self, *, fp32: bool, capture: bool, device: torch.device | None) -> None:
+        self.fp32 = fp32
+        #: copy what may be edited in place by anybody before it is read
+        self.capture = capture
+        self.device = device
+        self.tensors: list[Any] = []
+        self.held: list[tuple[str, torch.Tensor, int]] = []
+        self.dtypes: dict[str, str] = {}
+        self.edited: list[str] = []
+        self.steps: dict[str, int] = {}
+        self.known: dict[str, Any] = {}
+
+    def changed(self) -> str | None:
+        """Return the name of a tensor that was edited since it was listed."""
+        return next((name for name, tensor, version in self.held if tensor._version != version), None)
+
+    def _memory(self, name: str, tensor: torch.Tensor, *, capture: bool = False) -> _Place:
+        # What is written are bytes: a conjugate or a negation that torch has put off is done first.
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            raise UsageError(
+                "FN-E408", f"'{name}' is a {type(tensor).__name__} on {tensor.device}: not saved. Convert it."
+            )
+        on_device = tensor.device.type != "cpu" and tensor.device == self.device
+        packed = tensor.contiguous() if on_device else tensor.cpu().contiguous()
+        if packed.is_inference() or (capture and packed.data_ptr() == tensor.data_ptr()):
+            packed = packed.clone()
+        self.held.append((name, packed, packed._version))
+        return (-1, int(on_device), packed.data_ptr(), "")
+
+    def param(self, name: str, p: nn.Parameter) -> None:
+        """List a parameter."""
+        ref = ref_of(p)
+        like = p if ref is None else ref.home
+        dtype = _dtype(name, like)
+        if ref is None:
+            place = self._memory(name, p)
+        elif like.is_contiguous():
+            place = _in_unit(ref, "param")
+        else:
+            place = self._memory(name, p, capture=True)
+        master: Any = None
+        if self.fp32 and like.dtype in _HALVES:
+            self.dtypes[name] = _HALVES[like.dtype]
+            dtype, master = "F32", (_HALVES[like.dtype], self._rest(name, p, ref))
+        self.tensors.append((name, dtype, tuple(like.shape), False, place, master))
+
+    def _rest(self, name: str, p: nn.Parameter, ref: ParamRef | None) -> _Place | None:
+        """Return where a 16-bit parameter's master has what it has beyond the parameter; None where that is nothing."""
+        states = ref.states if ref is not None and ref.states is not None else self.known.get(name)
+        if not isinstance(states, ParamStates) or states.count == 0 or states.edited:
+            return None
+        if ref is not None and states.ref is ref:
+            return _in_unit(ref, "master") if p.is_contiguous() else self._memory(name, states.fetched("master"))
+        return self._memory(name, states["master"])
+
+    def buffer(self, name: str, b: torch.Tensor) -> None:
+        """List a buffer; those are small, and change in any forward."""
+        place = self._memory(name, b, capture=self.capture)
+        self.tensors.append((name, _dtype(name, b), tuple(b.shape), False, place, None))
+
+    def entries(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """List the tensors among what modules add to their state; returns their names, and the values of the others."""
+        values = {}
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                self.buffer(name, value)
+            else:
+                values[name] = encode(value, f"'{name}' of the model's state_dict()")
+        return {"tensors": [name for name in entries if name not in values], "values": values}
+
+    def states(self, name: str, p: nn.Parameter, count: int, states: Any) -> None:
+        """List a parameter's states."""
+        self.steps[name] = count
+        self.known[name] = states
+        if not states:
+            return
+        ref = ref_of(p)
+        ours = isinstance(states, ParamStates)
+        within = ref is not None and ours and states.ref is ref
+        like = p if ref is None else ref.home
+        edited = ours and states.edited
+        if ours:
+            states.keep_edits()
+        if edited:
+            self.edited.append(name)
+        half = like.dtype in _HALVES
+        kinds = (*MOMENTS, "master") if half and not edited and not self.fp32 else MOMENTS
+        packed = within and like.is_contiguous()
+        for kind in kinds:
+            key = f"{name}.{kind}"
+            if packed:
+                assert ref is not None
+                place, dtype = (
+                    _in_unit(ref, kind),
+                    "I16" if kind == "master" and like.dtype == torch.bfloat16 else "F32",
+                )
+            elif ours or kind in states:
+                tensor = states.fetched(kind) if within else states[kind]
+                place, dtype = self._memory(key, tensor), _dtype(name, tensor)
+            else:
+                continue
+            self.tensors.append((key, dtype, tuple(like.shape), True, place, None))
+
+    def groups(self, opt: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> list[Any]:
+        """List the states of all groups; returns the groups' options, with parameters by name."""
+        names = {id(p): name for name, p in params.items()}
+        if isinstance(opt, AdamW):
+            opt.settle()
+        groups = []
+        for index, group in enumerate(opt.param_groups):
+            members = []
+            for p in group["params"]:
+                name = names.get(id(p))
+                if name is None:
+                    raise UsageError(
+                        "FN-E408",
+                        f"group {index} of the optimizer has a parameter of shape {tuple(p.shape)} that is not one of the model's. "
+                        "Make it part of the model.",
+                    )
+                members.append(name)
+                self.states(name, p, *states_of(opt, p))
+            options = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            groups.append({"options": encode(options, f"group {index}"), "params": members})
+        return groups
+
+
+def _in_unit(ref: ParamRef, kind: str) -> _Place:
+    return (ref.unit.engine_id, ref.section, ref.start, kind)
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> str:
+    if tensor.dtype not in DTYPES:
+        raise UsageError("FN-E408", f"'{name}' is {tensor.dtype}, which safetensors does not have. Convert it.")
+    return DTYPES[tensor.dtype]
+
+
+def config_files(model: Any, *, fp32: bool) -> Iterator[tuple[str, bytes]]:
+    """Yield what ``from_pretrained`` reads besides the weights."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return
+    said = {"architectures": [type(model).__name__]}
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        said["dtype"] = "float32" if fp32 and dtype in _HALVES else str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    copy = type(config).from_dict({**config.to_dict(), **said})
+    yield "config.json", str(copy.to_json_string()).encode()
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        yield "generation_config.json", str(generation.to_json_string()).encode()

@@ -1,0 +1,69 @@
+"""A session between steps: everything at home for a save or a load, and what was loaded seen by everybody."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from funicular import _core
+from funicular.errors import UsageError
+from funicular.units.unit import in_backward
+from funicular.windows.replaced import check_replaced
+from funicular.windows.signals import refuse
+
+if TYPE_CHECKING:
+    from funicular.units.unit import ParamRef
+    from funicular.windows.session import Session
+
+__all__ = ["between_steps", "homes_changed", "preserve_aliased", "quiesce"]
+
+
+def quiesce(session: Session) -> None:
+    """Bring everything home that a save or a load is about.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E115`` if another library has replaced parameters.
+    """
+    session.alive()
+    check_replaced(session)
+    session.take_all_edits()
+
+
+def between_steps(session: Session) -> None:
+    """Refuse a load amid something else.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E408`` inside a forward or backward.
+    RuntimeFailure
+        ``FN-E106`` in a signal handler, amid the session's own work.
+    """
+    refuse(session, "a load")
+    if in_backward() or any(unit.depth > 0 for unit in session.units):
+        raise UsageError("FN-E408", "a load was asked for inside a forward or backward. Ask between steps.")
+
+
+def preserve_aliased(session: Session) -> None:
+    """Wait until a save has read what somebody may edit without the guard's knowledge."""
+    for unit in session.units:
+        if unit.home_seen is not None or unit.home_aliased():
+            _core.preserve(session.engine, unit.engine_id)
+
+
+def homes_changed(session: Session, refs: list[ParamRef]) -> None:
+    """Let whoever looks at homes see what was loaded, and whoever saved views of them see that it changed."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for ref in refs:
+            torch.autograd.graph.increment_version(ref.param)
+            ref.version = ref.param._version
+            ref.edited = False
+    for unit in dict.fromkeys(ref.unit for ref in refs):
+        unit.guess = None
+        unit.behind = True
+        session.engine.invalidate(unit.engine_id, session.stream())
+    # Aliases see it now, not at their next use through a guard.
+    session.take_all_edits()

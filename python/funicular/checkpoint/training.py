@@ -1,0 +1,135 @@
+"""What a checkpoint says of the training, checked as a whole before anything is changed: files are untrusted input."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funicular.checkpoint.facts import check_random_states, decode
+from funicular.errors import StorageError
+from funicular.optim.states import MOMENTS
+
+if TYPE_CHECKING:
+    from funicular.checkpoint.collect import Named
+    from funicular.checkpoint.restore import Source
+
+__all__ = ["check_options", "check_states", "check_training"]
+
+#: steps that a float64 counts exactly
+_MOST_STEPS = 2**53
+#: what a file of weights alone leaves out
+_EXPORTED: dict[str, Any] = {"step": 0, "steps": {}, "edited": [], "dtypes": {}, "tied": {}, "extra": None}
+
+
+def check_training(source: Source) -> dict[str, Any]:
+    """Return what a checkpoint says of the training, once all of it is of the right kind.
+
+    Raises
+    ------
+    StorageError
+        ``FN-E406`` that names what is not.
+    """
+    said = source.training
+    try:
+        if "exported_from" in said:
+            said = {**_EXPORTED, **said}
+        _check(said)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise _damaged(source, f"{type(error).__name__}: {str(error)[:300]}") from None
+    return said
+
+
+def _damaged(source: Source, what: str) -> StorageError:
+    return StorageError(
+        "FN-E406",
+        f"{source.path}: what funicular.json says of the training is not what a save writes ({what}). Nothing was loaded. "
+        "Load another checkpoint.",
+    )
+
+
+def _check(said: dict[str, Any]) -> None:
+    _expect("step", said["step"], _is_count)
+    _expect("steps", said["steps"], lambda v: type(v) is dict and all(map(_is_count, v.values())))
+    _expect("edited", said["edited"], _are_names)
+    _expect("dtypes", said["dtypes"], lambda v: type(v) is dict and set(v.values()) <= {"bfloat16", "float16"})
+    _expect("tied", said["tied"], lambda v: type(v) is dict and _are_names(list(v.values())))
+    groups = said.get("groups")
+    _expect("groups", groups, lambda v: v is None or type(v) is list)
+    for index, group in enumerate(groups or []):
+        _expect(f"group {index}", group["params"], _are_names)
+        _expect(
+            f"the options of group {index}", decode(group["options"]), lambda v: type(v) is dict and "params" not in v
+        )
+    decode(said["extra"])
+    if "random" in said or "exported_from" not in said:
+        check_random_states(said["random"])
+
+
+def _expect(what: str, value: Any, right: Any) -> None:
+    if not right(value):
+        raise ValueError(f"{what} is {str(value)[:100]}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_STEPS
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and not (type(value) is float and math.isnan(value))
+
+
+def _are_names(value: Any) -> bool:
+    return type(value) is list and all(type(name) is str for name in value)
+
+
+def check_states(source: Source, named: Named, groups: list[list[str]]) -> None:
+    """Compare the optimizer's tensors with the parameters that were stepped.
+
+    Raises
+    ------
+    StorageError
+        ``FN-E406`` for states that are missing or of another shape.
+    """
+    steps = source.training.get("steps", {})
+    for name in (name for group in groups for name in group if steps.get(name, 0)):
+        shape = tuple(named.params[name].shape)
+        for kind in MOMENTS:
+            found = source.optimizer.get(f"{name}.{kind}")
+            if found is None or found.shape != shape or found.dtype not in ("F32", "F16", "BF16", "F64"):
+                has = "missing" if found is None else f"{found.dtype} {list(found.shape)}, not {list(shape)}"
+                raise _damaged(source, f"'{name}' has had {steps[name]} steps, and '{name}.{kind}' is {has}")
+        rest = source.optimizer.get(f"{name}.master")
+        if rest is not None and rest.shape != shape:
+            raise _damaged(source, f"'{name}.master' is {list(rest.shape)}, not {list(shape)}")
+
+
+def check_options(source: Source, opt: torch.optim.Optimizer) -> None:
+    """Compare the kinds of the groups' options with those that the optimizer has.
+
+    Raises
+    ------
+    StorageError
+        ``FN-E406`` for an option of another kind.
+    """
+    for index, (group, saved) in enumerate(zip(opt.param_groups, source.training["groups"], strict=True)):
+        for key, value in decode(saved["options"]).items():
+            own = group.get(key)
+            if isinstance(own, torch.Tensor) or _is_number(own):
+                right = _is_number(value)
+            elif isinstance(own, (tuple, list)) and own and all(map(_is_number, own)):
+                right = isinstance(value, (tuple, list)) and len(value) == len(own) and all(map(_is_number, value))
+            else:
+                right = True
+            if not right:
+                raise _damaged(source, f"{key} of group {index} is {str(value)[:100]}")

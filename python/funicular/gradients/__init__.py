@@ -1,0 +1,1 @@
+"""Gradients: brought to their places, their norm and clipping, updates that begin in backward."""

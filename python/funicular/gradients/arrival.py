@@ -1,0 +1,187 @@
+"""Gradients and the places they are brought to, where somebody keeps looking at one of the two.
+
+In plain PyTorch a new gradient has new memory, so whatever was made of an old one keeps its values. Here its place is used
+again: whoever still looks at it is moved to memory of its own first. Views are known, because they are guarded as the
+gradient is; raw aliases are given ordinary memory from the start.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funicular import testing
+from funicular.errors import RuntimeFailure
+from funicular.gradients.clipping import note_norm
+from funicular.guard.classes import GuardedGrad
+from funicular.units.unit import link, ref_of, storage_uses
+
+if TYPE_CHECKING:
+    from funicular._core import Engine
+    from funicular.units.unit import ParamRef
+    from funicular.windows.session import Session
+
+_use_count: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
+
+__all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
+
+
+def make_grad(ref: ParamRef) -> torch.Tensor:
+    """Build the tensor over the gradient's place."""
+    storage, home = ref.grad_storage, ref.home
+    assert storage is not None
+    # Not by slicing: autograd's notes on views would keep tensors that look at the place.
+    grad = torch.empty(0, dtype=home.dtype, device=storage.device)
+    grad.set_(storage, 0, home.size(), home.stride())
+    grad.__class__ = GuardedGrad
+    link(grad, ref)
+    return grad
+
+
+def place_for(ref: ParamRef) -> torch.Tensor:
+    """Return the tensor over a gradient's place, for a new gradient: nobody looks at the place any more.
+
+    Raises
+    ------
+    RuntimeFailure
+        ``FN-E119`` if something that cannot be moved still does.
+    """
+    # The attribute, the argument of getrefcount, and nobody else.
+    if sys.getrefcount(ref.grad) > 2 or (ref.views and any(view() is not None for view in ref.views)):
+        ref.unit.session.access_grad(ref)
+        move_out(ref)
+    assert ref.grad_storage is not None
+    assert ref.grad is not None
+    if storage_uses(ref.grad_storage) > ref.unit.grad_idle:
+        raise RuntimeFailure(
+            "FN-E119",
+            f"something looks at the old gradient of '{ref.name}' in a way that cannot be followed. "
+            "Keep a clone: p.grad.clone().",
+        )
+    return ref.grad
+
+
+class Landing:
+    """Gradients on their way down, kept until their copies are over: no more than those of two of the largest units."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        #: gradient, and the number of its copy, or None where an interruption kept it from being known
+        self._queue: deque[list[Any]] = deque()
+        self._most = 0
+
+    def send(self, ref: ParamRef, grad: torch.Tensor, stream: int) -> None:
+        """Begin the copy of a gradient to its place."""
+        self._most = max(self._most, 2 * ref.unit.nbytes)
+        under_way: list[Any] = [grad, None]
+        self._queue.append(under_way)  # before: nothing may free what is being copied
+        under_way[1] = self._engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), grad.nbytes, stream)
+
+    def reap(self, stream: int, *, all_of_them: bool = False) -> None:
+        """Let go of gradients that have landed; ``stream`` waits for the oldest as long as there are too many."""
+        most = 0 if all_of_them else self._most
+        left = sum(grad.nbytes for grad, _ in self._queue)
+        while self._queue:
+            grad, copy = self._queue[0]
+            if copy is None:
+                self._engine.wait_gradients(stream)
+            elif not self._engine.landed(copy):
+                if left <= most:
+                    return
+                self._engine.wait_landed(copy, stream)
+            left -= grad.nbytes
+            self._queue.popleft()
+
+
+def bring_down(session: Session, ref: ParamRef) -> bool:
+    """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor."""
+    p = ref.param
+    with torch._C.DisableTorchFunctionSubclass():
+        grad = p.grad
+        if grad is ref.grad:
+            return True  # added to in its place
+        if grad is None or grad.requires_grad or grad.layout != torch.strided:
+            return False
+        if grad.dtype != ref.home.dtype or grad.device != ref.home.device or type(grad) is not torch.Tensor:
+            return False
+        if _is_kept(_holders(grad)):
+            return False  # its holder may go on to edit it
+        place = place_for(ref)
+        if testing.broken("drop_gradient"):
+            p.grad = place
+            return False
+        if grad.stride() != ref.home.stride():
+            grad = torch.empty_like(ref.frame).copy_(grad)
+        note_norm(ref, grad, place)
+        session.landing.send(ref, grad, session.stream())
+        p.grad = place
+    return True
+
+
+def bring_home(session: Session, refs: list[ParamRef]) -> None:
+    """Make sure that the gradients to be used by a step are the ones in their places."""
+    foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
+    # One parameter's place may be another's gradient: all are read before any is written.
+    taken = [(ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None]
+    for ref, grad in taken:
+        session.access_grad(ref)
+        place = place_for(ref)
+        with torch._C.DisableTorchFunctionSubclass():
+            place.copy_(grad)
+
+
+def move_out(ref: ParamRef) -> None:
+    """Give a gradient, and all views of it, memory of its own with the same bytes. Its place must be settled."""
+    grad = ref.grad
+    assert grad is not None
+    with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        copy = grad.detach().clone()
+        living = [view() for view in ref.views]
+        for tensor in (grad, *living):
+            if tensor is not None:
+                _rebase(tensor, copy)
+        ref.views.clear()
+        ref.grad = make_grad(ref)
+
+
+def _rebase(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    moved = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    moved.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    tensor.data = moved
+    tensor.__class__ = torch.Tensor
+    del tensor._funicular_ref  # type: ignore[attr-defined]
+
+
+def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
+    """Return how many look at a gradient: references in Python, in C++, and tensors over its memory if all of it is its own."""
+    storage = gradient.untyped_storage()
+    whole = storage.nbytes() == gradient.numel() * gradient.element_size()
+    return sys.getrefcount(gradient), _use_count(gradient), storage_uses(storage) if whole else 0
+
+
+class _Sample(threading.local):
+    """A gradient at which nobody looks; each thread has its own, since a look from another thread would count."""
+
+    def __init__(self) -> None:
+        self.parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
+        self.parameter.grad = torch.zeros(1, device="cpu")
+
+
+_sample = _Sample()
+
+
+def _holders_of_a_new_one() -> tuple[int, int, int]:
+    """Return the same of a gradient at which nobody looks: a call costs more references where a compiler or debugger watches."""
+    gradient = _sample.parameter.grad
+    assert gradient is not None
+    return _holders(gradient)
+
+
+def _is_kept(found: tuple[int, int, int]) -> bool:
+    """Whether anybody looks at a gradient besides its parameter and one variable."""
+    new = _holders_of_a_new_one()
+    return found[0] > new[0] or found[1] > new[1] or found[2] > new[2]

@@ -1,0 +1,149 @@
+"""Gradient norms and clipping without a pass over gradients that lie in host memory.
+
+``torch.nn.utils.clip_grad_norm_`` asks for the norm of each gradient and multiplies each by one factor. On a GPU both would go
+over the link. The norms are taken as the gradients are produced, by the same operation of torch over the same values; the
+factor stays pending: the update applies it with the rounding that the multiplication has, and whoever looks at a gradient
+before or after has it applied first.
+
+Any other use, another norm, a factor on another device, more factors than one: the operation runs as it is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funicular.units.unit import ref_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from funicular.units.unit import ParamRef
+    from funicular.windows.session import Session
+
+__all__ = ["apply_pending", "effective_factor", "note_norm", "recognised"]
+
+_T: Any = torch.Tensor
+_FOREACH_NORM: Any = torch._foreach_norm
+_FOREACH_MUL: Any = torch._foreach_mul_
+_VECTOR_NORM: Any = torch.linalg.vector_norm
+#: distinct factors that may be pending for one step: a quarter of the runtime's slots
+MAX_FACTORS = 256
+
+#: the operation did not match
+NOTHING = object()
+
+
+def recognised(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], guarded: type[torch.Tensor]
+) -> Any:
+    """Answer one of the operations of ``clip_grad_norm_`` from what is known; ``NOTHING`` for anything else."""
+    if kwargs:
+        return NOTHING
+    if func is _FOREACH_NORM or func is _VECTOR_NORM:
+        if len(args) != 2 or args[1] != 2:
+            return NOTHING
+        if func is _VECTOR_NORM:
+            return _known_norm(args[0], "single") if type(args[0]) is guarded else NOTHING
+        return _norms(args[0], guarded)
+    if func is _FOREACH_MUL or func is _T.mul_:
+        grads = args[0] if func is _FOREACH_MUL else [args[0]]
+        if len(args) == 2 and _postpone(grads, args[1], guarded):
+            return None if func is _FOREACH_MUL else args[0]
+    return NOTHING
+
+
+def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
+    found = [_known_norm(t, "foreach") if type(t) is guarded else NOTHING for t in tensors]
+    missing = [i for i, norm in enumerate(found) if norm is NOTHING]
+    if len(missing) == len(found) or any(type(tensors[i]) is guarded for i in missing):
+        return NOTHING
+    if missing:
+        for i, norm in zip(missing, _FOREACH_NORM([tensors[i] for i in missing], 2.0), strict=True):
+            found[i] = norm
+    return tuple(found)
+
+
+def _living_ref(grad: torch.Tensor) -> ParamRef | None:
+    ref = ref_of(grad)
+    return ref if ref is not None and ref.grad is grad else None
+
+
+def _known_norm(grad: torch.Tensor, kind: str) -> Any:
+    ref = _living_ref(grad)
+    if ref is None:
+        return NOTHING
+    ref.unit.session.wants_norms = kind
+    if ref.norm is None or ref.factor is not None:
+        return NOTHING
+    norm, version, taken = ref.norm
+    with torch._C.DisableTorchFunctionSubclass():
+        return norm if grad._version == version and taken == kind else NOTHING
+
+
+def note_norm(ref: ParamRef, grad: torch.Tensor, home: torch.Tensor) -> None:
+    """Take the norm of a gradient that is about to leave for its home."""
+    ref.factor = None
+    ref.norm = None
+    kind = ref.unit.session.wants_norms
+    if kind:
+        # Their sums differ in the last bit on a GPU.
+        norm = _FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
+        ref.norm = (norm, home._version, kind)
+
+
+def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
+    """Keep a factor for the update, and multiply ordinary gradients among them now; False if all have to be multiplied."""
+    if (
+        type(factor) is not torch.Tensor
+        or factor.dim() != 0
+        or factor.requires_grad
+        or not isinstance(grads, (list, tuple))
+    ):
+        return False
+    if factor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or torch.is_inference_mode_enabled():
+        return False
+    refs = []
+    for grad in grads:
+        if type(grad) is torch.Tensor:
+            continue
+        ref = _living_ref(grad) if type(grad) is guarded else None
+        # A norm that is known says that nobody has touched the gradient since it came.
+        if ref is None or ref.factor is not None or ref.norm is None or grad.device != factor.device:
+            return False
+        with torch._C.DisableTorchFunctionSubclass():
+            if grad._version != ref.norm[1]:
+                return False
+        refs.append(ref)
+    if not refs or not _take(refs[0].unit.session, factor):
+        return False
+    ordinary = [grad for grad in grads if type(grad) is torch.Tensor]
+    if ordinary:
+        _FOREACH_MUL(ordinary, factor)
+    for ref in refs:
+        ref.factor = factor
+    return True
+
+
+def _take(session: Session, factor: torch.Tensor) -> bool:
+    """Whether one more factor may stay pending until the next step."""
+    if id(factor) not in session.factors and len(session.factors) >= MAX_FACTORS:
+        return False
+    session.factors[id(factor)] = factor
+    return True
+
+
+def effective_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what torch multiplies elements of ``dtype`` by, as fp32: GPUs cast a factor to their type first."""
+    return factor.to(torch.float32) if factor.device.type == "cpu" else factor.to(dtype).to(torch.float32)
+
+
+def apply_pending(ref: ParamRef) -> None:
+    """Multiply a gradient in its segment now: somebody looks at it. The segment is settled."""
+    factor, ref.factor = ref.factor, None
+    if factor is None or ref.grad is None:
+        return
+    ref.norm = None
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        ref.grad.mul_(factor)

@@ -1,0 +1,499 @@
+"""Classes of parameters and gradients, and what happens when an operation meets one of them.
+
+Outside its window a parameter is a view of its home, which background updates change and which may live on NVMe. The
+guard makes every access wait for what is pending first. Inside, it is plain for the threads that are inside, and guarded for
+all others: they use the home.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from multiprocessing.reduction import ForkingPickler
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.multiprocessing.reductions import reduce_tensor
+
+from funicular._core import BoundUnlessAsked, ThreadSwitch
+from funicular.errors import RuntimeFailure, UsageError
+from funicular.gradients.clipping import NOTHING, recognised
+from funicular.guard.questions import calls_in
+from funicular.guard.sending import packed, spawning
+from funicular.guard.torch_functions import (
+    BACKWARDS,
+    CONSTANT,
+    DATA_GET,
+    DATA_SET,
+    HARMLESS,
+    ITSELF,
+    NUMPY,
+    RAW,
+    RESHAPING,
+    TAKING,
+    written,
+)
+from funicular.homes.edits import check_conversion, note, replace_data, touch
+from funicular.torch_internals.saved_hooks import pop, push
+from funicular.units.unit import UNDER_WAY, Use, link, ref_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from funicular.units.unit import ParamRef
+
+__all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter"]
+
+_T: Any = torch.Tensor
+#: Makes parameters of tensors; of tensors whose class it does not know, by ``detach``.
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
+_NO_GRAPH = (
+    "FN-E127 a function compiled with fullgraph=True was given an offloaded parameter outside of its module, or its gradient. Both "
+    "wait for transfers, which a graph cannot. Give it p.detach() and p.grad.clone(), or leave fullgraph=True out."
+)
+#: how many edits of other threads may keep a weight from being saved for the backward
+_TRIES = 1000
+
+
+def _find(items: Iterable[Any], params: list[Any], grads: list[Any]) -> None:
+    for item in items:
+        if isinstance(item, GuardedParameter):
+            params.append(item)
+        elif isinstance(item, GuardedGrad):
+            grads.append(item)
+        elif isinstance(item, (list, tuple)):
+            _find(item, params, grads)
+        elif isinstance(item, dict):
+            _find(item.values(), params, grads)
+
+
+def _swapped(item: Any, swap: dict[int, Any]) -> Any:
+    """Return an argument or a result with some tensors replaced by others."""
+    if isinstance(item, torch.Tensor):
+        return swap.get(id(item), item)
+    if type(item) in (list, tuple):
+        return type(item)(_swapped(i, swap) for i in item)
+    if type(item) is dict:
+        return {key: _swapped(value, swap) for key, value in item.items()}
+    return item
+
+
+def _living(p: torch.Tensor) -> ParamRef:
+    ref = ref_of(p)
+    if ref is None:
+        raise RuntimeFailure(
+            "FN-E104", "the offloaded model of this parameter is gone. Keep the model, or unwrap it first."
+        )
+    return ref
+
+
+def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call, with what autograd saves of the parameters packed as leases."""
+    if not refs or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    leases = refs[0].unit.session.leases
+    pair = leases.pair()
+    if pair is None:
+        return func(*args, **kwargs)
+    for _ in range(_TRIES):
+        leases.local.packed = False
+        before = [ref.param._version for ref in refs]
+        try:
+            push(*pair)
+            return func(*args, **kwargs)
+        except RuntimeError:
+            # torch takes an edit for the hook's own that a step of another thread counted while a weight was being saved.
+            edited = [ref.param._version for ref in refs] != before
+            if not edited or not leases.local.packed or func in BACKWARDS or written(func, args, kwargs):
+                raise
+        finally:
+            pop()
+    raise UsageError(
+        "FN-E118",
+        f"'{refs[0].name}' was edited by other threads each of {_TRIES} times that an operation was about to save it for its backward. "
+        "Let the optimizers of other threads step when the forward is over.",
+    )
+
+
+def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that meets guarded tensors."""
+    if func in HARMLESS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    params: list[Any] = []
+    grads: list[Any] = []
+    _find(args, params, grads)
+    _find(kwargs.values(), params, grads)
+    owners = _settle_grads(func, grads) if grads else []
+    result = _call(func, args, kwargs, params)
+    if owners:
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled() and _needs_grad(result) and not written(func, args, kwargs):
+                # A graph was made, which may keep the gradients until after the next ones.
+                swap = {id(grad): grad.clone() for grad in grads}
+                args, kwargs, result = _swapped(args, swap), _swapped(kwargs, swap), None
+            else:
+                _adopt(result, owners)
+                return result
+        result = _call(func, args, kwargs, params)
+    return result
+
+
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Any]) -> Any:
+    if params:
+        return _call_on_params(func, args, kwargs, params)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Any]) -> Any:
+    refs = [_living(p) for p in params]
+    if func is torch._has_compatible_shallow_copy_type and isinstance(args[1], torch.Tensor):
+        # `module.to(...)` and its kin ask before they move a parameter or replace it.
+        check_conversion(refs[0], args[1])
+    me = get_ident()
+    outside = [ref for ref in refs if me not in ref.unit.inside]
+    use = Use()
+    try:
+        UNDER_WAY.append(use)
+        plain = func in CONSTANT or (not torch.is_grad_enabled() and func not in ITSELF)
+        swap: dict[int, Any] = {}
+        back: dict[int, Any] = {}
+        for session in dict.fromkeys(ref.unit.session for ref in outside):
+            mine = [ref for ref in outside if ref.unit.session is session]
+            for ref in session.access(mine, use, raw=func in RAW, plain=plain):
+                swap[id(ref.param)] = ref.stand_in
+                back[id(ref.stand_in)] = ref.param
+        if func == DATA_SET and args[0] is params[0] and me not in refs[0].unit.inside:
+            replace_data(refs[0], args[1])
+            return None
+        if func is _T.data_ptr:
+            for ref in outside:
+                ref.unit.exposed = True
+        args, kwargs = _swapped(args, swap), _swapped(kwargs, swap)
+        if func in NUMPY and outside and not params[0].requires_grad:
+            # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
+            args = (outside[0].home.detach(), *args[1:])
+        with torch._C.DisableTorchFunctionSubclass():
+            before = {ref: ref.param._version for ref in refs}
+            result = _leased(refs, func, args, kwargs)
+            writes = _count_writes(func, args, kwargs, before)
+        for session in dict.fromkeys(ref.unit.session for ref in outside):
+            note(session, {ref: before[ref] for ref in outside if ref.unit.session is session}, writes=writes)
+        return _swapped(result, back) if back else result
+    finally:
+        UNDER_WAY.remove(use)
+        for unit in use.themselves:
+            unit.session.close_left(unit)
+
+
+def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[ParamRef, int]) -> bool:
+    """Count the edits of operations that forget to: fused optimizers, kernels of the user's; returns whether it writes."""
+    stored = written(func, args, kwargs)
+    if not stored:
+        return "out" in kwargs or func is _T.__setitem__
+    flat: set[int] = set()
+    _ids(stored, flat)
+    for ref, version in before.items():
+        if ref.param._version == version and not flat.isdisjoint((id(ref.param), id(ref.stand_in))):
+            torch.autograd.graph.increment_version(ref.param)
+    return True
+
+
+def _ids(item: Any, found: set[int]) -> None:
+    if isinstance(item, (list, tuple)):
+        for i in item:
+            _ids(i, found)
+    else:
+        found.add(id(item))
+
+
+def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[ParamRef]:
+    """Make gradients valid for the caller; returns those whose places are looked at."""
+    owners = []
+    for grad in grads:
+        ref = ref_of(grad)
+        if ref is None:
+            continue
+        session = ref.unit.session
+        session.access_grad(ref)
+        if func in TAKING:
+            session.move_out(ref)
+        else:
+            owners.append(ref)
+    return owners
+
+
+def _needs_grad(result: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return any(_needs_grad(item) for item in result)
+    return isinstance(result, torch.Tensor) and result.grad_fn is not None
+
+
+def _adopt(result: Any, refs: list[ParamRef]) -> None:
+    """Guard the views of gradients' places among the results of an operation on gradients."""
+    if isinstance(result, (list, tuple)):
+        for item in result:
+            _adopt(item, refs)
+    elif type(result) is torch.Tensor and result.layout == torch.strided:
+        try:
+            storage = result.untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            return  # a wrapper without memory
+        for ref in refs:
+            if ref.grad_storage is not None and ref.grad_storage._cdata == storage._cdata:
+                result.__class__ = GuardedGrad
+                link(result, ref)
+                ref.views = [view for view in ref.views if view() is not None]
+                ref.views.append(weakref.ref(result))
+                return
+
+
+def _refusal(ref: ParamRef, what: str) -> UsageError:
+    return UsageError(
+        "FN-E115",
+        f"'{ref.name}' is offloaded: its memory and shape cannot be changed by {what}. "
+        "Copy values into it with copy_, or call funicular.unwrap(model) first.",
+    )
+
+
+def _override(real: Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    """Make a class's ``__torch_function__``; code that only asks whether there is one does not see it."""
+
+    def __torch_function__(
+        cls: type,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_NO_GRAPH)
+        return real(cls, func, args, kwargs or {})
+
+    # torch.compile is to read this function, although it leaves those of this package alone.
+    __torch_function__.__code__ = __torch_function__.__code__.replace(co_filename="<funicular>")
+    get = BoundUnlessAsked(__torch_function__, torch._C._disabled_torch_function_impl, calls_in)
+    # Still a class method: torch.compile looks for one.
+    return type("classmethod", (classmethod,), {"__get__": get})(__torch_function__)
+
+
+class GuardedParameter(nn.Parameter):
+    """A parameter outside its window."""
+
+    @_override
+    def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = _operate(func, args, kwargs)
+        if func is _T.detach and sys._getframe(2).f_code is _NEW_PARAMETER:
+            return _parameter_over(args[0], result, sys._getframe(2).f_locals["cls"])
+        return result
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        """Return an ordinary parameter: code makes parameters of the class that one has."""
+        return _ordinary(cls)(data, requires_grad)
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        kind = self.__dict__.pop("_funicular_becomes", None)
+        if kind is not None:
+            self.__class__ = kind
+
+    def __copy__(self) -> nn.Parameter:
+        """Return an ordinary parameter over the same memory, as torch does."""
+        return nn.Parameter(self, self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Return an ordinary, independent parameter on the same device."""
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        kind = _ordinary(type(self))
+        copy: nn.Parameter = kind(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickle as an ordinary parameter holding a copy."""
+        copy: Any = nn.Parameter(self.detach().clone(), self.requires_grad)
+        copy.__dict__.update((k, v) for k, v in self.__dict__.items() if not k.startswith("_funicular_"))
+        return packed(copy) if spawning() else copy.__reduce_ex__(proto)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return "Parameter containing:\n" + repr(self.detach())
+
+    # torch asks no guard about these two.
+    def as_subclass(self, cls: Any) -> Any:
+        """As in torch."""
+        return _T.as_subclass(self.view_as(self), cls)
+
+    def set_(self, source: Any = None, *geometry: Any) -> Any:
+        """Take the values of another tensor; anything else is refused with ``FN-E115``."""
+        if not isinstance(source, torch.Tensor) or geometry:
+            raise _refusal(_living(self), "set_")
+        self.data = source
+        return self
+
+
+def _ordinary(cls: type) -> Any:
+    """Return the class that parameters of a guarded class have when they are not offloaded."""
+    return getattr(cls, "_funicular_class", nn.Parameter)
+
+
+def _parameter_over(p: GuardedParameter, tensor: torch.Tensor, kind: type[nn.Parameter]) -> Any:
+    """Return what ``nn.Parameter(p)`` asks ``detach`` for: something of p's class, until it is marked as a parameter."""
+    alias: Any = torch.Tensor._make_subclass(nn.Parameter, tensor, p.requires_grad)
+    # As torch: of a subclass of its own, whichever class was called.
+    alias._funicular_becomes = kind if _ordinary(type(p)) is nn.Parameter else _ordinary(type(p))
+    alias.__class__ = type(p)
+    return alias
+
+
+def _refuse(name: str) -> None:
+    def refused(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise _refusal(_living(self), "torch.utils.swap_tensors" if name == "_use_count" else name)
+
+    refused.__name__ = name
+    refused.__doc__ = "Refused with ``FN-E115``."
+    setattr(GuardedParameter, name, refused)
+
+
+for _name in RESHAPING:
+    _refuse(_name)
+
+
+#: torch's own, which detaches what it saves and edits nothing
+_CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def _touch(p: torch.Tensor, *, by_address: bool) -> None:
+    """Note that a frame is about to be reached past the version counter.
+
+    On a GPU raw addresses are asked for by every kernel of a compiler's, and telling what it did takes a pass over the frame and
+    waits for the device: there only ``.data`` is watched, and everything under ``debug.poison``.
+    """
+    ref = ref_of(p)
+    if ref is None or get_ident() not in ref.unit.inside:
+        return
+    session = ref.unit.session
+    if not by_address or session.device.type == "cpu" or session.poison:
+        touch(ref)
+
+
+def _touching(name: str) -> Any:
+    original = getattr(_T, name)
+
+    def touching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_filename != _CHECKPOINT:
+            if name == "detach" and sys._getframe(1).f_code is _NEW_PARAMETER:
+                return _parameter_over(self, self.data, sys._getframe(1).f_locals["cls"])
+            _touch(self, by_address=True)
+        return original(self, *args, **kwargs)
+
+    touching.__name__ = name
+    touching.__doc__ = original.__doc__
+    return touching
+
+
+class WindowParameter(GuardedParameter):
+    """A parameter inside its window: an ordinary one, but for what reaches its memory past the version counter."""
+
+    # None for the threads inside, the guard for all others. torch.compile finds the former on the class.
+    __torch_function__ = ThreadSwitch(
+        "_funicular_inside",
+        torch._C._disabled_torch_function_impl,
+        GuardedParameter.__torch_function__,
+        # Functions of torch's that are written in Python ask the class, once an instance has said that there is something to ask.
+        torch.overrides.__file__,
+        calls_in,
+    )
+
+    @property
+    def data(self) -> torch.Tensor:
+        """As in torch."""
+        if torch.compiler.is_compiling():
+            return _T.detach(self)  # type: ignore[no-any-return]
+        _touch(self, by_address=False)
+        return DATA_GET(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        DATA_SET(self, value)
+
+    detach, data_ptr, __dlpack__ = _touching("detach"), _touching("data_ptr"), _touching("__dlpack__")
+    untyped_storage, storage = _touching("untyped_storage"), _touching("storage")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As in torch; the array keeps a tensor that tells that somebody looks."""
+        return _T.numpy(self if self.requires_grad and not force else self.detach(), force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        """As in torch."""
+        return _T.__array__(self if self.requires_grad else self.detach(), dtype)
+
+
+class GuardedGrad(torch.Tensor):
+    """A gradient in its pinned segment, or a view of one."""
+
+    @_override
+    def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = NOTHING if func in HARMLESS else recognised(func, args, kwargs, cls)
+        return _operate(func, args, kwargs) if known is NOTHING else known
+
+    def _own(self) -> Any:
+        """Move to ordinary memory, and be an ordinary tensor."""
+        ref = ref_of(self)
+        if ref is not None:
+            ref.unit.session.access_grad(ref)
+            ref.unit.session.move_out(ref)
+        return self
+
+    # torch asks no guard about these two.
+    def as_subclass(self, cls: Any) -> Any:
+        """As in torch."""
+        return _T.as_subclass(self._own(), cls)
+
+    def set_(self, *args: Any) -> Any:
+        """As in torch."""
+        return _T.set_(self._own(), *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return an ordinary, independent tensor."""
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __copy__(self) -> torch.Tensor:
+        """Return an ordinary tensor over the same memory, as torch does."""
+        return _T.detach(self._own())  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickle as an ordinary tensor."""
+        copy: Any = self.clone()
+        return packed(copy) if spawning() else copy.__reduce_ex__(proto)
+
+
+def _send(grad: GuardedGrad) -> Any:
+    """Send an ordinary tensor with the same bytes to another process, as torch sends tensors."""
+    copy = grad.clone()
+    return packed(copy) if spawning() else reduce_tensor(copy)  # type: ignore[no-untyped-call]
+
+
+# As torch does for its own classes: on a GPU a storage cannot be sent, only a tensor.
+ForkingPickler.register(GuardedGrad, _send)
+
+
+def _known_to_foreach() -> None:
+    """Let torch take its foreach paths for guarded tensors: norms and steps of its optimizers have the bits of ordinary ones."""
+    for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+        known = getattr(sys.modules.get(name), "_foreach_supported_types", None)
+        if isinstance(known, list):
+            known.extend(cls for cls in (GuardedParameter, WindowParameter, GuardedGrad) if cls not in known)
+
+
+_known_to_foreach()

@@ -1,0 +1,1 @@
+"""Homes of parameters: edits that no guard saw, digests of bytes, parameters that were given other memory."""

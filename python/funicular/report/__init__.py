@@ -1,0 +1,1 @@
+"""What is told of a run: the time of a step, log lines, NVTX ranges."""

@@ -1,0 +1,109 @@
+"""What keeps the runtime's own work out of the graphs of ``torch.compile``.
+
+``Module.compile()`` compiles the call of a module with its hooks. What opens windows cannot be traced: every block would be
+torn into pieces around it. So their forward is compiled instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch._compile
+import torch.compiler
+
+from funicular.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+__all__ = ["captured", "compilations", "compile_forward", "keep_out", "not_captured", "untraced", "untraced_itself"]
+
+_F = TypeVar("_F", bound="Callable[..., Any]")
+_kept_out: set[str] = set()
+#: torch 2.4 cannot tell
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
+_log = logging.getLogger("funicular")
+
+
+def untraced(function: _F) -> _F:
+    """Keep a function, and what it calls, out of every graph: what it does happens at each call."""
+    disable: Any = torch._compile._disable_dynamo
+    return cast("_F", disable(function))
+
+
+def keep_out() -> None:
+    """Have ``torch.compile`` leave the functions of this package alone: none is compiled, none becomes part of a graph."""
+    if "funicular" in _kept_out:
+        return
+    rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None:
+        rules.add("funicular")
+        _kept_out.add("funicular")
+
+
+def untraced_itself(function: _F) -> _F:
+    """Keep a function out of every graph, but not what it calls; it is refused where torch would make a program of the model.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E126`` under ``torch.export`` and ``torch.jit.trace``.
+    """
+    disable: Any = torch._compile._disable_dynamo
+    disabled = disable(function, recursive=False)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if captured():
+            raise not_captured()
+        return disabled(*args, **kwargs)
+
+    return cast("_F", call)
+
+
+def captured() -> bool:
+    """Whether this thread runs a model in order to make a program of it that outlives the call."""
+    return torch._C._get_tracing_state() is not None or _is_exporting()
+
+
+def not_captured() -> UsageError:
+    """Return what is raised then: the program would keep the addresses of weights that move, or copies of none."""
+    return UsageError(
+        "FN-E126",
+        "an offloaded model cannot be traced or exported: the program would read its weights past the runtime. Export "
+        "copy.deepcopy(model), which is an ordinary model, or call funicular.unwrap(model) first.",
+    )
+
+
+def compilations() -> int:
+    """How many frames ``torch.compile`` has compiled in this process so far."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else int(utils.counters["frames"]["total"])
+
+
+def compile_forward(module: nn.Module, compiled: Any) -> bool:
+    """Compile a module's forward in place of its call, with the backend and options of ``compiled``; False if that fails."""
+    context = _context(compiled)
+    if context is None:
+        _log.warning(
+            "%s was compiled with .compile(), which takes the runtime's hooks into the graph: slow. Use "
+            "block.forward = torch.compile(block.forward).",
+            type(module).__name__,
+        )
+        return False
+    module.forward = context(module.forward)
+    return True
+
+
+def _context(compiled: Any) -> Any:
+    """Return what ``torch.compile`` made with its options, which compiles any function; None if this torch hides it."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    kind = getattr(dynamo, "_TorchDynamoContext", None)
+    context = inspect.getclosurevars(compiled).nonlocals.get("self") if inspect.isfunction(compiled) else None
+    return context if kind is not None and isinstance(context, kind) else None

@@ -1,0 +1,93 @@
+"""Signal handlers that use the model amid the session's own work.
+
+Python runs a handler between two instructions, or in a wait of the core: the session's lock is then held by the handler's own thread,
+which goes on with what it was doing once the handler has returned. Such a handler may read and save: nothing that is under way is
+touched by that. What would change windows or weights under it is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from funicular import _core
+from funicular.errors import RuntimeFailure, UsageError
+from funicular.homes.digests import digest
+from funicular.homes.edits import take_edits
+from funicular.units.unit import in_backward
+
+if TYPE_CHECKING:
+    from funicular.units.unit import ParamRef, Unit
+    from funicular.windows.session import Session
+
+__all__ = ["await_reads", "look", "note_step", "refuse", "under_way"]
+
+
+def under_way(session: Session) -> bool:
+    """Whether a forward, a backward or work of the session itself is under way around the caller."""
+    return session.busy() or in_backward() or any(unit.depth > 0 for unit in session.units)
+
+
+def refuse(session: Session, what: str) -> None:
+    """Refuse a call that a signal handler makes amid the session's own work.
+
+    Raises
+    ------
+    RuntimeFailure
+        ``FN-E106``.
+    """
+    if session.busy():
+        raise RuntimeFailure(
+            "FN-E106",
+            f"{what} was asked for by a signal handler amid a step or a page-in. A handler may read weights and states and call "
+            "funicular.save; set a flag in it for the rest, and look at the flag between steps.",
+        )
+
+
+def note_step(session: Session) -> None:
+    """Take note of a step that the runtime has taken and that is not noted yet: all of it, whatever strikes meanwhile."""
+    if session.unnoted is not None:
+        _core.complete(session.unnoted)
+
+
+def look(session: Session) -> None:
+    """Take note of edits for a save, and leave windows as they are: the homes of open ones are current unless edited inside.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E408`` for a weight that was edited inside a window that is open.
+    RuntimeFailure
+        ``FN-E410`` amid a load.
+    """
+    session.alive()
+    if session.loading:
+        raise RuntimeFailure("FN-E410", "a load is under way: the model holds parts of two states. Save after it.")
+    for unit in session.units:
+        if unit.is_open or unit.moving:
+            _check_inside(unit)
+            continue
+        if unit.behind:
+            session._catch_up(unit)
+        take_edits(session, unit)
+
+
+def await_reads(session: Session) -> None:
+    """Wait until the save under way has read everything: what goes on afterwards may be amid an edit."""
+    for unit in session.units:
+        _core.preserve(session.engine, unit.engine_id)
+
+
+def _check_inside(unit: Unit) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        for ref in unit.params:
+            if unit.dirty or (ref.at_frame() and _edited(ref)):
+                raise UsageError(
+                    "FN-E408",
+                    f"'{ref.name}' was edited inside the forward that is under way, and is not home yet. Save between steps.",
+                )
+
+
+def _edited(ref: ParamRef) -> bool:
+    return ref.param._version != ref.version or (ref.seen is not None and digest(ref.frame) != ref.seen)
