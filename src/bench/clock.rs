@@ -61,6 +61,11 @@ impl Clock {
         self.over = self.round.time >= self.time;
         !self.over
     }
+
+    /// Lets it run for another block, although its time is over.
+    pub(super) fn extend(&mut self) {
+        self.over = false;
+    }
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use crate::{
 /// Blocks in flight per direction.
 pub const DEPTH: usize = 4;
 /// How long a copy may take before the benchmark gives up.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// Smallest chunk of frames; a driver may ask for more.
 const CHUNK: u64 = 2 << 20;
 /// Copies between two gates, when blocks are small.

@@ -18,7 +18,7 @@ use crate::{
         clock::Clock,
         disk::fill_with_numbers,
         kernels::{self, Five, Kernel},
-        link::LinkHop,
+        link::{LinkHop, PATIENCE},
         stats::Round,
     },
     dtype::DType,
@@ -323,12 +323,18 @@ impl Exercise for AdamwAndCopies {
         // The copies have to be under way, and the first ones do not count.
         let mut clock = Clock::new(states.len.div_ceil(len).min(8), time);
         let mut copied = 0;
+        let patience = Instant::now() + PATIENCE;
         loop {
             let begun = Instant::now();
             let params = states.update_next(&self.pool, len)? as u64;
             let moved = self.copies.pump(&mut queues)?;
             copied += if clock.is_warm() { moved } else { 0 };
             if !clock.ended(params * ADAMW_TRAFFIC, params, nanos(begun)) {
+                // A round in which no copy ends says nothing of copies: it goes on until one does.
+                if copied == 0 && begun < patience {
+                    clock.extend();
+                    continue;
+                }
                 clock.round.copied = copied;
                 self.copies.end(queues)?;
                 return Ok(clock.round);
@@ -344,6 +350,10 @@ pub(super) fn nanos(since: Instant) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        bench::link::{HostMemory, Link, Way},
+        device::DeviceChoice,
+    };
 
     #[test]
     fn an_update_of_a_lent_piece_changes_its_states_and_stays_inside() {
@@ -378,6 +388,16 @@ mod tests {
         let mut in_place = Bandwidth::in_place(arrays, states, pool);
         assert_eq!(in_place.round(Duration::ZERO).expect("runs").bytes, 26 << 16);
         assert!(in_place.fastest.is_some());
+    }
+
+    #[test]
+    fn an_update_beside_copies_lasts_until_a_copy_has_ended() {
+        let pool = Arc::new(Pool::new(Some(1)).expect("threads"));
+        let link = Rc::new(Link::open(DeviceChoice::Host, 64 << 20, &[]).expect("opens"));
+        let copies = LinkHop::new(Rc::clone(&link), &[Way::Up, Way::Down], HostMemory::Pinned, link.block(16 << 20));
+        let mut beside = AdamwAndCopies::new(States::new(4096).expect("maps"), pool, copies);
+        let round = beside.round(Duration::ZERO).expect("runs");
+        assert!(round.copied > 0 && round.params >= 4096, "{} bytes, {} parameters", round.copied, round.params);
     }
 
     #[test]
