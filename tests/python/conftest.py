@@ -48,6 +48,8 @@ PLACEMENTS = {
     "nvme-threads": {"params": "nvme", "optimizer": "nvme", "engine": "threads"},
     "nvme-io_uring": {"params": "nvme", "optimizer": "nvme", "engine": "io_uring"},
 }
+#: For questions of autograd, which no I/O engine answers: with the engine that works everywhere.
+TWO_PLACEMENTS = ["host", "nvme-threads"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -154,9 +156,16 @@ def make_world(name: str, disk: str, io_uring: bool) -> World:
     return World(DEVICE, (disk,), **placement)
 
 
-@pytest.fixture(params=PLACEMENTS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Questions that the I/O engine could answer differently are asked with both engines: those marked ``io_engines``."""
+    if "world" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("io_engines") is not None
+        metafunc.parametrize("world", PLACEMENTS if both else TWO_PLACEMENTS, indirect=True)
+
+
+@pytest.fixture
 def world(request: pytest.FixtureRequest, disk: str, io_uring: bool) -> Iterator[World]:
-    """Every placement, with both I/O engines where it reads a disk."""
+    """All in host memory, and all on disk; on disk with both I/O engines for tests marked ``io_engines``."""
     yield make_world(request.param, disk, io_uring)
     if request.node.originalname not in KEEP_THEIR_MODEL:
         try:
@@ -180,7 +189,7 @@ def residue(disk: str) -> list[str]:
     return left + ["saved tensor hooks"] * facts.saved_tensor_hooks()
 
 
-@pytest.fixture(params=["host", "nvme-threads"])
+@pytest.fixture(params=TWO_PLACEMENTS)
 def two_worlds(request: pytest.FixtureRequest, disk: str) -> World:
     """All in host memory, and all on disk with the engine that works everywhere."""
     return make_world(request.param, disk, False)

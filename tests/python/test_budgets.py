@@ -19,6 +19,8 @@ from conftest import DEVICE, PLACEMENTS
 from models import CUDA, WIDTH, Stack
 from twin import Run, World
 
+pytestmark = pytest.mark.io_engines
+
 MIB = 1 << 20
 
 

@@ -20,6 +20,8 @@ from conftest import DEVICE, PLACEMENTS, make_world
 from models import WIDTH, Block, Decoder, Stack
 from twin import Mismatch, Run, World, match
 
+pytestmark = pytest.mark.io_engines
+
 #: parameters on the host and states on disk, besides the usual ones
 WORLDS = {**PLACEMENTS, "mixed": {"params": "host", "optimizer": "nvme", "engine": "threads"}}
 #: updates in spare frames ahead of the step, and units that live on the compute device: all, or some

@@ -18,6 +18,8 @@ from models import WIDTH, Block, Stack, stack
 from test_checkpoint import PLACES, SECTIONS, Odd, assert_same_files, begin, build, go_on, world_of
 from twin import Run, World, compare, match
 
+pytestmark = pytest.mark.io_engines
+
 #: so slow that the next steps come long before the end of a save
 SLOW = {"faults": "write:delay=20ms@1x1000000"}
 FOREVER = 10**9

@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from models import WIDTH, Block, Stack, stack
 from twin import Run, case, compare
 
+pytestmark = pytest.mark.io_engines
+
 
 class Boom(Exception):
     """What the user's code raises."""

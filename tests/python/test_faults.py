@@ -15,6 +15,8 @@ from conftest import DEVICE, PLACEMENTS
 from models import CUDA, WIDTH, Stack, stack
 from twin import Mismatch, Run, World, compare
 
+pytestmark = pytest.mark.io_engines
+
 FOREVER = 10**9
 #: Offloading writes every unit once; far behind that, training is under way.
 LATER = 60

@@ -22,6 +22,7 @@ from test_processes import in_child
 from twin import Run, World
 
 pytestmark = [
+    pytest.mark.io_engines,
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]

@@ -12,6 +12,8 @@ import interrupts
 from conftest import DEVICE, PLACEMENTS
 from models import CUDA
 
+pytestmark = pytest.mark.io_engines
+
 SCENARIOS = {
     "host": ["forward_and_backward", "step_and_zero_grad"],
     "nvme-threads": ["forward_and_backward", "step_and_zero_grad", "reads", "reads_and_edits", "offload_and_unwrap"],

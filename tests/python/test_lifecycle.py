@@ -16,6 +16,8 @@ from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, case
 
+pytestmark = pytest.mark.io_engines
+
 
 @case(stack())
 def test_unwrap_and_train_on(run: Run):

@@ -14,6 +14,8 @@ from funicular.offloading import session_of
 from models import CUDA, WIDTH, Block, Stack, stack
 from twin import Run, case, compare
 
+pytestmark = pytest.mark.io_engines
+
 # ------------------------------------------------------------------ by requires_grad
 
 #: torch folds a batch into one product, or does not, by whether the weight needs a gradient

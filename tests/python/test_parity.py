@@ -9,6 +9,8 @@ from conftest import DEVICE, PLACEMENTS
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, World, compare, unit_bytes
 
+pytestmark = pytest.mark.io_engines
+
 CHECKPOINT = ["none", "reentrant", "saved_tensors"]
 TIERS = [("host", "host"), ("host", "nvme"), ("nvme", "nvme")]
 

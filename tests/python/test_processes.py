@@ -18,7 +18,7 @@ import funicular
 from models import WIDTH, stack
 from twin import Run, case, compare
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"), pytest.mark.io_engines]
 HERE = Path(__file__).parent
 
 

@@ -12,6 +12,8 @@ import funicular
 from models import WIDTH, stack
 from twin import Run, case, compare
 
+pytestmark = pytest.mark.io_engines
+
 Check = Callable[[torch.Tensor], None]
 
 

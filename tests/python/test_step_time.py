@@ -20,7 +20,7 @@ from models import CUDA, Block, Stack
 from twin import World
 
 # Times are told apart by what is slow: nothing else may keep the processor, the GPU or the disk busy.
-pytestmark = pytest.mark.timing
+pytestmark = [pytest.mark.timing, pytest.mark.io_engines]
 
 WIDTH = 512 if CUDA else 256
 DEPTH = 6

@@ -19,6 +19,8 @@ from funicular import Stats
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, World, compare
 
+pytestmark = pytest.mark.io_engines
+
 LINKS = {"host_to_device", "device_to_host", "nvme_read", "nvme_write", "cpu_update", "gpu_update"}
 CAUSES = {"update", "nvme_read", "nvme_write", "copy", "grads"}
 

@@ -16,6 +16,8 @@ from funicular.offloading import session_of
 from models import CUDA, Block, Stack
 from twin import FRAMES, Run, World, compare, unit_bytes
 
+pytestmark = pytest.mark.io_engines
+
 #: Blocks whose update is several pieces of 32 Ki elements.
 WIDTH = 512 if CUDA else 256
 PIECE = 32 * 1024
