@@ -15,6 +15,7 @@
 # Options:
 #   PYTHON=python3.12        the interpreter that .venv is made from
 #   VENV=system              use PYTHON as it is, with torch, maturin, pytest, ... installed there; nothing is installed
+#   PROFILE=dev              builds with the checks of debug builds, and sooner; the default is release
 #   PIP_ARGS=...             more options for pip, such as an index of CPU-only torch wheels
 #   DEMO_ARGS=...            options of examples/demo.py, such as "--steps 20"; also GPU_TEST_ARGS, SOAK_ARGS, BENCH_GPU_ARGS
 
@@ -27,6 +28,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 VENV ?= .venv
 CARGO ?= cargo
+PROFILE ?= release
 PIP_ARGS ?=
 DEMO_ARGS ?=
 ARGS ?=
@@ -43,12 +45,12 @@ LOCK := requirements-dev.lock
 ifeq ($(VENV),system)
 PY := $(PYTHON)
 ENVIRONMENT := $(STAMPS)/system-python
-BUILT := $(STAMPS)/package-system
+BUILT := $(STAMPS)/package-system-$(PROFILE)
 export PYTHONPATH := python$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.installed
-BUILT := $(STAMPS)/package
+BUILT := $(STAMPS)/package-$(PROFILE)
 endif
 
 # What the extension module is made of; Python files need no build.
@@ -59,7 +61,7 @@ RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-python test-fast test-hangs test-oldest fmt lint lint-rust lint-python lint-text deny bench
+.PHONY: help demo test test-rust test-rust-built test-python test-fast test-hangs test-oldest fmt lint lint-rust lint-python lint-text deny bench
 .PHONY: wheel wheel-test sdist gpu-test bench-gpu soak package clean
 
 help:
@@ -95,19 +97,24 @@ $(STAMPS)/system-python: | need-rust need-python
 	@mkdir -p $(@D) && touch $@
 
 # The extension module and the package, installed so that edits of Python files count at once.
-$(STAMPS)/package: $(SOURCES) $(VENV)/.installed | need-rust
-	$(call say,building funicular (release))
-	@PIP_QUIET=1 VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin develop --release --locked
-	@mkdir -p $(@D) && touch $@
+$(STAMPS)/package-$(PROFILE): $(SOURCES) $(VENV)/.installed | need-rust
+	$(call say,building funicular ($(PROFILE)))
+	@PIP_QUIET=1 VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(abspath $(VENV))/bin:$$PATH" maturin develop --profile $(PROFILE) --locked
+	@mkdir -p $(@D) && rm -f $(STAMPS)/package-* && touch $@
 
 # With the system's Python nothing is installed: the module is built by cargo and put beside the package's Python files.
-$(STAMPS)/package-system: $(SOURCES) $(STAMPS)/system-python | need-rust
-	$(call say,building funicular (release) beside python/funicular)
-	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --release --locked --lib --features python,heap
-	@cp target/release/libfunicular.so python/funicular/_core.abi3.so
-	@touch $@
+$(STAMPS)/package-system-$(PROFILE): $(SOURCES) $(STAMPS)/system-python | need-rust
+	$(call say,building funicular ($(PROFILE)) beside python/funicular)
+	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --profile $(PROFILE) --locked --lib --features python,heap
+	@cp target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/libfunicular.so python/funicular/_core.abi3.so
+	@rm -f $(STAMPS)/package-* && touch $@
 
 package: $(BUILT)
+
+# The programs of `make test-rust`, built and not run.
+test-rust-built: need-rust
+	$(call say,building the Rust tests)
+	@$(CARGO) test --locked --no-run --quiet
 
 ## What to run --------------------------------------------------------------------------------------------------------
 
