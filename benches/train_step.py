@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import funicular
+from funicular import testing
 from funicular.reference import ReferenceAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -159,7 +160,7 @@ def totals(model: nn.Module) -> dict[str, int]:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether funicular has it."""
-    return "_funicular_session" in model.__dict__
+    return testing.is_offloaded(model)
 
 
 def host_gib() -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular.offloading import session_of
+from funicular import testing
 
 SPLITS = ("processor", "lanes", "rates")
 
@@ -59,7 +59,7 @@ def main() -> None:
     }
     funicular.offload(model, policy)
     opt = funicular.AdamW(model.parameters(), lr=1e-4)
-    engine = session_of(model).engine
+    engine = testing.inspect(model).engine
     x = torch.ones(2, width, device="cuda", dtype=torch.bfloat16)
     params = args.units * rows * width
     copies = Copies(args.beside, params / 1.5e9)

@@ -37,8 +37,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
 import funicular
-from funicular.homes.moved import tensor_over
-from funicular.offloading import session_of
+from funicular import testing
 
 LR = 0.05
 
@@ -205,18 +204,19 @@ class Paged:
     def __init__(self, args: argparse.Namespace, skip_backward: bool = False) -> None:
         self.model, self.skip_backward = build(args), skip_backward
         funicular.offload(self.model, policy(args, self.model))
-        self.session = session_of(self.model)
+        inspected = testing.inspect(self.model)
+        self.units = inspected.units
         self.streams = Streams(args.device)
-        self.homes = [tensor_over(self.session.engine.home_buffer(u.engine_id, False)) for u in self.session.units]
-        for handle in self.session.handles:
+        self.homes = [unit.home_bytes() for unit in self.units]
+        for handle in inspected.handles:
             handle.remove()
         self.sinks: dict[int, Tensor] = {}
         self.handles: list[Any] = []
         unit_of = {}
-        for unit in self.session.units:
-            for ref in unit.params:
-                p = ref.param
-                p.__class__, p.data = nn.Parameter, ref.frame
+        for unit in self.units:
+            for place in unit.parameters:
+                p = place.parameter
+                p.__class__, p.data = nn.Parameter, place.frame
                 p.grad = None
                 unit_of[id(p)] = unit
                 self.sinks[id(p)] = torch.zeros(p.shape, dtype=p.dtype, pin_memory=self.streams.cuda)
@@ -243,25 +243,25 @@ class Paged:
             after = (
                 [self.streams.now()]
                 if not self.used
-                else [self.used[n.engine_id] for n in [unit, *unit.neighbours] if n.engine_id in self.used]
+                else [self.used[n.number] for n in [unit, *unit.neighbours] if n.number in self.used]
             )
-            flat = tensor_over(self.session.engine.frame_buffer(unit.engine_id))
-            event = self.streams.copy("up", [*after, self.fork], flat, self.homes[unit.engine_id][: flat.numel()])
+            flat = unit.frame_bytes()
+            event = self.streams.copy("up", [*after, self.fork], flat, self.homes[unit.number][: flat.numel()])
             self.ups += 1
             self.streams.wait(event)
-            self.inside.append(unit.engine_id)
+            self.inside.append(unit.number)
 
     def leave(self, units: list[Any]) -> None:
         for unit in units:
-            self.used[unit.engine_id] = self.streams.now()
+            self.used[unit.number] = self.streams.now()
 
     def gradient(self, p: Tensor) -> None:
         """Send a gradient down; it lives until the compute stream has waited for its copy."""
         grad = p.grad
         p.grad = None
-        for unit in self.session.units:  # its backward is work with the frames, too
-            if unit.engine_id in self.used and any(ref.param is p for ref in unit.params):
-                self.used[unit.engine_id] = self.streams.now()
+        for unit in self.units:  # its backward is work with the frames, too
+            if unit.number in self.used and any(place.parameter is p for place in unit.parameters):
+                self.used[unit.number] = self.streams.now()
         event = self.streams.copy("down", [self.streams.now()], self.sinks[id(p)], grad)
         self.downs += 1
         self.leaving.append((event, grad))
@@ -281,16 +281,17 @@ class Paged:
 
     def update(self) -> None:
         """Plain SGD on the homes, by the CPU."""
-        for unit in self.session.units:
-            flat = self.homes[unit.engine_id]
-            for ref in unit.params:
+        for unit in self.units:
+            flat = self.homes[unit.number]
+            for place in unit.parameters:
+                p = place.parameter
                 home = torch.as_strided(
-                    flat.view(ref.param.dtype),
-                    ref.param.shape,
-                    ref.param.stride(),
-                    ref.offset // ref.param.element_size(),
+                    flat.view(p.dtype),
+                    p.shape,
+                    p.stride(),
+                    place.offset // p.element_size(),
                 )
-                home.add_(self.sinks[id(ref.param)], alpha=-LR)
+                home.add_(self.sinks[id(p)], alpha=-LR)
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: self.sinks[id(p)].clone() for name, p in self.model.named_parameters()}
@@ -365,7 +366,7 @@ def own_copies(args: argparse.Namespace, skip_backward: bool) -> None:
     sync(args)
     resident.step(ids)
     facts["eager_difference"] = difference(resident.gradients(), paged.gradients())
-    facts |= {"copies_up": paged.ups, "copies_down": paged.downs, "units": len(paged.session.units)}
+    facts |= {"copies_up": paged.ups, "copies_down": paged.downs, "units": len(paged.units)}
     stats = funicular.stats(paged.model)
     facts |= {
         "frames_bytes": stats.budgets["hbm"].used,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular.torch_internals import saved_hooks
+from funicular import testing
 
 
 def budget(model: nn.Module, tier: str) -> tuple[int, int | None]:
@@ -32,7 +32,7 @@ def moved(model: nn.Module, link: str) -> int:
 
 def saved_tensor_hooks() -> int:
     """Saved-tensor hooks on this thread's stack; 0 where no offloaded model lives."""
-    return 0 if saved_hooks.top() is None else 1
+    return testing.saved_tensor_hooks()
 
 
 def process() -> dict[str, object]:

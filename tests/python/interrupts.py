@@ -26,6 +26,7 @@ import children
 import facts
 import funicular
 from conftest import DEVICE, PLACEMENTS
+from funicular import testing
 from models import WIDTH, Stack
 from twin import SEED, Run, World, match
 
@@ -159,8 +160,8 @@ def agree(runs: list[Run], dtype: torch.dtype) -> None:
     for run in runs:
         run.notes.clear()
     assert facts.saved_tensor_hooks() == 0, "hooks are left"
-    for unit in runs[1].model._funicular_session.units:
-        assert unit.depth == 0
+    for unit in testing.inspect(runs[1].model).units:
+        assert unit.calls == 0
         assert not unit.held, f"{unit.name} is held"
         assert not unit.moving
 
@@ -296,7 +297,7 @@ def read(run: Run) -> list[torch.Tensor]:
     """Copies of all weights; those that are said to be in memory are read first."""
     params = list(run.model.parameters())
     found: dict[int, torch.Tensor] = {}
-    for p in sorted(params, key=lambda p: not p._funicular_ref().unit.shadow_filled):
+    for p in sorted(params, key=lambda p: not testing.inspect_parameter(p).unit.in_memory):
         found[id(p)] = p.detach().clone()
     return [found[id(p)] for p in params]
 
@@ -352,7 +353,7 @@ def offload_and_unwrap(world: World, every: bool) -> int:
     def strike(point: Point, visit: int) -> bool:
         ready()
         struck = interrupted(Strike(point, visit), action)
-        if hasattr(model, "_funicular_session"):
+        if testing.is_offloaded(model):
             model(x).square().mean()
             funicular.unwrap(model)
         for p, (weight, grad, moment) in zip(params, kept):
@@ -384,9 +385,10 @@ def count(run: Run) -> int:
 
 
 ENDLESS = """
-import atexit, funicular.windows.shutdown
+import atexit
+from funicular import testing
 atexit.register(lambda: print("closed", flush=True))
-atexit.register(funicular.windows.shutdown._close_all)  # before that; again later, for nothing
+atexit.register(testing.close_all)  # before that; again later, for nothing
 where = {where!r}
 model = Stack(depth=200 if where == "offload" else 12)
 def forever(action):

@@ -1,6 +1,7 @@
 """The judge sees what is broken: each mechanism left out on purpose makes the comparison fail."""
 
 import gc
+import pkgutil
 import traceback
 
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 
 import facts
 import funicular
-from funicular import testing
 from models import Decoder, Stack, stack
+from mutations import MUTATIONS, break_
 from twin import Mismatch, Run, World, compare
 
 BUILDS = {
@@ -39,7 +40,7 @@ def train(run: Run) -> None:
 @pytest.mark.parametrize("what", ["skip_backward_reload", "drop_gradient"])
 def test_broken(what: str, build: str, script, two_worlds: World):
     compare(two_worlds, BUILDS[build], script)
-    with testing.break_(what), pytest.raises(Mismatch):
+    with break_(what), pytest.raises(Mismatch):
         compare(two_worlds, BUILDS[build], script)
     compare(two_worlds, BUILDS[build], script)
 
@@ -53,7 +54,7 @@ def test_broken_for_one_of_four(what: str, host_world: World):
         for i in range(4):
             loss = run.model(run.tokens(2, 9))
             if i == which and broken:
-                with testing.break_(what):
+                with break_(what):
                     loss.backward()
             else:
                 loss.backward()
@@ -70,7 +71,7 @@ def test_skipped_reload_is_loud(host_world: World):
     """With poison the stale bytes are NaN, so that a run without a twin notices too."""
     run = Run(host_world, True)
     run.model = run.wrap(Decoder(matmul=True))
-    with testing.break_("skip_backward_reload"):
+    with break_("skip_backward_reload"):
         run.model(run.tokens(2, 9)).backward()
     assert not all(bool(p.grad.isfinite().all()) for p in run.model.parameters())
 
@@ -82,7 +83,7 @@ def test_skipped_reload_is_silent_without_poison(host_world: World):
         backward(run)
         assert all(bool(p.grad.isfinite().all()) for p in run.model.parameters())
 
-    with testing.break_("skip_backward_reload"), pytest.raises(Mismatch):
+    with break_("skip_backward_reload"), pytest.raises(Mismatch):
         compare(host_world, BUILDS["matmul"], script, debug={"poison": False})
 
 
@@ -113,7 +114,7 @@ def test_wrong_gate(host_world: World):
     # Without poison: its digests are read from the device, behind those copies on the same copy engine.
     slow = {"budget": {"host": "1GiB"}, "debug": {"faults": "down:times=50", "poison": False}}
     compare(host_world, Wide, last_gradient_entries, **slow)
-    with testing.break_("wrong_gate"), pytest.raises(Mismatch, match="end"):
+    with break_("wrong_gate"), pytest.raises(Mismatch, match="end"):
         compare(host_world, Wide, last_gradient_entries, **slow)
 
 
@@ -143,9 +144,20 @@ def test_what_failed_is_forgotten(nvme_world: World):
 
 
 def test_no_such_mechanism():
-    with pytest.raises(ValueError, match="skip_backward_reload"), testing.break_("everything"):
+    with pytest.raises(ValueError, match="skip_backward_reload"), break_("everything"):
         pass
-    assert not testing.broken("skip_backward_reload")
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_what_is_broken_is_mended(what: str):
+    def now() -> object:
+        return pkgutil.resolve_name(MUTATIONS[what][0])
+
+    before = now()
+    with pytest.raises(ZeroDivisionError), break_(what):
+        assert now() is MUTATIONS[what][1]
+        raise ZeroDivisionError
+    assert now() is before
 
 
 @pytest.mark.parametrize("change", ["weight", "gradient", "buffer", "missing gradient", "extra note", "loss"])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import funicular
 import saves_beside
 from conftest import DEVICE, PLACEMENTS
 from models import Stack
+from mutations import wrap
 from test_checkpoint import begin
 from test_checkpoint_cli import bad_bit
 from twin import World
@@ -175,19 +177,20 @@ def test_damage_changes_nothing_of_a_model_that_is_not_offloaded(tmp_path: Path)
 
 def test_half_a_load_of_a_model_that_is_not_offloaded_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A disk that fails after everything was compared, or Ctrl-C."""
-    from funicular.checkpoint.restore import Loader
-
     model, opt = large()
     funicular.save(model, opt, tmp_path / "c", extra=1)
-    original, calls = Loader._fill, []
+    calls = []
 
-    def cut_off(self: Loader, batch: Any) -> None:
-        calls.append(batch)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        original(self, batch)
+    def cut_off(fill: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def second(self: Any, batch: Any) -> None:
+            calls.append(batch)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            fill(self, batch)
 
-    monkeypatch.setattr(Loader, "_fill", cut_off)
+        return second
+
+    wrap(monkeypatch, "funicular.checkpoint.restore.Loader._fill", cut_off)
     with pytest.raises(KeyboardInterrupt):
         funicular.load(tmp_path / "c", model, opt)
     uses: list[Any] = [

@@ -1,6 +1,5 @@
 """What is saved comes back: equal, of the same type, to the last bit; or the save says that it cannot."""
 
-import json
 import math
 import os
 import random
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funicular
-from funicular.checkpoint.facts import decode, encode
+from funicular import testing
 from models import Stack
 from test_checkpoint import begin
 from twin import World
@@ -57,7 +56,7 @@ def same(a: Any, b: Any) -> bool:
 @settings(deadline=None)
 @given(VALUES)
 def test_extra_survives_json(value: Any):
-    assert same(value, decode(json.loads(json.dumps(encode(value, "extra")))))
+    assert same(value, testing.through_manifest(value))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

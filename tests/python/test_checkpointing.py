@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
-from funicular.offloading import session_of
+from funicular import testing
 from models import WIDTH, Block, Decoder, Stack, stack
 from twin import Run, World, case, compare
 
@@ -222,11 +222,11 @@ def test_backward_gives_up_what_it_has_passed(how: str, host_world: World):
     call = functools.partial(checkpoint, use_reentrant=how == "reentrant")
     run = Run(host_world, True)
     run.model = run.wrap(Stack(depth=10, call=lambda b, x: b(x) if how == "plain" else call(b, x)), frames=6)
-    session = session_of(run.model)
+    units = testing.inspect(run.model).units
     held: list[int] = []
 
     def count(grad: torch.Tensor) -> None:
-        held.append(sum(unit.held for unit in session.units))
+        held.append(sum(unit.held for unit in units))
 
     def watch(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         if out.requires_grad:  # not in the first run of a reentrant checkpoint

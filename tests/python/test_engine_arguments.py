@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funicular
-from funicular import _core
+from funicular import _core, testing
 from models import WIDTH, Stack
 from twin import Run, World, compare
 
@@ -117,7 +117,7 @@ def test_every_call_with_bad_numbers(two_worlds: World):
 
 
 def torment(run: Run) -> None:
-    engine = run.model._funicular_session.engine
+    engine = testing.inspect(run.model).engine
     buffer = torch.zeros(64, device=run.device)
     tried = 0
     for name, parameter, index in calls():
@@ -144,7 +144,7 @@ def test_places_of_a_save_and_of_a_load(host_world: World, tmp_path: Path):
     run.model = run.wrap(Stack())
     run.opt = run.adamw()
     run.train(1, look=False)
-    engine = run.model._funicular_session.engine
+    engine = testing.inspect(run.model).engine
     for place in [
         (99, 0, 0, "param"),
         (2**40, 0, 0, "param"),

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import children
 import funicular
-from funicular.units.unit import ref_of
+from funicular import testing
 from models import CUDA, WIDTH, Stack
 from test_processes import in_child
 from twin import Run, World
@@ -53,11 +53,11 @@ def offloaded(world: World) -> Run:
 
 def places(run: Run) -> dict[str, int]:
     """Addresses of each kind of the runtime's memory."""
-    ref = ref_of(run.model.layers[1].up.weight)
-    assert ref is not None
-    found = {"home": ref.home_address, "gradient": ref.grad_storage.data_ptr()}
+    place = testing.inspect_parameter(run.model.layers[1].up.weight)
+    assert place is not None
+    found = {"home": place.home_address, "gradient": place.gradient_address}
     if run.world.device == "host":
-        found["frame"] = ref.frame_address
+        found["frame"] = place.frame_address
     return found
 
 
@@ -278,7 +278,7 @@ def test_an_address_that_nobody_was_told_of(tier: str, disk: str):
     if CUDA:
         pytest.skip("CUDA does not survive fork")
     body = """
-    from funicular.units.unit import ref_of
+    from funicular.testing import inspect_parameter
     import ctypes
     model = Stack()
     funicular.offload(model, world.policy(model))
@@ -286,7 +286,7 @@ def test_an_address_that_nobody_was_told_of(tier: str, disk: str):
     def step():
         model(torch.ones(4, WIDTH)).sum().backward(); opt.step(); opt.zero_grad()
     step()
-    address = ref_of(model.layers[2].up.weight).home_address
+    address = inspect_parameter(model.layers[2].up.weight).home_address
     pid = os.fork()
     if pid == 0:
         print(ctypes.c_float.from_address(address).value)

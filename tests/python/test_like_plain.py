@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import funicular
-from funicular.offloading import session_of
+from funicular import testing
 from models import CUDA, WIDTH, Block, Stack, stack
+from mutations import wrap
 from twin import Run, case, compare
 
 pytestmark = pytest.mark.io_engines
@@ -294,7 +295,7 @@ def test_conversion_that_replaces_parameters(host_world):
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     run.model.float()
-    assert session_of(run.model).units[0].params[0].param is next(run.model.parameters())
+    assert testing.inspect(run.model).units[0].parameters[0].parameter is next(run.model.parameters())
 
 
 # ------------------------------------------------------------------ other processes
@@ -412,37 +413,39 @@ def test_filling_frames_anew_is_no_use(host_world):
     run.model = run.wrap(Stack())
     run.opt = run.adamw()
     run.train(3)
-    session = session_of(run.model)
-    before = session.engine.stats()["prefetch"]
+    engine = testing.inspect(run.model).engine
+    before = engine.stats()["prefetch"]
     kept = []
     hook = run.model.layers[0].register_forward_pre_hook(lambda m, _: kept.append(m.up.weight.detach()))
     run.model(run.data(4, WIDTH))
     hook.remove()
-    opened = [a - b for a, b in zip(session.engine.stats()["prefetch"][:3], before[:3], strict=True)]
+    opened = [a - b for a, b in zip(engine.stats()["prefetch"][:3], before[:3], strict=True)]
     with torch.no_grad():
         run.model.layers[0].up.weight.mul_(0.5)
     assert torch.equal(kept[0], run.model.layers[0].up.weight)
-    assert [a - b for a, b in zip(session.engine.stats()["prefetch"][:3], before[:3], strict=True)] == opened
+    assert [a - b for a, b in zip(engine.stats()["prefetch"][:3], before[:3], strict=True)] == opened
 
 
 def test_edits_of_other_threads_that_never_end(host_world, monkeypatch):
     """A weight that is edited each time it is about to be saved: an error by name, not torch's about a hook."""
     run = Run(host_world, True)
     run.model = run.wrap(Stack())
-    session = session_of(run.model)
     w = run.model.layers[2].up.weight
-    pack, tries = type(session.leases).pack, []
+    tries = []
 
-    def edited(self, tensor):
-        tries.append(tensor)
-        with torch._C.DisableTorchFunctionSubclass():
-            torch.autograd.graph.increment_version(w)
-        return pack(self, tensor)
+    def editing(pack):
+        def edited(self, tensor):
+            tries.append(tensor)
+            with torch._C.DisableTorchFunctionSubclass():
+                torch.autograd.graph.increment_version(w)
+            return pack(self, tensor)
 
-    monkeypatch.setattr(type(session.leases), "pack", edited)
+        return edited
+
+    wrap(monkeypatch, "funicular.windows.leases.LeaseHooks.pack", editing)
     with pytest.raises(funicular.UsageError, match="FN-E118"):
         w * w
-    monkeypatch.setattr(type(session.leases), "pack", pack)
+    monkeypatch.undo()
     assert len(tries) >= 1000
     (w * w).sum().backward()
 

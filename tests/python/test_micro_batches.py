@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import funicular
-from funicular import testing
 from models import WIDTH, Block, Decoder, DecoderBlock, Stack, stack
+from mutations import break_
 from sliced import close, compare
 from twin import Mismatch, Run, play, same
 
@@ -52,12 +52,12 @@ def test_close_to_the_whole_batch(rows, host_world):
 
 def test_sums_are_in_fp32(host_world):
     """bf16 gradients summed in bf16 would be others: the comparison can fail."""
-    with testing.break_("round_every_slice"), pytest.raises(Mismatch):
+    with break_("round_every_slice"), pytest.raises(Mismatch):
         compare(host_world, decoder(dtype=torch.bfloat16), five_rows, rows=1)
 
 
 def test_random_numbers_are_restored(host_world):
-    with testing.break_("skip_random_restore"), pytest.raises(Mismatch):
+    with break_("skip_random_restore"), pytest.raises(Mismatch):
         compare(host_world, decoder(), five_rows)
 
 

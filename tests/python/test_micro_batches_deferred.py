@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from conftest import DEVICE, make_world
-from funicular import testing
 from models import WIDTH, Linear, Stack
+from mutations import break_
 from sliced import compare
 from twin import Mismatch, Run, World
 
@@ -283,7 +283,7 @@ def test_without_a_graph_nothing_is_put_off(host_world):
 
 @pytest.mark.parametrize("end", ["used", "a closure", "a function", "an argument"])
 def test_the_comparison_can_fail(end: str, host_world):
-    with testing.break_("never_fill"), pytest.raises(Mismatch):
+    with break_("never_fill"), pytest.raises(Mismatch):
         compare(host_world, endings(LOOKED[end]), steps)
 
 

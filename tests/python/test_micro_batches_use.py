@@ -14,8 +14,7 @@ from torch import nn
 
 import facts
 import funicular
-from funicular.guard import classes
-from funicular.offloading import session_of
+from funicular import testing
 from models import CUDA, WIDTH, Block, Decoder, Linear, Stack, stack
 from sliced import close, compare
 from twin import Run, bits, play, same
@@ -292,7 +291,7 @@ def test_a_dropped_model_leaves_nothing(two_worlds):
         run.model = run.wrap(Stack(), activations={"micro_batch": 2, "tier": "host"})
         run.opt = run.adamw()
         run.train(2)
-        return weakref.ref(run.model), weakref.ref(session_of(run.model))
+        return weakref.ref(run.model), weakref.ref(testing.inspect(run.model).session)
 
     once()
     gc.collect()
@@ -371,7 +370,7 @@ def test_interrupted_in_the_middle(two_worlds):
 def test_frames_are_not_taken_for_edited(how, rows, host_world, monkeypatch):
     """The runtime's own ways past the version counters must not cost a look at every weight in every window."""
     touched = []
-    monkeypatch.setattr(classes, "touch", lambda ref: touched.append(ref.name))
+    monkeypatch.setattr("funicular.guard.classes.touch", lambda ref: touched.append(ref.name))
     run = Run(host_world, True)
     run.model = run.wrap(Stack(), activations={"micro_batch": rows or "off"})
     run.opt = run.adamw()

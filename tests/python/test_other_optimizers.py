@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import funicular
 from models import WIDTH, Stack
+from mutations import wrap
 from twin import Run, World
 
 BOTH = [funicular.AdamW, torch.optim.AdamW]
@@ -217,8 +219,6 @@ def test_states_for_another_kind_of_optimizer(host_world: World, tmp_path: Path)
 
 def test_two_models_are_two_steps(host_world: World, monkeypatch: pytest.MonkeyPatch):
     """One AdamW over two offloaded models: interrupted in between, the first has stepped and the second has not, each as a whole."""
-    from funicular.optim import _SessionStep
-
     models = [Stack(depth=2), Stack(depth=2)]
     for model in models:
         funicular.offload(model, host_world.policy(model))
@@ -226,15 +226,18 @@ def test_two_models_are_two_steps(host_world: World, monkeypatch: pytest.MonkeyP
     for model in models:
         model(data().to(next(model.parameters()).device)).mean().backward()
     before = [[p.detach().clone() for p in model.parameters()] for model in models]
-    go, calls = _SessionStep.go, []
+    calls = []
 
-    def struck(self: Any) -> None:
-        calls.append(self)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        go(self)
+    def struck(go: Callable[[Any], None]) -> Callable[[Any], None]:
+        def second(self: Any) -> None:
+            calls.append(self)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            go(self)
 
-    monkeypatch.setattr(_SessionStep, "go", struck)
+        return second
+
+    wrap(monkeypatch, "funicular.optim.adamw._SessionStep.go", struck)
     with pytest.raises(KeyboardInterrupt):
         opt.step()
     stepped = [

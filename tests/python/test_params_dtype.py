@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import funicular
-from funicular import offloading
 from models import Decoder, Stack
 from twin import Run, World, compare
 
@@ -110,7 +109,7 @@ def test_a_later_failure_gives_the_format_back(host_world: World, monkeypatch: p
     model = Stack()
     rounded = [p.detach().bfloat16().float() for p in model.parameters()]
     with monkeypatch.context() as patch:
-        patch.setattr(offloading, "_move_buffers", fails)
+        patch.setattr("funicular.offloading._move_buffers", fails)
         with pytest.raises(RuntimeError, match="as if"):
             funicular.offload(model, host_world.policy(model, params={"dtype": "bfloat16"}))
     for p, value in zip(model.parameters(), rounded, strict=True):

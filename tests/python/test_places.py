@@ -8,8 +8,8 @@ import torch
 
 import funicular
 import turns
-from funicular.windows.session import Session
 from models import WIDTH, stack
+from mutations import wrap
 from test_ahead import SPARE, loss_of, run_offloaded, settle
 from twin import Run, compare
 
@@ -218,23 +218,25 @@ def test_view_taken_while_another_thread_steps(host_world, monkeypatch):
         got = []
         if run.offloaded:
             here, go = threading.Event(), threading.Event()
-            access = Session.access
 
-            def slow_access(self, *args, **more):
-                found = access(self, *args, **more)
-                if threading.current_thread().name == "reader" and not here.is_set():
-                    here.set()
-                    go.wait()
-                return found
+            def slow(access):
+                def slow_access(self, *args, **more):
+                    found = access(self, *args, **more)
+                    if threading.current_thread().name == "reader" and not here.is_set():
+                        here.set()
+                        go.wait()
+                    return found
 
-            monkeypatch.setattr(Session, "access", slow_access)
+                return slow_access
+
+            wrap(monkeypatch, "funicular.windows.session.Session.access", slow)
             reader = threading.Thread(target=lambda: got.append(w.detach()), name="reader")
             reader.start()
             here.wait()
             run.opt.step()
             go.set()
             reader.join()
-            monkeypatch.setattr(Session, "access", access)
+            monkeypatch.undo()
         else:
             got.append(w.detach())
             run.opt.step()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular.offloading import session_of
+from funicular import testing
 from models import CUDA
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -38,9 +38,8 @@ def _train(policy: dict[str, Any], steps: int = 3) -> tuple[nn.Module, list[floa
 
 def _check(model: nn.Module, policy: dict[str, Any]) -> None:
     if policy.get("debug", {}).get("sync"):
-        session = session_of(model)
-        assert session is not None
-        assert not any(session.engine.update_pending(i) for i in range(len(session.units)))
+        inside = testing.inspect(model)
+        assert not any(inside.engine.update_pending(i) for i in range(len(inside.units)))
 
 
 _HOST = {"params": {"tier": "host"}, "optimizer": {"tier": "host"}, "budget": {"hbm": "32MiB"}}
@@ -85,6 +84,4 @@ def test_demotion_needs_somewhere_to_go() -> None:
 def test_patterns_of_units_are_those_of_the_policy() -> None:
     """Alternatives in braces and classes, as everywhere in a policy."""
     model = funicular.offload(_model().to(DEVICE), {**_HOST, "units": {"match": ["{0,1}", "[!01]"]}})
-    session = session_of(model)
-    assert session is not None
-    assert [u.name for u in session.units] == ["0", "1", "2", "3", "4", "5"]
+    assert [u.name for u in testing.inspect(model).units] == ["0", "1", "2", "3", "4", "5"]

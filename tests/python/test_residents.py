@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import funicular
+from funicular import testing
 from models import CUDA, WIDTH, stack
+from mutations import wrap
 from twin import Run, compare
 
 AUTO = {"params": {"tier": "auto"}, "optimizer": {"tier": "auto"}}
@@ -16,9 +18,7 @@ ROOM = {"all": "256MiB", "some": "64MiB"} if CUDA else {"all": "64MiB", "some": 
 
 
 def is_paged(p: nn.Parameter) -> bool:
-    from funicular.units.unit import ref_of
-
-    return ref_of(p) is not None
+    return testing.inspect_parameter(p) is not None
 
 
 def train(run: Run) -> None:
@@ -122,7 +122,7 @@ def test_belongs_to_one_model_only(host_world):
 def test_a_copy_is_ordinary(host_world):
     model = offloaded(host_world, ROOM["all"])
     twin = copy.deepcopy(model)
-    assert all(not hasattr(p, "_funicular_resident") or p._funicular_resident() is None for p in twin.parameters())
+    assert not any(testing.is_resident(p) for p in twin.parameters())
     opt = funicular.AdamW(twin.parameters(), lr=1e-3)
     twin(torch.randn(4, WIDTH, device=host_world.torch_device)).sum().backward()
     opt.step()
@@ -131,14 +131,13 @@ def test_a_copy_is_ordinary(host_world):
 
 def test_clipping_leaves_paged_gradients_where_they_are(host_world, monkeypatch):
     """Beside residents, whose gradients torch multiplies, the factor of paged ones stays pending."""
-    import funicular.windows.session as session_module
-
     model = offloaded(host_world, ROOM["some"])
     opt = funicular.AdamW(model.parameters())
     touched = []
-    original = session_module.Session.access_grad
-    monkeypatch.setattr(
-        session_module.Session, "access_grad", lambda self, ref: (touched.append(ref), original(self, ref))
+    wrap(
+        monkeypatch,
+        "funicular.windows.session.Session.access_grad",
+        lambda original: lambda self, ref: (touched.append(ref), original(self, ref)),
     )
     for step in range(3):
         model(torch.randn(4, WIDTH, device=host_world.torch_device)).square().mean().backward()

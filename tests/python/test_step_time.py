@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import funicular
-from funicular import StepTime
-from funicular.offloading import session_of
-from funicular.report.nvtx import Ranges
+from funicular import StepTime, testing
 from models import CUDA, Block, Stack
 from twin import World
 
@@ -130,13 +128,12 @@ def test_time_goes_where_it_belongs(host_world: World):
     for _ in range(3):
         step()
     stats = funicular.stats(model)
-    session = session_of(model)
-    assert session is not None
+    units = testing.inspect(model).units
     assert stats.last is not None
     assert stats.last.compute >= DEPTH * SLOW
     # The runner may be through with part of the first piece before the thread waits.
-    assert stats.last.stalls["update"] >= (len(session.units) - 1) * SLOW
-    assert stats.last.busy["cpu_update"] >= len(session.units) * SLOW
+    assert stats.last.stalls["update"] >= (len(units) - 1) * SLOW
+    assert stats.last.busy["cpu_update"] >= len(units) * SLOW
     assert stats.last.stalls["nvme_read"] == stats.last.stalls["nvme_write"] == 0
 
 
@@ -206,9 +203,7 @@ class Recorder:
 
 def recorded(model: nn.Module) -> Recorder:
     recorder = Recorder()
-    session = session_of(model)
-    assert session is not None
-    session.ranges = Ranges(recorder.start, recorder.end)
+    testing.inspect(model).record_ranges(recorder.start, recorder.end)
     return recorder
 
 
@@ -242,14 +237,10 @@ def test_ranges_end_with_an_exception(host_world: World):
 def test_ranges_are_only_where_asked_for(host_world: World):
     """Without a GPU ``log.nvtx`` does nothing; on one it is torch's own ranges."""
     model, step = offloaded(host_world, log={"nvtx": True})
-    session = session_of(model)
-    assert session is not None
-    assert (session.ranges.start("x") is not None) == CUDA
+    assert (testing.inspect(model).start_range("x") is not None) == CUDA
     step()
     other, _ = offloaded(host_world)
-    session = session_of(other)
-    assert session is not None
-    assert session.ranges.start("x") is None
+    assert testing.inspect(other).start_range("x") is None
 
 
 @pytest.mark.parametrize(

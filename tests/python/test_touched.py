@@ -13,7 +13,7 @@ import torch
 import children
 import funicular
 from conftest import DEVICE, PLACEMENTS
-from funicular.units.unit import ref_of
+from funicular import testing
 from models import CUDA, WIDTH, Stack, stack
 from twin import Run, World, compare
 
@@ -23,8 +23,8 @@ NVME = PLACEMENTS["nvme-threads"]
 
 def floats_of(weight: torch.Tensor) -> np.ndarray:
     """A weight's memory by its address, which no guard was asked for."""
-    ref = ref_of(weight)
-    address = weight.data_ptr() if ref is None else ref.home_address
+    place = testing.inspect_parameter(weight)
+    address = weight.data_ptr() if place is None else place.home_address
     return np.ctypeslib.as_array((ctypes.c_float * weight.numel()).from_address(address))
 
 
@@ -156,13 +156,13 @@ def test_many_threads(nvme_world: World):
 
 
 TOUCH = """
-from funicular.units.unit import ref_of
+from funicular.testing import inspect_parameter
 import ctypes
 model = Stack(depth=8)
 funicular.offload(model, merge(world.policy(model), {more!r}))
 with torch.no_grad(): model(torch.ones(4, WIDTH))
 def touch(layer):
-    return ctypes.c_float.from_address(ref_of(layer.up.weight).home_address).value
+    return ctypes.c_float.from_address(inspect_parameter(layer.up.weight).home_address).value
 """
 
 
@@ -172,7 +172,7 @@ def run(body: str, disk: str, more: dict | None = None) -> tuple[int, str, str]:
 
 #: One weight after the other can be read; all at once are more host memory than is allowed.
 TIGHT = """
-from funicular.units.unit import ref_of
+from funicular.testing import inspect_parameter
 import ctypes
 from torch import nn
 model = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256)) for _ in range(16)])
@@ -180,9 +180,9 @@ budget = {"hbm": "64MiB", "host": "7MiB", "nvme": "64MiB"}
 tiers = {"params": {"tier": "nvme"}, "optimizer": {"tier": "nvme"}}
 funicular.offload(model, {"device": "host", "budget": budget, "nvme": {"paths": [disk]}, **tiers})
 def touch(block):
-    return ctypes.c_float.from_address(ref_of(block[0].weight).home_address).value
+    return ctypes.c_float.from_address(inspect_parameter(block[0].weight).home_address).value
 def edit(block, value):
-    ctypes.c_float.from_address(ref_of(block[0].weight).home_address).value = value
+    ctypes.c_float.from_address(inspect_parameter(block[0].weight).home_address).value = value
 """
 
 
@@ -237,7 +237,7 @@ print("went on", flush=True)
 
 def test_a_model_that_is_gone(disk: str):
     body = """
-address = ref_of(model.layers[1].up.weight).home_address
+address = inspect_parameter(model.layers[1].up.weight).home_address
 kept = model.layers[0].up.weight
 del model
 import gc; gc.collect()

@@ -219,10 +219,10 @@ def test_tracing_changes_nothing(two_worlds: World, tmp_path: Path):
 
 def test_trace_on_demand(host_world: World, tmp_path: Path):
     """The engine's own switch, as tools use it: on, off, written."""
-    from funicular.offloading import session_of
+    from funicular import testing
 
     run = trained(host_world)
-    engine = session_of(run.model).engine
+    engine = testing.inspect(run.model).engine
     engine.trace(True)
     run.train(1, look=False)
     engine.trace(False)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import funicular
-from funicular.offloading import session_of
+from funicular import testing
 from models import CUDA, Block, Stack
 from twin import FRAMES, Run, World, compare, unit_bytes
 
@@ -45,7 +45,7 @@ def wrap(run: Run, dtype: torch.dtype, where: str, **sections: Any) -> None:
     run.model = run.wrap(model, budget=room(run.world, model), optimizer=optimizer, **sections)
     run.opt = run.adamw()
     if run.offloaded and where == "halves":
-        assert session_of(run.model).engine.split_updates("halves")
+        assert testing.inspect(run.model).engine.split_updates("halves")
 
 
 def check_who(run: Run, where: str) -> None:
@@ -149,7 +149,7 @@ def test_changed_at_any_time(host_world: World):
             loss = run.model(run.data(4, WIDTH).to(torch.bfloat16)).float().square().mean()
             loss.backward()
             if run.offloaded:
-                assert session_of(run.model).engine.split_updates(split)
+                assert testing.inspect(run.model).engine.split_updates(split)
             run.opt.step()
             run.opt.zero_grad()
 
@@ -182,7 +182,7 @@ def test_what_it_takes_of_the_compute_tier(host_world: World):
     funicular.unwrap(model)
     # Nobody insists on it: the ring comes first.
     funicular.offload(model, host_world.policy(model))
-    assert not session_of(model).engine.split_updates("lanes")
+    assert not testing.inspect(model).engine.split_updates("lanes")
 
 
 @pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 28), (torch.bfloat16, 26)], ids=["fp32", "bf16"])
@@ -192,7 +192,7 @@ def test_traffic_is_counted_where_it_is(host_world: World, where: str, dtype: to
     run = Run(host_world, True)
     wrap(run, dtype, where, optimizer={"spare": "0B"})
     plain_steps(run, dtype)
-    session_of(run.model).engine.settle_all()
+    testing.inspect(run.model).engine.settle_all()
     stats = funicular.stats(run.model)
     sizes = [p.numel() for p in run.model.parameters()]
     cpu, gpu = stats.links["cpu_update"].bytes, stats.links["gpu_update"].bytes
@@ -204,7 +204,7 @@ def test_unknown_split(host_world: World):
     run = Run(host_world, True)
     run.model = run.wrap(build()())
     with pytest.raises(ValueError, match="everybody"):
-        session_of(run.model).engine.split_updates("everybody")
+        testing.inspect(run.model).engine.split_updates("everybody")
 
 
 def test_traced(host_world: World, tmp_path: Path):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import funicular
+from funicular import testing
 from models import CUDA, WIDTH, Stack
 from twin import SEED, World
 
@@ -101,7 +102,7 @@ class Program:
         elif self.wait == "stats":
             funicular.stats(self.model)
         elif self.wait == "trace":
-            engine = self.model._funicular_session.engine
+            engine = testing.inspect(self.model).engine
             engine.trace(True)
             engine.write_trace(str(self.folder.parent / "trace.json"))
 
@@ -179,7 +180,7 @@ class Beside:
 
 
 def close(program: Program) -> None:
-    program.model._funicular_session.engine.close()
+    testing.inspect(program.model).engine.close()
 
 
 def unwrap(program: Program) -> None:
@@ -296,7 +297,7 @@ def refusals(disk: str) -> None:
     refused: list[str] = []
 
     def handler(*_: Any) -> None:
-        if not program.model._funicular_session.busy():
+        if not testing.inspect(program.model).busy():
             return  # between two waits
         for name, action in actions.items():
             try:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from funicular import testing
 from funicular.errors import RuntimeFailure
 from funicular.gradients.clipping import note_norm
 from funicular.guard.classes import GuardedGrad
@@ -81,9 +80,16 @@ class Landing:
         self._queue.append(under_way)  # before: nothing may free what is being copied
         under_way[1] = self._engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), grad.nbytes, stream)
 
-    def reap(self, stream: int, *, all_of_them: bool = False) -> None:
+    def finish(self, stream: int) -> None:
+        """Have ``stream`` wait for all copies, and let go of all gradients."""
+        self._engine.wait_gradients(stream)
+        self._reap(stream, 0)
+
+    def reap(self, stream: int) -> None:
         """Let go of gradients that have landed; ``stream`` waits for the oldest as long as there are too many."""
-        most = 0 if all_of_them else self._most
+        self._reap(stream, self._most)
+
+    def _reap(self, stream: int, most: int) -> None:
         left = sum(grad.nbytes for grad, _ in self._queue)
         while self._queue:
             grad, copy = self._queue[0]
@@ -111,9 +117,6 @@ def bring_down(session: Session, ref: ParamRef) -> bool:
         if _is_kept(_holders(grad)):
             return False  # its holder may go on to edit it
         place = place_for(ref)
-        if testing.broken("drop_gradient"):
-            p.grad = place
-            return False
         if grad.stride() != ref.home.stride():
             grad = torch.empty_like(ref.frame).copy_(grad)
         note_norm(ref, grad, place)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from funicular import testing
 from funicular.errors import UsageError
 from funicular.guard.classes import GuardedParameter, WindowParameter
 from funicular.micro_batches.replay import Autocast, Randomness
@@ -412,7 +411,7 @@ class _Sum:
             return
         if total is None:
             self._total = grad  # alone, it is what it is
-        elif grad.dtype not in (torch.bfloat16, torch.float16) or testing.broken("round_every_slice"):
+        elif not _is_half(grad):
             total.add_(grad)
         elif last:
             # The kernel adds in fp32 and rounds what it writes: nothing of fp32 passes through memory.
@@ -424,6 +423,11 @@ class _Sum:
         """Give the sum away, in a parameter's number format."""
         total, self._total = self._total, None
         return None if total is None else total.to(dtype)
+
+
+def _is_half(grad: torch.Tensor) -> bool:
+    """Whether sums of such gradients lose bits that fp32 keeps."""
+    return grad.dtype in (torch.bfloat16, torch.float16)
 
 
 def _leaf(p: nn.Parameter) -> nn.Parameter:

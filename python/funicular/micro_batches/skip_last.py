@@ -27,7 +27,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funicular import testing
 from funicular.guard.classes import WindowParameter
 from funicular.torch_internals.compiling import compilations
 
@@ -138,10 +137,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages.clear()
         if waiting:
             self.filled = True
-            # Not an operation of the user's: no graph, and no new version.
-            with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowADInplaceOrView():
-                for func, args, out in [] if testing.broken("never_fill") else waiting:
-                    func.overloadpacket.out(*args, out=out)
+            _compute(waiting)
 
     def settle(self, outputs: list[torch.Tensor]) -> None:
         """Let go of what waits, if ``outputs`` are all that is left of it and nobody else has them; else fill it."""
@@ -159,6 +155,14 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return True
         times = Counter(map(id, outputs))
         return any(_owners(left, i) != (1, _ALONE + times[id(t)]) or t._backward_hooks for i, t in enumerate(left))
+
+
+def _compute(waiting: list[tuple[Any, tuple[Any, ...], torch.Tensor]]) -> None:
+    """Run what was put off, each into the memory of its result."""
+    # Not an operation of the user's: no graph, and no new version.
+    with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowADInplaceOrView():
+        for func, args, out in waiting:
+            func.overloadpacket.out(*args, out=out)
 
 
 class _Functions(TorchFunctionMode):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from funicular import _core, testing
+from funicular import _core
 from funicular.errors import Error
 from funicular.gradients.arrival import Landing, bring_down, move_out
 from funicular.gradients.clipping import apply_pending
@@ -248,8 +248,6 @@ class Session:
 
     def open_for_backward(self, unit: Unit) -> bool:
         """Open a unit whose saved tensors are needed now; False: use the home's bytes."""
-        if testing.broken("skip_backward_reload"):
-            return True
         return self.open(unit, BACKWARD)
 
     def _watch_backward(self) -> None:
@@ -422,10 +420,7 @@ class Session:
     def backward_ended(self, task: int) -> None:
         """Run at the end of a backward: all gradients are in their segments for whoever looks."""
         self._bring_down()
-        waits = not testing.broken("wrong_gate")
-        if waits:
-            self.engine.wait_gradients(self.stream())
-        self.landing.reap(self.stream(), all_of_them=waits)
+        self.landing.finish(self.stream())
         self._task = -1
         self.ranges.backward(None)
         self.ahead.backward_ended(self.units)

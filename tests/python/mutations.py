@@ -1,0 +1,38 @@
+"""Functions of the product that tests replace by name: mechanisms that they break to show that they would notice, and others to strike at."""
+
+from __future__ import annotations
+
+import contextlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: what is replaced, and by what
+MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "skip_backward_reload": ("funicular.windows.session.Session.open_for_backward", lambda self, unit: True),
+    "drop_gradient": ("funicular.gradients.arrival.Landing.send", lambda self, ref, grad, stream: None),
+    "wrong_gate": ("funicular.gradients.arrival.Landing.finish", lambda self, stream: self.reap(stream)),
+    "round_every_slice": ("funicular.micro_batches.block._is_half", lambda grad: False),
+    "skip_random_restore": ("funicular.micro_batches.replay.Randomness._set", lambda self, state: None),
+    "never_fill": ("funicular.micro_batches.skip_last._compute", lambda waiting: None),
+}
+
+
+def wrap(patch: pytest.MonkeyPatch, what: str, around: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace one function, given by its dotted name, by what ``around`` makes of it."""
+    patch.setattr(what, around(pkgutil.resolve_name(what)))
+
+
+@contextlib.contextmanager
+def break_(what: str) -> Iterator[None]:
+    """Break one mechanism within the context."""
+    if what not in MUTATIONS:
+        msg = f"unknown mechanism {what!r}; known: {sorted(MUTATIONS)}"
+        raise ValueError(msg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*MUTATIONS[what])
+        yield
