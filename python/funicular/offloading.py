@@ -20,9 +20,10 @@ from funicular.micro_batches.block import MicroBatches
 from funicular.optim.other_optimizers import watch_optimizers
 from funicular.policy import Policy
 from funicular.torch_internals.nvrtc import tell_core
+from funicular.units.cast import Cast
 from funicular.units.classes import guarded_classes, unpaged, unpaged_note
 from funicular.units.discover import Found, find_units
-from funicular.units.dtypes import Cast
+from funicular.units.dtypes import name_of
 from funicular.units.unit import ParamRef, Unit, link, ref_of
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular.windows.lookup import ATTRIBUTE, offloaded, session_of
@@ -154,7 +155,7 @@ def _freed(found: list[Found]) -> int:
 
 def describe(name: str, p: nn.Parameter, dtype: torch.dtype) -> tuple[str, int, str, int, bool]:
     """Describe a parameter in some format to the core: name, elements, dtype, bytes per element, whether it is trained."""
-    return (name, p.numel(), str(dtype).removeprefix("torch."), dtype.itemsize, p.requires_grad)
+    return (name, p.numel(), name_of(dtype), dtype.itemsize, p.requires_grad)
 
 
 def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) -> None:

@@ -14,10 +14,9 @@ from torch import nn
 from funicular.offloading import describe
 from funicular.units.classes import unpaged, unpaged_note
 from funicular.units.discover import find_units
+from funicular.units.dtypes import BY_SHORT_NAME
 
 __all__ = ["units"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def units(
@@ -38,7 +37,7 @@ def units(
     """
     model = _from_config(Path(source), dtype) if Path(source).is_dir() else _from_factory(source)
     if dtype is not None:
-        model.to(_DTYPES[dtype])
+        model.to(BY_SHORT_NAME[dtype])
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     multiplied = {
         id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
@@ -96,7 +95,7 @@ def _from_config(folder: Path, dtype: str | None) -> nn.Module:
         raise ImportError("a config.json needs the package transformers; without it give --params and --layers") from e
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     # A model is trained in the type that its weights are kept in, unless something else is asked for.
-    kept = _DTYPES.get(dtype or "", getattr(config, "dtype", None) or torch.float32)
+    kept = BY_SHORT_NAME.get(dtype or "", getattr(config, "dtype", None) or torch.float32)
     with torch.device("meta"):
         for kind in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
             if type(config) in getattr(transformers, kind)._model_mapping:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from funicular.units.dtypes import MOMENTS, has_whole_master, master_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -282,8 +284,8 @@ class ReferenceAdamW(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(param, dtype=torch.float32)
             state["master"] = _first_master(param)
         state["step"] += 1
         assert param.grad is not None
@@ -313,11 +315,10 @@ class ReferenceAdamW(torch.optim.Optimizer):
 
 
 def _first_master(param: Tensor) -> Tensor | None:
-    if param.dtype == torch.bfloat16:
-        return torch.zeros_like(param, dtype=torch.int16)
-    if param.dtype == torch.float16:
-        return param.detach().to(torch.float32)
-    return None
+    kept = master_dtype(param.dtype)
+    if kept is None:
+        return None
+    return param.detach().to(kept) if has_whole_master(param.dtype) else torch.zeros_like(param, dtype=kept)
 
 
 def _bytes(x: Tensor) -> Tensor:

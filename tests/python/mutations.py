@@ -16,7 +16,7 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "skip_backward_reload": ("funicular.windows.session.Session.open_for_backward", lambda self, unit: True),
     "drop_gradient": ("funicular.gradients.arrival.Landing.send", lambda self, ref, grad, stream: None),
     "wrong_gate": ("funicular.gradients.arrival.Landing.finish", lambda self, stream: self.reap(stream)),
-    "round_every_slice": ("funicular.micro_batches.block._is_half", lambda grad: False),
+    "round_every_slice": ("funicular.micro_batches.block.is_half", lambda dtype: False),
     "skip_random_restore": ("funicular.micro_batches.replay.Randomness._set", lambda self, state: None),
     "never_fill": ("funicular.micro_batches.skip_last._compute", lambda waiting: None),
 }

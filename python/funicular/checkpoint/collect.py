@@ -11,7 +11,8 @@ from funicular.checkpoint.entries import added_entries
 from funicular.checkpoint.facts import encode
 from funicular.errors import UsageError
 from funicular.optim.adamw import AdamW
-from funicular.optim.states import MOMENTS, ParamStates
+from funicular.optim.states import ParamStates
+from funicular.units.dtypes import MOMENTS, SAFETENSORS, is_half, name_of, state_dtype
 from funicular.units.unit import ref_of
 
 if TYPE_CHECKING:
@@ -19,16 +20,7 @@ if TYPE_CHECKING:
 
     from funicular.units.unit import ParamRef
 
-__all__ = ["DTYPES", "Named", "Snapshot", "config_files", "named_tensors", "states_of"]
-
-#: names of types in safetensors
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
-_HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+__all__ = ["Named", "Snapshot", "config_files", "named_tensors", "states_of"]
 
 _Place = tuple[int, int, int, str]
 
@@ -147,9 +139,9 @@ class Snapshot:
         else:
             place = self._memory(name, p, capture=True)
         master: Any = None
-        if self.fp32 and like.dtype in _HALVES:
-            self.dtypes[name] = _HALVES[like.dtype]
-            dtype, master = "F32", (_HALVES[like.dtype], self._rest(name, p, ref))
+        if self.fp32 and is_half(like.dtype):
+            self.dtypes[name] = name_of(like.dtype)
+            dtype, master = "F32", (name_of(like.dtype), self._rest(name, p, ref))
         self.tensors.append((name, dtype, tuple(like.shape), False, place, master))
 
     def _rest(self, name: str, p: nn.Parameter, ref: ParamRef | None) -> _Place | None:
@@ -191,17 +183,13 @@ class Snapshot:
             states.keep_edits()
         if edited:
             self.edited.append(name)
-        half = like.dtype in _HALVES
-        kinds = (*MOMENTS, "master") if half and not edited and not self.fp32 else MOMENTS
+        kinds = (*MOMENTS, "master") if is_half(like.dtype) and not edited and not self.fp32 else MOMENTS
         packed = within and like.is_contiguous()
         for kind in kinds:
             key = f"{name}.{kind}"
             if packed:
                 assert ref is not None
-                place, dtype = (
-                    _in_unit(ref, kind),
-                    "I16" if kind == "master" and like.dtype == torch.bfloat16 else "F32",
-                )
+                place, dtype = _in_unit(ref, kind), SAFETENSORS[state_dtype(kind, like.dtype)]
             elif ours or kind in states:
                 tensor = states.fetched(kind) if within else states[kind]
                 place, dtype = self._memory(key, tensor), _dtype(name, tensor)
@@ -237,9 +225,9 @@ def _in_unit(ref: ParamRef, kind: str) -> _Place:
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in SAFETENSORS:
         raise UsageError("FN-E408", f"'{name}' is {tensor.dtype}, which safetensors does not have. Convert it.")
-    return DTYPES[tensor.dtype]
+    return SAFETENSORS[tensor.dtype]
 
 
 def config_files(model: Any, *, fp32: bool) -> Iterator[tuple[str, bytes]]:
@@ -250,7 +238,7 @@ def config_files(model: Any, *, fp32: bool) -> Iterator[tuple[str, bytes]]:
     said = {"architectures": [type(model).__name__]}
     dtype = getattr(model, "dtype", None)
     if isinstance(dtype, torch.dtype):
-        said["dtype"] = "float32" if fp32 and dtype in _HALVES else str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+        said["dtype"] = "float32" if fp32 and is_half(dtype) else name_of(dtype)  # type: ignore[assignment]
     copy = type(config).from_dict({**config.to_dict(), **said})
     yield "config.json", str(copy.to_json_string()).encode()
     generation = getattr(model, "generation_config", None)

@@ -18,7 +18,7 @@ from funicular.errors import UsageError
 from funicular.units.classes import pageable
 
 if TYPE_CHECKING:
-    from funicular.units.dtypes import Cast
+    from funicular.units.cast import Cast
     from funicular.windows.session import Session
 
 __all__ = ["Weights"]

@@ -10,13 +10,13 @@ import torch
 
 from funicular import _core
 from funicular.checkpoint import under_way
-from funicular.checkpoint.collect import DTYPES, Named
 from funicular.checkpoint.conversion import Conversion
 from funicular.checkpoint.entries import hand_back
 from funicular.checkpoint.facts import decode
 from funicular.checkpoint.quiesce import homes_changed
 from funicular.errors import StorageError, UsageError
-from funicular.optim.states import MOMENTS, ParamStates
+from funicular.optim.states import ParamStates
+from funicular.units.dtypes import MOMENTS, SAFETENSORS, TRAINED, is_half, name_of, state_dtype
 from funicular.units.unit import ref_of
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from funicular.checkpoint.collect import Named
     from funicular.checkpoint.conversion import Made
     from funicular.windows.session import Session
 
@@ -32,8 +33,9 @@ __all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]
 
 #: ordinary tensors are filled through buffers of about this many bytes at a time
 _BATCH = 64 << 20
-_HALVES = (torch.bfloat16, torch.float16)
-_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+_TYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
+#: formats that are converted into each other
+_FLOATS = frozenset(SAFETENSORS[dtype] for dtype in TRAINED)
 _log = logging.getLogger("funicular")
 
 
@@ -129,7 +131,7 @@ def compare_model(source: Source, model: nn.Module, named: Named, *, exact: bool
     missing, shaped, typed = [], [], []
     used = set()
     for name, tensor in {**named.params, **named.buffers}.items():
-        own = DTYPES.get(tensor.dtype, "")
+        own = SAFETENSORS.get(tensor.dtype, "")
         made = source.made(name, named.aliases)
         if made is not None:
             of = [key for _, key in made[1].sources]
@@ -184,9 +186,8 @@ def _fits(found: str, own: str, master_of: str, dtype: torch.dtype, *, exact: bo
     if found == own and not master_of:
         return True
     if master_of:
-        return str(dtype) == f"torch.{master_of}"
-    floats = {"F32", "F16", "BF16"}
-    return not exact and found in floats and own in floats
+        return name_of(dtype) == master_of
+    return not exact and found in _FLOATS and own in _FLOATS
 
 
 def compare_groups(source: Source, opt: torch.optim.Optimizer, named: Named) -> list[list[str]]:
@@ -293,7 +294,9 @@ class Loader:
         dtype = next(iter(targets.values())).dtype
 
         read = {key: torch.empty(self.source.model[key].shape, dtype=dtype) for _, key in made.sources}
-        self.source.core.read([(t.data_ptr(), t.nbytes, DTYPES[dtype], False, key, None) for key, t in read.items()])
+        self.source.core.read(
+            [(t.data_ptr(), t.nbytes, SAFETENSORS[dtype], False, key, None) for key, t in read.items()]
+        )
         # Each is given away, so that what is merged can go.
         found = self.source.conversion.convert(made, read.pop)
         with torch.no_grad():
@@ -351,7 +354,7 @@ class Loader:
         span = (ref.start, ref.numel)
         for kind in MOMENTS:
             self.items.append((*place, kind, *span, True, f"{name}.{kind}" if there else None, False))
-        if p.dtype in _HALVES:
+        if is_half(p.dtype):
             saved = f"{name}.master"
             if there and saved in self.source.optimizer:
                 self.items.append((*place, "master", *span, True, saved, False))
@@ -364,11 +367,10 @@ class Loader:
         """States that are ordinary tensors, or lie in a unit with other strides."""
         key = self.source.name_of(name, self.named.aliases)
         for kind in MOMENTS:
-            like = torch.empty(p.shape, dtype=torch.float32, device="meta")
+            like = torch.empty(p.shape, dtype=state_dtype(kind, p.dtype), device="meta")
             self._ordinary(f"{name}.{kind}", True, like, None, _setter(states, kind, p))
-        if p.dtype in _HALVES and isinstance(states, ParamStates):
-            rest = torch.int16 if p.dtype == torch.bfloat16 else torch.float32
-            like = torch.empty(p.shape, dtype=rest, device="meta")
+        if is_half(p.dtype) and isinstance(states, ParamStates):
+            like = torch.empty(p.shape, dtype=state_dtype("master", p.dtype), device="meta")
             if f"{name}.master" in self.source.optimizer:
                 self._ordinary(f"{name}.master", True, like, None, _setter(states, "master", p))
             elif key in self.source.masters:
@@ -376,7 +378,7 @@ class Loader:
 
     def _has_master(self, name: str, p: torch.Tensor) -> bool:
         key = self.source.name_of(name, self.named.aliases)
-        return p.dtype not in _HALVES or f"{name}.master" in self.source.optimizer or key in self.source.masters
+        return not is_half(p.dtype) or f"{name}.master" in self.source.optimizer or key in self.source.masters
 
     def run(self, told: Callable[[int], None] | None) -> None:
         """Fill everything that was listed, and give modules back what they had added to their state."""
@@ -398,7 +400,7 @@ class Loader:
         }
         if read:
             self.source.core.read(
-                [(t.data_ptr(), t.nbytes, DTYPES[t.dtype], False, name, None) for name, t in read.items()]
+                [(t.data_ptr(), t.nbytes, SAFETENSORS[t.dtype], False, name, None) for name, t in read.items()]
             )
         given |= {name: tensor.to(self._device_of(name)) for name, tensor in read.items()}
         lacking = [name for name in self.named.entries if name not in given]
@@ -443,7 +445,7 @@ class Loader:
 
     def _fill(self, batch: list[tuple[_Ordinary, torch.Tensor]]) -> None:
         self.source.core.read(
-            [(t.data_ptr(), t.nbytes, DTYPES[t.dtype], one.optimizer, one.name, one.half) for one, t in batch]
+            [(t.data_ptr(), t.nbytes, SAFETENSORS[t.dtype], one.optimizer, one.name, one.half) for one, t in batch]
         )
         with torch.no_grad():
             for one, t in batch:

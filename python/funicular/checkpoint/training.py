@@ -9,7 +9,7 @@ import torch
 
 from funicular.checkpoint.facts import check_random_states, decode
 from funicular.errors import StorageError
-from funicular.optim.states import MOMENTS
+from funicular.units.dtypes import MOMENTS, SAFETENSORS, TRAINED, is_half
 
 if TYPE_CHECKING:
     from funicular.checkpoint.collect import Named
@@ -19,6 +19,10 @@ __all__ = ["check_options", "check_states", "check_training"]
 
 #: steps that a float64 counts exactly
 _MOST_STEPS = 2**53
+#: names of the formats that have masters
+_HALVES = {one.name for dtype, one in TRAINED.items() if is_half(dtype)}
+#: formats in which a file may have moments
+_MOMENTS_IN = {"F64", *(SAFETENSORS[dtype] for dtype in TRAINED)}
 #: what a file of weights alone leaves out
 _EXPORTED: dict[str, Any] = {"step": 0, "steps": {}, "edited": [], "dtypes": {}, "tied": {}, "extra": None}
 
@@ -62,7 +66,7 @@ def _check(said: dict[str, Any]) -> None:
     _expect("step", said["step"], _is_count)
     _expect("steps", said["steps"], lambda v: type(v) is dict and all(map(_is_count, v.values())))
     _expect("edited", said["edited"], _are_names)
-    _expect("dtypes", said["dtypes"], lambda v: type(v) is dict and set(v.values()) <= {"bfloat16", "float16"})
+    _expect("dtypes", said["dtypes"], lambda v: type(v) is dict and set(v.values()) <= _HALVES)
     _expect("tied", said["tied"], lambda v: type(v) is dict and _are_names(list(v.values())))
     groups = said.get("groups")
     _expect("groups", groups, lambda v: v is None or type(v) is list)
@@ -106,7 +110,7 @@ def check_states(source: Source, named: Named, groups: list[list[str]]) -> None:
         shape = tuple(named.params[name].shape)
         for kind in MOMENTS:
             found = source.optimizer.get(f"{name}.{kind}")
-            if found is None or found.shape != shape or found.dtype not in ("F32", "F16", "BF16", "F64"):
+            if found is None or found.shape != shape or found.dtype not in _MOMENTS_IN:
                 has = "missing" if found is None else f"{found.dtype} {list(found.shape)}, not {list(shape)}"
                 raise _damaged(source, f"'{name}' has had {steps[name]} steps, and '{name}.{kind}' is {has}")
         rest = source.optimizer.get(f"{name}.master")

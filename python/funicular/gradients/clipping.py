@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from funicular.units.dtypes import TRAINED
 from funicular.units.unit import ref_of
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
         or not isinstance(grads, (list, tuple))
     ):
         return False
-    if factor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or torch.is_inference_mode_enabled():
+    if factor.dtype not in TRAINED or torch.is_inference_mode_enabled():
         return False
     refs = []
     for grad in grads:

@@ -22,6 +22,7 @@ from funicular.micro_batches.replay import Autocast, Randomness
 from funicular.micro_batches.skip_last import Deferred, last_product
 from funicular.micro_batches.slices import Outputs, arrange
 from funicular.torch_internals.compiling import compilations, untraced
+from funicular.units.dtypes import is_half
 from funicular.units.unit import Visit, link, ref_of
 from funicular.windows.leases import check_version
 from funicular.windows.session import BACKWARD
@@ -411,7 +412,7 @@ class _Sum:
             return
         if total is None:
             self._total = grad  # alone, it is what it is
-        elif not _is_half(grad):
+        elif not is_half(grad.dtype):
             total.add_(grad)
         elif last:
             # The kernel adds in fp32 and rounds what it writes: nothing of fp32 passes through memory.
@@ -423,11 +424,6 @@ class _Sum:
         """Give the sum away, in a parameter's number format."""
         total, self._total = self._total, None
         return None if total is None else total.to(dtype)
-
-
-def _is_half(grad: torch.Tensor) -> bool:
-    """Whether sums of such gradients lose bits that fp32 keeps."""
-    return grad.dtype in (torch.bfloat16, torch.float16)
 
 
 def _leaf(p: nn.Parameter) -> nn.Parameter:

@@ -19,6 +19,7 @@ from funicular.optim.resident import resident_update
 from funicular.optim.state_values import Unusable
 from funicular.optim.states import ParamStates
 from funicular.reference import adamw_step
+from funicular.units.dtypes import TRAINED, is_half
 from funicular.units.unit import ref_of
 from funicular.windows.replaced import check_replaced, refuse_dtensors
 from funicular.windows.residents import resident_session
@@ -35,7 +36,6 @@ __all__ = ["AdamW"]
 
 #: parameters start at multiples of this many elements in their section
 _ALIGN = 128
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: options of groups that states saved by older versions of torch lack
 _LATER_OPTIONS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -185,7 +185,7 @@ class AdamW(torch.optim.Optimizer):
     def _check_ordinary(self, p: torch.nn.Parameter) -> None:
         if p.is_meta:
             refuse_meta(self)
-        if p.dtype not in _DTYPES:
+        if p.dtype not in TRAINED:
             raise UsageError(
                 "FN-E112",
                 f"AdamW cannot step {label(self, p)}, of {p.dtype}. Convert it to fp32, bf16 or fp16, or give it to another "
@@ -239,8 +239,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
         assert p.grad is not None
-        half = p.dtype in (torch.bfloat16, torch.float16)
-        master = states.tensor("master") if half else None
+        master = states.tensor("master") if is_half(p.dtype) else None
         edited = states.plain_version not in (-1, p._version)
         adamw_step(
             p,

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils import _pytree as pytree
 
 from funicular.errors import UsageError
+from funicular.units.dtypes import state_bytes
 from funicular.units.unit import ref_of
 from funicular.windows.faults import bring_in
 
@@ -33,8 +34,6 @@ _log = logging.getLogger("funicular")
 _WRAPPER = "torch/_dynamo/eval_frame.py"
 #: versions before the step under way
 _before: weakref.WeakKeyDictionary[Any, list[tuple[ParamRef, int]]] = weakref.WeakKeyDictionary()
-#: bytes of AdamW's states for one element of a parameter
-_STATE_BYTES = {torch.float32: 8, torch.bfloat16: 10, torch.float16: 12}
 #: optimizers whose user was told that their states are in no budget
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -142,7 +141,7 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 def _tell_of_states(optimizer: Any, refs: list[ParamRef]) -> None:
     """Say once of each other optimizer over an offloaded model how much memory its states take beside the budgets."""
-    kept = sum(ref.numel * _STATE_BYTES.get(ref.home.dtype, 0) for ref in refs if ref.trainable)
+    kept = sum(ref.numel * state_bytes(ref.home.dtype) for ref in refs if ref.trainable)
     tiers = dict.fromkeys(str(ref.unit.session.policy.optimizer.tier) for ref in refs)
     _told.add(optimizer)
     _log.warning(

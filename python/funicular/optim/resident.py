@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from funicular.units.dtypes import TRAINED, is_half
+
 if TYPE_CHECKING:
     from funicular.optim.states import ParamStates
     from funicular.windows.session import Session
 
 __all__ = ["ResidentUpdate", "resident_update"]
-
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 #: addresses of parameter, gradient, master, exp_avg, exp_avg_sq; elements, dtype, which hyperparameters, master starts anew
 ResidentUpdate = tuple[int, int, int, int, int, int, str, int, bool]
@@ -22,13 +22,13 @@ ResidentUpdate = tuple[int, int, int, int, int, int, str, int, bool]
 def resident_update(session: Session, p: nn.Parameter, states: ParamStates, hyper: int) -> ResidentUpdate | None:
     """Describe one parameter's update for the runtime; None if its tensors are not as the kernels need them."""
     grad = p.grad
-    dtype = _DTYPES.get(p.dtype)
-    if grad is None or dtype is None or type(grad) is not torch.Tensor or not isinstance(p, nn.Parameter):
+    known = TRAINED.get(p.dtype)
+    if grad is None or known is None or type(grad) is not torch.Tensor or not isinstance(p, nn.Parameter):
         return None
     if grad.dtype != p.dtype or grad.device != p.device or p.device != session.device or grad.stride() != p.stride():
         return None
     moments = [states.tensor(name) for name in ("exp_avg", "exp_avg_sq")]
-    master = states.tensor("master") if p.dtype != torch.float32 else None
+    master = states.tensor("master") if is_half(p.dtype) else None
     if any(t.stride() != p.stride() or t.device != p.device for t in moments if p.numel() > 1):
         return None
     edited = states.plain_version not in (-1, p._version)
@@ -39,7 +39,7 @@ def resident_update(session: Session, p: nn.Parameter, states: ParamStates, hype
         moments[0].data_ptr(),
         moments[1].data_ptr(),
         p.numel(),
-        dtype,
+        known.name,
         hyper,
         edited,
     )

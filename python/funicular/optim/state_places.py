@@ -11,19 +11,17 @@ import torch
 
 from funicular.errors import BudgetError
 from funicular.optim.state_values import (
-    MOMENTS,
     Unusable,
     as_torch_loads,
     blank,
     cloned,
     content,
-    element_size,
     fits,
-    master_dtype,
     packed,
     step_count,
     usable,
 )
+from funicular.units.dtypes import MOMENTS, has_whole_master, is_half, state_dtype
 from funicular.units.unit import ref_of, storage_uses
 from funicular.windows.signals import note_step
 
@@ -114,7 +112,7 @@ class StatePlaces:
             return ()
         found: tuple[str, ...] = MOMENTS
         # What the fp32 master has beyond a 16-bit weight: torch's AdamW has no such state, and ignores it.
-        if master_dtype(self.param.dtype) is not None and not self.edited:
+        if is_half(self.param.dtype) and not self.edited:
             found = (*MOMENTS, "master") if self.ref is not None or "master" in self._tensors else MOMENTS
         return tuple(key for key in found if key not in self._missing) if self._missing else found
 
@@ -332,7 +330,7 @@ class StatePlaces:
     def install(self, ref: ParamRef | None) -> None:
         """Bring what was loaded to where it is to live, in memory of its own."""
         within = ref if ref is not None and ref.trainable else None
-        edited = master_dtype(self.param.dtype) is not None and "master" not in self._tensors
+        edited = is_half(self.param.dtype) and "master" not in self._tensors
         if self.begun:
             if within is not None:
                 self.attach(within)
@@ -374,7 +372,7 @@ class StatePlaces:
             if self.begun and name != "master":
                 raise Unusable(self.param, name, "is gone: it went with the model that was offloaded")
             tensor = blank(self.param, name, self.param.device)
-            if name == "master" and self.param.dtype == torch.float16:
+            if name == "master" and has_whole_master(self.param.dtype):
                 tensor.copy_(self.param.detach())
             self._tensors[name] = tensor
         return self._tensors[name]
@@ -414,7 +412,7 @@ class StatePlaces:
     def _counted(self, ref: ParamRef, name: str) -> int:
         """Have memory for a tensor counted; what was fetched and is not held any more makes room."""
         session = ref.unit.session
-        size = self.param.numel() * element_size(name, self.param.dtype)
+        size = self.param.numel() * state_dtype(name, self.param.dtype).itemsize
         try:
             session.engine.lend(size)
         except BudgetError:

@@ -8,25 +8,20 @@ import torch
 
 from funicular.errors import UsageError
 from funicular.homes.digests import digest
+from funicular.units.dtypes import MOMENTS, TRAINED, state_dtype
 from funicular.units.unit import ref_of
 
 __all__ = [
-    "MOMENTS",
     "Unusable",
     "as_torch_loads",
     "blank",
     "cloned",
     "content",
-    "element_size",
     "fits",
     "packed",
     "step_count",
     "usable",
 ]
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-#: types of a moment that fp32 holds exactly
-_EXACT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Unusable(UsageError):
@@ -52,25 +47,13 @@ class Unusable(UsageError):
         )
 
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """Return the type of what a 16-bit weight's master is kept as; None for other weights."""
-    return {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(dtype)
-
-
-def element_size(name: str, dtype: torch.dtype) -> int:
-    """Bytes of one element of a state of a parameter of some dtype."""
-    return 2 if name == "master" and dtype == torch.bfloat16 else 4
-
-
-def _dtype_of(param: torch.Tensor, name: str) -> torch.dtype:
-    return torch.float32 if name in MOMENTS else master_dtype(param.dtype) or torch.float32
-
-
 def blank(param: torch.Tensor, name: str, device: torch.device | str) -> torch.Tensor:
     """Return a state of zeros with a parameter's shape and strides."""
     # Whoever asks may be in inference mode; the states are not.
     with torch.inference_mode(mode=False), torch.no_grad():
-        return torch.empty_strided(param.size(), param.stride(), dtype=_dtype_of(param, name), device=device).zero_()
+        return torch.empty_strided(
+            param.size(), param.stride(), dtype=state_dtype(name, param.dtype), device=device
+        ).zero_()
 
 
 def packed(param: torch.Tensor, name: str, value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -84,7 +67,7 @@ def fits(param: torch.Tensor, name: str, value: torch.Tensor) -> bool:
     return (
         value.layout == torch.strided
         and value.shape == param.shape
-        and value.dtype == _dtype_of(param, name)
+        and value.dtype == state_dtype(name, param.dtype)
         and value.device == param.device
         and (value.stride() == param.stride() or param.numel() <= 1)
         and not value.is_inference()
@@ -112,8 +95,9 @@ def usable(param: torch.Tensor, key: str, value: Any, *, cast: bool = False) -> 
         )
     if value.shape != param.shape:
         raise Unusable(param, key, f"has the shape {tuple(value.shape)}, the parameter {tuple(param.shape)}")
-    right = _dtype_of(param, key)
-    if value.dtype == right or (key in MOMENTS and (value.is_floating_point() if cast else value.dtype in _EXACT)):
+    right = state_dtype(key, param.dtype)
+    # What is trained is what fp32 holds exactly.
+    if value.dtype == right or (key in MOMENTS and (value.is_floating_point() if cast else value.dtype in TRAINED)):
         return value
     raise Unusable(param, key, f"is of {value.dtype}, which does not become {right} without loss")
 

@@ -10,9 +10,10 @@ import torch
 
 from funicular.errors import BudgetError
 from funicular.optim.state_places import EDITED, MANAGED, Handed, StatePlaces
-from funicular.optim.state_values import MOMENTS, Unusable, master_dtype, step_count, usable
+from funicular.optim.state_values import Unusable, step_count, usable
+from funicular.units.dtypes import MOMENTS, has_whole_master, is_half
 
-__all__ = ["MOMENTS", "ParamStates"]
+__all__ = ["ParamStates"]
 
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class ParamStates(StatePlaces, _Dictionary):
             For states that are incomplete, or that a step of this parameter cannot use.
         """
         new = cls(param)
-        ours = (*MOMENTS, "master") if master_dtype(param.dtype) is not None else MOMENTS
+        ours = (*MOMENTS, "master") if is_half(param.dtype) else MOMENTS
         new._own = {key: value for key, value in given.items() if key not in ("step", *ours)}
         present = [key for key in ("step", *ours) if key in given]
         if not present:
@@ -61,14 +62,14 @@ class ParamStates(StatePlaces, _Dictionary):
 
     def _has_own_master(self) -> bool:
         """Whether the master, if any is wanted, is that of the weight as it is now. Every rest goes with every bf16 weight."""
-        if master_dtype(self.param.dtype) is None:
+        if not is_half(self.param.dtype):
             return True
         master = self._tensors.get("master")
         if master is None or self.param.is_meta:
             return master is not None
-        if self.param.dtype == torch.bfloat16:
+        if not has_whole_master(self.param.dtype):
             return True
-        half, weight = master.to(self.param.device, torch.float16), self.param.detach()
+        half, weight = master.to(self.param.device, self.param.dtype), self.param.detach()
         return bool(((half == weight) | (half.isnan() & weight.isnan())).all())
 
     def own_keys(self) -> tuple[Any, ...]:
@@ -76,7 +77,7 @@ class ParamStates(StatePlaces, _Dictionary):
         return tuple(self._own)
 
     def _is_managed(self, key: Any) -> bool:
-        return key in MANAGED or (key == "master" and master_dtype(self.param.dtype) is not None)
+        return key in MANAGED or (key == "master" and is_half(self.param.dtype))
 
     def __getitem__(self, key: Any) -> Any:
         if not self._is_managed(key):

@@ -11,6 +11,7 @@ from torch import nn
 from funicular import _core
 from funicular.errors import UsageError
 from funicular.units.classes import is_dtensor, pageable
+from funicular.units.dtypes import TRAINED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +20,6 @@ __all__ = ["Found", "find_units"]
 
 #: the rest is cut into units of about this many bytes, so that one tensor is never paged for another's sake
 _REST_BYTES = 64 << 20
-_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Found(NamedTuple):
@@ -124,7 +124,7 @@ def _check(name: str, p: nn.Parameter) -> None:
         )
     if p.layout != torch.strided:
         raise UsageError("FN-E112", f"'{name}' has layout {p.layout}; only dense parameters can be paged.")
-    if p.requires_grad and p.dtype not in _TRAINABLE:
+    if p.requires_grad and p.dtype not in TRAINED:
         raise UsageError(
             "FN-E112",
             f"'{name}' is trained in {p.dtype}, which AdamW has no kernel for. Use float32, bfloat16 or float16, or freeze it.",
