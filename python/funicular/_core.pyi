@@ -5,6 +5,16 @@ from types import CodeType
 from typing import Any, TypedDict, final
 
 __version__: str
+# phases, in which a unit is opened
+FORWARD: int
+BACKWARD: int
+EVAL: int
+# parameters start at multiples of this many elements in their section
+ALIGN_ELEMENTS: int
+# what is in no block is cut into units of about this many bytes
+REST_BYTES: int
+# factors of gradients that may be pending for one step
+FACTORS_PER_STEP: int
 
 # wall, compute, stalls in the order of `stalls`, busy links in the order of `links`: nanoseconds
 _StepTime = tuple[int, int, list[int], list[int]]

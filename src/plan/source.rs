@@ -12,8 +12,8 @@ use crate::{
     policy::{Pattern, open_regular},
 };
 
-/// What is not part of a block is cut into units of about this many bytes, as the wrapper does.
-const REST_BYTES: u64 = 64 << 20;
+/// What is not part of a block is cut into units of about this many bytes, by the wrapper too.
+pub const REST_BYTES: u64 = 64 << 20;
 /// Largest header of a safetensors file that is read: the format allows no larger one.
 const MAX_HEADER: u64 = 100_000_000;
 

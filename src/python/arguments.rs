@@ -134,11 +134,16 @@ pub(super) fn kind(name: &str) -> Result<StateKind> {
         .ok_or_else(|| Error::argument(format!("there is no state '{name}'.")))
 }
 
+/// Numbers of the phases in calls of the wrapper.
+pub(super) const FORWARD: u8 = 0;
+pub(super) const BACKWARD: u8 = 1;
+pub(super) const EVAL: u8 = 2;
+
 pub(super) fn phase(n: u8) -> Result<Phase> {
     match n {
-        0 => Ok(Phase::Forward),
-        1 => Ok(Phase::Backward),
-        2 => Ok(Phase::Eval),
+        FORWARD => Ok(Phase::Forward),
+        BACKWARD => Ok(Phase::Backward),
+        EVAL => Ok(Phase::Eval),
         _ => Err(Error::argument(format!("there is no phase {n}."))),
     }
 }

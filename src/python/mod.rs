@@ -43,6 +43,12 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cli, m)?)?;
     m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add("FORWARD", arguments::FORWARD)?;
+    m.add("BACKWARD", arguments::BACKWARD)?;
+    m.add("EVAL", arguments::EVAL)?;
+    m.add("ALIGN_ELEMENTS", crate::model::ALIGN_ELEMS)?;
+    m.add("REST_BYTES", crate::plan::source::REST_BYTES)?;
+    m.add("FACTORS_PER_STEP", crate::runtime::FACTORS_PER_STEP)?;
     Ok(())
 }
 

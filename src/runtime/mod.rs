@@ -29,6 +29,7 @@ pub use saving::{
 pub use setup::config::Config;
 pub use shared::end::{check_process, closed};
 pub use update::{
+    factors::FACTORS_PER_STEP,
     run::{Job, JobSpan, StepHyper},
     share::Sharing,
 };

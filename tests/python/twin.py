@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import funicular
+from funicular._core import ALIGN_ELEMENTS
 from funicular.reference import ReferenceAdamW
 from models import CUDA
 
@@ -89,7 +90,9 @@ def unit_bytes(model: nn.Module) -> list[int]:
             if id(p) not in seen:
                 seen.add(id(p))
                 key = (p.dtype, p.requires_grad)
-                sections[key] = sections.get(key, 0) + -(-p.numel() // 128) * 128 * p.element_size()
+                sections[key] = (
+                    sections.get(key, 0) + -(-p.numel() // ALIGN_ELEMENTS) * ALIGN_ELEMENTS * p.element_size()
+                )
         sizes.append(sum(-(-size // 4096) * 4096 for size in sections.values()))
     return [size for size in sizes if size] or [4096]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from funicular._core import FACTORS_PER_STEP
 from funicular.units.dtypes import TRAINED
 from funicular.units.unit import ref_of
 
@@ -29,8 +30,6 @@ _T: Any = torch.Tensor
 _FOREACH_NORM: Any = torch._foreach_norm
 _FOREACH_MUL: Any = torch._foreach_mul_
 _VECTOR_NORM: Any = torch.linalg.vector_norm
-#: distinct factors that may be pending for one step: a quarter of the runtime's slots
-MAX_FACTORS = 256
 
 #: the operation did not match
 NOTHING = object()
@@ -129,7 +128,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
 
 def _take(session: Session, factor: torch.Tensor) -> bool:
     """Whether one more factor may stay pending until the next step."""
-    if id(factor) not in session.factors and len(session.factors) >= MAX_FACTORS:
+    if id(factor) not in session.factors and len(session.factors) >= FACTORS_PER_STEP:
         return False
     session.factors[id(factor)] = factor
     return True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from funicular._core import BACKWARD
 from funicular.errors import UsageError
 from funicular.guard.classes import GuardedParameter, WindowParameter
 from funicular.micro_batches.replay import Autocast, Randomness
@@ -25,7 +26,6 @@ from funicular.torch_internals.compiling import compilations, untraced
 from funicular.units.dtypes import is_half
 from funicular.units.unit import Visit, link, ref_of
 from funicular.windows.leases import check_version
-from funicular.windows.session import BACKWARD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

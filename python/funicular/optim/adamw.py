@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from funicular._core import complete
+from funicular._core import ALIGN_ELEMENTS, complete
 from funicular.errors import UsageError
 from funicular.gradients.arrival import bring_home
 from funicular.gradients.clipping import effective_factor
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AdamW"]
 
-#: parameters start at multiples of this many elements in their section
-_ALIGN = 128
 #: options of groups that states saved by older versions of torch lack
 _LATER_OPTIONS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -456,7 +454,7 @@ def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[_Span]:
         reset = ref.edited or not states.begun
         if spans:
             section, start, length, before, was_reset = spans[-1]
-            end = start + -(-length // _ALIGN) * _ALIGN
+            end = start + -(-length // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
             if (section, end, before, was_reset) == (ref.section, ref.start, hyper, reset):
                 spans[-1] = (section, start, ref.start + ref.numel - start, hyper, reset)
                 continue

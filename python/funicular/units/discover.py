@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "find_units"]
 
-#: the rest is cut into units of about this many bytes, so that one tensor is never paged for another's sake
-_REST_BYTES = 64 << 20
-
 
 class Found(NamedTuple):
     """A unit: its name, its named parameters, and the modules whose forward uses them."""
@@ -202,7 +199,8 @@ def _group(rest: list[tuple[str, nn.Parameter]], taken: set[int]) -> Iterator[Fo
             continue
         taken.add(id(p))
         bytes_ = p.numel() * p.element_size()
-        if group and size + bytes_ > _REST_BYTES:
+        # So that one tensor is never paged for another's sake.
+        if group and size + bytes_ > _core.REST_BYTES:
             yield Found(group[0][0], group, [])
             group, size = [], 0
         group.append((name, p))

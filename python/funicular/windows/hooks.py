@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from funicular._core import BACKWARD, EVAL, FORWARD
 from funicular.torch_internals.compiling import compile_forward, keep_out, untraced, untraced_itself
 from funicular.torch_internals.saved_hooks import push
 from funicular.units.unit import Visit, in_backward
 from funicular.windows.leases import remove
 from funicular.windows.replaced import check_replaced
-from funicular.windows.session import BACKWARD, EVAL, FORWARD
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from funicular import _core
+from funicular._core import BACKWARD
 from funicular.errors import Error
 from funicular.gradients.arrival import Landing, bring_down, move_out
 from funicular.gradients.clipping import apply_pending
@@ -43,9 +44,7 @@ if TYPE_CHECKING:
     from funicular.micro_batches.activations import Activations
     from funicular.policy import Policy
 
-__all__ = ["BACKWARD", "EVAL", "FORWARD", "Session"]
-
-FORWARD, BACKWARD, EVAL = 0, 1, 2
+__all__ = ["Session"]
 
 _R = TypeVar("_R")
 _log = logging.getLogger("funicular")

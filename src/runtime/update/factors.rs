@@ -16,8 +16,10 @@ use crate::{
     units::ByteCount,
 };
 
-/// One page; the wrapper takes no more than a quarter for a step.
+/// One page.
 pub(crate) const SLOTS: u32 = 1024;
+/// As many as the wrapper takes for one step, so that slots of earlier steps are not taken again while they are read.
+pub const FACTORS_PER_STEP: u32 = SLOTS / 4;
 
 /// Slots in registered host memory.
 #[derive(Debug)]
