@@ -19,7 +19,10 @@ from funicular.micro_batches.activations import Activations
 from funicular.micro_batches.block import MicroBatches
 from funicular.optim.other_optimizers import watch_optimizers
 from funicular.policy import Policy
+from funicular.torch_internals.autograd import hooks_of
+from funicular.torch_internals.modules import own_buffers
 from funicular.torch_internals.nvrtc import tell_core
+from funicular.torch_internals.overrides import unguarded
 from funicular.units.cast import Cast
 from funicular.units.classes import guarded_classes, unpaged, unpaged_note
 from funicular.units.discover import Found, find_units
@@ -117,7 +120,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
     session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
     session.held = Held(model, left)
     devices = {id(p): p.device for p in model.parameters()}
-    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b) for m in model.modules() for name, b in own_buffers(m).items() if b is not None]
     try:
         cast.apply(model)
         _build(session, found, filled=weights is None, sync=resolved.debug.sync)
@@ -131,7 +134,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
     except BaseException:
         # As it was: nothing of a model is lost because it could not be offloaded.
         for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+            own_buffers(module)[name] = buffer
         values = None if weights is None else weights.values
         taken = [t._replace(value=t.value.to(devices[id(t.ref.param)])) for t in _taken(session, values)]
         for p in session.residents:
@@ -231,7 +234,7 @@ def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
         p.grad = grad
         ref.version = p._version
         p.__class__ = ref.guarded
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             share_version(ref)
     session.leases.add(unit)
     unit.count_idle()
@@ -272,8 +275,8 @@ class _BeforeAccumulate:
 
 def _remove_hooks(session: Session, p: Any) -> None:
     """Remove what a session hung on a parameter, also what an interruption kept out of its list of handles."""
-    for hooks in (p._post_accumulate_grad_hooks, p._backward_hooks):
-        for key, hook in list((hooks or {}).items()):
+    for hooks in hooks_of(p):
+        for key, hook in list(hooks.items()):
             if isinstance(hook, (_Arrived, _BeforeAccumulate)) and hook.session() is session:
                 del hooks[key]
 
@@ -282,11 +285,11 @@ def _move_buffers(model: nn.Module, session: Session) -> None:
     """Bring buffers to the device; one that several modules share stays one."""
     moved: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for name, buffer in module._buffers.items():
+        for name, buffer in own_buffers(module).items():
             if buffer is not None and buffer.device != session.device:
                 if id(buffer) not in moved:
                     moved[id(buffer)] = buffer.to(session.device)
-                module._buffers[name] = moved[id(buffer)]
+                own_buffers(module)[name] = moved[id(buffer)]
 
 
 def _hook(model: nn.Module, session: Session, found: list[Found]) -> None:

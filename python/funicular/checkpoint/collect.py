@@ -12,6 +12,7 @@ from funicular.checkpoint.facts import encode
 from funicular.errors import UsageError
 from funicular.optim.adamw import AdamW
 from funicular.optim.states import ParamStates
+from funicular.torch_internals.modules import is_persistent, own_buffers, own_parameters
 from funicular.units.dtypes import MOMENTS, SAFETENSORS, is_half, name_of, state_dtype
 from funicular.units.unit import ref_of
 
@@ -48,11 +49,11 @@ def named_tensors(model: nn.Module) -> Named:
     first: dict[int, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        for key, p in module._parameters.items():
+        for key, p in own_parameters(module).items():
             if p is not None:
                 _note(dot + key, p, first, params, aliases)
-        for key, b in module._buffers.items():
-            if b is not None and key not in module._non_persistent_buffers_set:
+        for key, b in own_buffers(module).items():
+            if b is not None and is_persistent(module, key):
                 _note(dot + key, b, first, buffers, aliases)
     return Named(params, buffers, aliases, added_entries(model, {**params, **buffers}, aliases))
 

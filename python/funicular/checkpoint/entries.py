@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from funicular.errors import UsageError
+from funicular.torch_internals.modules import adds_entries, state_dict_of
+from funicular.torch_internals.overrides import unguarded
 from funicular.units.unit import ref_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def added_entries(model: nn.Module, known: Mapping[str, torch.Tensor], aliases: 
     UsageError
         ``FN-E408`` if the model's own ``state_dict()`` fails.
     """
-    if not any(_adds(module) for module in model.modules()):
+    if not any(adds_entries(module) for module in model.modules()):
         return {}
     try:
         with torch.no_grad():
@@ -49,19 +50,6 @@ def added_entries(model: nn.Module, known: Mapping[str, torch.Tensor], aliases: 
     return added
 
 
-def _adds(module: nn.Module) -> bool:
-    """Whether a module may add entries: it overrides what makes them, or has hooks that may."""
-    cls, own = type(module), module.__dict__
-    return (
-        cls._save_to_state_dict is not nn.Module._save_to_state_dict
-        or cls.get_extra_state is not nn.Module.get_extra_state
-        or cls.state_dict is not nn.Module.state_dict
-        or bool(own.keys() & {"_save_to_state_dict", "get_extra_state", "state_dict"})
-        or bool(module._state_dict_hooks)
-        or bool(getattr(module, "_state_dict_pre_hooks", None))
-    )
-
-
 def _state_of(model: nn.Module) -> dict[str, Any]:
     try:
         # Parameters as they are: nothing of them is read.
@@ -74,7 +62,7 @@ def _place(tensor: torch.Tensor) -> Any:
     """Return what two tensors over the same values have in common."""
     ref = ref_of(tensor)
     like = tensor if ref is None else ref.home
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         if like.layout != torch.strided or like.is_meta or like.numel() == 0:
             return id(tensor)
         try:
@@ -98,8 +86,7 @@ def hand_back(model: nn.Module, entries: dict[str, Any], where: str) -> None:
     UsageError
         ``FN-E407`` if ``load_state_dict`` fails, or no module takes a tensor that differs from the model's own.
     """
-    offered: Any = OrderedDict(entries)
-    offered._metadata = OrderedDict((name, {"version": m._version}) for name, m in model.named_modules())
+    offered = state_dict_of(model, entries)
     try:
         with torch.no_grad():
             told = model.load_state_dict(offered, strict=False)

@@ -15,6 +15,8 @@ from torch import nn
 from funicular.checkpoint.collect import named_tensors
 from funicular.checkpoint.restore import Loader, Source, compare_model
 from funicular.errors import UsageError
+from funicular.torch_internals.memory import make_subclass, swap
+from funicular.torch_internals.modules import is_persistent, own_buffers, own_parameters
 from funicular.units.classes import pageable
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Weights:
         _make_buffers(self.model, self._before)
         made: dict[int, Any] = {}
         for module in self.model.modules():
-            for table in (module._parameters, module._buffers):
+            for table in (own_parameters(module), own_buffers(module)):
                 for name, tensor in table.items():
                     if tensor is None or not tensor.is_meta:
                         continue
@@ -86,7 +88,7 @@ class Weights:
             return empty
         new: torch.Tensor = _like(tensor, empty)
         self._exchanged.append((tensor, type(tensor), new))
-        if _exchanged(tensor, new):
+        if swap(tensor, new):
             return tensor
         self._exchanged.pop()
         return new
@@ -101,7 +103,7 @@ class Weights:
             tensor.__class__ = kind
             for name in ("_funicular_ref", "_funicular_inside"):
                 tensor.__dict__.pop(name, None)
-            if not tensor.is_meta and not _exchanged(tensor, new):
+            if not tensor.is_meta and not swap(tensor, new):
                 _put_in_place(self.model, tensor, new)
 
     def fill(self, session: Session) -> None:
@@ -124,7 +126,7 @@ class Weights:
 
 def _like(p: Any, data: torch.Tensor) -> Any:
     """Return a parameter of another one's class and with its attributes."""
-    made = torch.Tensor._make_subclass(type(p), data, p.requires_grad)
+    made = make_subclass(type(p), data, p.requires_grad)
     made.__dict__.update(p.__dict__)
     return made
 
@@ -152,20 +154,11 @@ def _check_path(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _exchanged(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Exchange what two tensors are while the objects stay; False if something of torch's own holds one of them."""
-    try:
-        torch._C._swap_tensor_impl(tensor, other)
-    except RuntimeError:
-        return False
-    return True
-
-
 def _put_in_place(model: nn.Module, tensor: torch.Tensor, other: torch.Tensor) -> None:
     for module in model.modules():
-        for name, p in module._parameters.items():
+        for name, p in own_parameters(module).items():
             if p is tensor:
-                module._parameters[name] = other  # type: ignore[assignment]
+                own_parameters(module)[name] = other
 
 
 def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]]) -> None:
@@ -176,21 +169,19 @@ def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]
         above = initialisers.get(prefix.rpartition(".")[0]) if prefix else None
         initialise = initialisers[prefix] = getattr(module, "_init_weights", above)
         lacking = [
-            n
-            for n, b in module._buffers.items()
-            if b is not None and b.is_meta and n in module._non_persistent_buffers_set
+            n for n, b in own_buffers(module).items() if b is not None and b.is_meta and not is_persistent(module, n)
         ]
         for name in lacking:
-            b = module._buffers[name]
+            b = own_buffers(module)[name]
             assert b is not None
-            before.append((module._buffers, name, b))
-            module._buffers[name] = torch.full(b.shape, _mark(b.dtype), dtype=b.dtype)
+            before.append((own_buffers(module), name, b))
+            own_buffers(module)[name] = torch.full(b.shape, _mark(b.dtype), dtype=b.dtype)
         if lacking and initialise is not None:
             # Its parameters are on the meta device still: initialising those does nothing.
             with torch.no_grad():
                 initialise(module)
         for name in lacking:
-            b = module._buffers[name]
+            b = own_buffers(module)[name]
             assert b is not None
             if b.numel() > 0 and bool(_is_mark(b).any()):
                 raise UsageError(

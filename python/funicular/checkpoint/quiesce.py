@@ -8,7 +8,8 @@ import torch
 
 from funicular import _core
 from funicular.errors import UsageError
-from funicular.units.unit import in_backward
+from funicular.torch_internals.autograd import in_backward
+from funicular.torch_internals.overrides import unguarded
 from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
 
@@ -56,7 +57,7 @@ def preserve_aliased(session: Session) -> None:
 
 def homes_changed(session: Session, refs: list[ParamRef]) -> None:
     """Let whoever looks at homes see what was loaded, and whoever saved views of them see that it changed."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         for ref in refs:
             torch.autograd.graph.increment_version(ref.param)
             ref.version = ref.param._version

@@ -16,6 +16,7 @@ from funicular.checkpoint.facts import decode
 from funicular.checkpoint.quiesce import homes_changed
 from funicular.errors import StorageError, UsageError
 from funicular.optim.states import ParamStates
+from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import MOMENTS, SAFETENSORS, TRAINED, is_half, name_of, state_dtype
 from funicular.units.unit import ref_of
 
@@ -411,10 +412,10 @@ class Loader:
             )  # fmt: skip
         if not given:
             return False
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             before = [p._version for p in self.named.params.values()]
         hand_back(self._model, given, str(self.source.path))
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             return before != [p._version for p in self.named.params.values()]
 
     def _device_of(self, name: str) -> torch.device | str:

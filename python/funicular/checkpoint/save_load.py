@@ -22,7 +22,8 @@ from funicular.checkpoint.quiesce import between_steps, preserve_aliased, quiesc
 from funicular.checkpoint.restore import Loader, Source, compare_groups, compare_model, take_groups
 from funicular.checkpoint.training import check_options, check_states, check_training
 from funicular.errors import Error, UsageError
-from funicular.units.unit import stream_of
+from funicular.torch_internals.memory import stream_of
+from funicular.torch_internals.modules import uncompiled
 from funicular.windows import signals
 from funicular.windows.lookup import session_within
 
@@ -107,11 +108,6 @@ class Loaded(NamedTuple):
     extra: Any
 
 
-def _plain_model(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, torch.nn.Module) else model
-
-
 def _session(model: nn.Module) -> Session | None:
     found = session_within(model)
     return None if found is None else found[1]
@@ -168,7 +164,7 @@ def save(
     BudgetError
         ``FN-E409`` if the host budget leaves too little for the frames (128 KiB at least).
     """
-    model = _plain_model(model)
+    model = uncompiled(model)
     session = _session(model)
     if weights not in ("param", "fp32"):
         raise UsageError("FN-E408", f"weights={weights!r}. Say 'param' or 'fp32'.")
@@ -325,7 +321,7 @@ def load(
     BudgetError
         ``FN-E409``.
     """
-    model = _plain_model(model)
+    model = uncompiled(model)
     session = _session(model)
     source = Source(Path(path), own=True)
     said = check_training(source)

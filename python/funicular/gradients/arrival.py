@@ -17,14 +17,14 @@ import torch
 from funicular.errors import RuntimeFailure
 from funicular.gradients.clipping import note_norm
 from funicular.guard.classes import GuardedGrad
-from funicular.units.unit import link, ref_of, storage_uses
+from funicular.torch_internals.memory import storage_uses, tensor_uses
+from funicular.torch_internals.overrides import unguarded
+from funicular.units.unit import link, ref_of
 
 if TYPE_CHECKING:
     from funicular._core import Engine
     from funicular.units.unit import ParamRef
     from funicular.windows.session import Session
-
-_use_count: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 __all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
 
@@ -106,7 +106,7 @@ class Landing:
 def bring_down(session: Session, ref: ParamRef) -> bool:
     """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor."""
     p = ref.param
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         grad = p.grad
         if grad is ref.grad:
             return True  # added to in its place
@@ -133,7 +133,7 @@ def bring_home(session: Session, refs: list[ParamRef]) -> None:
     for ref, grad in taken:
         session.access_grad(ref)
         place = place_for(ref)
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             place.copy_(grad)
 
 
@@ -141,7 +141,7 @@ def move_out(ref: ParamRef) -> None:
     """Give a gradient, and all views of it, memory of its own with the same bytes. Its place must be settled."""
     grad = ref.grad
     assert grad is not None
-    with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.inference_mode(mode=False), torch.no_grad(), unguarded():
         copy = grad.detach().clone()
         living = [view() for view in ref.views]
         for tensor in (grad, *living):
@@ -163,7 +163,7 @@ def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
     """Return how many look at a gradient: references in Python, in C++, and tensors over its memory if all of it is its own."""
     storage = gradient.untyped_storage()
     whole = storage.nbytes() == gradient.numel() * gradient.element_size()
-    return sys.getrefcount(gradient), _use_count(gradient), storage_uses(storage) if whole else 0
+    return sys.getrefcount(gradient), tensor_uses(gradient), storage_uses(storage) if whole else 0
 
 
 class _Sample(threading.local):

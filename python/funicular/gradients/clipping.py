@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funicular._core import FACTORS_PER_STEP
+from funicular.torch_internals.operations import FOREACH_MUL, FOREACH_NORM
+from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import TRAINED
 from funicular.units.unit import ref_of
 
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["apply_pending", "effective_factor", "note_norm", "recognised"]
 
 _T: Any = torch.Tensor
-_FOREACH_NORM: Any = torch._foreach_norm
-_FOREACH_MUL: Any = torch._foreach_mul_
 _VECTOR_NORM: Any = torch.linalg.vector_norm
 
 #: the operation did not match
@@ -41,16 +41,16 @@ def recognised(
     """Answer one of the operations of ``clip_grad_norm_`` from what is known; ``NOTHING`` for anything else."""
     if kwargs:
         return NOTHING
-    if func is _FOREACH_NORM or func is _VECTOR_NORM:
+    if func is FOREACH_NORM or func is _VECTOR_NORM:
         if len(args) != 2 or args[1] != 2:
             return NOTHING
         if func is _VECTOR_NORM:
             return _known_norm(args[0], "single") if type(args[0]) is guarded else NOTHING
         return _norms(args[0], guarded)
-    if func is _FOREACH_MUL or func is _T.mul_:
-        grads = args[0] if func is _FOREACH_MUL else [args[0]]
+    if func is FOREACH_MUL or func is _T.mul_:
+        grads = args[0] if func is FOREACH_MUL else [args[0]]
         if len(args) == 2 and _postpone(grads, args[1], guarded):
-            return None if func is _FOREACH_MUL else args[0]
+            return None if func is FOREACH_MUL else args[0]
     return NOTHING
 
 
@@ -60,7 +60,7 @@ def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
     if len(missing) == len(found) or any(type(tensors[i]) is guarded for i in missing):
         return NOTHING
     if missing:
-        for i, norm in zip(missing, _FOREACH_NORM([tensors[i] for i in missing], 2.0), strict=True):
+        for i, norm in zip(missing, FOREACH_NORM([tensors[i] for i in missing], 2.0), strict=True):
             found[i] = norm
     return tuple(found)
 
@@ -78,7 +78,7 @@ def _known_norm(grad: torch.Tensor, kind: str) -> Any:
     if ref.norm is None or ref.factor is not None:
         return NOTHING
     norm, version, taken = ref.norm
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         return norm if grad._version == version and taken == kind else NOTHING
 
 
@@ -89,7 +89,7 @@ def note_norm(ref: ParamRef, grad: torch.Tensor, home: torch.Tensor) -> None:
     kind = ref.unit.session.wants_norms
     if kind:
         # Their sums differ in the last bit on a GPU.
-        norm = _FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
+        norm = FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
         ref.norm = (norm, home._version, kind)
 
 
@@ -112,7 +112,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
         # A norm that is known says that nobody has touched the gradient since it came.
         if ref is None or ref.factor is not None or ref.norm is None or grad.device != factor.device:
             return False
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             if grad._version != ref.norm[1]:
                 return False
         refs.append(ref)
@@ -120,7 +120,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
         return False
     ordinary = [grad for grad in grads if type(grad) is torch.Tensor]
     if ordinary:
-        _FOREACH_MUL(ordinary, factor)
+        FOREACH_MUL(ordinary, factor)
     for ref in refs:
         ref.factor = factor
     return True
@@ -145,5 +145,5 @@ def apply_pending(ref: ParamRef) -> None:
     if factor is None or ref.grad is None:
         return
     ref.norm = None
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.no_grad(), unguarded():
         ref.grad.mul_(factor)

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import sys
 import weakref
-from multiprocessing.reduction import ForkingPickler
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.multiprocessing.reductions import reduce_tensor
 
-from funicular._core import BoundUnlessAsked, ThreadSwitch
+from funicular._core import ThreadSwitch
 from funicular.errors import RuntimeFailure, UsageError
 from funicular.gradients.clipping import NOTHING, recognised
-from funicular.guard.questions import calls_in
 from funicular.guard.sending import packed, spawning
 from funicular.guard.torch_functions import (
     BACKWARDS,
@@ -37,15 +34,20 @@ from funicular.guard.torch_functions import (
     written,
 )
 from funicular.homes.edits import check_conversion, note, replace_data, touch
+from funicular.torch_internals.memory import make_subclass, number_of
+from funicular.torch_internals.operations import MAY_BECOME, USE_COUNT, known_to_foreach
+from funicular.torch_internals.overrides import NO_OVERRIDE, override, unguarded
+from funicular.torch_internals.questions import calls_in
 from funicular.torch_internals.saved_hooks import pop, push
+from funicular.torch_internals.sending import reduce_tensor, send_by
 from funicular.units.unit import UNDER_WAY, Use, link, ref_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from funicular.units.unit import ParamRef
 
-__all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter"]
+__all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter", "install"]
 
 _T: Any = torch.Tensor
 #: Makes parameters of tensors; of tensors whose class it does not know, by ``detach``.
@@ -121,7 +123,7 @@ def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that meets guarded tensors."""
     if func in HARMLESS:
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             return func(*args, **kwargs)
     params: list[Any] = []
     grads: list[Any] = []
@@ -130,7 +132,7 @@ def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     owners = _settle_grads(func, grads) if grads else []
     result = _call(func, args, kwargs, params)
     if owners:
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             if torch.is_grad_enabled() and _needs_grad(result) and not written(func, args, kwargs):
                 # A graph was made, which may keep the gradients until after the next ones.
                 swap = {id(grad): grad.clone() for grad in grads}
@@ -145,13 +147,13 @@ def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Any]) -> Any:
     if params:
         return _call_on_params(func, args, kwargs, params)
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         return func(*args, **kwargs)
 
 
 def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], params: list[Any]) -> Any:
     refs = [_living(p) for p in params]
-    if func is torch._has_compatible_shallow_copy_type and isinstance(args[1], torch.Tensor):
+    if func is MAY_BECOME and isinstance(args[1], torch.Tensor):
         # `module.to(...)` and its kin ask before they move a parameter or replace it.
         check_conversion(refs[0], args[1])
     me = get_ident()
@@ -177,7 +179,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         if func in NUMPY and outside and not params[0].requires_grad:
             # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
             args = (outside[0].home.detach(), *args[1:])
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             before = {ref: ref.param._version for ref in refs}
             result = _leased(refs, func, args, kwargs)
             writes = _count_writes(func, args, kwargs, before)
@@ -244,7 +246,7 @@ def _adopt(result: Any, refs: list[ParamRef]) -> None:
         except (RuntimeError, NotImplementedError):
             return  # a wrapper without memory
         for ref in refs:
-            if ref.grad_storage is not None and ref.grad_storage._cdata == storage._cdata:
+            if ref.grad_storage is not None and number_of(ref.grad_storage) == number_of(storage):
                 result.__class__ = GuardedGrad
                 link(result, ref)
                 ref.views = [view for view in ref.views if view() is not None]
@@ -260,31 +262,10 @@ def _refusal(ref: ParamRef, what: str) -> UsageError:
     )
 
 
-def _override(real: Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
-    """Make a class's ``__torch_function__``; code that only asks whether there is one does not see it."""
-
-    def __torch_function__(
-        cls: type,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=_NO_GRAPH)
-        return real(cls, func, args, kwargs or {})
-
-    # torch.compile is to read this function, although it leaves those of this package alone.
-    __torch_function__.__code__ = __torch_function__.__code__.replace(co_filename="<funicular>")
-    get = BoundUnlessAsked(__torch_function__, torch._C._disabled_torch_function_impl, calls_in)
-    # Still a class method: torch.compile looks for one.
-    return type("classmethod", (classmethod,), {"__get__": get})(__torch_function__)
-
-
 class GuardedParameter(nn.Parameter):
     """A parameter outside its window."""
 
-    @_override
+    @override(_NO_GRAPH)
     def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = _operate(func, args, kwargs)
         if func is _T.detach and sys._getframe(2).f_code is _NEW_PARAMETER:
@@ -347,7 +328,7 @@ def _ordinary(cls: type) -> Any:
 
 def _parameter_over(p: GuardedParameter, tensor: torch.Tensor, kind: type[nn.Parameter]) -> Any:
     """Return what ``nn.Parameter(p)`` asks ``detach`` for: something of p's class, until it is marked as a parameter."""
-    alias: Any = torch.Tensor._make_subclass(nn.Parameter, tensor, p.requires_grad)
+    alias: Any = make_subclass(nn.Parameter, tensor, p.requires_grad)
     # As torch: of a subclass of its own, whichever class was called.
     alias._funicular_becomes = kind if _ordinary(type(p)) is nn.Parameter else _ordinary(type(p))
     alias.__class__ = type(p)
@@ -356,7 +337,7 @@ def _parameter_over(p: GuardedParameter, tensor: torch.Tensor, kind: type[nn.Par
 
 def _refuse(name: str) -> None:
     def refused(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise _refusal(_living(self), "torch.utils.swap_tensors" if name == "_use_count" else name)
+        raise _refusal(_living(self), "torch.utils.swap_tensors" if name == USE_COUNT else name)
 
     refused.__name__ = name
     refused.__doc__ = "Refused with ``FN-E115``."
@@ -406,7 +387,7 @@ class WindowParameter(GuardedParameter):
     # None for the threads inside, the guard for all others. torch.compile finds the former on the class.
     __torch_function__ = ThreadSwitch(
         "_funicular_inside",
-        torch._C._disabled_torch_function_impl,
+        NO_OVERRIDE,
         GuardedParameter.__torch_function__,
         # Functions of torch's that are written in Python ask the class, once an instance has said that there is something to ask.
         torch.overrides.__file__,
@@ -440,7 +421,7 @@ class WindowParameter(GuardedParameter):
 class GuardedGrad(torch.Tensor):
     """A gradient in its pinned segment, or a view of one."""
 
-    @_override
+    @override(_NO_GRAPH)
     def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = NOTHING if func in HARMLESS else recognised(func, args, kwargs, cls)
         return _operate(func, args, kwargs) if known is NOTHING else known
@@ -481,19 +462,14 @@ class GuardedGrad(torch.Tensor):
 def _send(grad: GuardedGrad) -> Any:
     """Send an ordinary tensor with the same bytes to another process, as torch sends tensors."""
     copy = grad.clone()
-    return packed(copy) if spawning() else reduce_tensor(copy)  # type: ignore[no-untyped-call]
+    return packed(copy) if spawning() else reduce_tensor(copy)
 
 
-# As torch does for its own classes: on a GPU a storage cannot be sent, only a tensor.
-ForkingPickler.register(GuardedGrad, _send)
+def install() -> None:
+    """Tell torch of these classes: what sends gradients, and that its foreach paths are right for all of them."""
+    # As torch does for its own classes: on a GPU a storage cannot be sent, only a tensor.
+    send_by(GuardedGrad, _send)
+    known_to_foreach((GuardedParameter, WindowParameter, GuardedGrad))
 
 
-def _known_to_foreach() -> None:
-    """Let torch take its foreach paths for guarded tensors: norms and steps of its optimizers have the bits of ordinary ones."""
-    for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
-        known = getattr(sys.modules.get(name), "_foreach_supported_types", None)
-        if isinstance(known, list):
-            known.extend(cls for cls in (GuardedParameter, WindowParameter, GuardedGrad) if cls not in known)
-
-
-_known_to_foreach()
+install()

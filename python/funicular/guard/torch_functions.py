@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils._foreach_utils
+
+from funicular.torch_internals.operations import SAYING_NOTHING, TYPED_STORAGE, USE_COUNT, schemas_of
 
 __all__ = [
     "BACKWARDS",
@@ -34,12 +35,11 @@ HARMLESS: frozenset[Any] = frozenset(
     [
         *_getters(
             "shape", "dtype", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "layout", "names",
-            "_version", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
+            "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
             "is_xpu", "is_xla", "is_ipu", "is_vulkan", "is_sparse_csr", "itemsize", "nbytes", "output_nr", "retains_grad",
-            "_backward_hooks", "_post_accumulate_grad_hooks", "name", "_base", "is_maia", "is_mtia", "is_ort", "is_hpu",
+            "name", "is_maia", "is_mtia", "is_ort", "is_hpu",
         ),
-        _T.requires_grad.__set__, _T.grad.__set__, _T.grad.__delete__, _T._backward_hooks.__set__,
-        _T._post_accumulate_grad_hooks.__set__,
+        *SAYING_NOTHING, _T.requires_grad.__set__, _T.grad.__set__, _T.grad.__delete__,
         _T.size, _T.stride, _T.numel, _T.nelement, _T.dim, _T.ndimension, _T.element_size, _T.is_floating_point,
         _T.is_complex, _T.is_contiguous, _T.storage_offset, _T.register_hook, _T.register_post_accumulate_grad_hook,
         _T.requires_grad_, _T.__hash__, _T.__len__, _T.get_device, _T.is_signed, _T.is_inference, _T.has_names,
@@ -56,7 +56,7 @@ def _known(*names: str) -> list[Any]:
 
 
 NUMPY: frozenset[Any] = frozenset([_T.numpy, _T.__array__])
-_STORAGES: frozenset[Any] = frozenset(_known("untyped_storage", "storage", "_typed_storage"))
+_STORAGES: frozenset[Any] = frozenset(_known("untyped_storage", "storage", TYPED_STORAGE))
 #: What gives out the memory itself, past all that torch counts.
 RAW: frozenset[Any] = frozenset([DATA_GET, _T.data_ptr, _T.__dlpack__, *NUMPY, *_STORAGES])
 #: What has the same result on a tensor that needs no gradient.
@@ -67,7 +67,7 @@ CONSTANT: frozenset[Any] = frozenset(
 ITSELF: frozenset[Any] = frozenset([_T.__dlpack__, *NUMPY, *_known("retain_grad", "backward", "detach_", "is_shared")])
 #: What would give a parameter another memory or another shape, in place.
 RESHAPING = (
-    "_use_count", "as_strided_", "rename_", "resize_", "resize_as_", "share_memory_", "squeeze_", "swapaxes_", "swapdims_",
+    USE_COUNT, "as_strided_", "rename_", "resize_", "resize_as_", "share_memory_", "squeeze_", "swapaxes_", "swapdims_",
     "t_", "transpose_", "unsqueeze_",
 )  # fmt: skip
 #: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
@@ -78,11 +78,8 @@ BACKWARDS: frozenset[Any] = frozenset([_T.backward, torch.autograd.backward, tor
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments that an operation says it writes to."""
-    if isinstance(func, torch._ops.OpOverloadPacket):
-        schemas = [getattr(func, name)._schema for name in func.overloads()]  # type: ignore[no-untyped-call]
-    elif isinstance(func, torch._ops.OpOverload):
-        schemas = [func._schema]
-    else:
+    schemas = schemas_of(func)
+    if schemas is None:
         name = getattr(func, "__name__", "")
         return [args[0]] if args and name.endswith("_") and not name.endswith("__") else []
     names = {(i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.alias_info and a.alias_info.is_write}

@@ -13,6 +13,7 @@ import torch
 
 from funicular.errors import UsageError
 from funicular.homes.digests import changed_at_home, changed_in_frames, digest, look_at_frames, look_at_home
+from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     from funicular.units.unit import ParamRef, Unit
@@ -39,7 +40,7 @@ def take_edits(session: Session, unit: Unit) -> None:
     if unit.is_open or unit.moving:
         return
     take_frame_edits(session, unit)
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         for ref in unit.params:
             if ref.param._version != ref.version:
                 session.edited(ref)
@@ -64,7 +65,7 @@ def take_frame_edits(session: Session, unit: Unit) -> None:
 
 
 def _copy_home(session: Session, ref: ParamRef) -> None:
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.no_grad(), unguarded():
         ref.home.copy_(ref.frame)
     session.edited(ref)
 
@@ -84,7 +85,7 @@ def refresh_frames(session: Session, unit: Unit) -> None:
 def note(session: Session, before: dict[ParamRef, int], *, writes: bool) -> None:
     """After an operation outside of windows: take note of edits, and of new views of homes."""
     with session.lock:
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             for ref, version in before.items():
                 # In a window of another thread a version may be that thread's own business.
                 elsewhere = ref.unit.is_open
@@ -97,7 +98,7 @@ def note(session: Session, before: dict[ParamRef, int], *, writes: bool) -> None
 
 def touch(ref: ParamRef) -> None:
     """Take note that the frame of a parameter is about to be reached past its version counter."""
-    with ref.unit.session.lock, torch._C.DisableTorchFunctionSubclass():
+    with ref.unit.session.lock, unguarded():
         if ref.seen is None:
             ref.seen = digest(ref.frame)
         ref.touched = True
@@ -163,7 +164,7 @@ def replace_data(ref: ParamRef, data: torch.Tensor) -> None:
     check_replacement(ref, data)
     if data.data_ptr() != ref.home_address:
         ref.version = -1  # not yet seen
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad(), unguarded():
             ref.home.copy_(data)
         ref.unit.session.edited(ref)
 

@@ -8,6 +8,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from funicular.errors import UsageError
+from funicular.torch_internals.memory import address_of, make_subclass
+from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     from funicular._core import Engine
@@ -15,9 +17,6 @@ if TYPE_CHECKING:
     from funicular.windows.session import Session
 
 __all__ = ["build_places", "check_places", "share_version", "tensor_over"]
-
-_Storage: Any = torch._C.StorageBase
-_address = _Storage.data_ptr
 
 
 class _Capsule:
@@ -62,7 +61,7 @@ def share_version(ref: ParamRef) -> None:
     frame, home = torch.Tensor.detach(p), torch.Tensor.detach(p)
     frame.data, home.data = ref.frame, ref.home
     # First: an interruption finds a stand-in wherever the rest has been done.
-    ref.stand_in = torch.Tensor._make_subclass(torch.nn.Parameter, home, p.requires_grad)
+    ref.stand_in = make_subclass(torch.nn.Parameter, home, p.requires_grad)
     ref.frame, ref.home = frame, home
 
 
@@ -74,9 +73,9 @@ def check_places(session: Session, unit: Unit) -> None:
     UsageError
         ``FN-E115`` if one was moved. It is put right: the weights are as they were, and the other side has a copy.
     """
-    if list(map(_address, unit.storages)) == unit.addresses:
+    if list(map(address_of, unit.storages)) == unit.addresses:
         return
-    with torch.inference_mode(mode=False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.inference_mode(mode=False), torch.no_grad(), unguarded():
         moved = [ref for ref in unit.params if _has_moved(ref)]
         for ref in moved:
             _renew(session, ref)
@@ -90,7 +89,7 @@ def check_places(session: Session, unit: Unit) -> None:
 
 
 def _has_moved(ref: ParamRef) -> bool:
-    at = (_address(ref.frame_storage), _address(ref.home_storage))
+    at = (address_of(ref.frame_storage), address_of(ref.home_storage))
     return ref.numel > 0 and at != (ref.frame_address, ref.home_address)
 
 

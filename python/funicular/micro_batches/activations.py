@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funicular.micro_batches.arena import Arena
-from funicular.units.unit import storage_uses
+from funicular.torch_internals.memory import storage_uses
 
 if TYPE_CHECKING:
     from funicular._core import Engine

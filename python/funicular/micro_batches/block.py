@@ -22,7 +22,10 @@ from funicular.guard.classes import GuardedParameter, WindowParameter
 from funicular.micro_batches.replay import Autocast, Randomness
 from funicular.micro_batches.skip_last import Deferred, last_product
 from funicular.micro_batches.slices import Outputs, arrange
+from funicular.torch_internals.autograd import graph_is_kept, seen_by_others
 from funicular.torch_internals.compiling import compilations, untraced
+from funicular.torch_internals.modules import CALL, class_call, own_parameters
+from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import is_half
 from funicular.units.unit import Visit, link, ref_of
 from funicular.windows.leases import check_version
@@ -42,11 +45,11 @@ _OFF = 'or set activations.micro_batch = "off".'
 
 def _plain_call(module: nn.Module) -> Any:
     """Return what calls a copied or pickled block: as any other module."""
-    return types.MethodType(type(module)._call_impl, module)
+    return types.MethodType(class_call(module), module)
 
 
 class MicroBatches:
-    """What calls a block: stands as ``_call_impl`` in it, so that hooks and whatever ``forward`` is are the user's own."""
+    """What calls a block: stands in the place of its class's own, so that hooks and whatever ``forward`` is are the user's own."""
 
     def __init__(self, session: Session, module: nn.Module, units: tuple[Unit, ...], name: str, rows: int) -> None:
         self.session, self.units, self.name, self.rows = session, units, name, rows
@@ -61,14 +64,14 @@ class MicroBatches:
     @classmethod
     def install(cls, session: Session, module: nn.Module, units: tuple[Unit, ...], name: str, rows: int) -> None:
         """Have a block run over slices of ``rows`` rows."""
-        module.__dict__["_call_impl"] = cls(session, module, units, name, rows)
+        module.__dict__[CALL] = cls(session, module, units, name, rows)
 
     @classmethod
     def remove(cls, model: nn.Module) -> None:
         """Leave a model's blocks as they were."""
         for module in model.modules():
-            if isinstance(module.__dict__.get("_call_impl"), cls):
-                del module.__dict__["_call_impl"]
+            if isinstance(module.__dict__.get(CALL), cls):
+                del module.__dict__[CALL]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         module = self._module()
@@ -82,14 +85,14 @@ class MicroBatches:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block's forward over slices of the batch, or as it is where slices make no sense."""
         module: Any = self._module()
-        if self.session.closed or not (torch.is_grad_enabled() or module.training) or _elsewhere():
-            return type(module)._call_impl(module, *args, **kwargs)
+        if self.session.closed or not (torch.is_grad_enabled() or module.training) or seen_by_others():
+            return class_call(module)(module, *args, **kwargs)
         self.session.alive()  # before: in a forked child nobody lets go of the lock
         with self.lock:
             # `functional_call` lends a block other weights: its gradients are that caller's.
             own = self._weights <= {id(p) for p in module.parameters()}
             with self._sliced_forward(module) if own else contextlib.nullcontext():
-                return type(module)._call_impl(module, *args, **kwargs)
+                return class_call(module)(module, *args, **kwargs)
 
     @contextlib.contextmanager
     def _sliced_forward(self, module: nn.Module) -> Iterator[None]:
@@ -118,11 +121,6 @@ class MicroBatches:
                 for unit in self.units:
                     if visit in unit.calls:
                         unit.calls.remove(visit)
-
-
-def _elsewhere() -> bool:
-    """Whether something other than autograd looks at the operations: ``torch.func``, a tracer."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
 
 
 class _Forward:
@@ -254,7 +252,7 @@ class _Run:
         found: dict[str, torch.Tensor] = {f"its argument {i}": t for i, t in enumerate(self.call.tensors)}
         found.update((f"its parameter '{name}'", p) for name, p in self.module.named_parameters())
         found.update((f"its buffer '{name}'", b) for name, b in self.module.named_buffers())
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             return {name: t._version for name, t in found.items() if not t.is_inference()}
 
     def _refusal(self, problem: str, action: str) -> str:
@@ -301,7 +299,7 @@ class _Run:
                     for p, total in zip(lent, sums, strict=False):
                         total.add(p.grad, last=index == 0)
                         p.grad = None
-        if not _graph_is_kept():
+        if not graph_is_kept():
             self._release()
         return inputs.grads + [total.take(p.dtype) for p, total in zip(self.params, sums, strict=True)]
 
@@ -338,12 +336,6 @@ def _still(watch: weakref.ref[_Token]) -> bool:
     """Whether something is alive that no cycle keeps so."""
     gc.collect()
     return watch() is not None
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward under way may be repeated; where torch does not say (2.4), what it keeps goes with the graph."""
-    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return kept is None or bool(kept())
 
 
 def _drop(_: torch.Tensor) -> None:
@@ -430,7 +422,7 @@ def _leaf(p: nn.Parameter) -> nn.Parameter:
     """Return a leaf over a weight, of the class that weights have in their windows: graphs do not tell them apart."""
     inside = isinstance(p, WindowParameter)
     if inside:
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             leaf = nn.Parameter(torch.Tensor.detach(p), p.requires_grad)
     else:
         leaf = nn.Parameter(p.detach(), p.requires_grad)
@@ -447,7 +439,10 @@ def _lent(module: nn.Module, params: list[nn.Parameter]) -> Iterator[list[nn.Par
     """Let a block compute with leaves of its own over some weights, whose gradients and hooks are not the weights'."""
     lent = {id(p): _leaf(p) for p in params}
     places = [
-        (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and id(p) in lent
+        (m, name, p)
+        for m in module.modules()
+        for name, p in own_parameters(m).items()
+        if p is not None and id(p) in lent
     ]
     try:
         for m, name, p in places:

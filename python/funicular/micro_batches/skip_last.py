@@ -25,27 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from funicular.guard.classes import WindowParameter
+from funicular.torch_internals.autograd import has_backward_hooks
 from funicular.torch_internals.compiling import compilations
+from funicular.torch_internals.memory import number_of, tensor_uses, uses_of
+from funicular.torch_internals.modes import TorchDispatchMode, depths, pop, pop_functions, push, push_functions
+from funicular.torch_internals.modules import own_parameters
+from funicular.torch_internals.overrides import below_autograd, without_functions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["Deferred", "last_product"]
 
-#: Built in, so that an interruption strikes before they are called or after they have done everything.
-_push, _pop, _depth = (
-    torch._C._push_on_torch_dispatch_stack,
-    torch._C._pop_torch_dispatch_stack,
-    torch._C._len_torch_dispatch_stack,
-)
-_push_functions, _pop_functions, _functions_depth = (
-    torch._C._push_on_torch_function_stack,
-    torch._C._pop_torch_function_stack,
-    torch._C._len_torch_function_stack,
-)
 _aten = torch.ops.aten
 #: Autograd keeps nothing of their results, and what it keeps of their arguments is kept before they run.
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default)
@@ -65,7 +58,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, WindowParameter)
 
 def last_product(module: nn.Module) -> nn.Module | None:
     """Return the submodule that looks like a block's last product: the last one with a matrix of its own."""
-    found = [m for m in module.modules() if any(p is not None and p.dim() == 2 for p in m._parameters.values())]
+    found = [m for m in module.modules() if any(p is not None and p.dim() == 2 for p in own_parameters(m).values())]
     return found[-1] if found else None
 
 
@@ -87,27 +80,28 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if module is None or compilations():
             yield
             return
-        before, thread, functions = (_depth(), _functions_depth()), threading.get_ident(), _Functions(self)
+        before, thread, functions = depths(), threading.get_ident(), _Functions(self)
 
         def begin(*_: Any) -> None:
             # Within a mode of somebody else that ends inside the block, this one would end in its place.
-            if threading.get_ident() == thread and (_depth(), _functions_depth()) == before:
-                _push(self)
-                _push_functions(functions)
+            if threading.get_ident() == thread and depths() == before:
+                push(self)
+                push_functions(functions)
 
         hook = module.register_forward_pre_hook(begin)
         try:
             yield
         finally:
-            if _functions_depth() > before[1]:
-                _pop_functions()
-            if _depth() > before[0]:
-                _pop(None)
+            operations, calls = depths()
+            if calls > before[1]:
+                pop_functions()
+            if operations > before[0]:
+                pop(None)
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Put off what may be; before anything else, fill what waits."""
-        with torch._C.DisableTorchFunction():
+        with without_functions():
             if func in _VIEWS:
                 return func(*args, **(kwargs or {}))
             if not kwargs and torch.is_grad_enabled() and all(_is_plain(a) for a in args):
@@ -154,13 +148,13 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(_owners_of_memory(out) != known[_memory(out)] for _, _, out in self._waiting):
             return True
         times = Counter(map(id, outputs))
-        return any(_owners(left, i) != (1, _ALONE + times[id(t)]) or t._backward_hooks for i, t in enumerate(left))
+        return any(_owners(left, i) != (1, _ALONE + times[id(t)]) or has_backward_hooks(t) for i, t in enumerate(left))
 
 
 def _compute(waiting: list[tuple[Any, tuple[Any, ...], torch.Tensor]]) -> None:
     """Run what was put off, each into the memory of its result."""
     # Not an operation of the user's: no graph, and no new version.
-    with torch._C.DisableTorchFunction(), torch._C._AutoDispatchBelowADInplaceOrView():
+    with without_functions(), below_autograd():
         for func, args, out in waiting:
             func.overloadpacket.out(*args, out=out)
 
@@ -189,20 +183,19 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _memory(t: torch.Tensor) -> int:
-    address: int = t.untyped_storage()._cdata
-    return address
+    return number_of(t.untyped_storage())
 
 
 def _owners_of_memory(t: torch.Tensor) -> int:
     """Return how many tensors share a tensor's memory."""
-    count: int = torch._C._storage_Use_Count(_memory(t)) - _ASKING
+    count: int = uses_of(_memory(t)) - _ASKING
     return count
 
 
 def _owners(tensors: list[torch.Tensor], i: int) -> tuple[int, int]:
     """Return how many hold a tensor of a list inside torch, and its Python object; a weak reference may become one."""
     weak = weakref.getweakrefcount(tensors[i])
-    return tensors[i]._use_count(), sys.getrefcount(tensors[i]) + weak  # type: ignore[attr-defined]
+    return tensor_uses(tensors[i]), sys.getrefcount(tensors[i]) + weak
 
 
 #: What asking for it adds to the first.

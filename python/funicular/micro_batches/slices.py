@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
 
 from funicular.errors import UsageError
+from funicular.torch_internals import trees as pytree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -7,22 +7,22 @@ optimizer may hold parameters that nothing trains any more.
 from __future__ import annotations
 
 import logging
-import sys
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils import _pytree as pytree
 
 from funicular.errors import UsageError
+from funicular.torch_internals.compiling import in_compiled_call
+from funicular.torch_internals.overrides import unguarded
+from funicular.torch_internals.trees import tree_leaves
 from funicular.units.dtypes import state_bytes
 from funicular.units.unit import ref_of
 from funicular.windows.faults import bring_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
     from funicular.units.unit import ParamRef
 
@@ -30,8 +30,6 @@ __all__ = ["label", "refuse_meta", "watch_optimizers"]
 
 _log = logging.getLogger("funicular")
 
-#: where the wrapper of compiled functions lies
-_WRAPPER = "torch/_dynamo/eval_frame.py"
 #: versions before the step under way
 _before: weakref.WeakKeyDictionary[Any, list[tuple[ParamRef, int]]] = weakref.WeakKeyDictionary()
 #: optimizers whose user was told that their states are in no budget
@@ -95,7 +93,7 @@ def _note_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
             refuse_meta(optimizer)
     if refs:
         _bring_in(refs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             _before[optimizer] = [(ref, ref.param._version) for ref in refs]
 
 
@@ -108,19 +106,9 @@ def _bring_in(refs: list[ParamRef]) -> None:
         ``FN-E205`` if ``budget.host`` has no room for all of them at once.
     """
     units = dict.fromkeys(ref.unit for ref in refs if ref.unit.on_nvme)
-    if units and _is_compiled():
+    if units and in_compiled_call():
         for session in dict.fromkeys(unit.session for unit in units):
             bring_in(session, [unit for unit in units if unit.session is session])
-
-
-def _is_compiled() -> bool:
-    """Whether the step under way was given to ``torch.compile``: a frame of its wrapper called it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith(_WRAPPER):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -128,7 +116,7 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
     if stepped and optimizer not in _told:
         _tell_of_states(optimizer, [ref for ref, _ in stepped])
     for ref, version in stepped:
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             silent = ref.param.grad is not None and ref.param._version == version
             if silent:
                 torch.autograd.graph.increment_version(ref.param)
@@ -159,7 +147,7 @@ def _bytes(optimizer: Any) -> Iterator[int]:
     seen = set()
     # A dictionary whose keys are tensors has no order that pytree would accept.
     for states in optimizer.state.values():
-        for value in pytree.tree_leaves(states):
+        for value in tree_leaves(states):
             if isinstance(value, torch.Tensor) and id(value) not in seen:
                 seen.add(id(value))
                 yield value.nbytes

@@ -21,8 +21,9 @@ from funicular.optim.state_values import (
     step_count,
     usable,
 )
+from funicular.torch_internals.memory import storage_uses
 from funicular.units.dtypes import MOMENTS, has_whole_master, is_half, state_dtype
-from funicular.units.unit import ref_of, storage_uses
+from funicular.units.unit import ref_of
 from funicular.windows.signals import note_step
 
 if TYPE_CHECKING:

@@ -2,6 +2,12 @@
 
 ``Module.compile()`` compiles the call of a module with its hooks. What opens windows cannot be traced: every block would be
 torn into pieces around it. So their forward is compiled instead.
+
+``torch._compile._disable_dynamo``: as ``torch.compiler.disable``, without loading the compiler. ``torch._dynamo.trace_rules.add`` and
+``torch._dynamo.utils.counters``: in their place nothing, functions of this package would be compiled with the caller's.
+``torch._dynamo.eval_frame._TorchDynamoContext``: what ``Module.compile`` was asked for. Without it a warning says what to write.
+``torch._C._get_tracing_state``: in its place ``torch.jit.is_tracing``.
+``torch.compiler.is_exporting`` is public, and 2.4 lacks it.
 """
 
 from __future__ import annotations
@@ -19,15 +25,27 @@ from funicular.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from torch import nn
 
-__all__ = ["captured", "compilations", "compile_forward", "keep_out", "not_captured", "untraced", "untraced_itself"]
+__all__ = [
+    "captured",
+    "compilations",
+    "compile_forward",
+    "in_compiled_call",
+    "keep_out",
+    "not_captured",
+    "untraced",
+    "untraced_itself",
+]
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 _kept_out: set[str] = set()
 #: torch 2.4 cannot tell
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
+#: where the wrapper of compiled functions lies
+_WRAPPER = "torch/_dynamo/eval_frame.py"
 _log = logging.getLogger("funicular")
 
 
@@ -107,3 +125,13 @@ def _context(compiled: Any) -> Any:
     kind = getattr(dynamo, "_TorchDynamoContext", None)
     context = inspect.getclosurevars(compiled).nonlocals.get("self") if inspect.isfunction(compiled) else None
     return context if kind is not None and isinstance(context, kind) else None
+
+
+def in_compiled_call() -> bool:
+    """Whether a function that was given to ``torch.compile`` has called this one: a frame of its wrapper did."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_WRAPPER):
+            return True
+        frame = frame.f_back
+    return False

@@ -1,4 +1,9 @@
-"""A thread's stack of saved-tensor hooks: torch's own, and what lies on top of it."""
+"""A thread's stack of saved-tensor hooks: torch's own, and what lies on top of it.
+
+Of ``torch._C._autograd``: ``_push_saved_tensors_default_hooks``, ``_pop_saved_tensors_default_hooks``, ``_saved_tensors_hooks_is_enabled`` and
+``_top_saved_tensors_default_hooks`` (2.7). In their place: ``torch.autograd.graph.saved_tensors_hooks``, which cannot be entered and left by two
+hooks of a module that an interruption may strike between.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ if TYPE_CHECKING:
 
     Pair = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
-__all__ = ["Pair", "allowed", "pop", "push", "top"]
+__all__ = ["Pair", "allowed", "install", "pop", "push", "top"]
 
 _autograd: Any = torch._C._autograd
 #: Built in, so that an interruption strikes before they are called or after they have done everything.
@@ -27,21 +32,9 @@ class _Known(threading.local):
         self.pairs: list[Pair] = []
 
 
-def _keep_books() -> Callable[[], Pair | None]:
-    """Have torch's own calls go through ours, since torch 2.6 and older do not say what is on the stack."""
-    known, builtin_push, builtin_pop = _Known(), push, pop
-
-    def tracked_push(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
-        builtin_push(pack, unpack)
-        known.pairs.append((pack, unpack))
-
-    def tracked_pop() -> None:
-        builtin_pop()
-        if known.pairs:
-            known.pairs.pop()
-
-    _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks = tracked_push, tracked_pop
-    return lambda: known.pairs[-1] if known.pairs else None
+def install() -> None:
+    """Have torch's own calls go through ours, where torch does not say what is on the stack."""
+    _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks = push, pop
 
 
 if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
@@ -52,5 +45,22 @@ if hasattr(_autograd, "_top_saved_tensors_default_hooks"):
         return found
 
 else:
-    top = _keep_books()
-    push, pop = _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks
+    _known, _builtin_push, _builtin_pop = _Known(), push, pop
+
+    def top() -> Pair | None:
+        """Return the pair on top of this thread's stack; None if it is empty."""
+        return _known.pairs[-1] if _known.pairs else None
+
+    def push(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
+        """Push a pair, and note it."""
+        _builtin_push(pack, unpack)
+        _known.pairs.append((pack, unpack))
+
+    def pop() -> None:
+        """Pop a pair."""
+        _builtin_pop()
+        if _known.pairs:
+            _known.pairs.pop()
+
+
+install()

@@ -6,12 +6,13 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from funicular.errors import RuntimeFailure
+from funicular.torch_internals.autograd import backward_task, in_backward
+from funicular.torch_internals.memory import number_of, same_storage, uses_of
+from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import torch
 
     from funicular.optim.state_places import StatePlaces
     from funicular.windows.session import Session
@@ -23,47 +24,9 @@ __all__ = [
     "Unit",
     "Use",
     "Visit",
-    "in_backward",
     "link",
     "ref_of",
-    "same_storage",
-    "storage_address",
-    "storage_uses",
-    "stream_of",
 ]
-
-
-def in_backward() -> bool:
-    """Whether the calling thread runs inside autograd's backward."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def storage_uses(storage: torch.UntypedStorage) -> int:
-    """How many tensors and handles share a storage."""
-    return int(torch._C._storage_Use_Count(storage._cdata))
-
-
-#: the same, by the number that a storage has as ``_cdata``
-_uses_of: Callable[[int], int] = torch._C._storage_Use_Count
-
-
-def storage_address(tensor: torch.Tensor) -> int:
-    """Where a tensor's storage begins. Not by a method of the tensor: parameters in windows take note of such questions."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return int(torch.Tensor.untyped_storage(tensor).data_ptr())
-
-
-def same_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
-    """Whether a tensor lies in a storage; the caller has switched guards off."""
-    return bool(torch.Tensor.untyped_storage(tensor)._cdata == storage._cdata)
-
-
-def stream_of(device: torch.device) -> int:
-    """Raw handle of the stream that the calling thread computes on; 0 on the host."""
-    if device.type != "cuda":
-        return 0
-    # Not `torch.cuda.current_stream`: dynamo puts its own stream objects there.
-    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 class Use:
@@ -314,23 +277,23 @@ class Unit:
     def count_idle(self) -> None:
         """Note how many uses the storages have now, while the runtime's own tensors and the parameters at home are all there are."""
         self.note_storages()
-        self.frame_idle = min(map(_uses_of, self.frame_storages), default=0)
-        self.home_idle = min(map(_uses_of, self.home_storages), default=0)
-        self.grad_idle = min(map(_uses_of, self.grad_storages), default=0)
+        self.frame_idle = min(map(uses_of, self.frame_storages), default=0)
+        self.home_idle = min(map(uses_of, self.home_storages), default=0)
+        self.grad_idle = min(map(uses_of, self.grad_storages), default=0)
 
     def note_storages(self) -> None:
         """Note which storages the parameters have."""
         refs = self.params
-        self.frame_storages = [ref.frame_storage._cdata for ref in refs]
-        self.home_storages = [ref.home_storage._cdata for ref in refs]
-        self.grad_storages = [ref.grad_storage._cdata for ref in refs if ref.grad_storage is not None]
+        self.frame_storages = [number_of(ref.frame_storage) for ref in refs]
+        self.home_storages = [number_of(ref.home_storage) for ref in refs]
+        self.grad_storages = [number_of(ref.grad_storage) for ref in refs if ref.grad_storage is not None]
         # Those of parameters without elements begin nowhere.
         self.storages = [s for ref in refs if ref.numel > 0 for s in (ref.frame_storage, ref.home_storage)]
         self.addresses = [a for ref in refs if ref.numel > 0 for a in (ref.frame_address, ref.home_address)]
 
     def frame_in_use(self) -> bool:
         """Whether anything but the runtime's own tensors looks at the frames."""
-        uses = list(map(_uses_of, self.frame_storages))
+        uses = list(map(uses_of, self.frame_storages))
         if self.moving:
             return any(count > self.frame_idle + away for count, away in zip(uses, self._away(), strict=True))
         return max(uses, default=0) > self.frame_idle + self.is_open
@@ -339,14 +302,14 @@ class Unit:
         """Whether anything but the parameters themselves looks at the home, or may."""
         if self.exposed:
             return True
-        uses = list(map(_uses_of, self.home_storages))
+        uses = list(map(uses_of, self.home_storages))
         if self.moving:
             return any(count > self.home_idle - away for count, away in zip(uses, self._away(), strict=True))
         return max(uses, default=0) > self.home_idle - self.is_open
 
     def grads_aliased(self) -> bool:
         """Whether anything but the runtime's own tensors looks at the gradients' places."""
-        return max(map(_uses_of, self.grad_storages), default=0) > self.grad_idle
+        return max(map(uses_of, self.grad_storages), default=0) > self.grad_idle
 
     def is_read(self) -> bool:
         """Whether an operation on the home is under way, in any thread."""
@@ -365,7 +328,7 @@ class Unit:
 
     def let_in(self) -> None:
         """Let this thread use the parameters at their frames."""
-        self.inside.setdefault(threading.get_ident(), -1 - torch._C._current_graph_task_id())
+        self.inside.setdefault(threading.get_ident(), -1 - backward_task())
 
     @property
     def depth(self) -> int:
@@ -390,5 +353,5 @@ class Unit:
 
     def _away(self) -> list[bool]:
         """Which parameters are at their frames, while they are on their way."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             return [ref.at_frame() for ref in self.params]

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from funicular._core import BACKWARD, EVAL, FORWARD
+from funicular.torch_internals.autograd import in_backward
 from funicular.torch_internals.compiling import compile_forward, keep_out, untraced, untraced_itself
+from funicular.torch_internals.modules import (
+    CALL,
+    call_of,
+    compiled_call_of,
+    hook_tables,
+    on_load,
+    own_parameters,
+    pre_hooks,
+    set_compiled_call,
+)
 from funicular.torch_internals.saved_hooks import push
-from funicular.units.unit import Visit, in_backward
+from funicular.torch_internals.trees import tree_leaves, tree_map
+from funicular.units.unit import Visit
 from funicular.windows.leases import remove
 from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
@@ -143,10 +154,10 @@ class _Leave(_Hook):
 
     def _detach_from_frames(self, output: Any) -> Any:
         """Return the output with views of frames replaced by copies; None if there are none."""
-        leaves = pytree.tree_leaves(output)
+        leaves = tree_leaves(output)
         if not any(isinstance(t, torch.Tensor) and self._escapes(t) for t in leaves):
             return None
-        return pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output)
+        return tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and self._escapes(t) else t, output)
 
     def _escapes(self, t: torch.Tensor) -> bool:
         if isinstance(t, nn.Parameter):
@@ -156,8 +167,8 @@ class _Leave(_Hook):
 
     def _hint_backward(self, args: Any, kwargs: Any, output: Any) -> None:
         """Have the window opened when the backward reaches the outputs: a hint, saved tensors are what decides."""
-        inputs = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in pytree.tree_leaves(output):
+        inputs = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(output):
             if isinstance(t, torch.Tensor) and t.requires_grad and not t.is_leaf and id(t) not in inputs:
                 hooked: Any = t
                 hooked.register_hook(_Hint(self.session, self.units))
@@ -183,7 +194,7 @@ class _Around:
         # Weak, as the session holds this.
         self.session = weakref.ref(session)
         self.module = weakref.ref(module)
-        self.compiled = module._compiled_call_impl
+        self.compiled = compiled_call_of(module)
 
     @untraced_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +202,7 @@ class _Around:
         stack = _stack()
         depth = len(stack)
         module: Any = self.module()
-        call = module._call_impl if self.compiled is None else self.compiled
+        call = call_of(module) if self.compiled is None else self.compiled
         quiet = module.__dict__.get(_QUIET)
         try:
             return call(*args, **kwargs) if quiet is None else _between(quiet, module, call, args, kwargs)
@@ -204,16 +215,16 @@ class _Around:
 
     def remove(self) -> None:
         module = self.module()
-        if module is not None and module._compiled_call_impl is self:
-            module._compiled_call_impl = self.compiled
+        if module is not None and compiled_call_of(module) is self:
+            set_compiled_call(module, self.compiled)
 
 
 def _compile_forward(session: Session, module: nn.Module) -> None:
     """Move what ``Module.compile`` compiled inwards, behind the windows."""
-    around = module._compiled_call_impl
+    around = compiled_call_of(module)
     compiled = around.compiled if isinstance(around, _Around) else around
     if compiled is not None and compile_forward(module, compiled):
-        module._compiled_call_impl = None
+        set_compiled_call(module, None)
     _surround(session, module)
 
 
@@ -260,10 +271,10 @@ def counts_hooks(model: nn.Module) -> set[int]:
 
 
 def _surround(session: Session, module: nn.Module) -> None:
-    if not isinstance(module._compiled_call_impl, _Around):
+    if not isinstance(compiled_call_of(module), _Around):
         around = _Around(session, module)
         session.handles.append(around)
-        module._compiled_call_impl = around
+        set_compiled_call(module, around)
 
 
 class AssignHook(_Hook):
@@ -275,8 +286,7 @@ class AssignHook(_Hook):
     @staticmethod
     def install(session: Session, module: nn.Module) -> None:
         """Register it."""
-        hooked: Any = module
-        session.handles.append(hooked._register_load_state_dict_pre_hook(AssignHook(session), with_module=True))
+        session.handles.append(on_load(module, AssignHook(session)))
 
     def __call__(
         self,
@@ -292,7 +302,7 @@ class AssignHook(_Hook):
         """Refuse entries of another number format, as ``load_state_dict(assign=True)`` would put them in the parameters' place."""
         if not local_metadata.pop("assign_to_params_buffers", False):
             return
-        for name, p in module._parameters.items():
+        for name, p in own_parameters(module).items():
             given = state_dict.get(prefix + name)
             if p is not None and isinstance(given, torch.Tensor) and given.dtype != p.dtype:
                 errors.append(
@@ -305,11 +315,7 @@ def remove_hooks(session: Session, model: nn.Module) -> None:
     """Remove what a session hung on modules, also what an interruption kept out of its list of handles."""
     for module in model.modules():
         module.__dict__.pop(_QUIET, None)
-        for hooks, others in (
-            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-            (module._load_state_dict_pre_hooks, ()),
-        ):
+        for hooks, others in hook_tables(module):
             for key, hook in list(hooks.items()):
                 hook = getattr(hook, "hook", hook)  # torch wraps some
                 if isinstance(hook, _Hook) and hook.session is session:
@@ -321,7 +327,7 @@ class _EnterRoot(_Hook):
     def __init__(self, session: Session, model: nn.Module) -> None:
         self.session = session
         # Weak: they hold this. What has hooks of the runtime, and what runs in micro-batches.
-        ours = [m for m in model.modules() if "_call_impl" in m.__dict__ or _has_window(m)]
+        ours = [m for m in model.modules() if CALL in m.__dict__ or _has_window(m)]
         self.hooked = [weakref.ref(m) for m in ours if m is not model]
         self.running = threading.local()
 
@@ -344,7 +350,7 @@ class _EnterRoot(_Hook):
 
 def _has_window(module: nn.Module) -> bool:
     quiet = (enter for enter, _ in module.__dict__.get(_QUIET, ()))
-    return any(isinstance(hook, _Enter) for hook in (*module._forward_pre_hooks.values(), *quiet))
+    return any(isinstance(hook, _Enter) for hook in (*pre_hooks(module).values(), *quiet))
 
 
 class _LeaveRoot(_Hook):

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from funicular.torch_internals.autograd import is_wrapped, unwrapped
+from funicular.torch_internals.memory import storage_address
+from funicular.torch_internals.operations import neg_view
+from funicular.torch_internals.overrides import unguarded
 from funicular.torch_internals.saved_hooks import allowed, pop, top
-from funicular.units.unit import storage_address
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
@@ -76,8 +79,8 @@ class LeaseHooks:
 
     def owner(self, tensor: torch.Tensor) -> ParamRef | None:
         """Return the parameter in whose memory a tensor lies."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        while is_wrapped(tensor):
+            tensor = unwrapped(tensor)
         try:
             if type(tensor) is torch.Tensor:
                 return self.found.get(tensor.untyped_storage().data_ptr())
@@ -109,7 +112,7 @@ class LeaseHooks:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """Replace a view of a unit's memory by a lease."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
+        if is_wrapped(tensor) or tensor.is_inference():
             return tensor
         ref = self.owner(tensor)
         if ref is None:
@@ -117,7 +120,7 @@ class LeaseHooks:
             return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
         self.local.packed = True
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             return Lease(
                 ref.unit.session,
                 ref,
@@ -146,7 +149,7 @@ class LeaseHooks:
             view = torch.as_strided(_seen_as(packed.dtype, whole), packed.size, packed.stride, packed.offset)
         if packed.conjugate:
             view = view.conj()
-        return torch._neg_view(view) if packed.negative else view
+        return neg_view(view) if packed.negative else view
 
 
 def _seen_as(dtype: torch.dtype, whole: torch.Tensor) -> torch.Tensor:
@@ -161,7 +164,7 @@ def _seen_as(dtype: torch.dtype, whole: torch.Tensor) -> torch.Tensor:
 
 def check_version(name: str, tensor: torch.Tensor, saved: int) -> None:
     """Raise what torch raises for a saved tensor that was changed since."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         now = tensor._version
     if now != saved:
         msg = (

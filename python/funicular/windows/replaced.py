@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from funicular.errors import UsageError
+from funicular.torch_internals.modules import own_parameters
 from funicular.units.classes import is_dtensor
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class Held:
     def note(self, model: nn.Module, paged: set[int]) -> None:
         """Note where the parameters of these ids are now."""
         found = [
-            (module._parameters, key, p, f"{prefix}.{key}" if prefix else key)
+            (own_parameters(module), key, p, f"{prefix}.{key}" if prefix else key)
             for prefix, module in model.named_modules()
-            for key, p in module._parameters.items()
+            for key, p in own_parameters(module).items()
             if id(p) in paged
         ]
         self.tables = [table for table, *_ in found]

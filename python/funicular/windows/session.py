@@ -31,7 +31,10 @@ from funicular.homes.edits import Inside, refresh_frames, take_edits, take_frame
 from funicular.homes.moved import check_places
 from funicular.report.log import StepLog
 from funicular.report.nvtx import ranges
-from funicular.units.unit import ParamRef, Unit, Use, in_backward, ref_of, stream_of
+from funicular.torch_internals.autograd import at_end_of_backward, backward_task, in_backward
+from funicular.torch_internals.memory import stream_of
+from funicular.torch_internals.overrides import unguarded
+from funicular.units.unit import ParamRef, Unit, Use, ref_of
 from funicular.windows.faults import adopt, fetch
 from funicular.windows.leases import LeaseHooks
 from funicular.windows.shutdown import check_alive, leave, living
@@ -162,7 +165,7 @@ class Session:
             self.use_home(unit)
             return False
         unit.frames_seen = None
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             for ref in unit.params:
                 ref.seen, ref.touched = digest(ref.frame) if self.poison else None, False
                 ref.param.data = ref.frame
@@ -211,7 +214,7 @@ class Session:
         if unit.on_nvme:
             adopt(self, [unit])
         interrupted, unit.moving = unit.moving, True
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             inside = Inside(self, unit)
             away = [ref for ref in unit.params if not interrupted or ref.numel == 0 or not ref.at_home()]
             for ref in away:
@@ -250,10 +253,10 @@ class Session:
         return self.open(unit, BACKWARD)
 
     def _watch_backward(self) -> None:
-        task = torch._C._current_graph_task_id()
+        task = backward_task()
         if task != self._task:
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self.backward_ended, task))
+            at_end_of_backward(functools.partial(self.backward_ended, task))
 
     @_locked
     def recover(self) -> None:
@@ -301,7 +304,7 @@ class Session:
             if not amid:
                 take_frame_edits(self, unit)
         self._fault_in(units)
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             at_home = [ref for ref in refs if ref.unit in units and (plain or not ref.param.requires_grad)]
             for ref in at_home:
                 ref.prepare_stand_in()
@@ -328,7 +331,7 @@ class Session:
             self.engine.store_shadow(ref.unit.engine_id, self.stream())
         self.engine.invalidate(ref.unit.engine_id, self.stream())
         # Last: until then the edit counts as not yet seen.
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             ref.version = ref.param._version
         renew_home(ref.unit, [ref])
         refresh_frames(self, ref.unit)
@@ -450,7 +453,7 @@ class Session:
 
     def stepped(self, refs: list[ParamRef], watched: list[Unit]) -> None:
         """Bump versions. Interrupted, it can be run again."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with unguarded():
             for ref in refs:
                 torch.autograd.graph.increment_version(ref.param)
                 ref.version = ref.param._version

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from funicular import _core
 from funicular.errors import RuntimeFailure, UsageError
 from funicular.homes.digests import digest
 from funicular.homes.edits import take_edits
-from funicular.units.unit import in_backward
+from funicular.torch_internals.autograd import in_backward
+from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     from funicular.units.unit import ParamRef, Unit
@@ -80,7 +79,7 @@ def await_reads(session: Session) -> None:
 
 
 def _check_inside(unit: Unit) -> None:
-    with torch._C.DisableTorchFunctionSubclass():
+    with unguarded():
         for ref in unit.params:
             if unit.dirty or (ref.at_frame() and _edited(ref)):
                 raise UsageError(

@@ -2,6 +2,9 @@
 
 ``nn.TransformerEncoder`` takes its fast path, with other values in padded rows, only where no weight has one. The guard of a
 parameter only waits: to such a question the answer is no, as for an ordinary parameter.
+
+``has_torch_function`` and its two variants of ``torch.overrides``, by name in the byte code of those who ask. In their place: the guard is told of,
+and fast paths of torch are not taken.
 """
 
 from __future__ import annotations

@@ -1,0 +1,66 @@
+"""Switching off what classes of tensors and modes override: the runtime's own work on parameters asks no guard.
+
+``torch._C.DisableTorchFunctionSubclass`` switches ``__torch_function__`` of classes off, and ``torch._C.DisableTorchFunction`` that of modes
+too. torch's documentation of subclasses uses the first; a torch without it has another switch, which goes here.
+
+``torch._C._AutoDispatchBelowADInplaceOrView``: operations record no graph and count no edit. In its place: ``torch.no_grad`` and
+``torch.autograd._unsafe_preserve_version_counter``.
+
+``torch._C._disabled_torch_function_impl``: ``__torch_function__`` of a class that overrides nothing. C++ compares with it, so that nothing can
+take its place but its new name.
+
+``torch._dynamo.graph_break``: ends a graph with a message. In its place: the graph ends with the compiler's own.
+
+The first three are the classes themselves, without a wrapper: they stand in the hottest paths.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funicular._core import BoundUnlessAsked
+from funicular.torch_internals.questions import calls_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["NO_OVERRIDE", "below_autograd", "override", "unguarded", "without_functions"]
+
+unguarded = torch._C.DisableTorchFunctionSubclass
+without_functions = torch._C.DisableTorchFunction
+below_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
+NO_OVERRIDE: Any = torch._C._disabled_torch_function_impl
+
+
+def override(no_graph: str) -> Callable[[Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]], Any]:
+    """Decorate what is to be a class's ``__torch_function__``; code that only asks whether there is one does not see it.
+
+    Parameters
+    ----------
+    no_graph : str
+        What a caller reads who compiles a function without graph breaks.
+    """
+    return functools.partial(_override, no_graph)
+
+
+def _override(no_graph: str, real: Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+
+    def __torch_function__(
+        cls: type,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=no_graph)
+        return real(cls, func, args, kwargs or {})
+
+    # torch.compile is to read this function, although it leaves those of this package alone.
+    __torch_function__.__code__ = __torch_function__.__code__.replace(co_filename="<funicular>")
+    get = BoundUnlessAsked(__torch_function__, NO_OVERRIDE, calls_in)
+    # Still a class method: torch.compile looks for one.
+    return type("classmethod", (classmethod,), {"__get__": get})(__torch_function__)
