@@ -5,6 +5,7 @@ from __future__ import annotations
 from funicular._core import __version__
 from funicular.checkpoint.save_load import Loaded, SaveHandle, load, save
 from funicular.errors import BudgetError, Error, RuntimeFailure, StorageError, UsageError
+from funicular.install import install as _install
 from funicular.offloading import offload, unwrap
 from funicular.optim.adamw import AdamW
 from funicular.policy import Policy
@@ -29,3 +30,5 @@ __all__ = [
     "stats",
     "unwrap",
 ]
+
+_install()

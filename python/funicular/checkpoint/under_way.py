@@ -13,7 +13,7 @@ from funicular.errors import Error
 if TYPE_CHECKING:
     from funicular import _core
 
-__all__ = ["ended", "finish", "prune", "started"]
+__all__ = ["ended", "finish", "install", "prune", "started"]
 
 _log = logging.getLogger("funicular")
 _running: dict[_core.Save, str] = {}
@@ -49,7 +49,6 @@ def finish(path: str | os.PathLike[str]) -> None:
             _log.warning("FN-W404 the last save to %s failed, an earlier checkpoint is read: %s", path, error)
 
 
-@atexit.register
 def _finish_all() -> None:
     """Let saves that were asked for end: the process leaves nothing half done."""
     if os.getpid() != _pid:
@@ -62,3 +61,8 @@ def _finish_all() -> None:
             _log.error("%s", error)
         except KeyboardInterrupt:
             one.cancel()
+
+
+def install() -> None:
+    """Have the process wait for its saves before it ends."""
+    atexit.register(_finish_all)

@@ -470,6 +470,3 @@ def install() -> None:
     # As torch does for its own classes: on a GPU a storage cannot be sent, only a tensor.
     send_by(GuardedGrad, _send)
     known_to_foreach((GuardedParameter, WindowParameter, GuardedGrad))
-
-
-install()

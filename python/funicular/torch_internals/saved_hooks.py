@@ -61,6 +61,3 @@ else:
         _builtin_pop()
         if _known.pairs:
             _known.pairs.pop()
-
-
-install()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["adopt", "bring_in", "fetch"]
+__all__ = ["adopt", "bring_in", "fetch", "install"]
 
 
 def adopt(session: Session, units: Iterable[Unit]) -> None:
@@ -82,4 +82,6 @@ def _after_fork_in_child() -> None:
             unit.inside.clear()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_core.forked, after_in_child=_after_fork_in_child)
+def install() -> None:
+    """Have the process prepare for each fork."""
+    os.register_at_fork(before=_before_fork, after_in_parent=_core.forked, after_in_child=_after_fork_in_child)

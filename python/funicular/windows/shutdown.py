@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["check_alive", "check_process", "leave", "living"]
+__all__ = ["check_alive", "check_process", "install", "leave", "living"]
 
 #: closed at exit, before torch goes, so that no directory stays behind
 living: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-@atexit.register
 def _close_all() -> None:
     for session in list(living):
         if os.getpid() == session.pid:
@@ -39,7 +38,10 @@ def _in_child() -> None:
         session.busy = session.lock._is_owned  # type: ignore[attr-defined]
 
 
-os.register_at_fork(after_in_child=_in_child)
+def install() -> None:
+    """Have sessions closed when the process ends, and refused in its children."""
+    atexit.register(_close_all)
+    os.register_at_fork(after_in_child=_in_child)
 
 
 _offloaded_in: set[int] = set()
