@@ -27,7 +27,7 @@ from funicular.units.cast import Cast
 from funicular.units.classes import guarded_classes, unpaged, unpaged_note
 from funicular.units.discover import Found, find_units
 from funicular.units.dtypes import name_of
-from funicular.units.unit import ParamRef, Unit, link, ref_of
+from funicular.units.unit import PagedParam, Unit, link, ref_of
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular.windows.lookup import ATTRIBUTE, offloaded, session_of
 from funicular.windows.replaced import Held
@@ -194,7 +194,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     unit.on_nvme = engine.homes(index)[0] == "nvme"
     unit.spare = engine.spare(index)
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
-        ref = ParamRef(p, name, unit, place)
+        ref = PagedParam(p, name, unit, place)
         build_places(engine, ref)
         unit.nbytes += ref.home.nbytes
         ref.guarded, ref.window = guarded_classes(ref.kind)
@@ -263,7 +263,7 @@ class _Arrived:
 class _BeforeAccumulate:
     """Gradient hook of a parameter: autograd adds to the segment only what is there already and as it is to be."""
 
-    def __init__(self, ref: ParamRef) -> None:
+    def __init__(self, ref: PagedParam) -> None:
         self.ref = weakref.ref(ref)
         self.session = weakref.ref(ref.unit.session)
 
@@ -384,7 +384,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 class _Taken(NamedTuple):
     """What a parameter becomes that leaves the runtime."""
 
-    ref: ParamRef
+    ref: PagedParam
     value: torch.Tensor
     grad: torch.Tensor | None
     states: dict[str, torch.Tensor]
@@ -399,7 +399,7 @@ def _taken(session: Session, values: dict[int, torch.Tensor] | None = None) -> l
     return [_Taken(ref, values[id(ref.param)], ref.param.grad, {}, None) for ref in refs if id(ref.param) in values]
 
 
-def _take(ref: ParamRef) -> _Taken:
+def _take(ref: PagedParam) -> _Taken:
     p = ref.param
     with torch.no_grad():
         value = p.detach().clone(memory_format=torch.preserve_format)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from funicular import _core
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
     from funicular.units.unit import Unit as _Unit
     from funicular.windows.session import Session
 
@@ -45,7 +45,7 @@ __all__ = [
 class Parameter:
     """One paged parameter: where its bytes are."""
 
-    def __init__(self, ref: ParamRef) -> None:
+    def __init__(self, ref: PagedParam) -> None:
         self._ref = ref
 
     @property

@@ -19,7 +19,7 @@ from funicular.units.unit import ref_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
 
 __all__ = ["Named", "Snapshot", "config_files", "named_tensors", "states_of"]
 
@@ -145,7 +145,7 @@ class Snapshot:
             dtype, master = "F32", (name_of(like.dtype), self._rest(name, p, ref))
         self.tensors.append((name, dtype, tuple(like.shape), False, place, master))
 
-    def _rest(self, name: str, p: nn.Parameter, ref: ParamRef | None) -> _Place | None:
+    def _rest(self, name: str, p: nn.Parameter, ref: PagedParam | None) -> _Place | None:
         """Return where a 16-bit parameter's master has what it has beyond the parameter; None where that is nothing."""
         states = ref.states if ref is not None and ref.states is not None else self.known.get(name)
         if not isinstance(states, ParamStates) or states.count == 0 or states.edited:
@@ -221,7 +221,7 @@ class Snapshot:
         return groups
 
 
-def _in_unit(ref: ParamRef, kind: str) -> _Place:
+def _in_unit(ref: PagedParam, kind: str) -> _Place:
     return (ref.unit.engine_id, ref.section, ref.start, kind)
 
 

@@ -14,7 +14,7 @@ from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
     from funicular.windows.session import Session
 
 __all__ = ["between_steps", "homes_changed", "preserve_aliased", "quiesce"]
@@ -55,7 +55,7 @@ def preserve_aliased(session: Session) -> None:
             _core.preserve(session.engine, unit.engine_id)
 
 
-def homes_changed(session: Session, refs: list[ParamRef]) -> None:
+def homes_changed(session: Session, refs: list[PagedParam]) -> None:
     """Let whoever looks at homes see what was loaded, and whoever saved views of them see that it changed."""
     with unguarded():
         for ref in refs:

@@ -23,13 +23,13 @@ from funicular.units.unit import link, ref_of
 
 if TYPE_CHECKING:
     from funicular._core import Engine
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
     from funicular.windows.session import Session
 
 __all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
 
 
-def make_grad(ref: ParamRef) -> torch.Tensor:
+def make_grad(ref: PagedParam) -> torch.Tensor:
     """Build the tensor over the gradient's place."""
     storage, home = ref.grad_storage, ref.home
     assert storage is not None
@@ -41,7 +41,7 @@ def make_grad(ref: ParamRef) -> torch.Tensor:
     return grad
 
 
-def place_for(ref: ParamRef) -> torch.Tensor:
+def place_for(ref: PagedParam) -> torch.Tensor:
     """Return the tensor over a gradient's place, for a new gradient: nobody looks at the place any more.
 
     Raises
@@ -73,7 +73,7 @@ class Landing:
         self._queue: deque[list[Any]] = deque()
         self._most = 0
 
-    def send(self, ref: ParamRef, grad: torch.Tensor, stream: int) -> None:
+    def send(self, ref: PagedParam, grad: torch.Tensor, stream: int) -> None:
         """Begin the copy of a gradient to its place."""
         self._most = max(self._most, 2 * ref.unit.nbytes)
         under_way: list[Any] = [grad, None]
@@ -103,7 +103,7 @@ class Landing:
             self._queue.popleft()
 
 
-def bring_down(session: Session, ref: ParamRef) -> bool:
+def bring_down(session: Session, ref: PagedParam) -> bool:
     """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor."""
     p = ref.param
     with unguarded():
@@ -125,7 +125,7 @@ def bring_down(session: Session, ref: ParamRef) -> bool:
     return True
 
 
-def bring_home(session: Session, refs: list[ParamRef]) -> None:
+def bring_home(session: Session, refs: list[PagedParam]) -> None:
     """Make sure that the gradients to be used by a step are the ones in their places."""
     foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
     # One parameter's place may be another's gradient: all are read before any is written.
@@ -137,7 +137,7 @@ def bring_home(session: Session, refs: list[ParamRef]) -> None:
             place.copy_(grad)
 
 
-def move_out(ref: ParamRef) -> None:
+def move_out(ref: PagedParam) -> None:
     """Give a gradient, and all views of it, memory of its own with the same bytes. Its place must be settled."""
     grad = ref.grad
     assert grad is not None

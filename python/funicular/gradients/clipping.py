@@ -23,7 +23,7 @@ from funicular.units.unit import ref_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
     from funicular.windows.session import Session
 
 __all__ = ["apply_pending", "effective_factor", "note_norm", "recognised"]
@@ -65,7 +65,7 @@ def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
     return tuple(found)
 
 
-def _living_ref(grad: torch.Tensor) -> ParamRef | None:
+def _living_ref(grad: torch.Tensor) -> PagedParam | None:
     ref = ref_of(grad)
     return ref if ref is not None and ref.grad is grad else None
 
@@ -82,7 +82,7 @@ def _known_norm(grad: torch.Tensor, kind: str) -> Any:
         return norm if grad._version == version and taken == kind else NOTHING
 
 
-def note_norm(ref: ParamRef, grad: torch.Tensor, home: torch.Tensor) -> None:
+def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor) -> None:
     """Take the norm of a gradient that is about to leave for its home."""
     ref.factor = None
     ref.norm = None
@@ -139,7 +139,7 @@ def effective_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return factor.to(torch.float32) if factor.device.type == "cpu" else factor.to(dtype).to(torch.float32)
 
 
-def apply_pending(ref: ParamRef) -> None:
+def apply_pending(ref: PagedParam) -> None:
     """Multiply a gradient in its segment now: somebody looks at it. The segment is settled."""
     factor, ref.factor = ref.factor, None
     if factor is None or ref.grad is None:

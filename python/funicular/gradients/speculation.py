@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular.optim.states import ParamStates
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
-    Member = tuple[ParamRef, ParamStates, dict[str, Any]]
+    Member = tuple[PagedParam, ParamStates, dict[str, Any]]
     #: from the members of a unit to its spans and their hyperparameters, as a step would ask for them
     Describe = Callable[[list[Member]], tuple[list[tuple[int, int, int, int, bool]], list[Any]]]
 
@@ -42,7 +42,7 @@ class Ahead:
         for unit in units:
             unit.guess = None
 
-    def arrived(self, ref: ParamRef) -> None:
+    def arrived(self, ref: PagedParam) -> None:
         """Take note of a gradient that is on its way to its segment."""
         unit = ref.unit
         if not unit.spare or self._backwards + 1 < self._expected:

@@ -40,12 +40,12 @@ from funicular.torch_internals.overrides import NO_OVERRIDE, override, unguarded
 from funicular.torch_internals.questions import calls_in
 from funicular.torch_internals.saved_hooks import pop, push
 from funicular.torch_internals.sending import reduce_tensor, send_by
-from funicular.units.unit import UNDER_WAY, Use, link, ref_of
+from funicular.units.unit import UNDER_WAY, Access, link, ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
 
 __all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter", "install"]
 
@@ -83,7 +83,7 @@ def _swapped(item: Any, swap: dict[int, Any]) -> Any:
     return item
 
 
-def _living(p: torch.Tensor) -> ParamRef:
+def _living(p: torch.Tensor) -> PagedParam:
     ref = ref_of(p)
     if ref is None:
         raise RuntimeFailure(
@@ -92,7 +92,7 @@ def _living(p: torch.Tensor) -> ParamRef:
     return ref
 
 
-def _leased(refs: list[ParamRef], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _leased(refs: list[PagedParam], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call, with what autograd saves of the parameters packed as leases."""
     if not refs or not torch.is_grad_enabled():
         return func(*args, **kwargs)
@@ -158,7 +158,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         check_conversion(refs[0], args[1])
     me = get_ident()
     outside = [ref for ref in refs if me not in ref.unit.inside]
-    use = Use()
+    use = Access()
     try:
         UNDER_WAY.append(use)
         plain = func in CONSTANT or (not torch.is_grad_enabled() and func not in ITSELF)
@@ -192,7 +192,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             unit.session.close_left(unit)
 
 
-def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[ParamRef, int]) -> bool:
+def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[PagedParam, int]) -> bool:
     """Count the edits of operations that forget to: fused optimizers, kernels of the user's; returns whether it writes."""
     stored = written(func, args, kwargs)
     if not stored:
@@ -213,7 +213,7 @@ def _ids(item: Any, found: set[int]) -> None:
         found.add(id(item))
 
 
-def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[ParamRef]:
+def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[PagedParam]:
     """Make gradients valid for the caller; returns those whose places are looked at."""
     owners = []
     for grad in grads:
@@ -235,7 +235,7 @@ def _needs_grad(result: Any) -> bool:
     return isinstance(result, torch.Tensor) and result.grad_fn is not None
 
 
-def _adopt(result: Any, refs: list[ParamRef]) -> None:
+def _adopt(result: Any, refs: list[PagedParam]) -> None:
     """Guard the views of gradients' places among the results of an operation on gradients."""
     if isinstance(result, (list, tuple)):
         for item in result:
@@ -254,7 +254,7 @@ def _adopt(result: Any, refs: list[ParamRef]) -> None:
                 return
 
 
-def _refusal(ref: ParamRef, what: str) -> UsageError:
+def _refusal(ref: PagedParam, what: str) -> UsageError:
     return UsageError(
         "FN-E115",
         f"'{ref.name}' is offloaded: its memory and shape cannot be changed by {what}. "

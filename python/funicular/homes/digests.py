@@ -18,7 +18,7 @@ from funicular import _core
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
 
 __all__ = ["changed_at_home", "changed_in_frames", "digest", "look_at_frames", "look_at_home", "renew_home"]
 
@@ -54,7 +54,7 @@ def _factors(device: torch.device) -> torch.Tensor:
     return (torch.frombuffer(drawn, dtype=torch.int64) | 1).to(device)
 
 
-def _home_digest(ref: ParamRef) -> int:
+def _home_digest(ref: PagedParam) -> int:
     return _core.digest(ref.home_address, ref.numel * ref.home.element_size())
 
 
@@ -76,7 +76,7 @@ def look_at_home(unit: Unit) -> None:
         unit.home_seen = _homes(unit)
 
 
-def renew_home(unit: Unit, refs: Iterable[ParamRef]) -> None:
+def renew_home(unit: Unit, refs: Iterable[PagedParam]) -> None:
     """Remember anew what the homes of some parameters are: their edits are known."""
     if unit.home_seen is not None:
         _synchronise(unit)
@@ -84,7 +84,7 @@ def renew_home(unit: Unit, refs: Iterable[ParamRef]) -> None:
             unit.home_seen[unit.params.index(ref)] = _home_digest(ref)
 
 
-def changed_at_home(unit: Unit) -> list[ParamRef]:
+def changed_at_home(unit: Unit) -> list[PagedParam]:
     """Return the parameters whose homes are not what they were when last seen."""
     if unit.home_seen is None:
         return []
@@ -96,7 +96,7 @@ def look_at_frames(unit: Unit) -> None:
     unit.frames_seen = [digest(ref.frame) for ref in unit.params]
 
 
-def changed_in_frames(unit: Unit) -> list[ParamRef]:
+def changed_in_frames(unit: Unit) -> list[PagedParam]:
     """Return the parameters that were edited through views of their frames since last seen."""
     if unit.frames_seen is None:
         return []

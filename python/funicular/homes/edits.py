@@ -16,7 +16,7 @@ from funicular.homes.digests import changed_at_home, changed_in_frames, digest, 
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
 __all__ = [
@@ -64,7 +64,7 @@ def take_frame_edits(session: Session, unit: Unit) -> None:
         look_at_frames(unit)
 
 
-def _copy_home(session: Session, ref: ParamRef) -> None:
+def _copy_home(session: Session, ref: PagedParam) -> None:
     with torch.no_grad(), unguarded():
         ref.home.copy_(ref.frame)
     session.edited(ref)
@@ -82,7 +82,7 @@ def refresh_frames(session: Session, unit: Unit) -> None:
             ref.seen = digest(ref.frame)
 
 
-def note(session: Session, before: dict[ParamRef, int], *, writes: bool) -> None:
+def note(session: Session, before: dict[PagedParam, int], *, writes: bool) -> None:
     """After an operation outside of windows: take note of edits, and of new views of homes."""
     with session.lock:
         with unguarded():
@@ -96,7 +96,7 @@ def note(session: Session, before: dict[ParamRef, int], *, writes: bool) -> None
                 look_at_home(unit)
 
 
-def touch(ref: ParamRef) -> None:
+def touch(ref: PagedParam) -> None:
     """Take note that the frame of a parameter is about to be reached past its version counter."""
     with ref.unit.session.lock, unguarded():
         if ref.seen is None:
@@ -104,7 +104,7 @@ def touch(ref: ParamRef) -> None:
         ref.touched = True
 
 
-def check_replacement(ref: ParamRef, data: torch.Tensor) -> None:
+def check_replacement(ref: PagedParam, data: torch.Tensor) -> None:
     """Refuse what would make a parameter another one.
 
     Raises
@@ -123,7 +123,7 @@ def check_replacement(ref: ParamRef, data: torch.Tensor) -> None:
         raise _other_order(ref, data)
 
 
-def check_conversion(ref: ParamRef, data: torch.Tensor) -> None:
+def check_conversion(ref: PagedParam, data: torch.Tensor) -> None:
     """Refuse what ``module.to(...)`` and its kin would make of a parameter, where it cannot become that.
 
     Raises
@@ -151,7 +151,7 @@ def _order(tensor: torch.Tensor) -> list[int]:
     )
 
 
-def _other_order(ref: ParamRef, data: torch.Tensor) -> UsageError:
+def _other_order(ref: PagedParam, data: torch.Tensor) -> UsageError:
     return UsageError(
         "FN-E115",
         f"'{ref.name}' is offloaded with strides {ref.home.stride()}; it cannot become one with strides {data.stride()}. Convert the "
@@ -159,7 +159,7 @@ def _other_order(ref: ParamRef, data: torch.Tensor) -> UsageError:
     )
 
 
-def replace_data(ref: ParamRef, data: torch.Tensor) -> None:
+def replace_data(ref: PagedParam, data: torch.Tensor) -> None:
     """Carry out ``p.data = t`` outside of windows, by copying into the home."""
     check_replacement(ref, data)
     if data.data_ptr() != ref.home_address:
@@ -169,7 +169,7 @@ def replace_data(ref: ParamRef, data: torch.Tensor) -> None:
         ref.unit.session.edited(ref)
 
 
-def _take_replacement(ref: ParamRef, data: torch.Tensor) -> None:
+def _take_replacement(ref: PagedParam, data: torch.Tensor) -> None:
     """Carry out ``p.data = t`` inside a window, where no guard saw it."""
     check_replacement(ref, data)
     with torch.no_grad():
@@ -185,11 +185,11 @@ class Inside:
         #: homes that somebody edited while the unit computed from its frames
         self.elsewhere = changed_at_home(unit)
         #: frames that somebody edited in a way that cannot be followed; known only under ``debug.poison``
-        self.hidden: list[ParamRef] = []
+        self.hidden: list[PagedParam] = []
         self.refused: UsageError | None = None
-        self.edited: list[ParamRef] = []
+        self.edited: list[PagedParam] = []
 
-    def look(self, ref: ParamRef) -> None:
+    def look(self, ref: PagedParam) -> None:
         """Find out about one parameter, which is away from home."""
         p = ref.param
         if ref.numel > 0 and _address(p) != ref.frame_address:

@@ -13,7 +13,7 @@ from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     from funicular._core import Engine
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
 __all__ = ["build_places", "check_places", "share_version", "tensor_over"]
@@ -37,7 +37,7 @@ def tensor_over(capsule: Any) -> torch.Tensor:
     return from_dlpack(_Capsule(capsule))
 
 
-def build_places(engine: Engine, ref: ParamRef) -> None:
+def build_places(engine: Engine, ref: PagedParam) -> None:
     """Make the tensors over a parameter's frame, home and gradient."""
     p, unit = ref.param, ref.unit.engine_id
     part = (ref.offset, ref.numel * p.element_size())
@@ -55,7 +55,7 @@ def _place(p: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     return tensor.set_(storage, 0, p.size(), p.stride())
 
 
-def share_version(ref: ParamRef) -> None:
+def share_version(ref: PagedParam) -> None:
     """Let the tensors over a parameter's frame and home count versions with it: an edit of one is an edit of all."""
     p = ref.param
     frame, home = torch.Tensor.detach(p), torch.Tensor.detach(p)
@@ -88,12 +88,12 @@ def check_places(session: Session, unit: Unit) -> None:
     )
 
 
-def _has_moved(ref: ParamRef) -> bool:
+def _has_moved(ref: PagedParam) -> bool:
     at = (address_of(ref.frame_storage), address_of(ref.home_storage))
     return ref.numel > 0 and at != (ref.frame_address, ref.home_address)
 
 
-def _renew(session: Session, ref: ParamRef) -> None:
+def _renew(session: Session, ref: PagedParam) -> None:
     """Make a parameter's tensors anew, and bring it to the new ones."""
     p = ref.param
     at_frame, grad = ref.at_frame(), ref.grad_storage

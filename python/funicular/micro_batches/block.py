@@ -27,7 +27,7 @@ from funicular.torch_internals.compiling import compilations, untraced
 from funicular.torch_internals.modules import CALL, class_call, own_parameters
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import is_half
-from funicular.units.unit import Visit, link, ref_of
+from funicular.units.unit import ModuleCall, link, ref_of
 from funicular.windows.leases import check_version
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class MicroBatches:
     @contextlib.contextmanager
     def windows(self) -> Iterator[None]:
         """Keep the block's windows open for the backward of all its slices."""
-        session, visit = self.session, Visit()
+        session, visit = self.session, ModuleCall()
         try:
             with session.lock:
                 for unit in self.units:

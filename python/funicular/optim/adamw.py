@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from funicular.optim.resident import ResidentUpdate
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
 __all__ = ["AdamW"]
@@ -156,7 +156,7 @@ class AdamW(torch.optim.Optimizer):
                 self._step_plain(p, group, states)
         return loss
 
-    def _ready(self) -> list[tuple[torch.nn.Parameter, dict[str, Any], ParamRef | None, ParamStates]]:
+    def _ready(self) -> list[tuple[torch.nn.Parameter, dict[str, Any], PagedParam | None, ParamStates]]:
         """Return what is to be stepped: parameter, group, place and states. All is looked at before anything changes."""
         params, groups, refs = [], [], []
         for group in self.param_groups:
@@ -318,7 +318,7 @@ def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> _Hyp
     return (*scalars, states.count + 1, bool(group["maximize"]), slot)
 
 
-def _described(members: list[tuple[ParamRef, ParamStates, dict[str, Any]]]) -> tuple[list[_Span], list[_Hyper]]:
+def _described(members: list[tuple[PagedParam, ParamStates, dict[str, Any]]]) -> tuple[list[_Span], list[_Hyper]]:
     """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone."""
     hypers: dict[_Hyper, int] = {}
     found = []
@@ -336,12 +336,12 @@ class _SessionStep:
         self.hypers: dict[_Hyper, int] = {}
         #: slots of factors that clipping left pending, by factor and element type
         self.slots: dict[tuple[int, torch.dtype], int] = {}
-        self.units: dict[Unit, list[tuple[ParamRef, ParamStates, int]]] = {}
-        self.groups: dict[ParamRef, dict[str, Any]] = {}
+        self.units: dict[Unit, list[tuple[PagedParam, ParamStates, int]]] = {}
+        self.groups: dict[PagedParam, dict[str, Any]] = {}
         self.residents: list[tuple[torch.nn.Parameter, ParamStates]] = []
         self.resident_updates: list[ResidentUpdate] = []
 
-    def add(self, ref: ParamRef, group: dict[str, Any], states: ParamStates) -> None:
+    def add(self, ref: PagedParam, group: dict[str, Any], states: ParamStates) -> None:
         index = self.hypers.setdefault(_hyper(group, states, self._slot(ref)), len(self.hypers))
         self.units.setdefault(ref.unit, []).append((ref, states, index))
         self.groups[ref] = group
@@ -355,7 +355,7 @@ class _SessionStep:
             self.resident_updates.append(update)
         return update is not None
 
-    def _slot(self, ref: ParamRef) -> int | None:
+    def _slot(self, ref: PagedParam) -> int | None:
         if ref.factor is None or ref.param.grad is not ref.grad:
             return None
         key = (id(ref.factor), ref.home.dtype)
@@ -364,7 +364,7 @@ class _SessionStep:
             self.slots[key] = self.session.engine.factor(value.data_ptr(), self.session.stream())
         return self.slots[key]
 
-    def _members(self) -> dict[Unit, list[tuple[ParamRef, ParamStates, dict[str, Any]]]]:
+    def _members(self) -> dict[Unit, list[tuple[PagedParam, ParamStates, dict[str, Any]]]]:
         return {u: [(ref, states, self.groups[ref]) for ref, states, _ in ms] for u, ms in self.units.items()}
 
     def go(self) -> None:
@@ -403,7 +403,7 @@ class _SessionStep:
         self,
         session: Session,
         updates: list[tuple[int, list[_Span], bool]],
-        refs: list[ParamRef],
+        refs: list[PagedParam],
         counts: list[tuple[ParamStates, int]],
         watched: list[Unit],
     ) -> None:
@@ -423,7 +423,7 @@ class _Note:
     """Takes note of a step once the runtime has taken it. It can be run again, and amid itself."""
 
     def __init__(
-        self, step: _SessionStep, counts: list[tuple[ParamStates, int]], refs: list[ParamRef], watched: list[Unit]
+        self, step: _SessionStep, counts: list[tuple[ParamStates, int]], refs: list[PagedParam], watched: list[Unit]
     ) -> None:
         self.step, self.counts, self.refs, self.watched = step, counts, refs, watched
         self.before = step.session.engine.steps()
@@ -446,7 +446,7 @@ class _Note:
         session.unnoted = None
 
 
-def _spans(members: list[tuple[ParamRef, ParamStates, int]]) -> list[_Span]:
+def _spans(members: list[tuple[PagedParam, ParamStates, int]]) -> list[_Span]:
     """Merge neighbours with the same hyperparameters: padding between them is zero and stays zero."""
     spans: list[_Span] = []
     for ref, states, hyper in members:

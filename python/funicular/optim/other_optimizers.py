@@ -24,14 +24,14 @@ from funicular.windows.faults import bring_in
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
 
 __all__ = ["label", "refuse_meta", "watch_optimizers"]
 
 _log = logging.getLogger("funicular")
 
 #: versions before the step under way
-_before: weakref.WeakKeyDictionary[Any, list[tuple[ParamRef, int]]] = weakref.WeakKeyDictionary()
+_before: weakref.WeakKeyDictionary[Any, list[tuple[PagedParam, int]]] = weakref.WeakKeyDictionary()
 #: optimizers whose user was told that their states are in no budget
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -97,7 +97,7 @@ def _note_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
             _before[optimizer] = [(ref, ref.param._version) for ref in refs]
 
 
-def _bring_in(refs: list[ParamRef]) -> None:
+def _bring_in(refs: list[PagedParam]) -> None:
     """Bring weights that live on NVMe before a compiled step: its kernels take addresses and ask nothing.
 
     Raises
@@ -127,7 +127,7 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
                     session.edited(ref)
 
 
-def _tell_of_states(optimizer: Any, refs: list[ParamRef]) -> None:
+def _tell_of_states(optimizer: Any, refs: list[PagedParam]) -> None:
     """Say once of each other optimizer over an offloaded model how much memory its states take beside the budgets."""
     kept = sum(ref.numel * state_bytes(ref.home.dtype) for ref in refs if ref.trainable)
     tiers = dict.fromkeys(str(ref.unit.session.policy.optimizer.tier) for ref in refs)

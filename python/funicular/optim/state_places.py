@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular.errors import Error
-    from funicular.units.unit import ParamRef
+    from funicular.units.unit import PagedParam
 
 __all__ = ["EDITED", "MANAGED", "Handed", "StatePlaces"]
 
@@ -88,7 +88,7 @@ class StatePlaces:
         self.begun = False
         #: keys that the user removed since
         self._missing: set[str] = set()
-        self._ref: Callable[[], ParamRef | None] = _nowhere
+        self._ref: Callable[[], PagedParam | None] = _nowhere
         #: version of an ordinary parameter after its last step
         self.plain_version = -1
         #: the states themselves, where they are ordinary tensors
@@ -103,7 +103,7 @@ class StatePlaces:
         self._lost: Error | None = None
 
     @property
-    def ref(self) -> ParamRef | None:
+    def ref(self) -> PagedParam | None:
         """The place in the runtime; None for an ordinary parameter, or when the model is gone."""
         return self._ref()
 
@@ -206,7 +206,7 @@ class StatePlaces:
 
     # ------------------------------------------------------------------ where the bytes are
 
-    def attach(self, ref: ParamRef) -> None:
+    def attach(self, ref: PagedParam) -> None:
         """Hand the states over to the runtime; another optimizer's states of the parameter leave it."""
         if self.ref is ref:
             return
@@ -328,7 +328,7 @@ class StatePlaces:
         self.forget()
         self._own, self.plain_version = own, -1
 
-    def install(self, ref: ParamRef | None) -> None:
+    def install(self, ref: PagedParam | None) -> None:
         """Bring what was loaded to where it is to live, in memory of its own."""
         within = ref if ref is not None and ref.trainable else None
         edited = is_half(self.param.dtype) and "master" not in self._tensors
@@ -349,7 +349,7 @@ class StatePlaces:
         else:
             self._tensors[name] = packed(self.param, name, value, "cpu" if self.param.is_meta else self.param.device)
 
-    def loaded(self, ref: ParamRef | None, count: int, *, edited: bool) -> None:
+    def loaded(self, ref: PagedParam | None, count: int, *, edited: bool) -> None:
         """Take note that the states were filled where they live: in the runtime, or by :meth:`put` before."""
         self.count, self.begun = count, True
         if ref is None:
@@ -395,7 +395,7 @@ class StatePlaces:
             return self.tensor(name).detach().clone()
         return self._read(ref, name) if fetched is None or fetched.behind else fetched.tensor.detach().clone()
 
-    def _lend(self, ref: ParamRef, name: str) -> Handed:
+    def _lend(self, ref: PagedParam, name: str) -> Handed:
         fetched = self._fetched.get(name)
         if fetched is None:
             lent = self._counted(ref, name)
@@ -410,7 +410,7 @@ class StatePlaces:
             self.follow()
         return fetched
 
-    def _counted(self, ref: ParamRef, name: str) -> int:
+    def _counted(self, ref: PagedParam, name: str) -> int:
         """Have memory for a tensor counted; what was fetched and is not held any more makes room."""
         session = ref.unit.session
         size = self.param.numel() * state_dtype(name, self.param.dtype).itemsize
@@ -421,14 +421,14 @@ class StatePlaces:
             session.engine.lend(size)
         return size
 
-    def _read(self, ref: ParamRef, name: str) -> torch.Tensor:
+    def _read(self, ref: PagedParam, name: str) -> torch.Tensor:
         tensor = blank(self.param, name, "cpu")
         ref.unit.session.engine.read_state(
             ref.unit.engine_id, ref.section, name, ref.start, ref.numel, tensor.data_ptr()
         )
         return tensor
 
-    def _store(self, ref: ParamRef, name: str, tensor: torch.Tensor) -> None:
+    def _store(self, ref: PagedParam, name: str, tensor: torch.Tensor) -> None:
         source = packed(self.param, name, usable(self.param, name, tensor, cast=True), "cpu")
         ref.unit.session.engine.write_state(
             ref.unit.engine_id, ref.section, name, ref.start, ref.numel, source.data_ptr()

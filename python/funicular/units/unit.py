@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNDER_WAY",
+    "Access",
     "Link",
-    "ParamRef",
+    "ModuleCall",
+    "PagedParam",
     "Unit",
-    "Use",
-    "Visit",
     "link",
     "ref_of",
 ]
 
 
-class Use:
+class Access:
     """One operation on parameters outside of windows."""
 
     __slots__ = ("themselves", "thread", "units")
@@ -43,7 +43,7 @@ class Use:
 
 
 #: Operations under way, of all threads. Appending and removing is one call each, so that an interruption leaves nothing behind.
-UNDER_WAY: list[Use] = []
+UNDER_WAY: list[Access] = []
 
 
 def _nothing() -> None:
@@ -70,19 +70,19 @@ class Link:
         return (_nothing, ())
 
 
-def link(tensor: torch.Tensor, ref: ParamRef) -> None:
+def link(tensor: torch.Tensor, ref: PagedParam) -> None:
     """Let a parameter or gradient lead to its place."""
     tensor._funicular_ref = Link(ref)  # type: ignore[attr-defined]
 
 
-def ref_of(tensor: torch.Tensor) -> ParamRef | None:
+def ref_of(tensor: torch.Tensor) -> PagedParam | None:
     """Return the place of an offloaded parameter or of its gradient; None for ordinary tensors."""
     found = tensor.__dict__.get("_funicular_ref")
-    ref: ParamRef | None = None if found is None else found()
+    ref: PagedParam | None = None if found is None else found()
     return ref
 
 
-class ParamRef:
+class PagedParam:
     """One parameter: where its bytes are, and what was last seen of it."""
 
     __slots__ = (
@@ -174,7 +174,7 @@ class ParamRef:
         return same_storage(self.param, self.home_storage)
 
 
-class Visit:
+class ModuleCall:
     """A call of a module under way. Units list theirs: one call into C each, which an interruption cannot cut in two."""
 
     __slots__ = ("thread",)
@@ -224,7 +224,7 @@ class Unit:
         self._session = weakref.ref(session)
         self.engine_id = engine_id
         self.name = name
-        self.params: list[ParamRef] = []
+        self.params: list[PagedParam] = []
         self.nbytes = 0
         self.neighbours: list[Unit] = []
         self.on_nvme = False
@@ -232,11 +232,11 @@ class Unit:
         self.spare = False
         #: how many parameters are trained, those with a gradient from this backward, and what an update that was begun started from
         self.trained = 0
-        self.arrived: set[ParamRef] = set()
+        self.arrived: set[PagedParam] = set()
         self.guess: list[tuple[bool, int, int]] | None = None
         self.shadow_filled = False
         #: calls of the unit's modules under way
-        self.calls: list[Visit] = []
+        self.calls: list[ModuleCall] = []
         #: threads for which the parameters are plain, with -1 - the backward in which they came in
         self.inside: dict[int, int] = {}
         #: the parameters are at their frames
@@ -335,7 +335,7 @@ class Unit:
         """How many calls of the unit's modules are under way."""
         return len(self.calls)
 
-    def leave(self, call: Visit) -> None:
+    def leave(self, call: ModuleCall) -> None:
         """Take note that a call is over; nothing to do if it never began, or is over already."""
         if call in self.calls:
             self.calls.remove(call)

@@ -24,7 +24,7 @@ from funicular.torch_internals.modules import (
 )
 from funicular.torch_internals.saved_hooks import push
 from funicular.torch_internals.trees import tree_leaves, tree_map
-from funicular.units.unit import Visit
+from funicular.units.unit import ModuleCall
 from funicular.windows.leases import remove
 from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
@@ -66,7 +66,7 @@ def _stack() -> list[_Call]:
     return _local.stack  # type: ignore[no-any-return]
 
 
-class _Call(Visit):
+class _Call(ModuleCall):
     """One call of a hooked module: what has been done for it, noted in such an order that whatever strikes, it can be undone."""
 
     __slots__ = ("enter", "pair", "range", "units")

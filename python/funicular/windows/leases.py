@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular.torch_internals.saved_hooks import Pair
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
 __all__ = ["Lease", "LeaseHooks", "check_version", "remove"]
@@ -32,7 +32,7 @@ class Lease(NamedTuple):
     """A view of a parameter, without the tensor."""
 
     session: Session
-    ref: ParamRef
+    ref: PagedParam
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -67,7 +67,7 @@ class LeaseHooks:
 
     def __init__(self) -> None:
         #: by the address at which a storage begins
-        self.found: dict[int, ParamRef] = {}
+        self.found: dict[int, PagedParam] = {}
         #: ``packed``: the calling thread has packed a lease since this was set to False
         self.local = threading.local()
 
@@ -77,7 +77,7 @@ class LeaseHooks:
             if ref.numel > 0:  # without elements there is no address
                 self.found[ref.frame_address] = self.found[ref.home_address] = ref
 
-    def owner(self, tensor: torch.Tensor) -> ParamRef | None:
+    def owner(self, tensor: torch.Tensor) -> PagedParam | None:
         """Return the parameter in whose memory a tensor lies."""
         while is_wrapped(tensor):
             tensor = unwrapped(tensor)

@@ -34,7 +34,7 @@ from funicular.report.nvtx import ranges
 from funicular.torch_internals.autograd import at_end_of_backward, backward_task, in_backward
 from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.overrides import unguarded
-from funicular.units.unit import ParamRef, Unit, Use, ref_of
+from funicular.units.unit import Access, PagedParam, Unit, ref_of
 from funicular.windows.faults import adopt, fetch
 from funicular.windows.leases import LeaseHooks
 from funicular.windows.shutdown import check_alive, leave, living
@@ -99,7 +99,7 @@ class Session:
         #: factors pending for the next step
         self.factors: dict[int, torch.Tensor] = {}
         self.landing = Landing(engine)
-        self._arrived: ParamRef | None = None
+        self._arrived: PagedParam | None = None
         self._task = -1
         self.closed = False
         #: the save under way, or the last one
@@ -271,7 +271,7 @@ class Session:
 
     # ------------------------------------------------------------------ homes
 
-    def access(self, refs: list[ParamRef], use: Use, *, raw: bool, plain: bool) -> list[ParamRef]:
+    def access(self, refs: list[PagedParam], use: Access, *, raw: bool, plain: bool) -> list[PagedParam]:
         """Make the homes of parameters valid and current for the caller, outside their windows.
 
         Returns those whose home is to be used instead of the parameter: wherever no gradient is wanted (``plain``), since then
@@ -282,7 +282,7 @@ class Session:
         with self.lock:
             return self._access(refs, use, amid, raw=raw, plain=plain)
 
-    def _access(self, refs: list[ParamRef], use: Use, amid: bool, *, raw: bool, plain: bool) -> list[ParamRef]:
+    def _access(self, refs: list[PagedParam], use: Access, amid: bool, *, raw: bool, plain: bool) -> list[PagedParam]:
         self.alive()
         if not amid:
             self.used = None
@@ -314,7 +314,7 @@ class Session:
                 look_at_home(unit)
         return at_home
 
-    def access_grad(self, ref: ParamRef) -> None:
+    def access_grad(self, ref: PagedParam) -> None:
         """Make a gradient in its segment valid for the caller."""
         self.alive()
         self.engine.settle_update(ref.unit.engine_id, self.stream())
@@ -324,7 +324,7 @@ class Session:
         apply_pending(ref)
         ref.norm = None
 
-    def edited(self, ref: ParamRef) -> None:
+    def edited(self, ref: PagedParam) -> None:
         """Note that a parameter was edited in its home."""
         ref.edited = True
         if ref.unit.on_nvme:
@@ -414,7 +414,7 @@ class Session:
         self.landing.reap(self.stream())
 
     @_locked
-    def move_out(self, ref: ParamRef) -> None:
+    def move_out(self, ref: PagedParam) -> None:
         """Give a gradient memory of its own: its address is about to be taken."""
         move_out(ref)
 
@@ -451,7 +451,7 @@ class Session:
                 watched.append(unit)
         return watched
 
-    def stepped(self, refs: list[ParamRef], watched: list[Unit]) -> None:
+    def stepped(self, refs: list[PagedParam], watched: list[Unit]) -> None:
         """Bump versions. Interrupted, it can be run again."""
         with unguarded():
             for ref in refs:
@@ -469,7 +469,7 @@ class Session:
             if unit.behind:
                 self._catch_up(unit)
 
-    def before_accumulate(self, ref: ParamRef) -> None:
+    def before_accumulate(self, ref: PagedParam) -> None:
         """Autograd is about to add to a gradient that may still be on its way, or is yet to be multiplied."""
         if ref.param.grad is ref.grad:
             self.access_grad(ref)
@@ -482,7 +482,7 @@ class Session:
                 if ref.states is not None:
                     ref.states.drop_unused()
 
-    def keep_states(self, ref: ParamRef) -> None:
+    def keep_states(self, ref: PagedParam) -> None:
         """Take the optimizer's states out of the runtime."""
         if ref.states is not None:
             ref.states.detach()

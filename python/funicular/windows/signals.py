@@ -17,7 +17,7 @@ from funicular.torch_internals.autograd import in_backward
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
-    from funicular.units.unit import ParamRef, Unit
+    from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
 __all__ = ["await_reads", "look", "note_step", "refuse", "under_way"]
@@ -88,5 +88,5 @@ def _check_inside(unit: Unit) -> None:
                 )
 
 
-def _edited(ref: ParamRef) -> bool:
+def _edited(ref: PagedParam) -> bool:
     return ref.param._version != ref.version or (ref.seen is not None and digest(ref.frame) != ref.seen)
