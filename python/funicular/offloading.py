@@ -14,6 +14,7 @@ from funicular.checkpoint.meta import Weights
 from funicular.errors import Error, UsageError
 from funicular.gradients.arrival import make_grad
 from funicular.guard.classes import GuardedParameter
+from funicular.guard.kinds import guarded_classes
 from funicular.homes.moved import build_places, share_version, tensor_over
 from funicular.micro_batches.activations import Activations
 from funicular.micro_batches.block import MicroBatches
@@ -24,12 +25,12 @@ from funicular.torch_internals.modules import own_buffers
 from funicular.torch_internals.nvrtc import tell_core
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.cast import Cast
-from funicular.units.classes import guarded_classes, unpaged, unpaged_note
+from funicular.units.classes import unpaged, unpaged_note
 from funicular.units.discover import Found, find_units
 from funicular.units.dtypes import name_of
 from funicular.units.unit import PagedParam, Unit, link, ref_of
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
-from funicular.windows.lookup import ATTRIBUTE, offloaded, session_of
+from funicular.windows.lookup import ATTRIBUTE, offloaded, owner_of, session_of
 from funicular.windows.replaced import Held
 from funicular.windows.residents import keep, resident_session, unkeep
 from funicular.windows.session import Session
@@ -265,12 +266,12 @@ class _BeforeAccumulate:
 
     def __init__(self, ref: PagedParam) -> None:
         self.ref = weakref.ref(ref)
-        self.session = weakref.ref(ref.unit.session)
+        self.session = weakref.ref(owner_of(ref.unit))
 
     def __call__(self, grad: torch.Tensor) -> None:
         ref = self.ref()
         if ref is not None:
-            ref.unit.session.before_accumulate(ref)
+            owner_of(ref.unit).before_accumulate(ref)
 
 
 def _remove_hooks(session: Session, p: Any) -> None:
@@ -409,7 +410,7 @@ def _take(ref: PagedParam) -> _Taken:
         if ref.states is not None:
             states = ref.states.taken()
     except Error as error:
-        session = ref.unit.session
+        session = owner_of(ref.unit)
         if not session.engine.failed() and not session.told_lost:
             session.told_lost = True
             raise

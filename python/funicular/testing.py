@@ -143,11 +143,11 @@ class Unit:
 
     def home_bytes(self) -> torch.Tensor:
         """Return the bytes of its home, on the host."""
-        return tensor_over(self._unit.session.engine.home_buffer(self._unit.engine_id, False))
+        return tensor_over(self._unit.owner.engine.home_buffer(self._unit.engine_id, False))
 
     def frame_bytes(self) -> torch.Tensor:
         """Return the bytes of its frames, on the compute device."""
-        return tensor_over(self._unit.session.engine.frame_buffer(self._unit.engine_id))
+        return tensor_over(self._unit.owner.engine.frame_buffer(self._unit.engine_id))
 
 
 class Inspected:

@@ -24,7 +24,6 @@ from funicular.units.unit import link, ref_of
 if TYPE_CHECKING:
     from funicular._core import Engine
     from funicular.units.unit import PagedParam
-    from funicular.windows.session import Session
 
 __all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
 
@@ -51,7 +50,7 @@ def place_for(ref: PagedParam) -> torch.Tensor:
     """
     # The attribute, the argument of getrefcount, and nobody else.
     if sys.getrefcount(ref.grad) > 2 or (ref.views and any(view() is not None for view in ref.views)):
-        ref.unit.session.access_grad(ref)
+        ref.unit.owner.access_grad(ref)
         move_out(ref)
     assert ref.grad_storage is not None
     assert ref.grad is not None
@@ -103,8 +102,11 @@ class Landing:
             self._queue.popleft()
 
 
-def bring_down(session: Session, ref: PagedParam) -> bool:
-    """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor."""
+def bring_down(landing: Landing, ref: PagedParam, stream: int, norms: str) -> bool:
+    """Send a new gradient to its place, and make that the parameter's gradient; False if it stays an ordinary tensor.
+
+    ``norms``: the operation that takes norms of gradients, if any is wanted.
+    """
     p = ref.param
     with unguarded():
         grad = p.grad
@@ -119,19 +121,19 @@ def bring_down(session: Session, ref: PagedParam) -> bool:
         place = place_for(ref)
         if grad.stride() != ref.home.stride():
             grad = torch.empty_like(ref.frame).copy_(grad)
-        note_norm(ref, grad, place)
-        session.landing.send(ref, grad, session.stream())
+        note_norm(ref, grad, place, norms)
+        landing.send(ref, grad, stream)
         p.grad = place
     return True
 
 
-def bring_home(session: Session, refs: list[PagedParam]) -> None:
+def bring_home(refs: list[PagedParam]) -> None:
     """Make sure that the gradients to be used by a step are the ones in their places."""
     foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
     # One parameter's place may be another's gradient: all are read before any is written.
     taken = [(ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None]
     for ref, grad in taken:
-        session.access_grad(ref)
+        ref.unit.owner.access_grad(ref)
         place = place_for(ref)
         with unguarded():
             place.copy_(grad)

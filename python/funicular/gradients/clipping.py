@@ -24,41 +24,58 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from funicular.units.unit import PagedParam
-    from funicular.windows.session import Session
 
-__all__ = ["apply_pending", "effective_factor", "note_norm", "recognised"]
+__all__ = ["Clipping", "apply_pending", "effective_factor", "note_norm", "recognised"]
 
 _T: Any = torch.Tensor
 _VECTOR_NORM: Any = torch.linalg.vector_norm
 
-#: the operation did not match
-NOTHING = object()
+
+class Clipping:
+    """What clipping asked for, and what it left to be done."""
+
+    def __init__(self) -> None:
+        #: by which operation it asks for norms; they are taken as gradients come
+        self.norms = ""
+        #: factors pending for the next step
+        self._factors: dict[int, torch.Tensor] = {}
+
+    def keep(self, factor: torch.Tensor) -> bool:
+        """Keep a factor until the next step; False if there are too many."""
+        if id(factor) not in self._factors and len(self._factors) >= FACTORS_PER_STEP:
+            return False
+        self._factors[id(factor)] = factor
+        return True
+
+    def stepped(self) -> None:
+        """Let go of factors: updates have them."""
+        self._factors.clear()
 
 
 def recognised(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], guarded: type[torch.Tensor]
 ) -> Any:
-    """Answer one of the operations of ``clip_grad_norm_`` from what is known; ``NOTHING`` for anything else."""
+    """Answer one of the operations of ``clip_grad_norm_`` from what is known; ``NotImplemented`` for anything else."""
     if kwargs:
-        return NOTHING
+        return NotImplemented
     if func is FOREACH_NORM or func is _VECTOR_NORM:
         if len(args) != 2 or args[1] != 2:
-            return NOTHING
+            return NotImplemented
         if func is _VECTOR_NORM:
-            return _known_norm(args[0], "single") if type(args[0]) is guarded else NOTHING
+            return _known_norm(args[0], "single") if type(args[0]) is guarded else NotImplemented
         return _norms(args[0], guarded)
     if func is FOREACH_MUL or func is _T.mul_:
         grads = args[0] if func is FOREACH_MUL else [args[0]]
         if len(args) == 2 and _postpone(grads, args[1], guarded):
             return None if func is FOREACH_MUL else args[0]
-    return NOTHING
+    return NotImplemented
 
 
 def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
-    found = [_known_norm(t, "foreach") if type(t) is guarded else NOTHING for t in tensors]
-    missing = [i for i, norm in enumerate(found) if norm is NOTHING]
+    found = [_known_norm(t, "foreach") if type(t) is guarded else NotImplemented for t in tensors]
+    missing = [i for i, norm in enumerate(found) if norm is NotImplemented]
     if len(missing) == len(found) or any(type(tensors[i]) is guarded for i in missing):
-        return NOTHING
+        return NotImplemented
     if missing:
         for i, norm in zip(missing, FOREACH_NORM([tensors[i] for i in missing], 2.0), strict=True):
             found[i] = norm
@@ -73,20 +90,19 @@ def _living_ref(grad: torch.Tensor) -> PagedParam | None:
 def _known_norm(grad: torch.Tensor, kind: str) -> Any:
     ref = _living_ref(grad)
     if ref is None:
-        return NOTHING
-    ref.unit.session.wants_norms = kind
+        return NotImplemented
+    ref.unit.owner.want_norms(kind)
     if ref.norm is None or ref.factor is not None:
-        return NOTHING
+        return NotImplemented
     norm, version, taken = ref.norm
     with unguarded():
-        return norm if grad._version == version and taken == kind else NOTHING
+        return norm if grad._version == version and taken == kind else NotImplemented
 
 
-def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor) -> None:
-    """Take the norm of a gradient that is about to leave for its home."""
+def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor, kind: str) -> None:
+    """Take the norm of a gradient that is about to leave for its home, if there is an operation to take it by."""
     ref.factor = None
     ref.norm = None
-    kind = ref.unit.session.wants_norms
     if kind:
         # Their sums differ in the last bit on a GPU.
         norm = FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
@@ -116,21 +132,13 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
             if grad._version != ref.norm[1]:
                 return False
         refs.append(ref)
-    if not refs or not _take(refs[0].unit.session, factor):
+    if not refs or not refs[0].unit.owner.keep_factor(factor):
         return False
     ordinary = [grad for grad in grads if type(grad) is torch.Tensor]
     if ordinary:
         FOREACH_MUL(ordinary, factor)
     for ref in refs:
         ref.factor = factor
-    return True
-
-
-def _take(session: Session, factor: torch.Tensor) -> bool:
-    """Whether one more factor may stay pending until the next step."""
-    if id(factor) not in session.factors and len(session.factors) >= FACTORS_PER_STEP:
-        return False
-    session.factors[id(factor)] = factor
     return True
 
 

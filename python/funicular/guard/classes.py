@@ -18,10 +18,11 @@ from torch import nn
 
 from funicular._core import ThreadSwitch
 from funicular.errors import RuntimeFailure, UsageError
-from funicular.gradients.clipping import NOTHING, recognised
+from funicular.guard.arguments import collect_ids, needs_grad, swapped
 from funicular.guard.sending import packed, spawning
 from funicular.guard.torch_functions import (
     BACKWARDS,
+    CLIPPING,
     CONSTANT,
     DATA_GET,
     DATA_SET,
@@ -72,17 +73,6 @@ def _find(items: Iterable[Any], params: list[Any], grads: list[Any]) -> None:
             _find(item.values(), params, grads)
 
 
-def _swapped(item: Any, swap: dict[int, Any]) -> Any:
-    """Return an argument or a result with some tensors replaced by others."""
-    if isinstance(item, torch.Tensor):
-        return swap.get(id(item), item)
-    if type(item) in (list, tuple):
-        return type(item)(_swapped(i, swap) for i in item)
-    if type(item) is dict:
-        return {key: _swapped(value, swap) for key, value in item.items()}
-    return item
-
-
 def _living(p: torch.Tensor) -> PagedParam:
     ref = ref_of(p)
     if ref is None:
@@ -96,7 +86,7 @@ def _leased(refs: list[PagedParam], func: Callable[..., Any], args: tuple[Any, .
     """Call, with what autograd saves of the parameters packed as leases."""
     if not refs or not torch.is_grad_enabled():
         return func(*args, **kwargs)
-    leases = refs[0].unit.session.leases
+    leases = refs[0].unit.owner.leases
     pair = leases.pair()
     if pair is None:
         return func(*args, **kwargs)
@@ -133,10 +123,10 @@ def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     result = _call(func, args, kwargs, params)
     if owners:
         with unguarded():
-            if torch.is_grad_enabled() and _needs_grad(result) and not written(func, args, kwargs):
+            if torch.is_grad_enabled() and needs_grad(result) and not written(func, args, kwargs):
                 # A graph was made, which may keep the gradients until after the next ones.
                 swap = {id(grad): grad.clone() for grad in grads}
-                args, kwargs, result = _swapped(args, swap), _swapped(kwargs, swap), None
+                args, kwargs, result = swapped(args, swap), swapped(kwargs, swap), None
             else:
                 _adopt(result, owners)
                 return result
@@ -164,9 +154,9 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         plain = func in CONSTANT or (not torch.is_grad_enabled() and func not in ITSELF)
         swap: dict[int, Any] = {}
         back: dict[int, Any] = {}
-        for session in dict.fromkeys(ref.unit.session for ref in outside):
-            mine = [ref for ref in outside if ref.unit.session is session]
-            for ref in session.access(mine, use, raw=func in RAW, plain=plain):
+        for owner in dict.fromkeys(ref.unit.owner for ref in outside):
+            mine = [ref for ref in outside if ref.unit.owner is owner]
+            for ref in owner.access(mine, use, raw=func in RAW, plain=plain):
                 swap[id(ref.param)] = ref.stand_in
                 back[id(ref.stand_in)] = ref.param
         if func == DATA_SET and args[0] is params[0] and me not in refs[0].unit.inside:
@@ -175,7 +165,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         if func is _T.data_ptr:
             for ref in outside:
                 ref.unit.exposed = True
-        args, kwargs = _swapped(args, swap), _swapped(kwargs, swap)
+        args, kwargs = swapped(args, swap), swapped(kwargs, swap)
         if func in NUMPY and outside and not params[0].requires_grad:
             # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
             args = (outside[0].home.detach(), *args[1:])
@@ -183,13 +173,13 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             before = {ref: ref.param._version for ref in refs}
             result = _leased(refs, func, args, kwargs)
             writes = _count_writes(func, args, kwargs, before)
-        for session in dict.fromkeys(ref.unit.session for ref in outside):
-            note(session, {ref: before[ref] for ref in outside if ref.unit.session is session}, writes=writes)
-        return _swapped(result, back) if back else result
+        for owner in dict.fromkeys(ref.unit.owner for ref in outside):
+            note(owner, {ref: before[ref] for ref in outside if ref.unit.owner is owner}, writes=writes)
+        return swapped(result, back) if back else result
     finally:
         UNDER_WAY.remove(use)
         for unit in use.themselves:
-            unit.session.close_left(unit)
+            unit.owner.close_left(unit)
 
 
 def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[PagedParam, int]) -> bool:
@@ -198,19 +188,11 @@ def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], befo
     if not stored:
         return "out" in kwargs or func is _T.__setitem__
     flat: set[int] = set()
-    _ids(stored, flat)
+    collect_ids(stored, flat)
     for ref, version in before.items():
         if ref.param._version == version and not flat.isdisjoint((id(ref.param), id(ref.stand_in))):
             torch.autograd.graph.increment_version(ref.param)
     return True
-
-
-def _ids(item: Any, found: set[int]) -> None:
-    if isinstance(item, (list, tuple)):
-        for i in item:
-            _ids(i, found)
-    else:
-        found.add(id(item))
 
 
 def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[PagedParam]:
@@ -220,19 +202,23 @@ def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[PagedParam
         ref = ref_of(grad)
         if ref is None:
             continue
-        session = ref.unit.session
-        session.access_grad(ref)
+        owner = ref.unit.owner
+        owner.access_grad(ref)
         if func in TAKING:
-            session.move_out(ref)
+            owner.move_out(ref)
         else:
             owners.append(ref)
     return owners
 
 
-def _needs_grad(result: Any) -> bool:
-    if isinstance(result, (list, tuple)):
-        return any(_needs_grad(item) for item in result)
-    return isinstance(result, torch.Tensor) and result.grad_fn is not None
+def _clipped(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guarded: type[torch.Tensor]
+) -> Any:
+    """Have one of the operations of ``clip_grad_norm_`` answered from what is known; ``NotImplemented`` if it has to be run."""
+    tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
+    refs = (ref_of(tensor) for tensor in tensors if type(tensor) is guarded)
+    ref = next((ref for ref in refs if ref is not None), None)
+    return NotImplemented if ref is None else ref.unit.owner.clip(func, args, kwargs, guarded)
 
 
 def _adopt(result: Any, refs: list[PagedParam]) -> None:
@@ -361,8 +347,8 @@ def _touch(p: torch.Tensor, *, by_address: bool) -> None:
     ref = ref_of(p)
     if ref is None or get_ident() not in ref.unit.inside:
         return
-    session = ref.unit.session
-    if not by_address or session.device.type == "cpu" or session.poison:
+    owner = ref.unit.owner
+    if not by_address or owner.device.type == "cpu" or owner.poison:
         touch(ref)
 
 
@@ -423,15 +409,15 @@ class GuardedGrad(torch.Tensor):
 
     @override(_NO_GRAPH)
     def __torch_function__(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = NOTHING if func in HARMLESS else recognised(func, args, kwargs, cls)
-        return _operate(func, args, kwargs) if known is NOTHING else known
+        known = _clipped(func, args, kwargs, cls) if func in CLIPPING and args else NotImplemented
+        return _operate(func, args, kwargs) if known is NotImplemented else known
 
     def _own(self) -> Any:
         """Move to ordinary memory, and be an ordinary tensor."""
         ref = ref_of(self)
         if ref is not None:
-            ref.unit.session.access_grad(ref)
-            ref.unit.session.move_out(ref)
+            ref.unit.owner.access_grad(ref)
+            ref.unit.owner.move_out(ref)
         return self
 
     # torch asks no guard about these two.

@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 
-from funicular.torch_internals.operations import SAYING_NOTHING, TYPED_STORAGE, USE_COUNT, schemas_of
+from funicular.torch_internals.operations import (
+    FOREACH_MUL,
+    FOREACH_NORM,
+    SAYING_NOTHING,
+    TYPED_STORAGE,
+    USE_COUNT,
+    schemas_of,
+)
 
 __all__ = [
     "BACKWARDS",
+    "CLIPPING",
     "CONSTANT",
     "DATA_GET",
     "DATA_SET",
@@ -72,6 +80,8 @@ RESHAPING = (
 )  # fmt: skip
 #: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
 TAKING: frozenset[Any] = frozenset([_T.data_ptr, _T.__dlpack__, *NUMPY, *_STORAGES, DATA_SET, *_known(*RESHAPING)])
+#: What ``clip_grad_norm_`` consists of.
+CLIPPING: frozenset[Any] = frozenset([FOREACH_NORM, FOREACH_MUL, torch.linalg.vector_norm, _T.mul_])
 #: What runs a backward, and frees what was saved for it: it cannot be run again.
 BACKWARDS: frozenset[Any] = frozenset([_T.backward, torch.autograd.backward, torch.autograd.grad])
 

@@ -16,8 +16,8 @@ from funicular.homes.digests import changed_at_home, changed_in_frames, digest, 
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
+    from funicular.units.owner import HomeOwner, Owner
     from funicular.units.unit import PagedParam, Unit
-    from funicular.windows.session import Session
 
 __all__ = [
     "Inside",
@@ -35,46 +35,46 @@ _address: Any = torch.Tensor.data_ptr
 _data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-def take_edits(session: Session, unit: Unit) -> None:
+def take_edits(owner: HomeOwner, unit: Unit) -> None:
     """Take note of edits outside of windows, before a unit's bytes are used."""
     if unit.is_open or unit.moving:
         return
-    take_frame_edits(session, unit)
+    take_frame_edits(owner, unit)
     with unguarded():
         for ref in unit.params:
             if ref.param._version != ref.version:
-                session.edited(ref)
+                owner.edited(ref)
     for ref in changed_at_home(unit):
-        session.edited(ref)
+        owner.edited(ref)
     if not unit.home_aliased() and not unit.shadow_filled:
         unit.home_seen = None
     elif unit.shadow_filled or not unit.on_nvme:
         look_at_home(unit)
 
 
-def take_frame_edits(session: Session, unit: Unit) -> None:
+def take_frame_edits(owner: HomeOwner, unit: Unit) -> None:
     """Bring home what was edited through views that outlived their window."""
     if unit.is_open or unit.moving:
         return
     changed = changed_in_frames(unit)
     if changed:
-        session.use_home(unit)
+        owner.use_home(unit)
         for ref in changed:
-            _copy_home(session, ref)
+            _copy_home(owner, ref)
         look_at_frames(unit)
 
 
-def _copy_home(session: Session, ref: PagedParam) -> None:
+def _copy_home(owner: HomeOwner, ref: PagedParam) -> None:
     with torch.no_grad(), unguarded():
         ref.home.copy_(ref.frame)
-    session.edited(ref)
+    owner.edited(ref)
 
 
-def refresh_frames(session: Session, unit: Unit) -> None:
+def refresh_frames(owner: HomeOwner, unit: Unit) -> None:
     """Let another thread's window, and views that outlived theirs, see what the weight is now."""
     if unit.moving or not (unit.is_open or unit.frames_seen is not None):
         return
-    session.engine.open(unit.engine_id, None, session.stream())
+    owner.engine.open(unit.engine_id, None, owner.stream())
     if unit.frames_seen is not None:
         look_at_frames(unit)
     for ref in unit.params:
@@ -82,15 +82,15 @@ def refresh_frames(session: Session, unit: Unit) -> None:
             ref.seen = digest(ref.frame)
 
 
-def note(session: Session, before: dict[PagedParam, int], *, writes: bool) -> None:
+def note(owner: Owner, before: dict[PagedParam, int], *, writes: bool) -> None:
     """After an operation outside of windows: take note of edits, and of new views of homes."""
-    with session.lock:
+    with owner.lock:
         with unguarded():
             for ref, version in before.items():
                 # In a window of another thread a version may be that thread's own business.
                 elsewhere = ref.unit.is_open
                 if ref.param._version != (version if elsewhere else ref.version) and (writes or not elsewhere):
-                    session.edited(ref)
+                    owner.edited(ref)
         for unit in dict.fromkeys(ref.unit for ref in before):
             if unit.home_aliased() and not (unit.on_nvme and not unit.shadow_filled):
                 look_at_home(unit)
@@ -98,7 +98,7 @@ def note(session: Session, before: dict[PagedParam, int], *, writes: bool) -> No
 
 def touch(ref: PagedParam) -> None:
     """Take note that the frame of a parameter is about to be reached past its version counter."""
-    with ref.unit.session.lock, unguarded():
+    with ref.unit.owner.lock, unguarded():
         if ref.seen is None:
             ref.seen = digest(ref.frame)
         ref.touched = True
@@ -166,7 +166,7 @@ def replace_data(ref: PagedParam, data: torch.Tensor) -> None:
         ref.version = -1  # not yet seen
         with torch.no_grad(), unguarded():
             ref.home.copy_(data)
-        ref.unit.session.edited(ref)
+        ref.unit.owner.edited(ref)
 
 
 def _take_replacement(ref: PagedParam, data: torch.Tensor) -> None:
@@ -180,8 +180,8 @@ def _take_replacement(ref: PagedParam, data: torch.Tensor) -> None:
 class Inside:
     """What was edited while a window was open, found as it closes."""
 
-    def __init__(self, session: Session, unit: Unit) -> None:
-        self.session, self.unit = session, unit
+    def __init__(self, owner: HomeOwner, unit: Unit) -> None:
+        self.owner, self.unit = owner, unit
         #: homes that somebody edited while the unit computed from its frames
         self.elsewhere = changed_at_home(unit)
         #: frames that somebody edited in a way that cannot be followed; known only under ``debug.poison``
@@ -215,9 +215,9 @@ class Inside:
         """
         if self.elsewhere:
             for ref in self.edited:
-                _copy_home(self.session, ref)
+                _copy_home(self.owner, ref)
             for ref in self.elsewhere:
-                self.session.edited(ref)
+                self.owner.edited(ref)
         if self.refused is not None:
             raise self.refused
         lost = [*self.elsewhere, *self.hidden]

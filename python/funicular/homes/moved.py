@@ -14,7 +14,6 @@ from funicular.torch_internals.overrides import unguarded
 if TYPE_CHECKING:
     from funicular._core import Engine
     from funicular.units.unit import PagedParam, Unit
-    from funicular.windows.session import Session
 
 __all__ = ["build_places", "check_places", "share_version", "tensor_over"]
 
@@ -65,7 +64,7 @@ def share_version(ref: PagedParam) -> None:
     ref.frame, ref.home = frame, home
 
 
-def check_places(session: Session, unit: Unit) -> None:
+def check_places(engine: Engine, unit: Unit) -> None:
     """Look whether the tensors over a unit's frames and homes still are: torch moves a storage that is shared with a process.
 
     Raises
@@ -78,7 +77,7 @@ def check_places(session: Session, unit: Unit) -> None:
     with torch.inference_mode(mode=False), torch.no_grad(), unguarded():
         moved = [ref for ref in unit.params if _has_moved(ref)]
         for ref in moved:
-            _renew(session, ref)
+            _renew(engine, ref)
         unit.note_storages()
     names = ", ".join(f"'{ref.name}'" for ref in moved)
     raise UsageError(
@@ -93,11 +92,11 @@ def _has_moved(ref: PagedParam) -> bool:
     return ref.numel > 0 and at != (ref.frame_address, ref.home_address)
 
 
-def _renew(session: Session, ref: PagedParam) -> None:
+def _renew(engine: Engine, ref: PagedParam) -> None:
     """Make a parameter's tensors anew, and bring it to the new ones."""
     p = ref.param
     at_frame, grad = ref.at_frame(), ref.grad_storage
-    build_places(session.engine, ref)
+    build_places(engine, ref)
     ref.grad_storage = grad  # the gradient has not moved
     share_version(ref)
     p.data = ref.frame if at_frame else ref.home

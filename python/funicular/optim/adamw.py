@@ -21,6 +21,7 @@ from funicular.optim.states import ParamStates
 from funicular.reference import adamw_step
 from funicular.units.dtypes import TRAINED, is_half
 from funicular.units.unit import ref_of
+from funicular.windows.lookup import owner_of
 from funicular.windows.replaced import check_replaced, refuse_dtensors
 from funicular.windows.residents import resident_session
 from funicular.windows.signals import refuse
@@ -149,7 +150,7 @@ class AdamW(torch.optim.Optimizer):
                         plain.append((p, group, states))
                     continue
                 states.attach(ref)
-                _run_of(runs, ref.unit.session).add(ref, group, states)
+                _run_of(runs, owner_of(ref.unit)).add(ref, group, states)
             for run in runs.values():
                 run.go()
             for p, group, states in plain:
@@ -364,8 +365,11 @@ class _SessionStep:
             self.slots[key] = self.session.engine.factor(value.data_ptr(), self.session.stream())
         return self.slots[key]
 
-    def _members(self) -> dict[Unit, list[tuple[PagedParam, ParamStates, dict[str, Any]]]]:
-        return {u: [(ref, states, self.groups[ref]) for ref, states, _ in ms] for u, ms in self.units.items()}
+    def next_updates(self) -> dict[Unit, Callable[[], tuple[list[_Span], list[_Hyper]]]]:
+        """Return what describes the next updates, of units with a spare copy that are stepped as a whole."""
+        whole = {u: members for u, members in self.units.items() if u.spare and len(members) == u.trained}
+        described = {u: [(ref, states, self.groups[ref]) for ref, states, _ in members] for u, members in whole.items()}
+        return {unit: functools.partial(_described, members) for unit, members in described.items()}
 
     def go(self) -> None:
         refuse(self.session, "a step")
@@ -390,8 +394,8 @@ class _SessionStep:
                     followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
-            updates.append((unit.engine_id, _spans(members), session.ahead.confirmed(unit)))
-        bring_home(session, refs)
+            updates.append((unit.engine_id, _spans(members), session.speculation.confirmed(unit)))
+        bring_home(refs)
         counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
         self._submit(session, updates, refs, counts, watched)
@@ -442,7 +446,7 @@ class _Note:
             torch.autograd.graph.increment_version(p)
             states.plain_version = p._version
         session.stepped(self.refs, self.watched)
-        session.ahead.learn(self.step._members(), _described)
+        session.speculation.learn(self.step.units, self.step.next_updates())
         session.unnoted = None
 
 

@@ -20,6 +20,7 @@ from funicular.torch_internals.trees import tree_leaves
 from funicular.units.dtypes import state_bytes
 from funicular.units.unit import ref_of
 from funicular.windows.faults import bring_in
+from funicular.windows.lookup import owner_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,8 +108,8 @@ def _bring_in(refs: list[PagedParam]) -> None:
     """
     units = dict.fromkeys(ref.unit for ref in refs if ref.unit.on_nvme)
     if units and in_compiled_call():
-        for session in dict.fromkeys(unit.session for unit in units):
-            bring_in(session, [unit for unit in units if unit.session is session])
+        for session in dict.fromkeys(owner_of(unit) for unit in units):
+            bring_in(session, [unit for unit in units if unit.owner is session])
 
 
 def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -121,7 +122,7 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
             if silent:
                 torch.autograd.graph.increment_version(ref.param)
         if silent:
-            session = ref.unit.session
+            session = ref.unit.owner
             with session.lock:
                 if not ref.unit.is_open:  # a window takes it home when it closes
                     session.edited(ref)
@@ -130,7 +131,7 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _tell_of_states(optimizer: Any, refs: list[PagedParam]) -> None:
     """Say once of each other optimizer over an offloaded model how much memory its states take beside the budgets."""
     kept = sum(ref.numel * state_bytes(ref.home.dtype) for ref in refs if ref.trainable)
-    tiers = dict.fromkeys(str(ref.unit.session.policy.optimizer.tier) for ref in refs)
+    tiers = dict.fromkeys(str(owner_of(ref.unit).policy.optimizer.tier) for ref in refs)
     _told.add(optimizer)
     _log.warning(
         "FN-W130 %s keeps %s of states over an offloaded model. They are ordinary tensors in no budget, and optimizer.tier = %r does "

@@ -24,6 +24,7 @@ from funicular.optim.state_values import (
 from funicular.torch_internals.memory import storage_uses
 from funicular.units.dtypes import MOMENTS, has_whole_master, is_half, state_dtype
 from funicular.units.unit import ref_of
+from funicular.windows.lookup import owner_of
 from funicular.windows.signals import note_step
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ class StatePlaces:
     def _forget(self, *, held: bool) -> None:
         """Forget tensors that stand for the runtime's, and have their memory counted no longer; also those others have, if so asked."""
         ref = self.ref
-        engine = None if ref is None else ref.unit.session.engine
+        engine = None if ref is None else ref.unit.owner.engine
         for name, fetched in list(self._fetched.items()):
             # A signal handler may be here too: each is given back once.
             gone = (held or not fetched.held()) and self._fetched.pop(name, None) is fetched
@@ -290,8 +291,8 @@ class StatePlaces:
     def _note_step(self) -> None:
         """Have a step counted that the runtime has taken: a signal handler may ask before it is."""
         ref = self.ref
-        if ref is not None and ref.unit.session.unnoted is not None:
-            note_step(ref.unit.session)
+        if ref is not None and owner_of(ref.unit).unnoted is not None:
+            note_step(owner_of(ref.unit))
 
     @property
     def edited(self) -> bool:
@@ -403,7 +404,7 @@ class StatePlaces:
                 fetched = Handed(self._read(ref, name), lent)
                 fetched.same(self.param)
             except BaseException:
-                ref.unit.session.engine.returned(lent)
+                ref.unit.owner.engine.returned(lent)
                 raise
             self._fetched[name] = fetched
         elif fetched.behind:
@@ -412,7 +413,7 @@ class StatePlaces:
 
     def _counted(self, ref: PagedParam, name: str) -> int:
         """Have memory for a tensor counted; what was fetched and is not held any more makes room."""
-        session = ref.unit.session
+        session = owner_of(ref.unit)
         size = self.param.numel() * state_dtype(name, self.param.dtype).itemsize
         try:
             session.engine.lend(size)
@@ -423,13 +424,11 @@ class StatePlaces:
 
     def _read(self, ref: PagedParam, name: str) -> torch.Tensor:
         tensor = blank(self.param, name, "cpu")
-        ref.unit.session.engine.read_state(
-            ref.unit.engine_id, ref.section, name, ref.start, ref.numel, tensor.data_ptr()
-        )
+        ref.unit.owner.engine.read_state(ref.unit.engine_id, ref.section, name, ref.start, ref.numel, tensor.data_ptr())
         return tensor
 
     def _store(self, ref: PagedParam, name: str, tensor: torch.Tensor) -> None:
         source = packed(self.param, name, usable(self.param, name, tensor, cast=True), "cpu")
-        ref.unit.session.engine.write_state(
+        ref.unit.owner.engine.write_state(
             ref.unit.engine_id, ref.section, name, ref.start, ref.numel, source.data_ptr()
         )

@@ -9,8 +9,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from funicular.units.unit import Unit
-
 __all__ = ["Ranges", "ranges"]
 
 
@@ -19,7 +17,7 @@ class Ranges:
 
     def __init__(self, start: Callable[[str], Any] | None = None, end: Callable[[Any], Any] | None = None) -> None:
         self._start, self._end = start, end
-        self._backward: tuple[Unit, Any] | None = None
+        self._backward: tuple[str, Any] | None = None
 
     def start(self, name: str) -> Any:
         """Start a range; gives what :meth:`end` takes."""
@@ -30,15 +28,15 @@ class Ranges:
         if started is not None and self._end is not None:
             self._end(started)
 
-    def backward(self, unit: Unit | None) -> None:
-        """Note that the backward has come to a unit, or to its end."""
-        if self._start is None or (self._backward is not None and self._backward[0] is unit):
+    def backward(self, unit: str | None) -> None:
+        """Note that the backward has come to the unit of a name, or to its end."""
+        if self._start is None or (self._backward is not None and self._backward[0] == unit):
             return
         before, self._backward = self._backward, None
         if before is not None:
             self.end(before[1])
         if unit is not None:
-            self._backward = (unit, self.start(f"{unit.name} backward"))
+            self._backward = (unit, self.start(f"{unit} backward"))
 
 
 def ranges(wanted: bool, device: torch.device) -> Ranges:

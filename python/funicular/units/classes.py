@@ -1,4 +1,4 @@
-"""Classes of parameters: which of them can be paged, and what each of those is while its model is offloaded."""
+"""Classes of parameters: which of them can be paged."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from funicular.guard.classes import GuardedParameter, WindowParameter
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Unpaged", "guarded_classes", "is_dtensor", "pageable", "unpaged", "unpaged_note"]
+__all__ = ["Unpaged", "is_dtensor", "pageable", "unpaged", "unpaged_note"]
 
 #: what a subclass may define under a name of torch's and still be an ordinary parameter
 _HARMLESS = frozenset(
@@ -34,6 +32,10 @@ def pageable(p: torch.Tensor) -> bool:
     return type(p) is nn.Parameter or (p.dtype.is_floating_point and _plain(type(p)))
 
 
+class _Between(nn.Parameter):
+    """Stands for the classes that parameters have while they are offloaded: beside it in the bases of a class, another can be tried."""
+
+
 @functools.cache
 def _plain(cls: type) -> bool:
     """Whether a class adds to ``nn.Parameter`` and replaces nothing of it."""
@@ -42,8 +44,9 @@ def _plain(cls: type) -> bool:
     own = cls.__mro__[: cls.__mro__.index(nn.Parameter)]
     if any("__slots__" in vars(c) or (set(vars(c)) - _HARMLESS) & _tensor_names() for c in own):
         return False
+    metaclass: Any = type(cls)
     try:
-        guarded_classes(cls)
+        metaclass("_Between", (_Between, cls), {})
     except TypeError:  # a metaclass of its own, or an order of bases that Python refuses
         return False
     return True
@@ -54,20 +57,9 @@ def _tensor_names() -> frozenset[str]:
     return frozenset(dir(nn.Parameter)) | {"__torch_dispatch__", "__tensor_flatten__", "__getattr__", "__setattr__"}
 
 
-@functools.cache
-def guarded_classes(cls: type) -> tuple[type[GuardedParameter], type[WindowParameter]]:
-    """Return the classes of a parameter outside and inside its window; both are subclasses of the parameter's own class."""
-    if cls is nn.Parameter:
-        return GuardedParameter, WindowParameter
-    names = {"__doc__": cls.__doc__, "__module__": __name__, "_funicular_class": cls}
-    guarded: Any = type(cls)(f"Guarded{cls.__name__}", (GuardedParameter, cls), names)
-    window: Any = type(cls)(f"Window{cls.__name__}", (WindowParameter, cls), names)
-    return guarded, window
-
-
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is distributed over processes; imports nothing for it."""
-    if type(tensor) in (torch.Tensor, nn.Parameter, GuardedParameter, WindowParameter):
+    if type(tensor) in (torch.Tensor, nn.Parameter):
         return False
     return any(c.__name__ == "DTensor" and c.__module__.startswith("torch.distributed") for c in type(tensor).__mro__)
 
@@ -85,10 +77,13 @@ class Unpaged(NamedTuple):
 
 def unpaged(model: nn.Module) -> list[Unpaged]:
     """Return the parameters of a model that cannot be paged."""
-    left = [
-        (name, p) for name, p in model.named_parameters() if not isinstance(p, GuardedParameter) and not pageable(p)
-    ]
+    left = [(name, p) for name, p in model.named_parameters() if not _is_offloaded(p) and not pageable(p)]
     return [Unpaged(name, type(p).__name__, str(p.device), p.numel(), _bytes(p), p.requires_grad) for name, p in left]
+
+
+def _is_offloaded(p: torch.Tensor) -> bool:
+    """Whether a parameter is one of an offloaded model, which may be gone."""
+    return "_funicular_ref" in p.__dict__
 
 
 def _bytes(tensor: Any) -> int:

@@ -14,8 +14,7 @@ from funicular.torch_internals.overrides import unguarded
 if TYPE_CHECKING:
     import torch
 
-    from funicular.optim.state_places import StatePlaces
-    from funicular.windows.session import Session
+    from funicular.units.owner import Owner, States
 
 __all__ = [
     "UNDER_WAY",
@@ -156,7 +155,8 @@ class PagedParam:
         #: digest of the frame when its window opened, or when it was first reached past the version counter
         self.seen: int | None = None
         self.touched = False
-        self.states: StatePlaces | None = None
+        #: the optimizer's states, while they are in the runtime
+        self.states: States | None = None
         #: the runtime's states are not blank any more
         self.stepped = False
 
@@ -187,7 +187,7 @@ class Unit:
     """The parameters that are paged together, and the state of their window."""
 
     __slots__ = (
-        "_session",
+        "_owner",
         "addresses",
         "arrived",
         "behind",
@@ -219,9 +219,9 @@ class Unit:
         "trained",
     )
 
-    def __init__(self, session: Session, engine_id: int, name: str) -> None:
+    def __init__(self, owner: Owner, engine_id: int, name: str) -> None:
         # Weak, so that a model's memory is given back with its last user and not at some later garbage collection.
-        self._session = weakref.ref(session)
+        self._owner = weakref.ref(owner)
         self.engine_id = engine_id
         self.name = name
         self.params: list[PagedParam] = []
@@ -267,12 +267,12 @@ class Unit:
         self.grad_idle = 0
 
     @property
-    def session(self) -> Session:
+    def owner(self) -> Owner:
         """The session that the unit belongs to."""
-        session = self._session()
-        if session is None:
+        owner = self._owner()
+        if owner is None:
             raise RuntimeFailure("FN-E104", "the offloaded model is gone. Keep the model, or unwrap it first.")
-        return session
+        return owner
 
     def count_idle(self) -> None:
         """Note how many uses the storages have now, while the runtime's own tensors and the parameters at home are all there are."""

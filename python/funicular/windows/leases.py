@@ -16,6 +16,7 @@ from funicular.torch_internals.memory import storage_address
 from funicular.torch_internals.operations import neg_view
 from funicular.torch_internals.overrides import unguarded
 from funicular.torch_internals.saved_hooks import allowed, pop, top
+from funicular.windows.lookup import owner_of
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class LeaseHooks:
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with unguarded():
             return Lease(
-                ref.unit.session,
+                owner_of(ref.unit),
                 ref,
                 plain.dtype,
                 tuple(plain.size()),

@@ -13,9 +13,10 @@ from funicular.windows.residents import resident_session
 if TYPE_CHECKING:
     import torch
 
+    from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["ATTRIBUTE", "offloaded", "session_of", "session_within"]
+__all__ = ["ATTRIBUTE", "offloaded", "owner_of", "session_of", "session_within"]
 
 ATTRIBUTE = "_funicular_session"
 
@@ -23,6 +24,12 @@ ATTRIBUTE = "_funicular_session"
 def session_of(model: nn.Module) -> Session | None:
     """Return the session of an offloaded model."""
     return model.__dict__.get(ATTRIBUTE)
+
+
+def owner_of(unit: Unit) -> Session:
+    """Return the session of a unit, for what is above it."""
+    session: Any = unit.owner
+    return session  # type: ignore[no-any-return]
 
 
 def session_within(model: Any) -> tuple[nn.Module, Session] | None:
@@ -69,7 +76,7 @@ def offloaded(model: Any) -> tuple[nn.Module, Session]:
 
 def _session_with(p: torch.Tensor) -> Session | None:
     ref = ref_of(p)
-    return resident_session(p) if ref is None else ref.unit.session
+    return resident_session(p) if ref is None else owner_of(ref.unit)
 
 
 def _whole(model: nn.Module, session: Session) -> str:

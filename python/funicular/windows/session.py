@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import threading
 import time
@@ -24,8 +23,8 @@ from funicular import _core
 from funicular._core import BACKWARD
 from funicular.errors import Error
 from funicular.gradients.arrival import Landing, bring_down, move_out
-from funicular.gradients.clipping import apply_pending
-from funicular.gradients.speculation import Ahead
+from funicular.gradients.clipping import Clipping, apply_pending, recognised
+from funicular.gradients.speculation import Speculation
 from funicular.homes.digests import digest, look_at_frames, look_at_home, renew_home
 from funicular.homes.edits import Inside, refresh_frames, take_edits, take_frame_edits
 from funicular.homes.moved import check_places
@@ -41,16 +40,14 @@ from funicular.windows.shutdown import check_alive, leave, living
 from funicular.windows.signals import note_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from funicular._core import Engine, Save
-    from funicular.micro_batches.activations import Activations
     from funicular.policy import Policy
 
 __all__ = ["Session"]
 
 _R = TypeVar("_R")
-_log = logging.getLogger("funicular")
 
 
 def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
@@ -74,13 +71,11 @@ class Session:
         self.units: list[Unit] = []
         #: parameters that are not paged: they live on the compute device
         self.residents: list[torch.nn.Parameter] = []
-        self.ahead = Ahead()
+        self.speculation = Speculation(engine)
         self.leases = LeaseHooks()
-        #: block inputs that wait in host memory, where the policy says so
-        self.activations: Activations | None = None
+        self.activations: Any = None  # see Activations: block inputs that wait in host memory, where the policy says so
         self.held: Any = None  # see Held: the model that was given to offload, and what it holds
-        #: everything hung on the model: each has ``remove()``
-        self.handles: list[Any] = []
+        self.handles: list[Any] = []  # everything hung on the model: each has ``remove()``
         self.pid = os.getpid()
         #: several threads may run the model at once; windows are opened and closed by one at a time
         self.lock = threading.RLock()
@@ -94,10 +89,7 @@ class Session:
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
-        #: by which operation clipping asks for norms; they are taken as gradients come
-        self.wants_norms = ""
-        #: factors pending for the next step
-        self.factors: dict[int, torch.Tensor] = {}
+        self.clipping = Clipping()
         self.landing = Landing(engine)
         self._arrived: PagedParam | None = None
         self._task = -1
@@ -145,7 +137,7 @@ class Session:
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
         if phase == BACKWARD:
-            self.ranges.backward(unit)
+            self.ranges.backward(unit.name)
         if unit.is_open and not unit.moving:
             self._let_in(unit)
             return True
@@ -210,7 +202,7 @@ class Session:
 
     def _go_home(self, unit: Unit) -> None:
         """Bring edits home, then the parameters. Interrupted, it can be run again."""
-        check_places(self, unit)
+        check_places(self.engine, unit)
         if unit.on_nvme:
             adopt(self, [unit])
         interrupted, unit.moving = unit.moving, True
@@ -288,7 +280,7 @@ class Session:
             self.used = None
         units = dict.fromkeys(ref.unit for ref in refs)
         for unit in units:
-            check_places(self, unit)
+            check_places(self.engine, unit)
             if unit.moving and not amid:
                 self._go_home(unit)
         if in_backward() and not raw and not amid:
@@ -320,7 +312,7 @@ class Session:
         self.engine.settle_update(ref.unit.engine_id, self.stream())
         self.engine.wait_gradients(self.stream())
         # Not every operation that changes a tensor says so: whoever looks may have changed it.
-        self.ahead.drop(self, ref.unit)
+        self.speculation.drop(ref.unit)
         apply_pending(ref)
         ref.norm = None
 
@@ -375,7 +367,7 @@ class Session:
 
     def _before_use(self, unit: Unit) -> None:
         """Take note of edits that went past the guard, before the frames are filled."""
-        check_places(self, unit)
+        check_places(self.engine, unit)
         if unit.behind:
             self._catch_up(unit)
         if unit.on_nvme:
@@ -409,9 +401,10 @@ class Session:
         ref, self._arrived = self._arrived, None
         if ref is None or ref.grad is None:
             return
-        if bring_down(self, ref):
-            self.ahead.arrived(ref)
-        self.landing.reap(self.stream())
+        stream = self.stream()
+        if bring_down(self.landing, ref, stream, self.clipping.norms):
+            self.speculation.arrived(ref, stream)
+        self.landing.reap(stream)
 
     @_locked
     def move_out(self, ref: PagedParam) -> None:
@@ -425,11 +418,25 @@ class Session:
         self.landing.finish(self.stream())
         self._task = -1
         self.ranges.backward(None)
-        self.ahead.backward_ended(self.units)
+        self.speculation.backward_ended(self.units)
         for unit in self.units:
             unit.end_backward(task)
             if unit.held and unit.depth == 0:
                 self.close(unit)
+
+    def clip(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], guarded: type[torch.Tensor]
+    ) -> Any:
+        """Answer an operation of ``clip_grad_norm_`` from what is known; ``NotImplemented`` if it has to be run."""
+        return recognised(func, args, kwargs, guarded)
+
+    def want_norms(self, kind: str) -> None:
+        """Have the norms of gradients taken as they come, by this operation."""
+        self.clipping.norms = kind
+
+    def keep_factor(self, factor: torch.Tensor) -> bool:
+        """Keep a factor of gradients until the next step; False if there are too many."""
+        return self.clipping.keep(factor)
 
     # ------------------------------------------------------------------ steps
 
@@ -458,7 +465,7 @@ class Session:
                 torch.autograd.graph.increment_version(ref.param)
                 ref.version = ref.param._version
                 ref.edited, ref.stepped = False, True
-        self.factors.clear()
+        self.clipping.stepped()
         for unit in watched:
             unit.behind = True
 
@@ -481,11 +488,6 @@ class Session:
             for ref in unit.params:
                 if ref.states is not None:
                     ref.states.drop_unused()
-
-    def keep_states(self, ref: PagedParam) -> None:
-        """Take the optimizer's states out of the runtime."""
-        if ref.states is not None:
-            ref.states.detach()
 
     # ------------------------------------------------------------------ life
 

@@ -80,7 +80,8 @@ def leave(session: Session, unit: Unit) -> None:
     take_edits(session, unit)
     for ref in unit.params:
         with contextlib.suppress(Error):
-            session.keep_states(ref)
+            if ref.states is not None:
+                ref.states.detach()
         ref.param.__class__ = ref.kind
         ref.param.data = ref.home
         ref.param.__dict__.pop("_funicular_inside", None)
