@@ -9,6 +9,9 @@ use std::{
 
 use funicular::Code;
 
+#[path = "tidy/python.rs"]
+mod python;
+
 /// Longest Rust file under src/ and longest Python file, in lines.
 const LONGEST_FILE: usize = 500;
 
