@@ -1,5 +1,6 @@
 """The AdamW step of docs/arithmetic.md in plain torch: the same bits as the CPU and CUDA kernels.
 
+It imports nothing of the package, not its table of number formats either: it judges the rest, and runs without the extension module.
 Slow, and meant for tests: every line is one elementwise operation that rounds once. Two of torch's own operations do
 not round correctly and are avoided: `torch.sqrt` of fp32 on the CPU (off by one unit in the last place for one value in
 six) and division by a Python number on CUDA (a multiplication by the reciprocal).
@@ -13,8 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-
-from funicular.units.dtypes import MOMENTS, has_whole_master, master_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -284,8 +283,8 @@ class ReferenceAdamW(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["step"] = 0
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(param, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
             state["master"] = _first_master(param)
         state["step"] += 1
         assert param.grad is not None
@@ -315,10 +314,11 @@ class ReferenceAdamW(torch.optim.Optimizer):
 
 
 def _first_master(param: Tensor) -> Tensor | None:
-    kept = master_dtype(param.dtype)
-    if kept is None:
-        return None
-    return param.detach().to(kept) if has_whole_master(param.dtype) else torch.zeros_like(param, dtype=kept)
+    if param.dtype == torch.bfloat16:
+        return torch.zeros_like(param, dtype=torch.int16)
+    if param.dtype == torch.float16:
+        return param.detach().to(torch.float32)
+    return None
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ use crate::{line_of, quoted, report, with_extension};
 
 /// The floors of python/funicular, lowest first: its folders and the files beside them. Each imports from lower floors and from its own.
 const FLOORS: &[&[&str]] = &[
-    &["_core", "errors", "policy"],
+    &["_core", "errors", "policy", "reference"],
     &["torch_internals", "report"],
     &["units"],
-    &["homes", "reference"],
+    &["homes"],
     &["guard"],
     &["gradients"],
     &["windows"],
