@@ -26,8 +26,7 @@ from funicular.torch_internals.nvrtc import tell_core
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.cast import Cast
 from funicular.units.classes import unpaged, unpaged_note
-from funicular.units.discover import Found, find_units
-from funicular.units.dtypes import name_of
+from funicular.units.discover import Found, describe, find_units
 from funicular.units.unit import PagedParam, Unit, link, ref_of
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular.windows.lookup import ATTRIBUTE, offloaded, owner_of, session_of
@@ -157,11 +156,6 @@ def _freed(found: list[Found]) -> int:
     return sum(p.numel() * p.element_size() for p in weights)
 
 
-def describe(name: str, p: nn.Parameter, dtype: torch.dtype) -> tuple[str, int, str, int, bool]:
-    """Describe a parameter in some format to the core: name, elements, dtype, bytes per element, whether it is trained."""
-    return (name, p.numel(), name_of(dtype), dtype.itemsize, p.requires_grad)
-
-
 def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) -> None:
     engine = session.engine
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
@@ -193,7 +187,7 @@ def _build_unit(session: Session, index: int, found: Found) -> Unit:
     engine = session.engine
     unit = Unit(session, index, found.name)
     unit.on_nvme = engine.homes(index)[0] == "nvme"
-    unit.spare = engine.spare(index)
+    unit.spare = engine.has_spare_copy(index)
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = PagedParam(p, name, unit, place)
         build_places(engine, ref)

@@ -6,22 +6,24 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from funicular.offloading import describe
 from funicular.units.classes import unpaged, unpaged_note
-from funicular.units.discover import find_units
+from funicular.units.discover import describe, find_units
 from funicular.units.dtypes import BY_SHORT_NAME
+
+if TYPE_CHECKING:
+    from funicular._core import Param
 
 __all__ = ["units"]
 
 
 def units(
     source: str, patterns: list[str], dtype: str | None
-) -> tuple[list[tuple[str, list[tuple[str, int, str, int, bool]], bool]], tuple[int, int, str]]:
+) -> tuple[list[tuple[str, list[Param], bool]], tuple[int, int, str]]:
     """Return a model's units: name, parameters, and whether the unit's backward reads them.
 
     Then, of the parameters that cannot be paged, how many there are, how many of them are trained, and what they are.

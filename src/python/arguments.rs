@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::records;
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
@@ -13,16 +14,6 @@ use crate::{
     units::UnitId,
 };
 
-/// (name, elements, dtype, bytes per element, trainable)
-pub(super) type ParamTuple = (String, u64, String, u8, bool);
-/// (section, first element, elements, which hyperparameters, master starts anew)
-pub(super) type SpanTuple = (usize, u64, u64, usize, bool);
-/// (lr, beta1, beta2, eps, weight decay, step, maximize, slot of the factor that clipping found)
-pub(super) type HyperTuple = (f64, f64, f64, f64, f64, u64, bool, Option<u32>);
-/// (addresses of parameter, gradient, master, exp_avg, exp_avg_sq; elements, dtype, which hyperparameters, master starts anew)
-/// (unit, spans, whether what an update ahead began from is untouched)
-pub(super) type UpdateTuple = (u32, Vec<SpanTuple>, bool);
-pub(super) type ResidentTuple = (u64, u64, u64, u64, u64, usize, String, usize, bool);
 /// (section, first element, elements, byte offset in the parameter segment)
 pub(super) type PlaceTuple = (usize, u64, u64, u64);
 
@@ -67,31 +58,31 @@ pub(super) fn dtype(name: &str, size: u8) -> DType {
     }
 }
 
-pub(super) fn unit_specs(units: Vec<(String, Vec<ParamTuple>)>) -> Result<Vec<UnitSpec>> {
+pub(super) fn unit_specs(units: Vec<(String, Vec<records::Param>)>) -> Result<Vec<UnitSpec>> {
     let mut elements: u64 = 0;
-    let mut param = |(name, numel, d, size, trainable): ParamTuple| {
+    let mut param = |records::Param { name, len: numel, dtype: d, itemsize, trained: trainable }: records::Param| {
         elements = elements.saturating_add(numel);
         if elements > MOST_ELEMENTS {
             return Err(Error::new(Code::UnsupportedParam, format!("'{name}' is too large to be addressed.")));
         }
-        let dtype = dtype(&d, size);
+        let dtype = dtype(&d, itemsize);
         if dtype.size() == 0 {
             return Err(Error::argument(format!("'{name}': elements of {d} have no size.")));
         }
         Ok(ParamSpec { name, numel, dtype, trainable })
     };
-    let unit = |(name, params): (String, Vec<ParamTuple>)| {
+    let unit = |(name, params): (String, Vec<records::Param>)| {
         Ok(UnitSpec { name, params: params.into_iter().map(&mut param).collect::<Result<_>>()? })
     };
     units.into_iter().map(unit).collect()
 }
 
 /// An update of trained elements of one unit, in order and once each.
-pub(super) fn unit_update(rt: &Runtime, (unit, spans, guessed): UpdateTuple, hypers: usize) -> Result<UnitUpdate> {
-    let id = known(rt, unit)?;
+pub(super) fn unit_update(rt: &Runtime, update: &records::UnitUpdate, hypers: usize) -> Result<UnitUpdate> {
+    let id = known(rt, update.unit)?;
     let packed = rt.layout()?.unit(id);
     let mut after = (0, 0);
-    let mut span = |(section, start, len, hyper, reset_master): SpanTuple| {
+    let mut span = |&records::Span { section, start, len, hyper, reset_master }: &records::Span| {
         let elems = elements(packed, section, start, len)?;
         if !packed.sections[section].trainable {
             return Err(Error::argument(format!("'{}', section {section} is not trained.", packed.name)));
@@ -105,18 +96,19 @@ pub(super) fn unit_update(rt: &Runtime, (unit, spans, guessed): UpdateTuple, hyp
         after = (section, elems.end);
         Ok(JobSpan { section, start, len, hyper, reset_master })
     };
-    let spans = spans.into_iter().map(&mut span).collect::<Result<Vec<_>>>()?;
+    let spans = update.spans.iter().map(&mut span).collect::<Result<Vec<_>>>()?;
     if spans.is_empty() {
         return Err(Error::argument(format!("a step of '{}' has no elements.", packed.name)));
     }
-    Ok(UnitUpdate { unit: id, spans, guessed })
+    Ok(UnitUpdate { unit: id, spans, guessed: update.untouched })
 }
 
-pub(super) fn step_hypers(given: Vec<HyperTuple>) -> Result<Vec<StepHyper>> {
-    given.into_iter().map(step_hyper).collect()
+pub(super) fn step_hypers(given: &[records::Hyper]) -> Result<Vec<StepHyper>> {
+    given.iter().map(step_hyper).collect()
 }
 
-fn step_hyper((lr, beta1, beta2, eps, weight_decay, step, maximize, clip): HyperTuple) -> Result<StepHyper> {
+fn step_hyper(given: &records::Hyper) -> Result<StepHyper> {
+    let &records::Hyper { lr, beta1, beta2, eps, weight_decay, step, maximize, slot: clip } = given;
     if step == 0 {
         return Err(Error::argument("steps count from 1."));
     }
@@ -158,32 +150,30 @@ pub(super) fn split(name: &str) -> Result<Sharing> {
     }
 }
 
-pub(super) fn resident_update(
-    (param, grad, master, exp_avg, exp_avg_sq, len, kind, hyper, reset_master): ResidentTuple,
-    hypers: &[StepHyper],
-) -> Result<Update> {
-    let dtype = dtype(&kind, 0);
+pub(super) fn resident_update(given: &records::ResidentUpdate, hypers: &[StepHyper]) -> Result<Update> {
+    let (dtype, len) = (dtype(&given.dtype, 0), given.len);
     if !dtype.trainable() {
-        return Err(Error::argument(format!("there is no update of {kind}.")));
+        return Err(Error::argument(format!("there is no update of {}.", given.dtype)));
     }
-    let Some(found) = hypers.get(hyper) else {
-        return Err(Error::argument(format!("there are no hyperparameters {hyper}; the step has {}.", hypers.len())));
+    let Some(found) = hypers.get(given.hyper) else {
+        let text = format!("there are no hyperparameters {}; the step has {}.", given.hyper, hypers.len());
+        return Err(Error::argument(text));
     };
-    for at in [param, grad, exp_avg, exp_avg_sq] {
+    for at in [given.param, given.grad, given.exp_avg, given.exp_avg_sq] {
         address(at, len as u64)?;
     }
     if StateKind::Master.element_size(dtype) > 0 {
-        address(master, len as u64)?;
+        address(given.master, len as u64)?;
     }
     let span = Span {
-        param: param as *mut u8,
-        grad: grad as *const u8,
-        master: master as *mut u8,
-        exp_avg: exp_avg as *mut f32,
-        exp_avg_sq: exp_avg_sq as *mut f32,
+        param: given.param as *mut u8,
+        grad: given.grad as *const u8,
+        master: given.master as *mut u8,
+        exp_avg: given.exp_avg as *mut f32,
+        exp_avg_sq: given.exp_avg_sq as *mut f32,
         len,
         dtype,
-        reset_master,
+        reset_master: given.reset_master,
     };
     Ok(Update { span, hyper: found.hyper })
 }

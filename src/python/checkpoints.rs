@@ -1,4 +1,4 @@
-//! Saving and loading, as the wrapper calls them. Tensors and places are tuples; types are those of safetensors.
+//! Saving and loading, as the wrapper calls them. Types are those of safetensors.
 #![expect(unsafe_code, reason = "passes raw addresses of tensors to the runtime")]
 
 use std::{path::PathBuf, sync::Arc};
@@ -10,6 +10,7 @@ use super::{
     arguments::{address, dtype, elements, kind, known},
     engine::Engine,
     failures::{check, guarded, waiting},
+    records::{ReadBuffer, RestoredState, SaveRequest, SavedPlace, SavedTensor},
 };
 use crate::{
     checkpoint::{self, Contents, Control, Dtype, Found, Means, Request, TensorSpec},
@@ -20,15 +21,6 @@ use crate::{
     runtime::{Buffer, Item, Place, Runtime, Source, Unchanged, check_process, read_buffers, save_plain},
     units::UnitId,
 };
-
-/// (unit, section, first element, state), or (-1, 1 on the device, address, "")
-type PlaceTuple = (i64, usize, u64, String);
-/// (name, type in the file, shape, of the optimizer, place, for fp32 masters: (type, what the master has beyond it))
-type TensorTuple = (String, String, Vec<usize>, bool, PlaceTuple, Option<(String, Option<PlaceTuple>)>);
-/// (unit, section, state, first element, elements, of the optimizer, name or zeros, cut a master)
-type ItemTuple = (u32, usize, String, u64, u64, bool, Option<String>, bool);
-/// (address, bytes, type wanted, of the optimizer, name, for fp32 masters: "param" or "master")
-type BufferTuple = (u64, u64, String, bool, String, Option<String>);
 
 fn stored(name: &str) -> Result<Dtype> {
     serde_json::from_value(name.into()).map_err(|_| {
@@ -41,12 +33,17 @@ fn state(name: &str) -> Result<StateKind> {
     if name == StateKind::Param.name() { Ok(StateKind::Param) } else { kind(name) }
 }
 
-fn place((unit, section, start, kind): PlaceTuple) -> Result<Place> {
-    if unit < 0 {
-        return Ok(Place::Memory { address: start, on_device: section != 0 });
-    }
-    let unit = u32::try_from(unit).map_err(|_| Error::argument(format!("there is no unit {unit}.")))?;
-    Ok(Place::Unit { unit: UnitId(unit), section, start, kind: state(&kind)? })
+fn unit_id(unit: u64) -> Result<UnitId> {
+    u32::try_from(unit).map(UnitId).map_err(|_| Error::argument(format!("there is no unit {unit}.")))
+}
+
+fn place(given: &SavedPlace) -> Result<Place> {
+    Ok(match given {
+        SavedPlace::Memory(at) => Place::Memory { address: at.address, on_device: at.on_device },
+        SavedPlace::Unit(at) => {
+            Place::Unit { unit: unit_id(at.unit)?, section: at.section, start: at.start, kind: state(&at.state)? }
+        }
+    })
 }
 
 fn check_sources(rt: Option<&Runtime>, request: &Request, sources: &[Source]) -> Result<()> {
@@ -83,13 +80,12 @@ fn check_place(rt: Option<&Runtime>, name: &str, place: Place, len: u64, size: O
     Ok(())
 }
 
-fn tensor((name, stored_as, shape, optimizer, at, master): TensorTuple) -> Result<(TensorSpec, Source)> {
-    let spec = TensorSpec { name, dtype: stored(&stored_as)?, shape, group: 0, optimizer };
-    let master = match master {
-        None => None,
-        Some((of, rest)) => Some((dtype(&of, 2), rest.map(place).transpose()?)),
-    };
-    Ok((spec, Source { place: place(at)?, master }))
+fn tensor(given: SavedTensor) -> Result<(TensorSpec, Source)> {
+    let rest = given.rest.as_ref().map(place).transpose()?;
+    let source = Source { place: place(&given.place)?, master: given.half.map(|half| (dtype(&half, 2), rest)) };
+    let dtype = stored(&given.stored)?;
+    let spec = TensorSpec { name: given.name, dtype, shape: given.shape, group: 0, optimizer: given.optimizer };
+    Ok((spec, source))
 }
 
 /// A save under way.
@@ -175,12 +171,12 @@ impl Checkpoint {
     }
 
     /// Fills buffers of the host.
-    fn read(&self, py: Python<'_>, buffers: Vec<BufferTuple>) -> PyResult<()> {
+    fn read(&self, py: Python<'_>, buffers: Vec<ReadBuffer>) -> PyResult<()> {
         let given: Result<Vec<Buffer>> = buffers
             .into_iter()
-            .map(|(address, bytes, to, optimizer, tensor, master)| {
-                let master = master.map(|m| state(&m)).transpose()?;
-                Ok(Buffer { address, bytes, dtype: stored(&to)?, optimizer, tensor, master })
+            .map(|ReadBuffer { address, bytes, stored: to, optimizer, name, half }| {
+                let master = half.map(|half| state(&half)).transpose()?;
+                Ok(Buffer { address, bytes, dtype: stored(&to)?, optimizer, tensor: name, master })
             })
             .collect();
         let given = check(py, given)?;
@@ -199,44 +195,31 @@ fn in_file_order(mut tensors: Vec<&Found>) -> Vec<&Found> {
     tensors
 }
 
-fn request(
-    (target, overwrite, keep): (PathBuf, bool, Option<usize>),
-    tensors: Vec<TensorTuple>,
-    aliases: Vec<(String, String)>,
-    files: Vec<(String, Vec<u8>)>,
-    training: &str,
-    shard: u64,
-) -> Result<(Request, Vec<Source>)> {
+fn request(given: SaveRequest) -> Result<(Request, Vec<Source>)> {
+    let SaveRequest { path: target, overwrite, keep, tensors, aliases, files, training, shard } = given;
     let (mut specs, mut sources) = (Vec::with_capacity(tensors.len()), Vec::with_capacity(tensors.len()));
     for given in tensors {
         let (spec, source) = tensor(given)?;
         specs.push(spec);
         sources.push(source);
     }
-    let training = RawValue::from_string(training.to_owned())
+    let training = RawValue::from_string(training)
         .map_err(|e| Error::new(Code::CheckpointValue, format!("what describes the training is no JSON: {e}.")))?;
     let request = Request { target, overwrite, keep, tensors: specs, aliases, files, training, shard };
     Ok((request, sources))
 }
 
-/// Begins a save; `place` is (directory, overwrite, how many to keep). `changed` gives the name of a tensor of `engine`'s
-/// caller that was changed before it was read.
+/// Begins a save. `changed` gives the name of a tensor of `engine`'s caller that was changed before it was read.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "a call from Python, with keywords there")]
 pub(crate) fn save(
     py: Python<'_>,
     engine: Option<&Engine>,
-    place: (PathBuf, bool, Option<usize>),
-    tensors: Vec<TensorTuple>,
-    aliases: Vec<(String, String)>,
-    files: Vec<(String, Vec<u8>)>,
-    training: &str,
-    shard: u64,
+    request: SaveRequest,
     changed: Py<PyAny>,
     stream: u64,
 ) -> PyResult<Save> {
     check(py, set_aside())?;
-    let (request, sources) = check(py, request(place, tensors, aliases, files, training, shard))?;
+    let (request, sources) = check(py, self::request(request))?;
     let unchanged: Unchanged = Box::new(move || {
         let found = Python::try_attach(|py| changed.call0(py)?.extract::<Option<String>>(py)).unwrap_or(Ok(None));
         match found {
@@ -269,15 +252,15 @@ pub(crate) fn restore(
     py: Python<'_>,
     engine: &Engine,
     checkpoint: &Checkpoint,
-    items: Vec<ItemTuple>,
+    items: Vec<RestoredState>,
     stream: u64,
     told: Option<Py<PyAny>>,
 ) -> PyResult<()> {
     check(py, set_aside())?;
     let given: Result<Vec<Item>> = items
         .into_iter()
-        .map(|(unit, section, kind, start, len, optimizer, tensor, master)| {
-            let (unit, kind) = (UnitId(unit), state(&kind)?);
+        .map(|RestoredState { place: at, len, optimizer, tensor, from_master: master }| {
+            let (unit, section, start, kind) = (unit_id(at.unit)?, at.section, at.start, state(&at.state)?);
             Ok(Item { unit, section, kind, start, len, optimizer, tensor, master })
         })
         .collect();

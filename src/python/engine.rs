@@ -19,12 +19,12 @@ use pyo3::{prelude::*, types::PyDict};
 
 use super::{
     arguments::{
-        HyperTuple, ParamTuple, PlaceTuple, ResidentTuple, UpdateTuple, address, elements, kind, known, phase,
-        resident_update, split, step_hypers, unit_specs, unit_update,
+        PlaceTuple, address, elements, kind, known, phase, resident_update, split, step_hypers, unit_specs, unit_update,
     },
     dlpack,
     failures::{check, guarded, raise, waiting},
     figures::Figures,
+    records::{Hyper, Param, ResidentUpdate, UnitUpdate},
 };
 use crate::{
     device::DeviceKind,
@@ -127,7 +127,7 @@ impl Engine {
     /// given back as the model moves in.
     #[new]
     #[pyo3(signature = (units, policy, freed = 0))]
-    fn new(py: Python<'_>, units: Vec<(String, Vec<ParamTuple>)>, policy: &str, freed: u64) -> PyResult<Self> {
+    fn new(py: Python<'_>, units: Vec<(String, Vec<Param>)>, policy: &str, freed: u64) -> PyResult<Self> {
         let opened = py.detach(|| {
             guarded(|| {
                 set_aside()?;
@@ -176,8 +176,8 @@ impl Engine {
         })
     }
 
-    /// True if the unit's update may begin before the step.
-    fn spare(&self, py: Python<'_>, unit: u32) -> PyResult<bool> {
+    /// True if the unit has a spare copy of its states, so that its update may begin before the step.
+    fn has_spare_copy(&self, py: Python<'_>, unit: u32) -> PyResult<bool> {
         self.call(py, |rt, _| Ok(rt.placement()?.spare[known(rt, unit)?.index()]))
     }
 
@@ -265,41 +265,35 @@ impl Engine {
     fn update(
         &self,
         py: Python<'_>,
-        updates: Vec<UpdateTuple>,
-        hypers: Vec<HyperTuple>,
-        residents: Vec<ResidentTuple>,
+        updates: Vec<UnitUpdate>,
+        hypers: Vec<Hyper>,
+        residents: Vec<ResidentUpdate>,
         stream: u64,
         wait: bool,
     ) -> PyResult<()> {
         self.call(py, |rt, i| {
-            let hypers = step_hypers(hypers)?;
-            let updates = updates.into_iter().map(|u| unit_update(rt, u, hypers.len())).collect::<Result<Vec<_>>>()?;
+            let hypers = step_hypers(&hypers)?;
+            let updates = updates.iter().map(|u| unit_update(rt, u, hypers.len())).collect::<Result<Vec<_>>>()?;
             if !updates.is_sorted_by(|a, b| a.unit < b.unit) {
                 return Err(Error::argument("the units of a step are not in order, once each."));
             }
-            let residents = residents.into_iter().map(|r| resident_update(r, &hypers)).collect::<Result<Vec<_>>>()?;
+            let residents = residents.iter().map(|r| resident_update(r, &hypers)).collect::<Result<Vec<_>>>()?;
             // SAFETY: the wrapper passes addresses of live, dense tensors on the device; torch reuses their memory only in the order
             // of this stream.
             unsafe { rt.update(&updates, &hypers, &residents, stream, wait, i) }
         })
     }
 
-    /// Begins a unit's update before its step; true if it was begun.
-    fn update_ahead(
-        &self,
-        py: Python<'_>,
-        update: UpdateTuple,
-        hypers: Vec<HyperTuple>,
-        stream: u64,
-    ) -> PyResult<bool> {
+    /// Begins a speculative update: a unit's next one, before its step. True if it was begun.
+    fn speculate(&self, py: Python<'_>, update: UnitUpdate, hypers: Vec<Hyper>, stream: u64) -> PyResult<bool> {
         self.call(py, |rt, _| {
-            let hypers = step_hypers(hypers)?;
-            rt.update_ahead(&unit_update(rt, update, hypers.len())?, &hypers, stream)
+            let hypers = step_hypers(&hypers)?;
+            rt.update_ahead(&unit_update(rt, &update, hypers.len())?, &hypers, stream)
         })
     }
 
-    /// Drops what was begun.
-    fn drop_ahead(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
+    /// Drops the unit's speculative update, if there is one.
+    fn drop_speculation(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
         self.call(py, |rt, _| rt.drop_ahead(known(rt, unit)?))
     }
 

@@ -13,6 +13,7 @@ mod figures;
 mod memory;
 mod planner;
 mod policies;
+mod records;
 mod switch;
 
 use pyo3::prelude::*;
@@ -34,6 +35,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
     m.add_class::<switch::BoundUnlessAsked>()?;
     m.add_class::<switch::ThreadSwitch>()?;
+    records::register(m)?;
     m.add_class::<checkpoints::Checkpoint>()?;
     m.add_class::<checkpoints::Save>()?;
     m.add_function(wrap_pyfunction!(checkpoints::save, m)?)?;

@@ -2,14 +2,14 @@
 
 use pyo3::prelude::*;
 
-use super::arguments::{ParamTuple, unit_specs};
+use super::{arguments::unit_specs, records::Param};
 use crate::{
     error::{Code, Error, Result},
     plan::{PlannedUnit, Unpaged},
 };
 
 /// (name, parameters, whether its backward reads them)
-type UnitTuple = (String, Vec<ParamTuple>, bool);
+type UnitTuple = (String, Vec<Param>, bool);
 /// (parameters that are not paged, of them trained, what they are)
 type UnpagedTuple = (u64, u64, String);
 

@@ -13,12 +13,15 @@ import torch
 
 import funicular
 from funicular import _core, testing
+from funicular._core import Hyper, MemoryPlace, Span, UnitPlace
+from funicular._core import ResidentUpdate as Resident
+from funicular._core import UnitUpdate as Update
 from models import WIDTH, Stack
 from twin import Run, World, compare
 
 HUGE = [2**31, 2**63, 2**64 - 1, 2**64, -1]
-GOOD_SPAN = (0, 0, 128, 0, False)
-GOOD_HYPER = (1e-3, 0.9, 0.999, 1e-8, 0.0, 1, False, None)
+GOOD_SPAN = Span(0, 0, 128, 0, False)
+GOOD_HYPER = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.0, 1, False, None)
 #: wrong values of arguments, by name
 BAD: dict[str, list[Any]] = {
     "unit": [99, *HUGE],
@@ -37,34 +40,34 @@ BAD: dict[str, list[Any]] = {
     "split": ["nobody", ""],
     "path": ["/none/at/all.json"],
     "updates": [
-        [(99, [GOOD_SPAN], False)],
-        [(0, [], False)],
-        [(0, [(7, 0, 128, 0, False)], False)],
-        [(0, [(2**63, 0, 128, 0, False)], False)],
-        [(0, [(0, 2**63, 2**63, 0, False)], False)],
-        [(0, [(0, 2**64 - 1, 128, 0, False)], False)],
-        [(0, [(0, 0, 2**40, 0, False)], False)],
-        [(0, [(0, 0, 128, 5, False)], False)],
-        [(0, [GOOD_SPAN, GOOD_SPAN], False)],
-        [(0, [GOOD_SPAN], False), (0, [GOOD_SPAN], False)],
-        [(1, [GOOD_SPAN], False), (0, [GOOD_SPAN], False)],
+        [Update(99, [GOOD_SPAN], False)],
+        [Update(0, [], False)],
+        [Update(0, [Span(7, 0, 128, 0, False)], False)],
+        [Update(0, [Span(2**63, 0, 128, 0, False)], False)],
+        [Update(0, [Span(0, 2**63, 2**63, 0, False)], False)],
+        [Update(0, [Span(0, 2**64 - 1, 128, 0, False)], False)],
+        [Update(0, [Span(0, 0, 2**40, 0, False)], False)],
+        [Update(0, [Span(0, 0, 128, 5, False)], False)],
+        [Update(0, [GOOD_SPAN, GOOD_SPAN], False)],
+        [Update(0, [GOOD_SPAN], False), Update(0, [GOOD_SPAN], False)],
+        [Update(1, [GOOD_SPAN], False), Update(0, [GOOD_SPAN], False)],
     ],
     "update": [
-        (99, [GOOD_SPAN], False),
-        (0, [], False),
-        (0, [(7, 0, 128, 0, False)], False),
-        (0, [(0, 2**63, 2**63, 0, False)], False),
-        (0, [(0, 0, 128, 5, False)], False),
+        Update(99, [GOOD_SPAN], False),
+        Update(0, [], False),
+        Update(0, [Span(7, 0, 128, 0, False)], False),
+        Update(0, [Span(0, 2**63, 2**63, 0, False)], False),
+        Update(0, [Span(0, 0, 128, 5, False)], False),
     ],
     "hypers": [
         [],
-        [(1e-3, 0.9, 0.999, 1e-8, 0.0, 0, False, None)],
-        [(1e-3, 0.9, 0.999, 1e-8, 0.0, 1, False, 2**31)],
+        [Hyper(1e-3, 0.9, 0.999, 1e-8, 0.0, 0, False, None)],
+        [Hyper(1e-3, 0.9, 0.999, 1e-8, 0.0, 1, False, 2**31)],
     ],
     "residents": [
-        [(0, 0, 0, 0, 0, 128, "float32", 0, False)],
-        [(1, 1, 0, 1, 1, 0, "float32", 9, False)],
-        [(1, 1, 0, 1, 1, 0, "int8", 0, False)],
+        [Resident(0, 0, 0, 0, 0, 128, "float32", 0, False)],
+        [Resident(1, 1, 0, 1, 1, 0, "float32", 9, False)],
+        [Resident(1, 1, 0, 1, 1, 0, "int8", 0, False)],
     ],
 }
 #: arguments that any value is right for
@@ -75,7 +78,7 @@ def good(name: str, buffer: torch.Tensor) -> Any:
     values: dict[str, Any] = {
         "unit": 0, "in_phase": 0, "seq": 0, "offset": 0, "len": 4, "start": 0, "section": 0, "state": "exp_avg",
         "src": buffer.data_ptr(), "dst": buffer.data_ptr(), "bytes": 1, "least": 1, "wanted": 1, "split": "processor",
-        "path": "/none/at/all.json", "updates": [(0, [GOOD_SPAN], False)], "update": (0, [GOOD_SPAN], False),
+        "path": "/none/at/all.json", "updates": [Update(0, [GOOD_SPAN], False)], "update": Update(0, [GOOD_SPAN], False),
         "hypers": [GOOD_HYPER], "residents": [], "stream": 0, "wait": False, "on_device": True, "on": False,
         "part": None,
     }  # fmt: skip
@@ -153,16 +156,16 @@ def test_places_of_a_save_and_of_a_load(host_world: World, tmp_path: Path):
         (0, 0, 2**64 - 1, "param"),
         (0, 0, 0, "master"),
         (0, 0, 0, "nothing"),
-        (-1, 0, 0, ""),
+        None,
     ]:
         for shape in [(4,), (2**40,), (2**40, 2**40)]:
-            if place[0] == 0 and place[2] == 0 and place[3] == "param" and place[1] == 0 and shape == (4,):
+            if place == (0, 0, 0, "param") and shape == (4,):
                 continue
-            tensors = [("w", "F32", shape, False, place, None)]
+            where = MemoryPlace(0, False) if place is None else UnitPlace(*place)
+            tensors = [_core.SavedTensor("w", "F32", shape, False, where, None, None)]
+            request = _core.SaveRequest(str(tmp_path / "c"), False, None, tensors, [], [], json.dumps({}), 10**9)
             with pytest.raises(funicular.UsageError, match="FN-E108"):
-                _core.save(
-                    engine, (str(tmp_path / "c"), False, None), tensors, [], [], json.dumps({}), 10**9, lambda: None, 0
-                )
+                _core.save(engine, request, lambda: None, 0)
     assert not list(tmp_path.iterdir())
     funicular.save(run.model, run.opt, tmp_path / "c")
     checkpoint = _core.Checkpoint(str(tmp_path / "c"), True)
@@ -175,9 +178,11 @@ def test_places_of_a_save_and_of_a_load(host_world: World, tmp_path: Path):
         (0, 0, "nothing", 0, 4),
     ]:
         with pytest.raises(funicular.UsageError, match="FN-E108"):
-            _core.restore(engine, checkpoint, [(*item, False, None, False)], 0, None)
+            unit, section, state, start, len_ = item
+            place = UnitPlace(unit, section, start, state)
+            _core.restore(engine, checkpoint, [_core.RestoredState(place, len_, False, None, False)], 0, None)
     with pytest.raises(funicular.UsageError, match="FN-E108"):
-        checkpoint.read([(0, 4 * WIDTH, "F32", False, "inp.bias", None)])
+        checkpoint.read([_core.ReadBuffer(0, 4 * WIDTH, "F32", False, "inp.bias", None)])
     with pytest.raises(funicular.UsageError, match="FN-E108"):
         _core.preserve(engine, 99)
     with pytest.raises(funicular.UsageError, match="FN-E108"):
@@ -190,7 +195,7 @@ def test_units_that_cannot_be(host_world: World):
     policy = funicular.Policy.load(host_world.policy(Stack())).to_json()
     for numel, dtype, size in [(2**63, "float32", 4), (2**64 - 1, "bfloat16", 2), (2**50, "int8", 1), (4, "int8", 0)]:
         with pytest.raises(funicular.UsageError, match="FN-E1(08|12)"):
-            _core.Engine([("u", [("w", numel, dtype, size, True)])], policy)
+            _core.Engine([("u", [_core.Param("w", numel, dtype, size, True)])], policy)
 
 
 def test_a_wait_for_no_number_of_seconds(host_world: World, tmp_path: Path):

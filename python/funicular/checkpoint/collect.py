@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from funicular._core import MemoryPlace, SavedTensor, UnitPlace
 from funicular.checkpoint.entries import added_entries
 from funicular.checkpoint.facts import encode
 from funicular.errors import UsageError
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from funicular.units.unit import PagedParam
 
 __all__ = ["Named", "Snapshot", "config_files", "named_tensors", "states_of"]
-
-_Place = tuple[int, int, int, str]
 
 
 class Named(NamedTuple):
@@ -103,7 +102,7 @@ class Snapshot:
         #: copy what may be edited in place by anybody before it is read
         self.capture = capture
         self.device = device
-        self.tensors: list[Any] = []
+        self.tensors: list[SavedTensor] = []
         self.held: list[tuple[str, torch.Tensor, int]] = []
         self.dtypes: dict[str, str] = {}
         self.edited: list[str] = []
@@ -114,7 +113,7 @@ class Snapshot:
         """Return the name of a tensor that was edited since it was listed."""
         return next((name for name, tensor, version in self.held if tensor._version != version), None)
 
-    def _memory(self, name: str, tensor: torch.Tensor, *, capture: bool = False) -> _Place:
+    def _memory(self, name: str, tensor: torch.Tensor, *, capture: bool = False) -> MemoryPlace:
         # What is written are bytes: a conjugate or a negation that torch has put off is done first.
         tensor = tensor.detach().resolve_conj().resolve_neg()
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
@@ -126,26 +125,27 @@ class Snapshot:
         if packed.is_inference() or (capture and packed.data_ptr() == tensor.data_ptr()):
             packed = packed.clone()
         self.held.append((name, packed, packed._version))
-        return (-1, int(on_device), packed.data_ptr(), "")
+        return MemoryPlace(packed.data_ptr(), on_device)
 
     def param(self, name: str, p: nn.Parameter) -> None:
         """List a parameter."""
         ref = ref_of(p)
         like = p if ref is None else ref.home
         dtype = _dtype(name, like)
+        place: UnitPlace | MemoryPlace
         if ref is None:
             place = self._memory(name, p)
         elif like.is_contiguous():
             place = _in_unit(ref, "param")
         else:
             place = self._memory(name, p, capture=True)
-        master: Any = None
+        half, rest = None, None
         if self.fp32 and is_half(like.dtype):
             self.dtypes[name] = name_of(like.dtype)
-            dtype, master = "F32", (name_of(like.dtype), self._rest(name, p, ref))
-        self.tensors.append((name, dtype, tuple(like.shape), False, place, master))
+            dtype, half, rest = "F32", name_of(like.dtype), self._rest(name, p, ref)
+        self.tensors.append(SavedTensor(name, dtype, like.shape, False, place, half, rest))
 
-    def _rest(self, name: str, p: nn.Parameter, ref: PagedParam | None) -> _Place | None:
+    def _rest(self, name: str, p: nn.Parameter, ref: PagedParam | None) -> UnitPlace | MemoryPlace | None:
         """Return where a 16-bit parameter's master has what it has beyond the parameter; None where that is nothing."""
         states = ref.states if ref is not None and ref.states is not None else self.known.get(name)
         if not isinstance(states, ParamStates) or states.count == 0 or states.edited:
@@ -157,7 +157,7 @@ class Snapshot:
     def buffer(self, name: str, b: torch.Tensor) -> None:
         """List a buffer; those are small, and change in any forward."""
         place = self._memory(name, b, capture=self.capture)
-        self.tensors.append((name, _dtype(name, b), tuple(b.shape), False, place, None))
+        self.tensors.append(SavedTensor(name, _dtype(name, b), b.shape, False, place, None, None))
 
     def entries(self, entries: dict[str, Any]) -> dict[str, Any]:
         """List the tensors among what modules add to their state; returns their names, and the values of the others."""
@@ -186,6 +186,7 @@ class Snapshot:
             self.edited.append(name)
         kinds = (*MOMENTS, "master") if is_half(like.dtype) and not edited and not self.fp32 else MOMENTS
         packed = within and like.is_contiguous()
+        place: UnitPlace | MemoryPlace
         for kind in kinds:
             key = f"{name}.{kind}"
             if packed:
@@ -196,7 +197,7 @@ class Snapshot:
                 place, dtype = self._memory(key, tensor), _dtype(name, tensor)
             else:
                 continue
-            self.tensors.append((key, dtype, tuple(like.shape), True, place, None))
+            self.tensors.append(SavedTensor(key, dtype, like.shape, True, place, None, None))
 
     def groups(self, opt: torch.optim.Optimizer, params: dict[str, nn.Parameter]) -> list[Any]:
         """List the states of all groups; returns the groups' options, with parameters by name."""
@@ -221,8 +222,8 @@ class Snapshot:
         return groups
 
 
-def _in_unit(ref: PagedParam, kind: str) -> _Place:
-    return (ref.unit.engine_id, ref.section, ref.start, kind)
+def _in_unit(ref: PagedParam, kind: str) -> UnitPlace:
+    return UnitPlace(ref.unit.engine_id, ref.section, ref.start, kind)
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:

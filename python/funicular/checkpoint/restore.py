@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from funicular import _core
+from funicular._core import ReadBuffer, RestoredState, UnitPlace
 from funicular.checkpoint import under_way
 from funicular.checkpoint.conversion import Conversion
 from funicular.checkpoint.entries import hand_back
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from funicular.checkpoint.collect import Named
     from funicular.checkpoint.conversion import Made
+    from funicular.units.unit import PagedParam
     from funicular.windows.session import Session
 
 __all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]
@@ -256,7 +258,7 @@ class Loader:
         self._model = model
         self.named = named
         self.session = session
-        self.items: list[Any] = []
+        self.items: list[RestoredState] = []
         self.ordinary: list[_Ordinary] = []
         #: what is made of several tensors, and where it goes
         self.made: dict[str, tuple[Made, dict[str, torch.Tensor]]] = {}
@@ -272,8 +274,7 @@ class Loader:
             ref = ref_of(p)
             half = key in self.source.masters
             if ref is not None and p.is_contiguous():
-                place = (ref.unit.engine_id, ref.section)
-                self.items.append((*place, "param", ref.start, ref.numel, False, key, half))
+                self.items.append(RestoredState(_place(ref, "param"), ref.numel, False, key, half))
             else:
                 self._ordinary(key, False, p, "param" if half else None, _copier(p))
         for name, b in self.named.buffers.items():
@@ -295,9 +296,7 @@ class Loader:
         dtype = next(iter(targets.values())).dtype
 
         read = {key: torch.empty(self.source.model[key].shape, dtype=dtype) for _, key in made.sources}
-        self.source.core.read(
-            [(t.data_ptr(), t.nbytes, SAFETENSORS[dtype], False, key, None) for key, t in read.items()]
-        )
+        self.source.core.read([_buffer(t, key) for key, t in read.items()])
         # Each is given away, so that what is merged can go.
         found = self.source.conversion.convert(made, read.pop)
         with torch.no_grad():
@@ -351,18 +350,18 @@ class Loader:
         return count > 0 or f"{name}.{MOMENTS[0]}" in self.source.optimizer
 
     def _in_unit(self, name: str, p: nn.Parameter, ref: Any, *, there: bool) -> None:
-        place = (ref.unit.engine_id, ref.section)
-        span = (ref.start, ref.numel)
         for kind in MOMENTS:
-            self.items.append((*place, kind, *span, True, f"{name}.{kind}" if there else None, False))
+            tensor = f"{name}.{kind}" if there else None
+            self.items.append(RestoredState(_place(ref, kind), ref.numel, True, tensor, False))
         if is_half(p.dtype):
             saved = f"{name}.master"
             if there and saved in self.source.optimizer:
-                self.items.append((*place, "master", *span, True, saved, False))
+                self.items.append(RestoredState(_place(ref, "master"), ref.numel, True, saved, False))
             else:
                 key = self.source.name_of(name, self.named.aliases)
                 whole = there and key in self.source.masters
-                self.items.append((*place, "master", *span, False, key if whole else None, whole))
+                tensor = key if whole else None
+                self.items.append(RestoredState(_place(ref, "master"), ref.numel, False, tensor, whole))
 
     def _beside(self, name: str, p: nn.Parameter, states: Any) -> None:
         """States that are ordinary tensors, or lie in a unit with other strides."""
@@ -400,9 +399,7 @@ class Loader:
             for name in (*self.source.entries, *foreign)
         }
         if read:
-            self.source.core.read(
-                [(t.data_ptr(), t.nbytes, SAFETENSORS[t.dtype], False, name, None) for name, t in read.items()]
-            )
+            self.source.core.read([_buffer(t, name) for name, t in read.items()])
         given |= {name: tensor.to(self._device_of(name)) for name, tensor in read.items()}
         lacking = [name for name in self.named.entries if name not in given]
         if lacking:
@@ -445,12 +442,18 @@ class Loader:
             note()
 
     def _fill(self, batch: list[tuple[_Ordinary, torch.Tensor]]) -> None:
-        self.source.core.read(
-            [(t.data_ptr(), t.nbytes, SAFETENSORS[t.dtype], one.optimizer, one.name, one.half) for one, t in batch]
-        )
+        self.source.core.read([_buffer(t, one.name, one.optimizer, one.half) for one, t in batch])
         with torch.no_grad():
             for one, t in batch:
                 one.take(t)
+
+
+def _buffer(t: torch.Tensor, name: str, optimizer: bool = False, half: str | None = None) -> ReadBuffer:
+    return ReadBuffer(t.data_ptr(), t.nbytes, SAFETENSORS[t.dtype], optimizer, name, half)
+
+
+def _place(ref: PagedParam, kind: str) -> UnitPlace:
+    return UnitPlace(ref.unit.engine_id, ref.section, ref.start, kind)
 
 
 def _copier(target: torch.Tensor) -> Callable[[torch.Tensor], None]:

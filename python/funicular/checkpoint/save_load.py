@@ -248,17 +248,18 @@ def _begin(
         read.set()
         return name
 
-    core = _core.save(
-        None if session is None else session.engine,
-        (os.fspath(path), overwrite, keep),
-        snapshot.tensors,
-        list(named.aliases.items()),
-        list(config_files(model, fp32=fp32)),
-        json.dumps(training),
-        shard_bytes,
-        changed,
-        0 if session is None else stream_of(session.device),
+    request = _core.SaveRequest(
+        path=os.fspath(path),
+        overwrite=overwrite,
+        keep=keep,
+        tensors=snapshot.tensors,
+        aliases=list(named.aliases.items()),
+        files=list(config_files(model, fp32=fp32)),
+        training=json.dumps(training),
+        shard=shard_bytes,
     )
+    engine, stream = (None, 0) if session is None else (session.engine, stream_of(session.device))
+    core = _core.save(engine, request, changed, stream)
     if session is not None:
         session.saving = core
     if opt is not None and not wait and snapshot.held:

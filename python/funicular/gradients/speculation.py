@@ -7,18 +7,20 @@ the optimizer's present hyperparameters, into frames that nothing else reads. Th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from funicular.torch_internals.overrides import unguarded
+
+from funicular._core import UnitUpdate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from funicular._core import Engine
+    from funicular._core import Engine, Hyper, Span
     from funicular.units.unit import PagedParam, Unit
 
     #: returns the spans of a unit and their hyperparameters, as a step would ask for them
-    Describe = Callable[[], tuple[list[tuple[int, int, int, int, bool]], list[Any]]]
+    Describe = Callable[[], tuple[list[Span], list[Hyper]]]
 
 __all__ = ["Speculation"]
 
@@ -60,7 +62,7 @@ class Speculation:
         if describe is None or unit.grads_aliased():
             return
         spans, hypers = describe()
-        if self._engine.update_ahead((unit.engine_id, spans, False), hypers, stream):
+        if self._engine.speculate(UnitUpdate(unit.engine_id, spans, untouched=False), hypers, stream):
             unit.guess = _inputs(unit)
 
     @staticmethod
@@ -72,7 +74,7 @@ class Speculation:
         """Forget an update that was begun: its gradients are looked at, and may change."""
         if unit.guess is not None:
             unit.guess = None
-            self._engine.drop_ahead(unit.engine_id)
+            self._engine.drop_speculation(unit.engine_id)
 
 
 def _inputs(unit: Unit) -> list[tuple[bool, int, int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from funicular._core import ALIGN_ELEMENTS, complete
+from funicular._core import ALIGN_ELEMENTS, Hyper, Span, UnitUpdate, complete
 from funicular.errors import UsageError
 from funicular.gradients.arrival import bring_home
 from funicular.gradients.clipping import effective_factor
@@ -29,7 +29,7 @@ from funicular.windows.signals import refuse
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from funicular.optim.resident import ResidentUpdate
+    from funicular._core import ResidentUpdate
     from funicular.units.unit import PagedParam, Unit
     from funicular.windows.session import Session
 
@@ -39,10 +39,6 @@ __all__ = ["AdamW"]
 _LATER_OPTIONS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
 }  # fmt: skip
-
-#: section, first element, elements, which hyperparameters, master starts anew
-_Span = tuple[int, int, int, int, bool]
-_Hyper = tuple[float, float, float, float, float, int, bool, "int | None"]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -313,15 +309,23 @@ def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
     return runs.setdefault(id(session), _SessionStep(session))
 
 
-def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> _Hyper:
+def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> Hyper:
     beta1, beta2 = group["betas"]
-    scalars = (float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
-    return (*scalars, states.count + 1, bool(group["maximize"]), slot)
+    return Hyper(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        step=states.count + 1,
+        maximize=bool(group["maximize"]),
+        slot=slot,
+    )
 
 
-def _described(members: list[tuple[PagedParam, ParamStates, dict[str, Any]]]) -> tuple[list[_Span], list[_Hyper]]:
+def _described(members: list[tuple[PagedParam, ParamStates, dict[str, Any]]]) -> tuple[list[Span], list[Hyper]]:
     """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone."""
-    hypers: dict[_Hyper, int] = {}
+    hypers: dict[Hyper, int] = {}
     found = []
     for ref, states, group in members:
         index = hypers.setdefault(_hyper(group, states, None), len(hypers))
@@ -334,7 +338,7 @@ class _SessionStep:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.hypers: dict[_Hyper, int] = {}
+        self.hypers: dict[Hyper, int] = {}
         #: slots of factors that clipping left pending, by factor and element type
         self.slots: dict[tuple[int, torch.dtype], int] = {}
         self.units: dict[Unit, list[tuple[PagedParam, ParamStates, int]]] = {}
@@ -365,7 +369,7 @@ class _SessionStep:
             self.slots[key] = self.session.engine.factor(value.data_ptr(), self.session.stream())
         return self.slots[key]
 
-    def next_updates(self) -> dict[Unit, Callable[[], tuple[list[_Span], list[_Hyper]]]]:
+    def next_updates(self) -> dict[Unit, Callable[[], tuple[list[Span], list[Hyper]]]]:
         """Return what describes the next updates, of units with a spare copy that are stepped as a whole."""
         whole = {u: members for u, members in self.units.items() if u.spare and len(members) == u.trained}
         described = {u: [(ref, states, self.groups[ref]) for ref, states, _ in members] for u, members in whole.items()}
@@ -394,7 +398,7 @@ class _SessionStep:
                     followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
-            updates.append((unit.engine_id, _spans(members), session.speculation.confirmed(unit)))
+            updates.append(UnitUpdate(unit.engine_id, _spans(members), session.speculation.confirmed(unit)))
         bring_home(refs)
         counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
@@ -406,7 +410,7 @@ class _SessionStep:
     def _submit(
         self,
         session: Session,
-        updates: list[tuple[int, list[_Span], bool]],
+        updates: list[UnitUpdate],
         refs: list[PagedParam],
         counts: list[tuple[ParamStates, int]],
         watched: list[Unit],
@@ -450,17 +454,19 @@ class _Note:
         session.unnoted = None
 
 
-def _spans(members: list[tuple[PagedParam, ParamStates, int]]) -> list[_Span]:
+def _spans(members: list[tuple[PagedParam, ParamStates, int]]) -> list[Span]:
     """Merge neighbours with the same hyperparameters: padding between them is zero and stays zero."""
-    spans: list[_Span] = []
+    #: section, first element, end, which hyperparameters, master starts anew
+    merged: list[tuple[int, int, int, int, bool]] = []
     for ref, states, hyper in members:
         # The fp16 master is the weight itself, and starts from it.
         reset = ref.edited or not states.begun
-        if spans:
-            section, start, length, before, was_reset = spans[-1]
-            end = start + -(-length // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-            if (section, end, before, was_reset) == (ref.section, ref.start, hyper, reset):
-                spans[-1] = (section, start, ref.start + ref.numel - start, hyper, reset)
+        start, end = ref.start, ref.start + ref.numel
+        if merged:
+            section, first, last, before, was_reset = merged[-1]
+            padded = first + -(-(last - first) // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
+            if (section, padded, before, was_reset) == (ref.section, start, hyper, reset):
+                merged[-1] = (section, first, end, hyper, reset)
                 continue
-        spans.append((ref.section, ref.start, ref.numel, hyper, reset))
-    return spans
+        merged.append((ref.section, start, end, hyper, reset))
+    return [Span(section, start, end - start, hyper, reset) for section, start, end, hyper, reset in merged]

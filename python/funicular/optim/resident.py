@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from funicular._core import ResidentUpdate
 from funicular.units.dtypes import TRAINED, is_half
 
 if TYPE_CHECKING:
     from funicular.optim.states import ParamStates
     from funicular.windows.session import Session
 
-__all__ = ["ResidentUpdate", "resident_update"]
-
-#: addresses of parameter, gradient, master, exp_avg, exp_avg_sq; elements, dtype, which hyperparameters, master starts anew
-ResidentUpdate = tuple[int, int, int, int, int, int, str, int, bool]
+__all__ = ["resident_update"]
 
 
 def resident_update(session: Session, p: nn.Parameter, states: ParamStates, hyper: int) -> ResidentUpdate | None:
@@ -32,14 +30,14 @@ def resident_update(session: Session, p: nn.Parameter, states: ParamStates, hype
     if any(t.stride() != p.stride() or t.device != p.device for t in moments if p.numel() > 1):
         return None
     edited = states.plain_version not in (-1, p._version)
-    return (
-        p.data_ptr(),
-        grad.data_ptr(),
-        0 if master is None else master.data_ptr(),
-        moments[0].data_ptr(),
-        moments[1].data_ptr(),
-        p.numel(),
-        known.name,
-        hyper,
-        edited,
+    return ResidentUpdate(
+        param=p.data_ptr(),
+        grad=grad.data_ptr(),
+        master=0 if master is None else master.data_ptr(),
+        exp_avg=moments[0].data_ptr(),
+        exp_avg_sq=moments[1].data_ptr(),
+        len=p.numel(),
+        dtype=known.name,
+        hyper=hyper,
+        reset_master=edited,
     )

@@ -11,12 +11,12 @@ from torch import nn
 from funicular import _core
 from funicular.errors import UsageError
 from funicular.units.classes import is_dtensor, pageable
-from funicular.units.dtypes import TRAINED
+from funicular.units.dtypes import TRAINED, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Found", "find_units"]
+__all__ = ["Found", "describe", "find_units"]
 
 
 class Found(NamedTuple):
@@ -72,6 +72,11 @@ def find_units(model: nn.Module, patterns: list[str], *, plan: bool = False) -> 
             found.append(Found(block_name, params, [block]))
     found.extend(_group(rest, taken))
     return found
+
+
+def describe(name: str, p: nn.Parameter, dtype: torch.dtype) -> _core.Param:
+    """Describe a parameter in some format to the core."""
+    return _core.Param(name, p.numel(), name_of(dtype), dtype.itemsize, p.requires_grad)
 
 
 def _check_modules(model: nn.Module) -> None:
