@@ -27,7 +27,8 @@ from funicular.torch_internals.overrides import unguarded
 from funicular.units.cast import Cast
 from funicular.units.classes import unpaged, unpaged_note
 from funicular.units.discover import Found, describe, find_units
-from funicular.units.unit import PagedParam, Unit, link, ref_of
+from funicular.units.param import PagedParam, link, ref_of
+from funicular.units.unit import Unit
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular.windows.lookup import ATTRIBUTE, offloaded, owner_of, session_of
 from funicular.windows.replaced import Held
@@ -165,7 +166,7 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
         paged = {i: _build_unit(session, i, f) for i, f in enumerate(found) if not residents[i]}
         session.units.extend(paged.values())
         for index, unit in paged.items():
-            unit.neighbours = [paged[v] for v in engine.neighbours(index)]
+            unit.neighbours.extend(paged[v] for v in engine.neighbours(index))
         for unit in session.units:
             if unit.on_nvme and filled:
                 _write_out(session, unit)
@@ -185,17 +186,12 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
 
 def _build_unit(session: Session, index: int, found: Found) -> Unit:
     engine = session.engine
-    unit = Unit(session, index, found.name)
-    unit.on_nvme = engine.homes(index)[0] == "nvme"
-    unit.spare = engine.has_spare_copy(index)
+    on_nvme, spare_copy = engine.homes(index)[0] == "nvme", engine.has_spare_copy(index)
+    unit = Unit(session, index, found.name, on_nvme=on_nvme, spare_copy=spare_copy)
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
-        ref = PagedParam(p, name, unit, place)
+        ref = PagedParam(p, name, unit, place, guarded_classes(type(p)))
         build_places(engine, ref)
-        unit.nbytes += ref.home.nbytes
-        ref.guarded, ref.window = guarded_classes(ref.kind)
-        ref.trainable = p.requires_grad
-        unit.trained += ref.trainable
-        unit.params.append(ref)
+        unit.add(ref)
     return unit
 
 
@@ -215,20 +211,14 @@ def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
     for ref in unit.params:
         p = ref.param
         if ref.trainable:
-            ref.grad = make_grad(ref)
+            ref.give_gradient(make_grad(ref))
             hooked: Any = p
             session.handles.append(hooked.register_post_accumulate_grad_hook(_Arrived(session)))
             session.handles.append(hooked.register_hook(_BeforeAccumulate(ref)))
         grad = None if p.grad is None else p.grad.to(session.device)
         link(p, ref)
         p._funicular_inside = unit.inside  # type: ignore[attr-defined]
-        ref.version_before = p._version
-        # Nothing is called in between: an interruption finds all of it or nothing.
-        p.grad = None
-        p.data = ref.home
-        p.grad = grad
-        ref.version = p._version
-        p.__class__ = ref.guarded
+        ref.move_in(grad)
         with unguarded():
             share_version(ref)
     session.leases.add(unit)

@@ -12,7 +12,7 @@ from funicular.checkpoint.facts import decode, encode
 from funicular.homes.moved import tensor_over
 from funicular.report.nvtx import Ranges
 from funicular.torch_internals import saved_hooks
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 from funicular.windows import shutdown
 from funicular.windows.lookup import offloaded, session_of
 from funicular.windows.residents import resident_session
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from funicular import _core
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
     from funicular.units.unit import Unit as _Unit
     from funicular.windows.session import Session
 

@@ -150,7 +150,7 @@ def test_the_known_norms_are_used(host_world, monkeypatch):
 
         return spy
 
-    wrap(monkeypatch, "funicular.windows.session.apply_pending", spying)
+    wrap(monkeypatch, "funicular.gradients.backward.apply_pending", spying)
     for step in range(3):
         model(torch.randn(4, WIDTH, device=host_world.torch_device)).square().mean().backward()
         applied.clear()

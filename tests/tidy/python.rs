@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use crate::{line_of, quoted, report, with_extension};
+use crate::{line_of, quoted, report, with_extension, words};
 
 /// The floors of python/funicular, lowest first: its folders and the files beside them. Each imports from lower floors and from its own.
 const FLOORS: &[&[&str]] = &[
@@ -20,22 +20,6 @@ const FLOORS: &[&[&str]] = &[
     &["checkpoint"],
     &["stats", "offloading", "planning"],
     &["install", "testing", "__init__", "__main__"],
-];
-
-/// Imports that still go upward, by file and module. One that is gone must be taken off the list: it only shrinks.
-const UPWARD: &[(&str, &str)] = &[
-    ("gradients/arrival.py", "windows.session"),
-    ("gradients/clipping.py", "windows.session"),
-    ("gradients/speculation.py", "optim.states"),
-    ("gradients/speculation.py", "windows.session"),
-    ("guard/classes.py", "gradients.clipping"),
-    ("homes/edits.py", "windows.session"),
-    ("homes/moved.py", "windows.session"),
-    ("report/nvtx.py", "units.unit"),
-    ("units/classes.py", "guard.classes"),
-    ("units/unit.py", "optim.state_places"),
-    ("units/unit.py", "windows.session"),
-    ("windows/session.py", "micro_batches.activations"),
 ];
 
 /// What tests, benches and examples may import of the package, and nothing inside of it. They look inside with `funicular.testing`, and name
@@ -159,25 +143,18 @@ fn floor_of(module: &str) -> Option<usize> {
 
 #[test]
 fn imports_of_the_package_go_downward() {
-    let (mut findings, mut listed) = (Vec::new(), BTreeSet::new());
+    let mut findings = Vec::new();
     for (file, code, found) in package() {
         let Some(floor) = floor_of(&module_of(&file)) else {
             findings.push(format!("{file}: on no floor; add it to FLOORS"));
             continue;
         };
         for (at, module) in found {
-            if floor_of(&module).is_some_and(|target| target <= floor) {
-                continue;
-            }
-            if let Some(known) = UPWARD.iter().find(|known| **known == (file.as_str(), module.as_str())) {
-                listed.insert(*known);
-            } else {
-                findings.push(format!("(\"{file}\", \"{module}\"): line {} imports from above", line_of(&code, at)));
+            if floor_of(&module).is_none_or(|target| target > floor) {
+                findings.push(format!("{file}:{} imports {module} from above", line_of(&code, at)));
             }
         }
     }
-    let gone = UPWARD.iter().filter(|known| !listed.contains(*known));
-    findings.extend(gone.map(|(file, module)| format!("{file} imports {module} no more; take it out of UPWARD")));
     report(&findings, "imports of python/funicular go to lower floors or stay on their own");
 }
 
@@ -197,6 +174,59 @@ fn circles(mut arrows: BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
 }
 
 #[test]
+fn below_windows_the_session_has_no_name() {
+    let windows = floor_of("windows").expect("windows is on a floor");
+    let mut findings = Vec::new();
+    for (file, code, _) in package() {
+        if floor_of(&module_of(&file)).is_some_and(|floor| floor < windows) {
+            findings.extend(words(&code, "Session").map(|at| format!("{file}:{}", line_of(&code, at))));
+        }
+    }
+    report(&findings, "below windows the session is an `Owner` (units/owner.py)");
+}
+
+/// Lines that assign to an attribute of what is called `unit` or `ref`.
+fn writes_of_units(code: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for (number, line) in code.lines().enumerate() {
+        let ends: Vec<usize> = line.match_indices('=').map(|(at, _)| at).collect();
+        // The first `=` that assigns: no comparison, no keyword within brackets.
+        let assigns = |at: &usize| {
+            let depth = line[..*at].matches(['(', '[', '{']).count() as isize
+                - line[..*at].matches([')', ']', '}']).count() as isize;
+            depth == 0 && !line[*at + 1..].starts_with('=') && !line[..*at].ends_with(['=', '!', '<', '>', ':'])
+        };
+        let Some(end) = ends.into_iter().find(assigns) else { continue };
+        let targets = line[..end].trim_end_matches(['|', '+', '-', '&']);
+        for target in targets.split([',', '=']).map(str::trim) {
+            let (object, attribute) = target.rsplit_once('.').unwrap_or_default();
+            if ["unit", "ref"].contains(&object.rsplit('.').next().unwrap_or_default()) {
+                found.push((number + 1, attribute.to_owned()));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn what_changes_of_units_is_written_in_units() {
+    let mut findings = Vec::new();
+    for (file, code, _) in package() {
+        for (line, attribute) in writes_of_units(&code) {
+            // The optimizer's states write it in one statement with their own fields.
+            if !file.starts_with("units/") && attribute != "states" {
+                findings.push(format!("{file}:{line}: {attribute}"));
+            }
+        }
+    }
+    report(&findings, "attributes of units and of their parameters are written by methods of their classes");
+    let code =
+        "unit.a = 1\nx, ref.b = 1, 2\nself.c, self.ref.d = y\nf(unit.e=1)\nif unit.f == g:\nref.unit.h |= i\nunit.j()";
+    let names: Vec<String> = writes_of_units(code).into_iter().map(|(_, name)| name).collect();
+    assert_eq!(names, ["a", "b", "d", "h"]);
+}
+
+#[test]
 fn there_is_no_circle_of_imports() {
     let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut rooms: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -204,9 +234,6 @@ fn there_is_no_circle_of_imports() {
     for (file, code, found) in package() {
         let from = module_of(&file);
         for (at, to) in found {
-            if UPWARD.contains(&(file.as_str(), to.as_str())) {
-                continue;
-            }
             // What is indented is not imported with the file: it is for type checkers alone, or for later.
             if at == 0 || code[..at].ends_with('\n') {
                 files.entry(from.clone()).or_default().insert(to.clone());

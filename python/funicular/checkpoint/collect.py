@@ -15,12 +15,12 @@ from funicular.optim.adamw import AdamW
 from funicular.optim.states import ParamStates
 from funicular.torch_internals.modules import is_persistent, own_buffers, own_parameters
 from funicular.units.dtypes import MOMENTS, SAFETENSORS, is_half, name_of, state_dtype
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
 
 __all__ = ["Named", "Snapshot", "config_files", "named_tensors", "states_of"]
 

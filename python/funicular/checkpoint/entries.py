@@ -10,7 +10,7 @@ from torch import nn
 from funicular.errors import UsageError
 from funicular.torch_internals.modules import adds_entries, state_dict_of
 from funicular.torch_internals.overrides import unguarded
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -14,7 +14,7 @@ from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
     from funicular.windows.session import Session
 
 __all__ = ["between_steps", "homes_changed", "preserve_aliased", "quiesce"]
@@ -60,11 +60,11 @@ def homes_changed(session: Session, refs: list[PagedParam]) -> None:
     with unguarded():
         for ref in refs:
             torch.autograd.graph.increment_version(ref.param)
-            ref.version = ref.param._version
-            ref.edited = False
+            ref.note_version()
+            ref.mark_edited(False)
     for unit in dict.fromkeys(ref.unit for ref in refs):
-        unit.guess = None
-        unit.behind = True
+        unit.begin_from(None)
+        unit.fall_behind()
         session.engine.invalidate(unit.engine_id, session.stream())
     # Aliases see it now, not at their next use through a guard.
     session.take_all_edits()

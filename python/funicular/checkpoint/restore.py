@@ -19,7 +19,7 @@ from funicular.errors import StorageError, UsageError
 from funicular.optim.states import ParamStates
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import MOMENTS, SAFETENSORS, TRAINED, is_half, name_of, state_dtype
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from funicular.checkpoint.collect import Named
     from funicular.checkpoint.conversion import Made
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
     from funicular.windows.session import Session
 
 __all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]

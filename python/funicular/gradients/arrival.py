@@ -19,11 +19,11 @@ from funicular.gradients.clipping import note_norm
 from funicular.guard.classes import GuardedGrad
 from funicular.torch_internals.memory import storage_uses, tensor_uses
 from funicular.torch_internals.overrides import unguarded
-from funicular.units.unit import link, ref_of
+from funicular.units.param import link, ref_of
 
 if TYPE_CHECKING:
     from funicular._core import Engine
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
 
 __all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
 
@@ -150,7 +150,7 @@ def move_out(ref: PagedParam) -> None:
             if tensor is not None:
                 _rebase(tensor, copy)
         ref.views.clear()
-        ref.grad = make_grad(ref)
+        ref.give_gradient(make_grad(ref))
 
 
 def _rebase(tensor: torch.Tensor, copy: torch.Tensor) -> None:

@@ -18,12 +18,12 @@ from funicular._core import FACTORS_PER_STEP
 from funicular.torch_internals.operations import FOREACH_MUL, FOREACH_NORM
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import TRAINED
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
 
 __all__ = ["Clipping", "apply_pending", "effective_factor", "note_norm", "recognised"]
 
@@ -101,12 +101,11 @@ def _known_norm(grad: torch.Tensor, kind: str) -> Any:
 
 def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor, kind: str) -> None:
     """Take the norm of a gradient that is about to leave for its home, if there is an operation to take it by."""
-    ref.factor = None
-    ref.norm = None
+    ref.forget_norm()
     if kind:
         # Their sums differ in the last bit on a GPU.
         norm = FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
-        ref.norm = (norm, home._version, kind)
+        ref.note_norm((norm, home._version, kind))
 
 
 def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
@@ -138,7 +137,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
     if ordinary:
         FOREACH_MUL(ordinary, factor)
     for ref in refs:
-        ref.factor = factor
+        ref.postpone(factor)
     return True
 
 
@@ -149,9 +148,9 @@ def effective_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def apply_pending(ref: PagedParam) -> None:
     """Multiply a gradient in its segment now: somebody looks at it. The segment is settled."""
-    factor, ref.factor = ref.factor, None
+    factor = ref.factor
+    ref.forget_norm()
     if factor is None or ref.grad is None:
         return
-    ref.norm = None
     with torch.no_grad(), unguarded():
         ref.grad.mul_(factor)

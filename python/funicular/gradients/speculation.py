@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from funicular.torch_internals.overrides import unguarded
-
 from funicular._core import UnitUpdate
+from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from funicular._core import Engine, Hyper, Span
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
 
     #: returns the spans of a unit and their hyperparameters, as a step would ask for them
     Describe = Callable[[], tuple[list[Span], list[Hyper]]]
@@ -40,12 +40,12 @@ class Speculation:
         self._next = {unit.engine_id: describe for unit, describe in whole.items()}
         self._expected, self._backwards = max(self._backwards, 1), 0
         for unit in stepped:
-            unit.guess = None
+            unit.begin_from(None)
 
     def arrived(self, ref: PagedParam, stream: int) -> None:
         """Take note of a gradient that is on its way to its segment."""
         unit = ref.unit
-        if not unit.spare or self._backwards + 1 < self._expected:
+        if not unit.spare_copy or self._backwards + 1 < self._expected:
             return
         unit.arrived.add(ref)
         if len(unit.arrived) == unit.trained:
@@ -63,17 +63,17 @@ class Speculation:
             return
         spans, hypers = describe()
         if self._engine.speculate(UnitUpdate(unit.engine_id, spans, untouched=False), hypers, stream):
-            unit.guess = _inputs(unit)
+            unit.begin_from(_inputs(unit))
 
     @staticmethod
     def confirmed(unit: Unit) -> bool:
         """Whether gradients and parameters are still those from which a unit's update was begun."""
-        return unit.guess is not None and unit.guess == _inputs(unit) and not unit.grads_aliased()
+        return unit.begun_from is not None and unit.begun_from == _inputs(unit) and not unit.grads_aliased()
 
     def drop(self, unit: Unit) -> None:
         """Forget an update that was begun: its gradients are looked at, and may change."""
-        if unit.guess is not None:
-            unit.guess = None
+        if unit.begun_from is not None:
+            unit.begin_from(None)
             self._engine.drop_speculation(unit.engine_id)
 
 

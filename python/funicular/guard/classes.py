@@ -8,7 +8,6 @@ all others: they use the home.
 from __future__ import annotations
 
 import sys
-import weakref
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +40,13 @@ from funicular.torch_internals.overrides import NO_OVERRIDE, override, unguarded
 from funicular.torch_internals.questions import calls_in
 from funicular.torch_internals.saved_hooks import pop, push
 from funicular.torch_internals.sending import reduce_tensor, send_by
-from funicular.units.unit import UNDER_WAY, Access, link, ref_of
+from funicular.units.param import link, ref_of
+from funicular.units.unit import UNDER_WAY, Access
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
 
 __all__ = ["GuardedGrad", "GuardedParameter", "WindowParameter", "install"]
 
@@ -164,7 +164,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             return None
         if func is _T.data_ptr:
             for ref in outside:
-                ref.unit.exposed = True
+                ref.unit.expose()
         args, kwargs = swapped(args, swap), swapped(kwargs, swap)
         if func in NUMPY and outside and not params[0].requires_grad:
             # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
@@ -235,8 +235,7 @@ def _adopt(result: Any, refs: list[PagedParam]) -> None:
             if ref.grad_storage is not None and number_of(ref.grad_storage) == number_of(storage):
                 result.__class__ = GuardedGrad
                 link(result, ref)
-                ref.views = [view for view in ref.views if view() is not None]
-                ref.views.append(weakref.ref(result))
+                ref.add_view(result)
                 return
 
 

@@ -18,7 +18,8 @@ from funicular import _core
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
 
 __all__ = ["changed_at_home", "changed_in_frames", "digest", "look_at_frames", "look_at_home", "renew_home"]
 
@@ -73,15 +74,16 @@ def _homes(unit: Unit) -> list[int]:
 def look_at_home(unit: Unit) -> None:
     """Remember a home's bytes, unless they are remembered. It must be readable and current."""
     if unit.home_seen is None:
-        unit.home_seen = _homes(unit)
+        unit.see_home(_homes(unit))
 
 
 def renew_home(unit: Unit, refs: Iterable[PagedParam]) -> None:
     """Remember anew what the homes of some parameters are: their edits are known."""
-    if unit.home_seen is not None:
+    digests = unit.home_seen
+    if digests is not None:
         _synchronise(unit)
         for ref in refs:
-            unit.home_seen[unit.params.index(ref)] = _home_digest(ref)
+            digests[unit.params.index(ref)] = _home_digest(ref)
 
 
 def changed_at_home(unit: Unit) -> list[PagedParam]:
@@ -93,7 +95,7 @@ def changed_at_home(unit: Unit) -> list[PagedParam]:
 
 def look_at_frames(unit: Unit) -> None:
     """Remember the frames' bytes: somebody keeps a view of them, and the home has the same."""
-    unit.frames_seen = [digest(ref.frame) for ref in unit.params]
+    unit.see_frames([digest(ref.frame) for ref in unit.params])
 
 
 def changed_in_frames(unit: Unit) -> list[PagedParam]:

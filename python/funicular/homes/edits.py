@@ -14,10 +14,12 @@ import torch
 from funicular.errors import UsageError
 from funicular.homes.digests import changed_at_home, changed_in_frames, digest, look_at_frames, look_at_home
 from funicular.torch_internals.overrides import unguarded
+from funicular.units.unit import Where
 
 if TYPE_CHECKING:
     from funicular.units.owner import HomeOwner, Owner
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
 
 __all__ = [
     "Inside",
@@ -37,7 +39,7 @@ _data: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 def take_edits(owner: HomeOwner, unit: Unit) -> None:
     """Take note of edits outside of windows, before a unit's bytes are used."""
-    if unit.is_open or unit.moving:
+    if unit.where is not Where.HOME:
         return
     take_frame_edits(owner, unit)
     with unguarded():
@@ -47,14 +49,14 @@ def take_edits(owner: HomeOwner, unit: Unit) -> None:
     for ref in changed_at_home(unit):
         owner.edited(ref)
     if not unit.home_aliased() and not unit.shadow_filled:
-        unit.home_seen = None
+        unit.see_home(None)
     elif unit.shadow_filled or not unit.on_nvme:
         look_at_home(unit)
 
 
 def take_frame_edits(owner: HomeOwner, unit: Unit) -> None:
     """Bring home what was edited through views that outlived their window."""
-    if unit.is_open or unit.moving:
+    if unit.where is not Where.HOME:
         return
     changed = changed_in_frames(unit)
     if changed:
@@ -79,7 +81,7 @@ def refresh_frames(owner: HomeOwner, unit: Unit) -> None:
         look_at_frames(unit)
     for ref in unit.params:
         if ref.seen is not None:
-            ref.seen = digest(ref.frame)
+            ref.renew_seen(digest(ref.frame))
 
 
 def note(owner: Owner, before: dict[PagedParam, int], *, writes: bool) -> None:
@@ -99,9 +101,7 @@ def note(owner: Owner, before: dict[PagedParam, int], *, writes: bool) -> None:
 def touch(ref: PagedParam) -> None:
     """Take note that the frame of a parameter is about to be reached past its version counter."""
     with ref.unit.owner.lock, unguarded():
-        if ref.seen is None:
-            ref.seen = digest(ref.frame)
-        ref.touched = True
+        ref.touch(digest(ref.frame) if ref.seen is None else ref.seen)
 
 
 def check_replacement(ref: PagedParam, data: torch.Tensor) -> None:
@@ -163,7 +163,7 @@ def replace_data(ref: PagedParam, data: torch.Tensor) -> None:
     """Carry out ``p.data = t`` outside of windows, by copying into the home."""
     check_replacement(ref, data)
     if data.data_ptr() != ref.home_address:
-        ref.version = -1  # not yet seen
+        ref.forget_version()
         with torch.no_grad(), unguarded():
             ref.home.copy_(data)
         ref.unit.owner.edited(ref)

@@ -13,7 +13,8 @@ from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     from funicular._core import Engine
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
 
 __all__ = ["build_places", "check_places", "share_version", "tensor_over"]
 
@@ -40,12 +41,11 @@ def build_places(engine: Engine, ref: PagedParam) -> None:
     """Make the tensors over a parameter's frame, home and gradient."""
     p, unit = ref.param, ref.unit.engine_id
     part = (ref.offset, ref.numel * p.element_size())
-    ref.frame_storage = tensor_over(engine.frame_buffer(unit, part)).untyped_storage()
-    ref.home_storage = tensor_over(engine.home_buffer(unit, True, part)).untyped_storage()
-    ref.frame, ref.home = _place(p, ref.frame_storage), _place(p, ref.home_storage)
-    ref.frame_address, ref.home_address = ref.frame.data_ptr(), ref.home.data_ptr()
+    frame = tensor_over(engine.frame_buffer(unit, part)).untyped_storage()
+    home = tensor_over(engine.home_buffer(unit, True, part)).untyped_storage()
+    ref.lay_out((frame, home), _place(p, frame), _place(p, home))
     if p.requires_grad:
-        ref.grad_storage = tensor_over(engine.grad_buffer(unit, part)).untyped_storage()
+        ref.lay_gradient(tensor_over(engine.grad_buffer(unit, part)).untyped_storage())
 
 
 def _place(p: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
@@ -59,9 +59,7 @@ def share_version(ref: PagedParam) -> None:
     p = ref.param
     frame, home = torch.Tensor.detach(p), torch.Tensor.detach(p)
     frame.data, home.data = ref.frame, ref.home
-    # First: an interruption finds a stand-in wherever the rest has been done.
-    ref.stand_in = make_subclass(torch.nn.Parameter, home, p.requires_grad)
-    ref.frame, ref.home = frame, home
+    ref.share_version(make_subclass(torch.nn.Parameter, home, p.requires_grad), frame, home)
 
 
 def check_places(engine: Engine, unit: Unit) -> None:
@@ -97,6 +95,6 @@ def _renew(engine: Engine, ref: PagedParam) -> None:
     p = ref.param
     at_frame, grad = ref.at_frame(), ref.grad_storage
     build_places(engine, ref)
-    ref.grad_storage = grad  # the gradient has not moved
+    ref.lay_gradient(grad)  # it has not moved
     share_version(ref)
     p.data = ref.frame if at_frame else ref.home

@@ -27,7 +27,8 @@ from funicular.torch_internals.compiling import compilations, untraced
 from funicular.torch_internals.modules import CALL, class_call, own_parameters
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import is_half
-from funicular.units.unit import ModuleCall, link, ref_of
+from funicular.units.param import link, ref_of
+from funicular.units.unit import ModuleCall
 from funicular.windows.leases import check_version
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from funicular.optim.state_values import Unusable
 from funicular.optim.states import ParamStates
 from funicular.reference import adamw_step
 from funicular.units.dtypes import TRAINED, is_half
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 from funicular.windows.lookup import owner_of
 from funicular.windows.replaced import check_replaced, refuse_dtensors
 from funicular.windows.residents import resident_session
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from funicular._core import ResidentUpdate
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
 __all__ = ["AdamW"]
@@ -371,7 +372,7 @@ class _SessionStep:
 
     def next_updates(self) -> dict[Unit, Callable[[], tuple[list[Span], list[Hyper]]]]:
         """Return what describes the next updates, of units with a spare copy that are stepped as a whole."""
-        whole = {u: members for u, members in self.units.items() if u.spare and len(members) == u.trained}
+        whole = {u: members for u, members in self.units.items() if u.spare_copy and len(members) == u.trained}
         described = {u: [(ref, states, self.groups[ref]) for ref, states, _ in members] for u, members in whole.items()}
         return {unit: functools.partial(_described, members) for unit, members in described.items()}
 
@@ -398,7 +399,7 @@ class _SessionStep:
                     followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
-            updates.append(UnitUpdate(unit.engine_id, _spans(members), session.speculation.confirmed(unit)))
+            updates.append(UnitUpdate(unit.engine_id, _spans(members), session.gradients.speculation.confirmed(unit)))
         bring_home(refs)
         counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
@@ -450,7 +451,7 @@ class _Note:
             torch.autograd.graph.increment_version(p)
             states.plain_version = p._version
         session.stepped(self.refs, self.watched)
-        session.speculation.learn(self.step.units, self.step.next_updates())
+        session.gradients.speculation.learn(self.step.units, self.step.next_updates())
         session.unnoted = None
 
 

@@ -18,14 +18,14 @@ from funicular.torch_internals.compiling import in_compiled_call
 from funicular.torch_internals.overrides import unguarded
 from funicular.torch_internals.trees import tree_leaves
 from funicular.units.dtypes import state_bytes
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 from funicular.windows.faults import bring_in
 from funicular.windows.lookup import owner_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
 
 __all__ = ["label", "refuse_meta", "watch_optimizers"]
 

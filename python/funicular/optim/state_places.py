@@ -23,7 +23,7 @@ from funicular.optim.state_values import (
 )
 from funicular.torch_internals.memory import storage_uses
 from funicular.units.dtypes import MOMENTS, has_whole_master, is_half, state_dtype
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 from funicular.windows.lookup import owner_of
 from funicular.windows.signals import note_step
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular.errors import Error
-    from funicular.units.unit import PagedParam
+    from funicular.units.param import PagedParam
 
 __all__ = ["EDITED", "MANAGED", "Handed", "StatePlaces"]
 
@@ -220,8 +220,9 @@ class StatePlaces:
                 before.detach()
         # Edited between its last step and the offload: its master starts anew.
         if "master" in self._tensors and self.plain_version == -1 and not ref.stepped:
-            ref.edited = False
-        ref.edited |= self.plain_version not in (-1, ref.version_before, ref.version)
+            ref.mark_edited(False)
+        if self.plain_version not in (-1, ref.version_before, ref.version):
+            ref.mark_edited()
         fetched = {}
         for name in (*MOMENTS, "master"):
             if name in self._tensors:
@@ -305,7 +306,7 @@ class StatePlaces:
     def _edit(self, edited: bool) -> None:
         ref = self.ref
         if ref is not None:
-            ref.edited = edited
+            ref.mark_edited(edited)
         else:
             self.plain_version = EDITED if edited else self.param._version
 
@@ -360,8 +361,7 @@ class StatePlaces:
             ref.states.detach()
         self._ref = weakref.ref(ref)
         ref.states = self
-        ref.stepped = True
-        ref.edited = edited
+        ref.note_loaded(edited)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a state, which may be edited."""

@@ -9,7 +9,7 @@ import torch
 from funicular.errors import UsageError
 from funicular.homes.digests import digest
 from funicular.units.dtypes import MOMENTS, TRAINED, state_dtype
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 
 __all__ = [
     "Unusable",

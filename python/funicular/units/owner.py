@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from funicular._core import Engine
     from funicular.errors import Error
     from funicular.torch_internals.saved_hooks import Pair
-    from funicular.units.unit import Access, PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Access, Unit
 
 __all__ = ["HomeOwner", "Leases", "Owner", "States"]
 

@@ -1,30 +1,32 @@
-"""What the wrapper knows of a model: units and their parameters."""
+"""Units: parameters that are paged together, and where they are.
+
+What changes of a unit is written by its own methods alone (tests/tidy.rs).
+"""
 
 from __future__ import annotations
 
+import enum
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from funicular.errors import RuntimeFailure
 from funicular.torch_internals.autograd import backward_task, in_backward
-from funicular.torch_internals.memory import number_of, same_storage, uses_of
+from funicular.torch_internals.memory import number_of, uses_of
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
     import torch
 
-    from funicular.units.owner import Owner, States
+    from funicular.units.owner import Owner
+    from funicular.units.param import PagedParam
 
 __all__ = [
     "UNDER_WAY",
     "Access",
-    "Link",
     "ModuleCall",
-    "PagedParam",
     "Unit",
-    "link",
-    "ref_of",
+    "Where",
 ]
 
 
@@ -45,135 +47,6 @@ class Access:
 UNDER_WAY: list[Access] = []
 
 
-def _nothing() -> None:
-    return None
-
-
-class Link:
-    """Weak, since the garbage collector does not see all that tensors hold: a model must die with its last user."""
-
-    __slots__ = ("_ref",)
-
-    def __init__(self, to: Any) -> None:
-        self._ref = weakref.ref(to)
-
-    def __call__(self) -> Any:
-        """Return what it leads to; None once that is gone."""
-        return self._ref()
-
-    # A copied or pickled parameter is an ordinary one: it takes nothing of the runtime along.
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())
-
-
-def link(tensor: torch.Tensor, ref: PagedParam) -> None:
-    """Let a parameter or gradient lead to its place."""
-    tensor._funicular_ref = Link(ref)  # type: ignore[attr-defined]
-
-
-def ref_of(tensor: torch.Tensor) -> PagedParam | None:
-    """Return the place of an offloaded parameter or of its gradient; None for ordinary tensors."""
-    found = tensor.__dict__.get("_funicular_ref")
-    ref: PagedParam | None = None if found is None else found()
-    return ref
-
-
-class PagedParam:
-    """One parameter: where its bytes are, and what was last seen of it."""
-
-    __slots__ = (
-        "__weakref__",
-        "edited",
-        "factor",
-        "frame",
-        "frame_address",
-        "frame_storage",
-        "grad",
-        "grad_storage",
-        "guarded",
-        "home",
-        "home_address",
-        "home_storage",
-        "kind",
-        "name",
-        "norm",
-        "numel",
-        "offset",
-        "param",
-        "section",
-        "seen",
-        "stand_in",
-        "start",
-        "states",
-        "stepped",
-        "touched",
-        "trainable",
-        "unit",
-        "version",
-        "version_before",
-        "views",
-        "window",
-    )
-
-    def __init__(self, param: torch.nn.Parameter, name: str, unit: Unit, place: tuple[int, int, int, int]) -> None:
-        # Strong, so that the counts of who shares a storage stay comparable.
-        self.param = param
-        self.name = name
-        #: its class when it is not offloaded, outside its window, and inside
-        self.kind: type[torch.nn.Parameter] = type(param)
-        self.guarded: type[torch.nn.Parameter]
-        self.window: type[torch.nn.Parameter]
-        self.unit = unit
-        self.section, self.start, self.numel, self.offset = place
-        # Each of the three places has a storage of its own, of exactly the parameter's bytes: other libraries tell shared tensors by
-        # their storages, and pickle whole storages.
-        self.frame_storage: torch.UntypedStorage
-        self.home_storage: torch.UntypedStorage
-        self.grad_storage: torch.UntypedStorage | None = None
-        #: The tensors over frame and home share the parameter's version counter, and stay there while the parameter is elsewhere.
-        self.frame: torch.Tensor
-        self.frame_address = 0
-        self.home: torch.Tensor
-        self.home_address = 0
-        #: a parameter over the home, for operations that must not see the parameter move; until it has moved in, itself
-        self.stand_in = param
-        self.grad: torch.Tensor | None = None
-        #: views of the gradient's place that were handed out
-        self.views: list[weakref.ref[torch.Tensor]] = []
-        #: norm of the gradient when it came, the version of its place then, and the operation that gave it
-        self.norm: tuple[torch.Tensor, int, str] | None = None
-        #: what the gradient is yet to be multiplied by
-        self.factor: torch.Tensor | None = None
-        self.trainable = False
-        self.version = -1
-        #: the parameter's version when it was offloaded
-        self.version_before = -1
-        self.edited = False
-        #: digest of the frame when its window opened, or when it was first reached past the version counter
-        self.seen: int | None = None
-        self.touched = False
-        #: the optimizer's states, while they are in the runtime
-        self.states: States | None = None
-        #: the runtime's states are not blank any more
-        self.stepped = False
-
-    def prepare_stand_in(self) -> None:
-        """Let the stand-in need a gradient if the parameter does: torch chooses between kernels by it, even under ``no_grad``."""
-        if self.stand_in.requires_grad != self.param.requires_grad:
-            self.stand_in.requires_grad_(self.param.requires_grad)
-
-    def at_frame(self) -> bool:
-        """Whether the parameter is at its frame; the caller has switched guards off."""
-        return same_storage(self.param, self.frame_storage)
-
-    def at_home(self) -> bool:
-        """Whether the parameter is at its home; the caller has switched guards off."""
-        return same_storage(self.param, self.home_storage)
-
-
 class ModuleCall:
     """A call of a module under way. Units list theirs: one call into C each, which an interruption cannot cut in two."""
 
@@ -183,13 +56,29 @@ class ModuleCall:
         self.thread = threading.get_ident()
 
 
+class Where(enum.Enum):
+    """Where a unit's parameters are. ``Unit`` has the steps between them."""
+
+    HOME = "home"
+    #: on their way to the frames when something struck, or now: some may be there and some at home
+    ENTERING = "entering"
+    FRAME = "frame"
+    #: on their way home, as above
+    LEAVING = "leaving"
+
+
 class Unit:
-    """The parameters that are paged together, and the state of their window."""
+    """The parameters that are paged together, and the state of their window.
+
+    ``HOME`` - :meth:`begin_entering` -> ``ENTERING`` - :meth:`end_entering` -> ``FRAME`` - :meth:`begin_leaving` -> ``LEAVING`` -
+    :meth:`end_leaving` -> ``HOME``. From ``ENTERING`` it goes back by :meth:`turn_back`, before anything has moved, or by leaving.
+    """
 
     __slots__ = (
         "_owner",
         "addresses",
         "arrived",
+        "begun_from",
         "behind",
         "calls",
         "dirty",
@@ -200,26 +89,24 @@ class Unit:
         "frames_seen",
         "grad_idle",
         "grad_storages",
-        "guess",
         "held",
         "home_idle",
         "home_seen",
         "home_storages",
         "inside",
-        "is_open",
-        "moving",
         "name",
         "nbytes",
         "neighbours",
         "on_nvme",
         "params",
         "shadow_filled",
-        "spare",
+        "spare_copy",
         "storages",
         "trained",
+        "where",
     )
 
-    def __init__(self, owner: Owner, engine_id: int, name: str) -> None:
+    def __init__(self, owner: Owner, engine_id: int, name: str, *, on_nvme: bool, spare_copy: bool) -> None:
         # Weak, so that a model's memory is given back with its last user and not at some later garbage collection.
         self._owner = weakref.ref(owner)
         self.engine_id = engine_id
@@ -227,22 +114,19 @@ class Unit:
         self.params: list[PagedParam] = []
         self.nbytes = 0
         self.neighbours: list[Unit] = []
-        self.on_nvme = False
-        #: its update may begin before the step
-        self.spare = False
-        #: how many parameters are trained, those with a gradient from this backward, and what an update that was begun started from
+        self.on_nvme = on_nvme
+        #: it has a spare copy of its states: its update may begin before the step
+        self.spare_copy = spare_copy
+        #: how many parameters are trained, those with a gradient from this backward, and what a speculative update began from
         self.trained = 0
         self.arrived: set[PagedParam] = set()
-        self.guess: list[tuple[bool, int, int]] | None = None
+        self.begun_from: list[tuple[bool, int, int]] | None = None
         self.shadow_filled = False
         #: calls of the unit's modules under way
         self.calls: list[ModuleCall] = []
         #: threads for which the parameters are plain, with -1 - the backward in which they came in
         self.inside: dict[int, int] = {}
-        #: the parameters are at their frames
-        self.is_open = False
-        #: they were on their way there or back when something struck: some may be here and some there
-        self.moving = False
+        self.where = Where.HOME
         #: the frames have edits that the home lacks
         self.dirty = False
         #: the engine keeps the frames for this unit, or did until just now
@@ -274,6 +158,93 @@ class Unit:
             raise RuntimeFailure("FN-E104", "the offloaded model is gone. Keep the model, or unwrap it first.")
         return owner
 
+    # ------------------------------------------------------------------ where its parameters are
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the parameters are at their frames, or were until now."""
+        return self.where is Where.FRAME or self.where is Where.LEAVING
+
+    @property
+    def moving(self) -> bool:
+        """Whether the parameters are on their way."""
+        return self.where is Where.ENTERING or self.where is Where.LEAVING
+
+    def begin_entering(self) -> None:
+        """Begin the way to the frames, which the engine is about to be asked for."""
+        self.held = True
+        self.where = Where.ENTERING
+
+    def turn_back(self) -> None:
+        """Stay at home: the engine has no frames, and nothing has moved."""
+        self.held = False
+        self.where = Where.HOME
+
+    def end_entering(self) -> None:
+        """End the way to the frames."""
+        self.where = Where.FRAME
+
+    def begin_leaving(self) -> bool:
+        """Begin the way home; returns whether a way had begun before and was not ended."""
+        before, self.where = self.where, Where.LEAVING
+        return before is not Where.FRAME
+
+    def end_leaving(self) -> None:
+        """End the way home: no thread is inside."""
+        self.inside.clear()
+        self.where = Where.HOME
+
+    def release_frames(self) -> None:
+        """Take note that the engine has the frames back."""
+        self.held = False
+        self.frames_seen = None
+
+    # ------------------------------------------------------------------ what was seen of it
+
+    def mark_dirty(self, dirty: bool) -> None:
+        """Take note that the frames have edits that the home lacks, or that they have not any more."""
+        self.dirty = dirty
+
+    def fall_behind(self) -> None:
+        """Take note that the home was updated, and those who look at it have not been taken into account."""
+        self.behind = True
+
+    def catch_up(self) -> None:
+        """Take note that those who look at the home see the update."""
+        self.behind = False
+
+    def expose(self) -> None:
+        """Take note that a raw address in the home is handed out."""
+        self.exposed = True
+
+    def see_home(self, digests: list[int] | None) -> None:
+        """Remember digests of the parameters' homes; None: forget them."""
+        self.home_seen = digests
+
+    def see_frames(self, digests: list[int] | None) -> None:
+        """Remember digests of the parameters' frames; None: forget them."""
+        self.frames_seen = digests
+
+    def fill_shadow(self, digests: list[int] | None) -> None:
+        """Take note that weights on NVMe are in memory, with these digests if they are to be remembered."""
+        self.shadow_filled, self.home_seen = True, digests
+
+    def empty_shadow(self) -> None:
+        """Take note that weights on NVMe are in memory no longer."""
+        self.shadow_filled, self.home_seen = False, None
+
+    def begin_from(self, inputs: list[tuple[bool, int, int]] | None) -> None:
+        """Remember what a speculative update began from; None: there is none."""
+        self.begun_from = inputs
+
+    def add(self, ref: PagedParam) -> None:
+        """Add a parameter, whose places are there."""
+        self.params.append(ref)
+        self.nbytes += ref.home.nbytes
+        self.trained += ref.trainable
+
+    # ------------------------------------------------------------------ who looks at its memory
+
     def count_idle(self) -> None:
         """Note how many uses the storages have now, while the runtime's own tensors and the parameters at home are all there are."""
         self.note_storages()
@@ -293,19 +264,19 @@ class Unit:
 
     def frame_in_use(self) -> bool:
         """Whether anything but the runtime's own tensors looks at the frames."""
-        uses = list(map(uses_of, self.frame_storages))
-        if self.moving:
+        uses, where = list(map(uses_of, self.frame_storages)), self.where
+        if where is Where.ENTERING or where is Where.LEAVING:
             return any(count > self.frame_idle + away for count, away in zip(uses, self._away(), strict=True))
-        return max(uses, default=0) > self.frame_idle + self.is_open
+        return max(uses, default=0) > self.frame_idle + (where is Where.FRAME)
 
     def home_aliased(self) -> bool:
         """Whether anything but the parameters themselves looks at the home, or may."""
         if self.exposed:
             return True
-        uses = list(map(uses_of, self.home_storages))
-        if self.moving:
+        uses, where = list(map(uses_of, self.home_storages)), self.where
+        if where is Where.ENTERING or where is Where.LEAVING:
             return any(count > self.home_idle - away for count, away in zip(uses, self._away(), strict=True))
-        return max(uses, default=0) > self.home_idle - self.is_open
+        return max(uses, default=0) > self.home_idle - (where is Where.FRAME)
 
     def grads_aliased(self) -> bool:
         """Whether anything but the runtime's own tensors looks at the gradients' places."""

@@ -1,8 +1,4 @@
-"""Weights on NVMe that code past torch's dispatcher touched, and what a forked child may go on with.
-
-The core brings such weights when they are touched (src/memory/fault.rs). Here the session learns of it: from then on the unit is one that
-somebody has read, and its bytes are compared with what was brought, so that edits through that memory count.
-"""
+"""Weights that code touches which asks no guard: the kernels of a compiled step, and a forked child."""
 
 from __future__ import annotations
 
@@ -10,46 +6,14 @@ import os
 from typing import TYPE_CHECKING
 
 from funicular import _core
-from funicular.errors import BudgetError
-from funicular.homes.digests import look_at_home
 from funicular.homes.edits import take_frame_edits
 from funicular.windows.shutdown import living
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["adopt", "bring_in", "fetch", "install"]
-
-
-def adopt(session: Session, units: Iterable[Unit]) -> None:
-    """Take note of units whose weights were brought because something touched them."""
-    for unit in units:
-        if unit.on_nvme and not unit.shadow_filled:
-            brought = session.engine.adopt_fault(unit.engine_id)
-            if brought is not None:
-                unit.shadow_filled, unit.home_seen = True, brought
-
-
-def fetch(session: Session, unit: Unit, *, keep: Iterable[Unit]) -> None:
-    """Read a unit's weights from NVMe; what was read earlier makes room, but not these units."""
-    engine = session.engine
-    try:
-        try:
-            engine.fault_in(unit.engine_id, session.stream())
-        except BudgetError:
-            session.drop_unused(keep=keep)
-            engine.fault_in(unit.engine_id, session.stream())
-        adopt(session, [unit])  # something may have touched it just now
-        # Its address may be known to code that tells nobody of its edits.
-        look_at_home(unit)
-        unit.shadow_filled = True
-    except BaseException:
-        unit.shadow_filled, unit.home_seen = False, None
-        engine.discard_shadow(unit.engine_id)
-        raise
+__all__ = ["bring_in", "install"]
 
 
 def bring_in(session: Session, units: list[Unit]) -> None:
@@ -59,8 +23,8 @@ def bring_in(session: Session, units: list[Unit]) -> None:
         for unit in units:
             session.close(unit, force=True)
             session.engine.settle(unit.engine_id, session.stream())
-            take_frame_edits(session, unit)
-        session._fault_in(units)
+            take_frame_edits(session.homes, unit)
+        session.homes.fault_in(units)
 
 
 def _before_fork() -> None:

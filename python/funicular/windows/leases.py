@@ -16,14 +16,14 @@ from funicular.torch_internals.memory import storage_address
 from funicular.torch_internals.operations import neg_view
 from funicular.torch_internals.overrides import unguarded
 from funicular.torch_internals.saved_hooks import allowed, pop, top
-from funicular.windows.lookup import owner_of
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from funicular.torch_internals.saved_hooks import Pair
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
 __all__ = ["Lease", "LeaseHooks", "check_version", "remove"]
@@ -122,8 +122,9 @@ class LeaseHooks:
         self.local.packed = True
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
         with unguarded():
+            session: Any = ref.unit.owner
             return Lease(
-                owner_of(ref.unit),
+                session,
                 ref,
                 plain.dtype,
                 tuple(plain.size()),

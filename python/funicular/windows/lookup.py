@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from funicular.errors import UsageError
-from funicular.units.unit import ref_of
+from funicular.units.param import ref_of
 from funicular.windows.residents import resident_session
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from funicular.units.unit import Link
+from funicular.units.param import Link
 
 if TYPE_CHECKING:
     import torch

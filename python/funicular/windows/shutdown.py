@@ -77,7 +77,7 @@ def leave(session: Session, unit: Unit) -> None:
         except Error:
             # A failure that nobody had been told of; now it has been, and homes in host memory stay readable.
             session.engine.settle(unit.engine_id, session.stream())
-    take_edits(session, unit)
+    take_edits(session.homes, unit)
     for ref in unit.params:
         with contextlib.suppress(Error):
             if ref.states is not None:

@@ -17,7 +17,8 @@ from funicular.torch_internals.autograd import in_backward
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
-    from funicular.units.unit import PagedParam, Unit
+    from funicular.units.param import PagedParam
+    from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
 __all__ = ["await_reads", "look", "note_step", "refuse", "under_way"]
@@ -68,8 +69,8 @@ def look(session: Session) -> None:
             _check_inside(unit)
             continue
         if unit.behind:
-            session._catch_up(unit)
-        take_edits(session, unit)
+            session.homes.catch_up(unit)
+        take_edits(session.homes, unit)
 
 
 def await_reads(session: Session) -> None:
