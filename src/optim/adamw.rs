@@ -57,11 +57,11 @@ pub struct Span {
 pub struct Update {
     /// What to update.
     pub span: Span,
-    /// With what.
+    /// The scalars of its step.
     pub hyper: Hyper,
 }
 
-// SAFETY: an update is addresses and numbers; whoever calls `adamw` vouches for exclusive access to the bytes.
+// SAFETY: an update holds only addresses and numbers; the caller of `adamw` vouches for exclusive access to the bytes.
 unsafe impl Send for Update {}
 // SAFETY: as above.
 unsafe impl Sync for Update {}
@@ -131,7 +131,7 @@ impl Span {
     }
 }
 
-/// What is said of a type without AdamW.
+/// The error for a type that AdamW has no kernel for.
 pub(crate) fn unsupported(dtype: DType) -> Error {
     let size = dtype.size();
     Error::new(Code::UnsupportedParam, format!("a parameter of {size}-byte elements of unknown type has no AdamW."))
@@ -143,9 +143,8 @@ pub(crate) fn unsupported(dtype: DType) -> Error {
 /// # Errors
 /// `FN-E112` for a type that is not trainable; nothing was touched.
 ///
-/// # Safety
-/// Each pointer of the span is valid for `len` elements of its type, aligned to it, and (but for `grad`, which may be
-/// shared with readers) touched by nobody else during the call; the arrays are disjoint.
+/// # Safety Each pointer of the span is valid for `len` elements of its type, aligned to it, and (but for `grad`, which
+/// other code may read) free of other access during the call; the arrays are disjoint.
 pub unsafe fn adamw(span: &Span, hyper: &Hyper) -> Result<()> {
     // SAFETY: the same contract.
     unsafe { adamw_with(Isa::best(), span, hyper) }
@@ -232,7 +231,7 @@ per_isa! {
 /// How a type holds its weight.
 trait Weight {
     type Param: Copy;
-    /// What there is beyond the parameter.
+    /// What the master keeps beyond the parameter.
     type Master: Copy;
     /// Whether a chunk is updated in copies of its arrays, which the compiler keeps in registers: 1.8 in place of 1.35 Gparam/s for
     /// bf16 on two Zen 5 cores. The conversions of fp16 need the registers themselves: 0.7 in place of 1.1.
@@ -246,7 +245,7 @@ trait Weight {
     fn join(param: Self::Param, master: Self::Master) -> f32;
     /// The master of a parameter that was edited.
     fn fresh(param: Self::Param) -> Self::Master;
-    /// Of a weight whose NaNs are canonical.
+    /// Splits a weight, whose NaNs are canonical, into the parameter and its master.
     fn split(w: f32) -> (Self::Param, Self::Master);
 }
 
@@ -354,7 +353,7 @@ fn step_few<W: Weight>(
     v: &mut [f32],
     h: &Hyper,
 ) {
-    // Told apart out here, so that each loop vectorises and the usual one does not pay for the other.
+    // Decided outside the loops: each then vectorises, and the usual one, without clipping, costs no more.
     if h.clip.to_bits() == 1.0_f32.to_bits() {
         each::<W>(param, grad, master, m, v, h, W::value);
     } else {

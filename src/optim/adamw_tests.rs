@@ -163,8 +163,8 @@ fn threads_and_pieces_do_not_change_the_bits() {
     }
 }
 
-/// What the module's text says, in fp64 with a rounding after each operation: exact for fp32 operands, but for
-/// subnormal quotients.
+/// The update as the module's text states it, in fp64 with a rounding after each operation: exact for fp32 operands,
+/// but for subnormal quotients.
 fn by_the_text(w: f32, g: f32, m: &mut f32, v: &mut f32, h: &Hyper) -> f32 {
     let r = |x: f64| x as f32;
     let mul = |a: f32, b: f32| r(f64::from(a) * f64::from(b));
@@ -222,7 +222,7 @@ fn a_reset_starts_from_the_parameter_alone() {
             adamw(&fresh.span(), &hyper).expect("trainable");
             adamw(&stale.span(), &hyper).expect("trainable");
         }
-        // An odd number of 16-bit elements leaves half a word that nobody may touch.
+        // An odd number of 16-bit elements leaves half a word that no update may touch.
         let low = |b: &Buffers| bytemuck::cast_slice::<u32, u8>(&b.master)[..999 * 2].to_vec();
         assert!(low(&edited) == low(&fresh) && edited.param == fresh.param, "{dtype:?}");
         assert!(low(&stale) != low(&fresh), "{dtype:?}: the master does not matter");

@@ -20,7 +20,7 @@ use crate::{
 pub struct Target {
     /// The parameter.
     pub param: *mut u8,
-    /// What there is beyond it; null for fp32.
+    /// What the master keeps beyond it; null for fp32.
     pub master: *mut u8,
     /// First moment.
     pub exp_avg: *mut f32,
@@ -28,7 +28,7 @@ pub struct Target {
     pub exp_avg_sq: *mut f32,
 }
 
-// SAFETY: addresses; whoever calls `adamw_into` vouches for exclusive access to the bytes.
+// SAFETY: only addresses; the caller of `adamw_into` vouches for exclusive access to the bytes.
 unsafe impl Send for Target {}
 // SAFETY: as above.
 unsafe impl Sync for Target {}
@@ -73,9 +73,8 @@ struct New<'a, W: Weight> {
 /// # Errors
 /// As for [`super::adamw`].
 ///
-/// # Safety
-/// The span's pointers are valid for reading `len` elements, those of `to` for writing them; all arrays are aligned to their
-/// elements and disjoint, and nobody writes the former or touches the latter during the call.
+/// # Safety The span's pointers are valid for reading `len` elements, those of `to` for writing them; all arrays are aligned
+/// to their elements and disjoint. During the call no other code writes the span's arrays or accesses those of `to`.
 pub unsafe fn adamw_into_with(isa: Isa, span: &Span, to: &Target, hyper: &Hyper) -> Result<()> {
     if span.len == 0 {
         return Ok(());
@@ -218,7 +217,7 @@ fn stream<T: Copy>(to: &mut [T; CHUNK], from: &[T; CHUNK]) {
     *to = *from;
 }
 
-/// Makes what was streamed visible before whatever says that it is there.
+/// Orders the streamed stores before the later store that announces them.
 #[inline(always)]
 fn fence() {
     // SAFETY: SSE is part of x86-64.

@@ -90,7 +90,7 @@ macro_rules! per_isa {
 }
 pub(crate) use per_isa;
 
-/// Asks for the cache line at `at`. A hint: it never faults, whatever the address.
+/// Prefetches the cache line at `at`. A hint: it faults at no address.
 #[inline(always)]
 pub(crate) fn prefetch(at: *const u8) {
     // SAFETY: the instruction is part of every x86-64 and has no effect but on the cache.

@@ -1,4 +1,4 @@
-//! Sums of squares in fp64, in one order of summation whatever the number of threads and the processor.
+//! Sums of squares in fp64, in one order of summation for any number of threads and any processor.
 //!
 //! The elements are cut into blocks of [`NORM_BLOCK`]. In a block, element `j` is added to lane `j % NORM_LANES` in
 //! ascending order, and the lanes are summed by halving (lane `i` takes lane `i + 16`, then `i + 8`, ..). The blocks'
@@ -223,7 +223,7 @@ mod tests {
             let expected = by_the_text(&x).to_bits();
             let data = x.as_ptr().cast();
             for isa in Isa::available() {
-                // SAFETY: `x` lives and nobody writes it.
+                // SAFETY: `x` outlives the call and is not written meanwhile.
                 let sum = unsafe { norm_sq_with(isa, data, len, DType::F32) }.expect("fp32");
                 assert_eq!(sum.to_bits(), expected, "{} of {len}", isa.name());
             }
@@ -248,7 +248,7 @@ mod tests {
             };
             let wide: Vec<f32> = narrow.iter().map(|x| value(*x)).collect();
             for isa in Isa::available() {
-                // SAFETY: `narrow` lives and nobody writes it.
+                // SAFETY: `narrow` outlives the call and is not written meanwhile.
                 let sum = unsafe { norm_sq_with(isa, narrow.as_ptr().cast(), narrow.len(), dtype) }.expect("trainable");
                 assert_eq!(sum.to_bits(), by_the_text(&wide).to_bits(), "{dtype:?} {}", isa.name());
             }
@@ -277,7 +277,7 @@ mod tests {
     fn subnormals_count_in_any_mode() {
         let x = [f32::from_bits(1); 3];
         let sum = crate::optim::isa::tests::in_a_hostile_mode(|| {
-            // SAFETY: `x` lives and nobody writes it.
+            // SAFETY: `x` outlives the call and is not written meanwhile.
             unsafe { norm_sq(x.as_ptr().cast(), x.len(), DType::F32) }
         });
         assert_eq!(sum.expect("fp32"), 3.0 * 2_f64.powi(-298));

@@ -43,9 +43,9 @@ pub struct Pool {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Told when there is a job, or when the pool closes.
+    /// Notified when there is a job, or when the pool closes.
     work: Condvar,
-    /// Told when the last thread left a job.
+    /// Notified when the last thread has left a job.
     done: Condvar,
     /// The next task to claim; the number of tasks or more once all are claimed.
     next: CachePadded<AtomicUsize>,
@@ -58,7 +58,7 @@ struct State {
     number: u64,
     /// Threads inside the job.
     active: usize,
-    /// What the first panic said.
+    /// Message of the first panic.
     panic: Option<String>,
     closing: bool,
 }
@@ -80,7 +80,7 @@ enum Caller<'a> {
 }
 
 impl Caller<'_> {
-    /// Does what is not a task; gives what a panic said.
+    /// Runs the caller's own work, if it brought any; returns the message of a panic.
     fn run(self) -> std::result::Result<(), String> {
         if let Self::Does(beside) = self {
             catch_unwind(AssertUnwindSafe(beside)).map_err(|p| said(p.as_ref()))
@@ -160,7 +160,7 @@ impl Pool {
             return Err(Error::new(Code::Forked, "the optimizer's threads exist in the parent process only.")
                 .action("Start worker processes by spawn, or build the optimizer in the child."));
         }
-        // From inside a task, waiting for the turn could wait for oneself.
+        // Inside a task, `turn` may be held by the run that the task belongs to: waiting for it would never end.
         let beside = matches!(caller, Caller::Does(_));
         if tasks == 0 || (tasks == 1 && !beside) || IN_TASK.get() {
             run_here(tasks, task)?;
@@ -177,7 +177,7 @@ impl Pool {
         if matches!(caller, Caller::Works) {
             self.shared.work_on(job);
         }
-        // Caught, because the threads may be using what the caller has lent.
+        // `run` catches a panic: the pool's threads may still use what the caller has lent.
         let beside = caller.run();
         let panic = self.shared.finish(tasks);
         drop(turn);
@@ -188,7 +188,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.pid != std::process::id() {
-            // The threads are the parent's; there is nothing here to join or detach.
+            // The threads exist in the parent process only; there is nothing here to join or detach.
             self.threads.drain(..).for_each(std::mem::forget);
             return;
         }
@@ -202,9 +202,9 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// What a thread of the pool does all its life.
+    /// The loop of a pool thread.
     fn serve(&self) {
-        // The mode is inherited from whoever made the pool.
+        // A new thread inherits the mode of the thread that made the pool.
         FloatMode::ieee().keep();
         let mut last = 0;
         loop {
@@ -259,10 +259,10 @@ impl Shared {
         }
     }
 
-    /// Waits for the end of the job and takes it away; gives what a panic said.
+    /// Waits for the end of the job and removes it; returns the message of its first panic.
     fn finish(&self, tasks: usize) -> Option<String> {
         let mut state = self.state.lock();
-        // The last thread to leave tells; whoever leaves has seen that no task is left to claim.
+        // The last thread that leaves the job notifies `done`; a thread leaves when no task is left to claim.
         while state.active > 0 || self.next.load(Ordering::Relaxed) < tasks {
             self.done.wait(&mut state);
         }
@@ -278,10 +278,10 @@ fn run_here(tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
     Ok(())
 }
 
-/// Runs a task; a panic becomes what it said.
+/// Runs a task; returns the message if it panics.
 fn catch(task: impl FnOnce()) -> std::result::Result<(), String> {
     let outer = IN_TASK.replace(true);
-    // What a task left half done is not looked at again: its run fails.
+    // No code reads what a panicked task left half done: its run fails.
     let result = catch_unwind(AssertUnwindSafe(task));
     IN_TASK.set(outer);
     result.map_err(|payload| said(payload.as_ref()))
