@@ -75,7 +75,8 @@ pub fn import(file: &Path, hints: Hints) -> Output {
     imported().into()
 }
 
-/// What a configuration names as its DeepSpeed file. Unlike a file that the caller names, it is not quoted unless it is one.
+/// Imports the file that a configuration names as its DeepSpeed file. Errors quote its text only if it is a DeepSpeed
+/// configuration: the user did not name it.
 fn follow(from: &Path, target: &Path, hints: Hints) -> Result<Imported> {
     let (from, name) = (from.display(), target.display().to_string());
     let text = read_text(target).map_err(|e| e.because(&format!("{from} names it as its DeepSpeed configuration.")))?;

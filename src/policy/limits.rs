@@ -71,7 +71,7 @@ impl HostLimits {
         })
     }
 
-    /// As they will be once so much memory has been given back.
+    /// These limits as they will be once `freed` bytes of memory have been given back.
     #[must_use]
     pub fn after(mut self, freed: ByteCount) -> Self {
         self.mem_available.0 += freed.0;
@@ -114,7 +114,7 @@ impl HostLimits {
         }
     }
 
-    /// What to raise by so much where nothing else helps.
+    /// Which limit to raise by `more` bytes where nothing else helps.
     pub fn way_out(&self, more: ByteCount) -> String {
         match &self.cgroup {
             Some(c) if c.headroom < self.mem_available => {

@@ -1,6 +1,6 @@
 //! The policy: what may be used, and what lives where.
 //!
-//! P1: a policy is read strictly; an unknown key, a size without a unit or a word nobody knows is an error with its place.
+//! P1: a policy is read strictly; an unknown key, an unknown word or a size without a unit is an error with its place.
 //! P2: every key has a default, and a policy written by [`Policy::to_toml`] reads back as the same policy.
 //! P3: no key does nothing: what contradicts another key is refused by [`Policy::check_consistent`].
 //! P4: nothing here asks the machine, except limits.

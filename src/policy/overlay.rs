@@ -124,7 +124,7 @@ fn list(kind: Option<Kind>, value: &str) -> Node {
     Node::made(Value::List(items.map(|i| Node::made(item(i))).collect()))
 }
 
-/// Without spans: they would point into a line that nobody wrote.
+/// Removes the spans: they point into the text that `written` made up, not into a file.
 fn unplaced(mut node: Node) -> Node {
     node.span = None;
     node.value = match node.value {

@@ -184,7 +184,7 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    /// True, and past it, at the closing bracket; in JSON it may not follow a comma.
+    /// Skips the closing bracket if it comes next, and says whether it did; in JSON it may not follow a comma.
     fn closes(&mut self, close: char, empty: bool) -> Result<bool> {
         if self.peek() != Some(close) {
             return Ok(false);
@@ -197,7 +197,7 @@ impl<'a> Parser<'a> {
         Ok(true)
     }
 
-    /// Past the comma after an item, or at the closing bracket.
+    /// Skips the comma after an item, or stops before the closing bracket.
     fn separator(&mut self, close: char, open: usize) -> Result<()> {
         let end = self.at;
         self.space();

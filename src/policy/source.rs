@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Most keys of one table, most items of one list, most values in all, and the longest string in bytes. A file within
-/// these takes little time and memory, whatever is done with its parts; no real configuration comes near them.
+/// these bounds takes little time and memory in every later step; no real configuration comes near them.
 pub(crate) const MAX_KEYS: usize = 1_000;
 const MAX_ITEMS: usize = 4_096;
 const MAX_VALUES: usize = 32_768;

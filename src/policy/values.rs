@@ -139,7 +139,8 @@ fn scaled(whole: &str, part: &str, scale: u64) -> Option<ByteCount> {
     (i64::try_from(bytes).is_ok()).then_some(ByteCount(bytes))
 }
 
-/// Nobody writes 12 for twelve bytes: small numbers are taken for GiB in the suggestion, large ones for bytes.
+/// The message for a number without a unit. It suggests GiB for a small number, which is hardly meant as bytes, and
+/// bytes for a large one.
 fn needs_unit(number: &str) -> String {
     let suggestion = match number.parse::<u64>() {
         Ok(n) if n >= 1 << 20 => format_size(ByteCount(n)),
@@ -342,7 +343,7 @@ impl<'de> Deserialize<'de> for DeviceChoice {
     }
 }
 
-/// Reads directories: none empty, none twice, no `~` that nobody would expand.
+/// Reads directories: none empty, none twice, none with a leading `~`, which only a shell expands.
 pub(crate) fn directories<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
     let paths = Vec::<String>::deserialize(from)?;
     if paths.len() > MAX_PATHS {

@@ -67,7 +67,7 @@ words! {
         /// Files on NVMe drives.
         Nvme = "nvme",
     }
-    /// Who updates what has its home on the host or on NVMe.
+    /// Which processor updates parameters whose home is the host or NVMe.
     UpdateOn {
         /// Both, as fast as each is.
         #[default] Auto = "auto",

@@ -115,7 +115,7 @@ impl fmt::Display for Imported {
     }
 }
 
-/// A comment of one line, whatever the text: a key of the file may hold a line feed.
+/// Writes a comment of one line, also if `text` holds a line feed, as a key of the file may.
 fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     let line: String = text.chars().map(|c| if misleads(c) { ' ' } else { c }).collect();
     writeln!(f, "# {line}")
