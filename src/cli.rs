@@ -289,7 +289,7 @@ fn said(output: &Output) -> i32 {
     }
 }
 
-/// Prints what comes from files without what a terminal would obey; a reader that went away (`| head`) is no error.
+/// Prints text that may come from files, with control characters escaped; a closed pipe (`| head`) is no error.
 fn print(text: &str) -> Result<()> {
     match stdout().write_all(printable_lines(text).as_bytes()).and_then(|()| stdout().flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -353,7 +353,7 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
         options.time = Duration::try_from_secs_f64(seconds).map_err(|e| {
             Error::new(Code::PolicyValue, format!("--seconds {seconds}: {e}.")).action("Give a number of seconds.")
         })?;
-        // Whoever gives a time knows best; sweeps become shorter with the rest.
+        // A time that the user gives replaces the limit; sweeps become shorter with it.
         options.limit = Duration::MAX;
         options.point = options.point.min(options.time / 40);
     }
@@ -412,7 +412,7 @@ impl Progress for OnStderr {
             return;
         }
         self.last = Some(Instant::now());
-        // A terminal that went away is no reason to stop measuring.
+        // A closed terminal is no reason to stop measuring.
         let _ = if self.terminal {
             write!(stderr(), "\r\x1b[K{:3.0} % {what}", done * 100.0)
         } else {

@@ -100,7 +100,7 @@ codes! {
 }
 
 /// What went wrong. `Display` gives one line: code, message, next action. Names and values in it come from files and
-/// arguments: what a terminal would obey is escaped here, once for all messages.
+/// arguments: control characters are escaped here, once for all messages.
 #[derive(Clone, Debug)]
 pub struct Error {
     code: Code,

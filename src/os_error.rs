@@ -4,8 +4,8 @@ use std::{io::Error as OsError, path::Path};
 
 use crate::error::{Code, Error};
 
-/// `FN-E107` for a refused thread: whatever number the system gives, a limit is the reason. `instead` is what else helps, as the
-/// end of a sentence; empty: nothing.
+/// `FN-E107` for a refused thread: the reason is a limit, for every error number of the system. `instead` is another remedy, as
+/// the end of a sentence; empty if there is none.
 #[must_use]
 pub fn no_thread(purpose: &str, e: &OsError, instead: &str) -> Error {
     let or = if instead.is_empty() { "" } else { ", or " };

@@ -15,7 +15,7 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<String, String> 
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
     let mut child = spawned.map_err(|e| e.to_string())?;
     let pipe = child.stdout.take();
-    // Read beside waiting: a child that fills the pipe would never end.
+    // Read while waiting: a child that fills the pipe would never end.
     let reader = thread::spawn(move || {
         let mut text = Vec::new();
         if let Some(mut pipe) = pipe {

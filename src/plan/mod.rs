@@ -199,7 +199,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         None => None,
     };
     let (by_cpu, by_gpu) = sight.updates(moved.update, step.as_ref());
-    // The wrapper's own numbers: sections are padded, and a plan is of the model.
+    // Counted from the model's parameters, as sections are padded.
     let params = || units.iter().flat_map(|u| &u.spec.params);
     Ok(Plan {
         params: params().map(|p| p.numel).sum(),
@@ -328,7 +328,8 @@ impl Sight<'_> {
         }
     }
 
-    /// Bytes of updates on the processor, and on the GPU on its behalf. Who is how fast is not known without rates.
+    /// Bytes of updates that the processor makes, and that the GPU makes for it. How they share is not known without
+    /// rates.
     fn updates(&self, bytes: u64, step: Option<&StepPlan>) -> (u64, u64) {
         let alone = if self.placed.lane_elems > 0 && lanes_alone(self.config) { 1.0 } else { 0.0 };
         let part = step.map_or(alone, |step| step.by_gpu);
@@ -371,7 +372,7 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
         return None;
     }
     let known = |rate: f64, else_| if rate > 0.0 { rate } else { else_ };
-    // Each thread does what one does alone, until the memory is saturated: by fewer threads than there are.
+    // Rates of threads add up until the memory is saturated, which may take fewer threads than there are.
     let all = profile.memory.adamw_params;
     let one = known(profile.memory.adamw_params_one_thread, all / f64::from(profile.memory.threads.max(1)));
     let share = (one * f64::from(threads) / all).min(1.0);
@@ -382,7 +383,7 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
         both: known(profile.device.bidirectional, profile.device.host_to_device + profile.device.device_to_host),
         nvme_read: nvme(profile.nvme.read),
         nvme_write: nvme(profile.nvme.write),
-        // As updates stream through, which some disks serve better than one block of each kind after the other.
+        // At the rate of updates that stream: some disks serve those better than single reads and writes in turn.
         nvme_both: nvme(known(profile.nvme.adamw_params * BF16_STATES, profile.nvme.read_write)),
         update: profile.memory.adamw_params * BF16_TRAFFIC * share,
         update_beside: known(profile.memory.adamw_params_beside_copies, 0.7 * profile.memory.adamw_params)
@@ -397,7 +398,7 @@ fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
 }
 
 /// The seconds of each unit's windows: two operations per parameter and token forward, four backward, two more where
-/// blocks are computed again. None where nothing says how fast that goes.
+/// blocks are computed again. None if neither `seconds` nor `flops` says how fast that is.
 fn work(layout: &Layout, uses: Uses, compute: Compute, config: &Config) -> Option<Work> {
     #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
     let size = |u: UnitId| -> f64 {
