@@ -143,8 +143,9 @@ pub(crate) fn unsupported(dtype: DType) -> Error {
 /// # Errors
 /// `FN-E112` for a type that is not trainable; nothing was touched.
 ///
-/// # Safety Each pointer of the span is valid for `len` elements of its type, aligned to it, and (but for `grad`, which
-/// other code may read) free of other access during the call; the arrays are disjoint.
+/// # Safety
+/// Each pointer of the span is valid for `len` elements of its type, aligned to it, and (but for `grad`, which other
+/// code may read) free of other access during the call; the arrays are disjoint.
 pub unsafe fn adamw(span: &Span, hyper: &Hyper) -> Result<()> {
     // SAFETY: the same contract.
     unsafe { adamw_with(Isa::best(), span, hyper) }

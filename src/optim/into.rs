@@ -73,8 +73,9 @@ struct New<'a, W: Weight> {
 /// # Errors
 /// As for [`super::adamw`].
 ///
-/// # Safety The span's pointers are valid for reading `len` elements, those of `to` for writing them; all arrays are aligned
-/// to their elements and disjoint. During the call no other code writes the span's arrays or accesses those of `to`.
+/// # Safety
+/// The span's pointers are valid for reading `len` elements, those of `to` for writing them; all arrays are aligned to their
+/// elements and disjoint. During the call no other code writes the span's arrays or accesses those of `to`.
 pub unsafe fn adamw_into_with(isa: Isa, span: &Span, to: &Target, hyper: &Hyper) -> Result<()> {
     if span.len == 0 {
         return Ok(());
