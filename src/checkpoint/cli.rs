@@ -141,7 +141,7 @@ pub fn verify(path: &Path, control: &Control) -> Result<(String, bool)> {
     Ok((text, wrong.is_empty()))
 }
 
-/// Writes the weights alone; what to say.
+/// Writes the weights alone; returns the text for the user.
 ///
 /// # Errors
 /// Those of opening a checkpoint and of saving one.

@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Code, Error, Result};
 
-/// Shared between whoever works and whoever waits.
+/// Shared between the thread that saves or loads and the threads that watch it.
 #[derive(Debug, Default)]
 pub struct Control {
     cancelled: AtomicBool,
@@ -20,12 +20,12 @@ pub struct Control {
 }
 
 impl Control {
-    /// Asks for an end; what was written is removed.
+    /// Cancels the save; what it has written is removed.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
     }
 
-    /// Fails once an end was asked for.
+    /// Fails once the save was cancelled.
     ///
     /// # Errors
     /// `FN-E412`.
@@ -52,7 +52,7 @@ impl Control {
         (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed))
     }
 
-    /// Notes the end; the value is what should be told.
+    /// Notes the end; the value of a success is notes for the user.
     pub fn ended(&self, outcome: Result<Vec<String>>) {
         self.outcome.lock().get_or_insert(outcome);
         self.changed.notify_all();

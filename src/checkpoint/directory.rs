@@ -68,7 +68,7 @@ impl Workspace {
         for _ in 0..ATTEMPTS {
             match private_folder(parent) {
                 Ok(folder) => return Ok(Self { target, overwrite, folder, published: false }),
-                // A sweep of another process took it for a left-over before it was locked.
+                // Before the directory was locked, another process took it for a left-over and removed it.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EWOULDBLOCK)) && parent.is_dir() => {
                     last = e;
                 }
@@ -88,7 +88,7 @@ impl Workspace {
         &self.target
     }
 
-    /// Gives the directory its name, durably. What is in it must be durable already. What it returns is worth telling.
+    /// Gives the directory its name, durably. What is in it must be durable already. Returns notes for the user.
     ///
     /// # Errors
     /// `FN-E402` if the place was taken meanwhile; `FN-E403` when the system refuses.
@@ -110,7 +110,7 @@ impl Workspace {
         Ok(notes)
     }
 
-    /// Renames it; what was replaced, under a private name. `exchange` is how two directories are exchanged.
+    /// Renames it; returns what it replaced, now under a private name. `exchange` is how two directories are exchanged.
     fn take_place(&self, exchange: RenameFlags) -> Result<Option<Leftover>> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -146,7 +146,7 @@ impl Workspace {
         if old.folder().is_at(self.path()) {
             return Ok(old.moved(self.path()));
         }
-        // A process that knows no locks put something else there: it gets its place back.
+        // A process that takes no locks has put another directory there: put that one back.
         rename(self.path(), &self.target, exchange)?;
         Err(OsError::from_raw_os_error(libc::EWOULDBLOCK))
     }
@@ -181,7 +181,7 @@ impl Drop for Workspace {
 /// What the user put into the checkpoint that was replaced goes into the one that replaces it.
 fn move_strangers(old: &Leftover, new: &Folder) {
     for name in old.strangers() {
-        // What has a file of the same name in the new one stays behind; removing the old one tells of it.
+        // A file whose name exists in the new directory stays behind; the removal of the old one reports it.
         let _ = renameat_with(old.folder().file(), &name, new.file(), &name, RenameFlags::NOREPLACE);
     }
 }

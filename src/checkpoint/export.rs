@@ -23,7 +23,7 @@ use crate::{
     error::{Code, Error, Result},
 };
 
-/// Files that are taken along.
+/// Files that are copied beside the weights.
 const COPIED: [&str; 2] = ["config.json", "generation_config.json"];
 /// Elements are joined through this many bytes.
 const SCRATCH: usize = 64 << 10;

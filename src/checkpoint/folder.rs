@@ -53,7 +53,7 @@ impl Opened {
         Ok(Self { file: regular(file)?, path: path.to_owned() })
     }
 
-    /// A path by which the same file is opened again, whatever its name is now.
+    /// A path that opens the same file again, even after it was renamed or replaced.
     pub(super) fn again(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
     }
@@ -83,7 +83,7 @@ pub(super) struct Folder {
     id: Id,
 }
 
-/// Which directory it is, whatever it is called.
+/// The identity of a directory, which does not depend on its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Id(u64, u64);
 
@@ -112,7 +112,7 @@ impl Folder {
         Ok(Self { file, path: path.to_owned(), id })
     }
 
-    /// It was given another name.
+    /// This directory under its new path, after a rename.
     pub(super) fn moved(self, to: &Path) -> Self {
         Self { path: to.to_owned(), ..self }
     }
@@ -142,7 +142,7 @@ impl Folder {
         self.id
     }
 
-    /// Whether there is an entry of that name, of whatever kind.
+    /// Whether there is an entry of that name, of any kind.
     pub(super) fn has(&self, name: &str) -> bool {
         self.kind(OsStr::new(name)).is_some()
     }

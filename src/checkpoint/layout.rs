@@ -12,7 +12,7 @@ use crate::{
     units::round_up,
 };
 
-/// What the format keeps under a tensor's key and is none.
+/// The key under which the format keeps metadata, not a tensor.
 const METADATA: &str = "__metadata__";
 
 /// A tensor to be written.

@@ -65,7 +65,7 @@ impl Leftover {
         Ok(Self { proof: Proof::Manifest(named(&manifest)), folder })
     }
 
-    /// It was given another name.
+    /// This left-over under its new path, after a rename.
     pub(super) fn moved(self, to: &Path) -> Self {
         Self { folder: self.folder.moved(to), ..self }
     }
@@ -85,14 +85,14 @@ impl Leftover {
         {
             return None;
         }
-        // Without a record and without locks, the number in the name has to do.
+        // Without a record and without locks, only the process number in the name tells.
         if remote && record.is_none() && Path::new("/proc").join(name.pid.to_string()).exists() {
             return None;
         }
         let proof = match (manifest_of(&folder, Links::No), record) {
             (Ok(manifest), _) => Proof::Manifest(named(&manifest)),
             (Err(_), Some(Some(_))) => Proof::Owner,
-            // Killed before it had filled its record in, or without one: of an older version.
+            // The process was killed before it filled its record in, or its version wrote none.
             (Err(_), _) => Proof::Names,
         };
         Some(Self { folder, proof })
@@ -118,13 +118,13 @@ impl Leftover {
         ours && self.folder.has_file(name)
     }
 
-    /// What is in it and not ours.
+    /// The names in it that are not ours.
     pub(super) fn strangers(&self) -> Vec<OsString> {
         let names = self.folder.names().unwrap_or_default();
         names.into_iter().filter(|name| !self.is_ours(name)).collect()
     }
 
-    /// Removes it, but what is not ours; a note tells of that, and of what the system refused.
+    /// Removes it, except what is not ours; returns a note about that and about what the system refused.
     pub(super) fn remove(self) -> Option<String> {
         let strangers = self.strangers();
         if !strangers.is_empty() && matches!(self.proof, Proof::Names) {
@@ -149,7 +149,7 @@ impl Leftover {
         format!("FN-W403 {path} stays: it holds {names}, which no save wrote. Move that, and remove the directory.")
     }
 
-    /// Ends what a process began that was killed while it replaced a checkpoint in two steps.
+    /// Finishes a replacement in two steps during which its process was killed.
     fn end_swap(&self, parent: &Path) -> Option<String> {
         let Proof::Manifest(_) = self.proof else { return None };
         let name = self.folder.open_file(SWAP, Links::No).and_then(|f| f.read_all(LONGEST)).ok()?;
@@ -172,7 +172,7 @@ fn named(manifest: &Manifest) -> Vec<OsString> {
     manifest.names().map(OsString::from).collect()
 }
 
-/// Whether the files of a save are called so.
+/// Whether a save gives its files such a name.
 fn is_of_a_save(name: &str) -> bool {
     let json = matches!(name, "config.json" | "generation_config.json");
     let stem = name.strip_suffix(".index.json").unwrap_or(name).strip_suffix(".safetensors").unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Reads ranges of files in a given order, ahead of whoever uses them, through a few frames.
+//! Reads ranges of files in a given order, ahead of the caller, through a few frames.
 
 use std::{
     collections::VecDeque,
@@ -69,7 +69,7 @@ impl<'a> Reader<'a> {
         let mut plain = Vec::with_capacity(files.len());
         let mut opened = Vec::with_capacity(files.len());
         for file in files {
-            // The same file, whatever has its name by now; the checkpoint may have been replaced.
+            // Open the file that was checked, not its name: another process may have replaced the checkpoint.
             let open = || match direct {
                 true => OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(file.again()),
                 false => file.file.try_clone(),
@@ -82,7 +82,7 @@ impl<'a> Reader<'a> {
         let pool = frames(means)?;
         let (sender, done) = unbounded();
         let sink = move |completion| {
-            // The reader is gone only after it gave up.
+            // The receiver is gone only after the reader gave up.
             let _ = sender.send(completion);
         };
         let OpenedEngine { engine, .. } = open_engine(&means.engine, opened, &[pool.region().clone()], sink)?;

@@ -21,7 +21,8 @@ pub(super) fn as_write_error(path: &Path, e: &Error) -> Error {
     }
 }
 
-/// What to do about a file that could not be read: `otherwise`, unless the process is at its limits or may not.
+/// What to do about a file that could not be read: `otherwise`, unless the cause is a limit of the process or a missing
+/// permission.
 pub(super) fn reading(e: &OsError, otherwise: &str) -> String {
     match e.raw_os_error() {
         Some(errno @ (libc::EMFILE | libc::ENFILE)) => os_error::advice(errno, Path::new("/")).unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! A save from begin to end, whatever the bytes come from.
+//! A save from begin to end, for any source of bytes.
 
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -50,13 +50,13 @@ pub trait Tiers {
     /// The group to be written next, once it may be read; none when all were.
     ///
     /// # Errors
-    /// Whatever keeps it from being read; `FN-E412`.
+    /// The error that keeps the group from being read; `FN-E412`.
     fn next(&mut self, control: &Control) -> Result<Option<u32>>;
 
     /// What will be fetched of that group: these tensors, with their bytes, in this order.
     ///
     /// # Errors
-    /// Whatever keeps them from being read.
+    /// The error that keeps the tensors from being read.
     fn expect(&mut self, _tensors: &mut dyn Iterator<Item = (usize, u64)>) -> Result<()> {
         Ok(())
     }
@@ -100,7 +100,7 @@ impl Job {
         let need = shards.iter().map(|s| round_up(s.bytes, 4096)).sum::<u64>() + small as u64 + (1 << 20);
         let free = || free_bytes(workspace.path());
         if free()? < need {
-            // What an earlier save left behind may be what is missing.
+            // What an earlier save left behind may take the space that is missing.
             sweep(workspace.target());
             let free = free()?;
             if free < need {
@@ -126,7 +126,7 @@ impl Job {
         self.shards.iter().flat_map(|s| s.tensors.iter().map(|&(i, _)| i))
     }
 
-    /// Writes everything and gives the checkpoint its name. What it returns is worth telling.
+    /// Writes everything and gives the checkpoint its name. Returns notes for the user.
     ///
     /// # Errors
     /// `FN-E401`, `FN-E403`, `FN-E412`, or what `tiers` fails with; nothing stays behind.

@@ -100,7 +100,7 @@ impl<'a> Writer<'a> {
         let pool = frames(means)?;
         let (sender, done) = unbounded();
         let sink = move |completion| {
-            // The writer is gone only after it gave up.
+            // The receiver is gone only after the writer gave up.
             let _ = sender.send(completion);
         };
         let OpenedEngine { engine, .. } = open_engine(&means.engine, opened, &[pool.region().clone()], sink)?;
