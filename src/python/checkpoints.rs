@@ -97,7 +97,7 @@ pub(crate) struct Save {
 
 #[pymethods]
 impl Save {
-    /// Waits for the end, so many seconds at most; what is worth telling, or none if it goes on.
+    /// Waits for the end, so many seconds at most; returns notes for the user, or none if the save goes on.
     fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<Option<Vec<String>>> {
         let seconds = if seconds.is_nan() { 0.0 } else { seconds.clamp(0.0, 1e9) };
         let end = std::time::Instant::now() + std::time::Duration::from_secs_f64(seconds);
@@ -268,7 +268,7 @@ pub(crate) fn restore(
     let control = Control::default();
     let tell = |control: &Control| {
         if let Some(told) = &told {
-            // What shows progress may fail; loading goes on.
+            // The caller's display of progress may fail; loading goes on.
             let _ = Python::attach(|py| told.call1(py, (control.progress().0,)).map(|_| ()));
         }
     };

@@ -1,12 +1,12 @@
-//! Actions that must run to their end, whatever signal handlers raise in their midst.
+//! Actions that must run to their end although signal handlers may raise exceptions in their midst.
 
 use pyo3::prelude::*;
 
-/// So many signals in a row amid one action are none: it fails by itself.
+/// After so many failures in a row the cause is no signal: the action itself fails.
 const MOST: u32 = 1000;
 
-/// Calls `action`, which can be run again, until it has returned; what was raised in its midst first is raised then. The loop is not
-/// Python's: there is no point between two of its rounds at which a signal handler could run.
+/// Calls `action`, which can be run again, until it has returned; then raises the first exception that interrupted it. The loop is
+/// not Python's: there is no point between two of its rounds at which a signal handler could run.
 ///
 /// # Errors
 /// The first exception; at the end of a thousand failed rounds, with the action not done.

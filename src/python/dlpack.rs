@@ -60,7 +60,7 @@ const CUDA: i32 = 2;
 const UNSIGNED: u8 = 1;
 
 unsafe extern "C" fn delete(managed: *mut Managed) {
-    // Maybe with the GIL: of what a device waits for at its end nothing needs that.
+    // May run with the GIL held: nothing that a device waits for when it is dropped needs the GIL.
     // SAFETY: `context` is the `Holder` that `capsule` leaked; DLPack calls this once.
     let holder = unsafe { Box::from_raw((*managed).context.cast::<Holder>()) };
     if holder.pid != std::process::id() {
@@ -69,7 +69,8 @@ unsafe extern "C" fn delete(managed: *mut Managed) {
 }
 
 unsafe extern "C" fn destroy(capsule: *mut ffi::PyObject) {
-    // SAFETY: called by Python with the capsule; a consumer renames it, so this name means nobody took the tensor.
+    // SAFETY: called by Python with the capsule; a consumer renames it, so this name means that no consumer took the
+    // tensor.
     unsafe {
         if ffi::PyCapsule_IsValid(capsule, NAME.as_ptr()) == 1 {
             let managed = ffi::PyCapsule_GetPointer(capsule, NAME.as_ptr()).cast::<Managed>();

@@ -1,6 +1,7 @@
 //! `Engine`: one model's runtime, as the wrapper calls it. Units and streams are numbers; sizes are bytes.
 //!
-//! E1: every call of the runtime goes through [`Engine::call`], without the GIL, so that whatever it waits for can run Python.
+//! E1: every call of the runtime goes through [`Engine::call`], without the GIL, so that the threads it waits for can run
+//! Python.
 //! E2: `slot` is locked to copy or take the handle in it, never during a call. `close` empties it, ends the waits of the calls under
 //! way, and the last of them ends the runtime. E3: numbers from Python are checked before they become indices.
 #![expect(unsafe_code, reason = "passes raw addresses of tensors to the runtime")]
@@ -51,7 +52,7 @@ pub struct Engine {
     pid: u32,
 }
 
-/// Between two looks at whether calls under way have ended, and at signals.
+/// How often [`Engine::close`] looks whether calls under way have ended, and (`SLICE`) at signals.
 const LOOK: Duration = Duration::from_micros(200);
 const SLICE: Duration = Duration::from_millis(50);
 
@@ -81,10 +82,10 @@ impl Drop for Inside<'_> {
 }
 
 impl Drop for Engine {
-    /// Python drops it with the GIL held; a save that is given up may want that.
+    /// Python drops it with the GIL held, which a save that ends here may need: release the GIL.
     fn drop(&mut self) {
         if let Some(runtime) = self.slot.get_mut().take() {
-            // Without Python the closure, and the runtime with it, is dropped here.
+            // If Python has ended, the closure and its runtime are dropped without being called.
             Python::try_attach(move |py| py.detach(move || drop(runtime)));
         }
     }
@@ -97,22 +98,23 @@ impl Engine {
         py: Python<'_>,
         f: impl FnOnce(&Runtime, Interrupted<'_>) -> Result<R> + Send,
     ) -> PyResult<R> {
-        // A thread that goes on calling must not be between two states of the GIL when the interpreter ends.
+        // Refuse before the GIL is released: a thread that calls a closed engine must not be without it when the
+        // interpreter ends.
         if self.slot.try_lock().is_some_and(|slot| slot.is_none()) {
             return Err(raise(py, &closed()));
         }
         self.inside.fetch_add(1, Ordering::AcqRel);
         let _inside = Inside(&self.inside);
         waiting(py, |interrupted| {
-            // First: in a forked child a thread that is not there may hold the lock.
+            // Before the lock: in a forked child a thread of the parent may hold it for ever.
             check_process(self.pid)?;
-            // Where there is none left the call is tried all the same.
+            // If there is no address space left, the call is tried all the same.
             let _ = set_aside();
             let runtime = self.slot.lock().clone().ok_or_else(closed)?;
             let _call = Call::begin();
             guarded(|| f(&runtime, interrupted)).inspect_err(|error| {
                 if error.code() == Code::Panicked {
-                    // Whatever it was amid is half done.
+                    // What the call changed is half done.
                     runtime.fail(error.clone());
                 }
                 runtime.told(error);
@@ -356,7 +358,7 @@ impl Engine {
         self.call(py, |rt, i| rt.store_shadow(known(rt, unit)?, stream, i))
     }
 
-    /// Reads a filled shadow anew: its unit was updated while somebody looked at it.
+    /// Reads a filled shadow anew: its unit was updated while tensors looked at it.
     fn refresh_shadow(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
         self.call(py, |rt, i| rt.refresh_shadow(known(rt, unit)?, stream, i))
     }
@@ -366,7 +368,7 @@ impl Engine {
         self.call(py, |rt, _| rt.lend(bytes))
     }
 
-    /// The caller dropped them.
+    /// The caller dropped bytes that it had counted by `lend`.
     fn returned(&self, py: Python<'_>, bytes: u64) -> PyResult<()> {
         self.call(py, |rt, _| rt.returned(bytes))
     }
@@ -404,8 +406,8 @@ impl Engine {
         self.state(py, (unit, section, state), (start, len), src, Direction::Write)
     }
 
-    /// Says who updates from now on: `processor`, `lanes`, `rates` or `halves`; false where there are no lanes. For measurements
-    /// and tests: the bits do not depend on it.
+    /// Chooses what makes updates from now on: `processor`, `lanes`, `rates` or `halves`; false where there are no lanes. For
+    /// measurements and tests: the bits do not depend on it.
     fn split_updates(&self, py: Python<'_>, split: &str) -> PyResult<bool> {
         self.call(py, |rt, _| rt.split_updates(self::split(split)?))
     }
@@ -431,7 +433,7 @@ impl Engine {
     }
 
     /// Ends everything and gives memory and disk space back. Calls under way in other threads fail with `FN-E104`, and are waited
-    /// for; within a call of this thread, as in a signal handler, that call's end is the runtime's.
+    /// for; called within a call of this thread, as by a signal handler, it leaves the end of the runtime to that call.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         if check_process(self.pid).is_err() {
             return Ok(());
@@ -439,7 +441,7 @@ impl Engine {
         waiting(py, |interrupted| {
             let Some(runtime) = self.slot.lock().take() else { return Ok(()) };
             runtime.shut();
-            // The last one that has it ends it.
+            // The last holder of the runtime ends it.
             drop(runtime);
             let mut waited = Duration::ZERO;
             while CALLS.get() == 0 && self.inside.load(Ordering::Acquire) > 0 {

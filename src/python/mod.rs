@@ -21,7 +21,7 @@ use pyo3::prelude::*;
 /// The native core of funicular.
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    // Without it the next call says so.
+    // If there is no address space left, the next call reports it.
     let _ = crate::memory::set_aside();
     m.add_class::<engine::Engine>()?;
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;

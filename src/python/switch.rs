@@ -8,18 +8,18 @@ use pyo3::{
 
 /// torch's functions that ask whether a tensor has an override.
 const QUESTIONS: [&str; 3] = ["has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"];
-/// What code calls that asks in order to hand its work to the override.
+/// The function that code calls which asks in order to hand its work to the override.
 const DISPATCH: &str = "handle_torch_function";
 
-/// Tells code that asks whether a tensor has an override, to choose between two ways of its own, from code that runs an
-/// operation.
+/// Tells code that only asks whether a tensor has an override, to choose between two ways of its own, from code that
+/// runs an operation.
 struct Asked {
     get_frame: Py<PyAny>,
     questions: [Py<PyString>; 3],
     dispatch: Py<PyString>,
     /// From a code object to the offsets of its calls of `QUESTIONS`.
     calls_in: Py<PyAny>,
-    /// What that gave, by the code's address, with the code, which keeps the address its own.
+    /// Results of `calls_in` by the address of the code object, with the object, so that no other gets its address.
     known: Py<PyDict>,
 }
 
