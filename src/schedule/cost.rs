@@ -136,13 +136,13 @@ pub fn predict(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) ->
     Cost { seconds: most, ..play(layout, plan, rates, work, most) }
 }
 
-/// Plays steps of which lanes believe that they take so long.
+/// Plays steps in which lanes get what a step of `believed` seconds leaves them of the link.
 fn play(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work, believed: f64) -> Cost {
     let windows = traffic::windows(layout, plan, &work.uses);
     let units: Vec<UnitTraffic> =
         layout.units.iter().zip(&plan.homes).map(|(u, h)| traffic::of_unit(u, h.params, h.optimizer)).collect();
     let traffic = traffic::of_step(layout, plan, &work.uses);
-    // Where processor and device are the same, one's lanes have nothing to add.
+    // Where the device is the processor, lanes add nothing.
     let lanes = (plan.lane_elems > 0 && rates.shared.is_none()).then(|| Link::left(rates, &traffic, believed));
     let mut clocks = Clocks {
         lanes,
@@ -190,7 +190,7 @@ pub fn gains(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) -> V
                 }
                 Resource::Up => (rates.up, rates.both) = (rates.up * 2.0, rates.both * 1.5),
                 Resource::Down => (rates.down, rates.both) = (rates.down * 2.0, rates.both * 1.5),
-                // They are as fast as the link.
+                // Lanes are as fast as the link.
                 Resource::Lanes => {}
                 Resource::Update => {
                     (rates.update, rates.update_beside) = (rates.update * 2.0, rates.update_beside * 2.0);
@@ -237,14 +237,14 @@ struct Clocks<'a> {
     work: &'a Work,
     units: &'a [UnitTraffic],
     windows: &'a [Window],
-    /// What lanes have of the link; none without lanes.
+    /// The part of the link that lanes have; none without lanes.
     lanes: Option<Link>,
     free: [f64; COUNT],
-    /// The unit's home holds the result of its last update, and what that waited for.
+    /// Per unit, when its home holds the result of its last update, and the resource that this waited for.
     home: Vec<(f64, Resource)>,
-    /// Its last gradient is in host memory.
+    /// Per unit, when its last gradient is in host memory.
     landed: Vec<f64>,
-    /// The last window over a chunk of the ring has ended.
+    /// Per chunk of the ring, when the last window over it has ended.
     frames: Vec<f64>,
     busy: [f64; COUNT],
     waits: [f64; COUNT],
@@ -258,7 +258,7 @@ fn seconds(bytes: u64, rate: f64) -> f64 {
 }
 
 impl Clocks<'_> {
-    /// Plays one step; the time at which the next one begins.
+    /// Plays one step; returns the time at which the next one begins.
     fn step(&mut self) -> f64 {
         let last = self.windows.len() / self.work.uses.passes.max(1) as usize;
         let last = self.windows.len() - last;
@@ -268,16 +268,16 @@ impl Clocks<'_> {
         self.take(Resource::Compute, 0.0, self.work.rest);
         let unread: Vec<UnitId> = self.layout.ids().filter(|u| !self.work.uses.backward[u.index()]).collect();
         for unit in unread {
-            // Its gradient leaves although its parameters were not needed.
+            // The unit's gradient goes down although its backward reads no parameters.
             self.gradient(unit, true);
         }
-        // The step is the caller's only when all gradients are down.
+        // The optimizer's step begins only when all gradients are down.
         self.await_for(Resource::Down, self.free[Resource::Down as usize]);
         self.update();
         self.free[Resource::Compute as usize]
     }
 
-    /// Occupies a resource from `ready` on, or from when it is free; the end.
+    /// Occupies a resource from `ready` on, or from when it is free; returns the end.
     fn take(&mut self, resource: Resource, ready: f64, seconds: f64) -> f64 {
         let r = resource as usize;
         self.free[r] = self.free[r].max(ready) + seconds;
@@ -314,7 +314,7 @@ impl Clocks<'_> {
         }
     }
 
-    /// Brings a unit's parameters to the device: when they are there, and what they came late for.
+    /// Brings a unit's parameters to the device; returns when they are there, and the resource that delayed them.
     fn page_in(&mut self, unit: UnitId) -> (f64, Resource) {
         let u = unit.index();
         let bytes = self.units[u].params;
@@ -350,21 +350,22 @@ impl Clocks<'_> {
         }
     }
 
-    /// A copy on the processor that computes takes one of its threads.
+    /// Where the device is the processor, a copy takes one of the threads that compute.
     fn steal(&mut self, copy: f64) {
         if let Some(threads) = self.rates.shared {
             self.free[Resource::Compute as usize] += copy / f64::from(threads);
         }
     }
 
-    /// An update at a rate beside copies; where those are made by the processor itself, they have taken their time already.
+    /// Seconds of an update at the rate `beside` copies. Where the processor makes the copies, `steal` has counted their
+    /// time.
     fn on_processor(&self, u: usize, beside: f64) -> f64 {
         let rate = if self.rates.shared.is_some() { self.rates.update } else { beside };
         seconds(self.units[u].update, rate)
     }
 
-    /// Makes a unit's update, which takes the processor so long: on its threads, on lanes, or on both at once until they meet. When
-    /// it is over, and who is to blame.
+    /// Makes a unit's update, for which the processor alone needs `processor` seconds: on its threads, on lanes, or on both until
+    /// they meet. Returns the end, and the resource that decides it.
     #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
     fn run(&mut self, u: usize, ready: f64, processor: f64) -> (f64, Resource) {
         let one = self.units[u];
@@ -373,7 +374,7 @@ impl Clocks<'_> {
         let Some(link) = self.lanes else {
             return (self.take(Resource::Update, ready, processor), Resource::Update);
         };
-        // What the update reads and writes, but for the gradient, crosses the link once each way.
+        // All that the update reads and writes, except the gradient, crosses the link once each way.
         let down = (one.update - one.grads) / 2;
         let up = down + one.grads;
         let alone = link.seconds(up, down);
@@ -381,7 +382,7 @@ impl Clocks<'_> {
         self.updated[1] += part * elems;
         self.busy[Resource::Up as usize] += part * seconds(up, self.rates.up);
         self.busy[Resource::Down as usize] += part * seconds(down, self.rates.down);
-        // One thread leads both.
+        // One thread of the runtime leads both: one update at a time.
         let end = self.take(Resource::Lanes, ready, part * alone);
         if self.work.lanes_alone {
             return (end, Resource::Lanes);
@@ -406,11 +407,11 @@ impl Clocks<'_> {
                 continue;
             }
             if self.plan.spare[u] {
-                // Only the commit is left, of what ran ahead.
+                // Of an update that ran ahead only the commit is left.
                 self.home[u].0 = self.home[u].0.max(step);
                 continue;
             }
-            // Copies of lanes are copies too.
+            // Lanes copy too: their updates run beside copies.
             let beside = self.rates.update_beside;
             let rate = if self.lanes.is_some() { beside } else { f64::midpoint(self.rates.update, beside) };
             let update = self.on_processor(u, rate);
@@ -418,7 +419,8 @@ impl Clocks<'_> {
             let disk = self.take(Resource::Nvme, step, moved);
             let (end, whose) = self.run(u, step, update);
             self.home[u] = if moved > 0.0 && disk > end { (disk, Resource::Nvme) } else { (end, whose) };
-            // Pieces pass through both; the processor waits for the drive, not the drive for it.
+            // Pieces pass through the drive and the update; the update waits for the drive, not the drive for the
+            // update.
             if moved > 0.0 {
                 let runner = if self.lanes.is_some() { Resource::Lanes } else { Resource::Update };
                 let update = &mut self.free[runner as usize];

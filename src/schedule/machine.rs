@@ -26,7 +26,7 @@ use crate::{
 pub enum Command {
     /// Read all parameters of the unit from NVMe into a page slot; answer with [`Machine::params_read`].
     ReadParams(UnitId),
-    /// The page slot holds bytes nobody wants any more: give it back.
+    /// The page slot holds bytes that are no longer wanted: give it back.
     DropSlot(UnitId),
     /// Make the up stream wait until the unit's last window is over on the compute stream.
     WaitReleased(UnitId),
@@ -98,13 +98,13 @@ struct UnitState {
     update: Update,
     /// The parameters are in the spare place; their home is older.
     spare: bool,
-    /// Somebody needs the home.
+    /// A caller waits for the home to be current.
     home_wanted: bool,
     writing: u32,
 }
 
 impl UnitState {
-    /// The result of the last update is in the home.
+    /// Notes that the home holds the result of the last update.
     fn at_home(&mut self) {
         (self.spare, self.home_wanted) = (false, false);
     }
@@ -125,7 +125,7 @@ pub struct Prefetches {
     pub hits: u64,
     /// Openings of units whose prefetch was still on its way.
     pub late: u64,
-    /// Openings that nobody had foreseen.
+    /// Openings that no prefetch had begun to serve.
     pub demand: u64,
     /// Prefetched bytes overwritten before use, counted in units.
     pub wasted: u64,
@@ -139,14 +139,14 @@ pub struct Machine {
     units: Vec<UnitState>,
     spans: Vec<(u32, u32)>,
     owners: Vec<Option<UnitId>>,
-    /// Per chunk, whose bytes were copied in last.
+    /// Per chunk, the unit whose bytes were copied in last.
     copied: Vec<Option<UnitId>>,
     order: Order,
     upcoming: Vec<UnitId>,
     queue: VecDeque<UnitId>,
-    /// In their spare place, to be copied home: somebody waits.
+    /// Units in their spare place that are to be copied home, as a caller waits for their home.
     homeward: VecDeque<UnitId>,
-    /// One is on its way.
+    /// The unit that is being copied home.
     homing: Option<UnitId>,
     page_free: u32,
     update_free: u32,
@@ -190,7 +190,7 @@ impl Machine {
             homeward: VecDeque::with_capacity(units.len()),
             homing: None,
             page_free: placement.page_slots.0,
-            // One is the runtime's own, for what is not part of a step.
+            // One slot is kept for reads and writes outside of steps.
             update_free: placement.update_slots.0.saturating_sub(1),
             running: 0,
             window_chunks: window_chunks.min(placement.ring_chunks),
@@ -228,7 +228,7 @@ impl Machine {
 
     fn try_open(&mut self, unit: UnitId, out: &mut Vec<Command>) -> Opening {
         let conflict = self.units[unit.index()].frame != Frame::Full && self.holder(unit).is_some();
-        // Who uses the home needs it to be current.
+        // On a conflict the caller uses the home, which must be current.
         if self.update_queued(unit) || (conflict && self.update_pending(unit)) {
             self.hurry(unit, conflict);
             self.units[unit.index()].wanted = true;
@@ -295,11 +295,11 @@ impl Machine {
         }
         self.units[unit.index()].update = Update::Queued { next: 0, ran: 0 };
         self.queue.push_back(unit);
-        // Nothing else: what is expected next may be submitted next.
+        // No page-ins yet: the units expected next may be submitted next.
         self.pump_updates(out);
     }
 
-    /// Puts a unit's update before all others, for someone waits for it; where that is for its home, also its way there.
+    /// Moves a unit's update to the front of the queue, as a caller waits for it; with `home`, its copy home too.
     pub fn promote(&mut self, unit: UnitId, home: bool, out: &mut Vec<Command>) {
         self.hurry(unit, home);
         self.pump_updates(out);
@@ -311,7 +311,7 @@ impl Machine {
         self.bring_home(unit);
     }
 
-    /// Has the unit copied home, if that is wanted and an update will not do it.
+    /// Queues the unit's copy home, if a caller waits for its home and no queued update will fill it.
     fn bring_home(&mut self, unit: UnitId) {
         let s = &self.units[unit.index()];
         if s.home_wanted && s.spare && !self.update_queued(unit) && self.homing != Some(unit) {
@@ -333,7 +333,7 @@ impl Machine {
         matches!(self.units[unit.index()].update, Update::Queued { .. })
     }
 
-    /// True until nothing of the unit is on its way to NVMe either.
+    /// True while an update of the unit is queued or running, or bytes of it are on their way to NVMe.
     pub fn unsettled(&self, unit: UnitId) -> bool {
         self.update_queued(unit) || self.units[unit.index()].writing > 0
     }
@@ -354,12 +354,13 @@ impl Machine {
         s.writing += 1;
     }
 
-    /// The unit's parameters on NVMe are read past the machine: until [`Machine::end_write`] no update of them begins.
+    /// The unit's parameters on NVMe are about to be read without a command of the machine: until
+    /// [`Machine::end_write`] no update of them begins.
     pub fn hold_still(&mut self, unit: UnitId) {
         self.units[unit.index()].writing += 1;
     }
 
-    /// The parameters on NVMe were overwritten, or read past the machine.
+    /// Ends [`Machine::begin_write`] or [`Machine::hold_still`].
     pub fn end_write(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.units[unit.index()].writing -= 1;
         self.pump(out);
@@ -423,8 +424,8 @@ impl Machine {
         self.pump(out);
     }
 
-    /// A [`Command::RunChunk`] made, or found made, all of its unit's update in the other of its two places: in the spare one where
-    /// the parameters were at home, else at home.
+    /// A [`Command::RunChunk`] made all of its unit's update, or found it made ahead, in the other of the unit's two places: in the
+    /// spare place if the parameters were at home, else at home.
     pub fn turned(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.running -= 1;
         let s = &mut self.units[unit.index()];
@@ -449,7 +450,7 @@ impl Machine {
         if self.homing == Some(unit) {
             self.homing = None;
         }
-        // Of an update that is queued by now somebody may want the result at home, too.
+        // A caller may wait for the result of an update queued meanwhile to be at home, too.
         let queued = self.update_queued(unit);
         let s = &mut self.units[unit.index()];
         (s.spare, s.home_wanted) = (false, s.home_wanted && queued);

@@ -3,7 +3,7 @@
 //! - [`placement`]: where every segment lives, and the ring of frames, within the budgets;
 //! - [`advice`]: what would make a model fit;
 //! - [`traffic`], [`cost`]: what a step moves, and how long it takes at given rates;
-//! - [`order`]: which unit comes next, learned by watching;
+//! - [`order`]: which unit comes next, learned from past openings;
 //! - [`machine`]: the residency of units and the progress of updates, driven by events, answering with commands.
 
 #![forbid(unsafe_code)]

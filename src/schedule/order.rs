@@ -1,4 +1,4 @@
-//! Which unit comes next: learned from what followed what, a hint and never an assertion.
+//! Which unit comes next: learned from the order of past openings; a hint that may be wrong.
 
 use std::collections::HashMap;
 

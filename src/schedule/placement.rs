@@ -48,7 +48,7 @@ pub struct Limits {
     pub block: u64,
     /// Whether there are NVMe paths at all.
     pub has_nvme: bool,
-    /// Whether units that nobody asked for there may live on the compute device.
+    /// Whether units that the policy does not place there may live on the compute device.
     pub residents: bool,
     /// Whether lanes of the compute device take part in updates.
     pub lanes: LaneUse,
@@ -161,7 +161,7 @@ fn with_lanes(
     };
     let mut found = arranged(Device::fullest(layout, tiers, budgets, limits, lane_elems)?);
     if budgets.hbm.is_none() {
-        // Residents are the host's memory then: only where they fit beside all else, and push nothing to NVMe.
+        // Residents take the host's memory then: keep them only where all else fits too and nothing more goes to NVMe.
         let without = arranged(Device::least(layout, tiers, budgets, limits, lane_elems)?);
         let holds = holds(layout, budgets, &found.0, &found.1);
         if !holds || step_bytes(layout, &found.1) > step_bytes(layout, &without.1) {
@@ -192,7 +192,8 @@ fn arrange(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits,
     best(layout, &tiers, budgets, device, homes)
 }
 
-/// The homes with what may choose its tier on the host, as far as asked and `which` says of the unit.
+/// `homes`, with parameters (if `params`) and states (if `optimizer`) on the host where they may choose their tier and
+/// `which` selects the unit.
 fn raised(
     tiers: &[Tiers],
     homes: &[Homes],
@@ -263,7 +264,7 @@ fn best(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, device: &Device, cl
     found
 }
 
-/// Every wish fulfilled, and what may choose on NVMe.
+/// Every wish fulfilled; what has no wish goes to NVMe.
 fn wished(tiers: &[Tiers]) -> Vec<Homes> {
     let or_nvme = |t: Option<Tier>| t.unwrap_or(Tier::Nvme);
     tiers.iter().map(|t| Homes { params: or_nvme(t.params), optimizer: or_nvme(t.optimizer) }).collect()
@@ -381,7 +382,7 @@ fn chunk_on_nvme(update_elems: u64) -> u64 {
     (update_elems * 2).min(1 << 20)
 }
 
-/// A size as a policy spells it, rounded up: enough.
+/// A size as a policy spells it, rounded up so that it is enough.
 pub(crate) fn at_least(bytes: u64) -> String {
     let (unit, name) = if bytes < 16 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") };
     format!("{}{name}", bytes.div_ceil(unit))
@@ -412,7 +413,7 @@ impl Placement {
         u64::from(self.ring_chunks) >= fair.min(chunks().sum())
     }
 
-    /// Without lanes: they cannot be had after all.
+    /// Removes the lanes from the placement, when they cannot be made after all.
     pub fn without_lanes(&mut self) {
         self.hbm_bytes -= self.lane_bytes;
         (self.lane_elems, self.lane_bytes) = (0, 0);

@@ -1,4 +1,4 @@
-//! What the machine starts by itself after every event: updates, page-ins that somebody waits for, prefetches.
+//! What the machine starts by itself after every event: updates, page-ins of pending openings, prefetches.
 
 use super::{Command, Frame, Machine, Update};
 use crate::units::UnitId;
@@ -34,8 +34,8 @@ impl Machine {
         self.chunk_indices(unit).filter_map(|c| self.owners[c]).find(|&v| v != unit && self.units[v.index()].held)
     }
 
-    /// True if others hold frames of this unit, or wait for what is being paged into them: two who wait must not take each
-    /// other's frames for ever.
+    /// True if another unit that owns frames of this one is held, or has a pending opening: two pending openings must not
+    /// take each other's frames for ever.
     fn taken(&self, unit: UnitId) -> bool {
         self.chunk_indices(unit).filter_map(|c| self.owners[c]).any(|v| {
             let s = &self.units[v.index()];
@@ -59,7 +59,7 @@ impl Machine {
         while self.homing.is_none()
             && let Some(unit) = self.homeward.pop_front()
         {
-            // Otherwise its update has brought it there, or will.
+            // Else an update has brought the parameters home, or will.
             if self.in_spare(unit) && !self.update_queued(unit) {
                 self.homing = Some(unit);
                 out.push(Command::CopyHome(unit));
@@ -74,7 +74,7 @@ impl Machine {
                 unreachable!("a queued unit has an update");
             };
             if s.streamed {
-                // Chunks of the update before this one must have landed before they are read again.
+                // The writes of the unit's previous update must end before its chunks are read again.
                 if self.update_free == 0 || (next == 0 && s.writing > 0) {
                     return;
                 }
@@ -98,7 +98,8 @@ impl Machine {
         for i in 0..self.upcoming.len() {
             let unit = self.upcoming[i];
             let s = &self.units[unit.index()];
-            // What is held and stale is filled when its holder asks: kernels may be reading the older bytes.
+            // A held unit with stale frames is filled when its caller opens it again: kernels may be reading the older
+            // bytes.
             if s.held || matches!(s.frame, Frame::Full | Frame::Claimed) {
                 continue;
             }
@@ -118,7 +119,7 @@ impl Machine {
         s.held || s.wanted || (matches!(s.frame, Frame::Full | Frame::Claimed) && sooner.contains(&unit))
     }
 
-    /// Starts paging a unit in, evicting who is in the way; false if that must wait.
+    /// Starts paging a unit in, evicting the units that own its chunks; false if that must wait.
     pub(super) fn fill(&mut self, unit: UnitId, out: &mut Vec<Command>) -> bool {
         let s = &self.units[unit.index()];
         if matches!(s.frame, Frame::Full | Frame::Claimed) {
@@ -155,12 +156,12 @@ impl Machine {
         self.units[unit.index()].frame = Frame::Claimed;
     }
 
-    /// Commands the copy, after the windows of all whose bytes it overwrites.
+    /// Commands the copy, after waits for the windows of all units whose bytes it overwrites.
     pub(super) fn copy_up(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.units[unit.index()].frame = Frame::Full;
         let first = out.len();
         for c in self.chunk_indices(unit) {
-            // Whoever was copied in before that was waited for by that copy, on the same stream.
+            // Units copied in before `v` need no wait here: the copy of `v` waited for them, on the same stream.
             if let Some(v) = self.copied[c].replace(unit) {
                 let wait = Command::WaitReleased(v);
                 if !out[first..].contains(&wait) {

@@ -243,7 +243,7 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     for n in 0..3 {
         rig.machine.turned(u(n), &mut rig.out);
     }
-    assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "nobody needs a home");
+    assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "no caller waits for a home");
     rig.machine.promote(u(2), false, &mut rig.out);
     assert_eq!(rig.take(), [], "its frames can be filled");
     rig.machine.promote(u(2), true, &mut rig.out);
@@ -256,10 +256,10 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     assert_eq!(rig.open(1, Phase::Forward), Opening::Ready);
     assert!(rig.take().contains(&Command::CopyUp(u(1))));
     assert!(rig.machine.in_spare(u(1)) && rig.machine.update_pending(u(1)), "its home is older");
-    // 3 shares frames with 1, which is held: it would be used from its home.
+    // 3 shares frames with 1, which is held: 3 is to be used from its home.
     assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
     rig.machine.turned(u(3), &mut rig.out);
-    assert_eq!(rig.take(), [Command::RunChunk(u(5), 0), Command::CopyHome(u(3))], "somebody waits for it");
+    assert_eq!(rig.take(), [Command::RunChunk(u(5), 0), Command::CopyHome(u(3))], "the pending opening waits for it");
     rig.machine.homed(u(3), &mut rig.out);
     assert_eq!(rig.again(3), Opening::Conflict);
     rig.machine.release(u(1), &mut rig.out);
@@ -309,7 +309,7 @@ fn a_promoted_update_in_pieces_goes_on_where_it_was() {
         }
     }
     assert!(!rig.machine.update_pending(u(0)) && rig.machine.unsettled(u(0)), "writes trail");
-    // The next update of 0 waits for them, and does not hold up 2 once somebody wants that.
+    // The next update of 0 waits for them, and does not hold up 2 meanwhile.
     rig.submit(0);
     rig.take();
     rig.machine.chunk_written(u(0), 0, &mut rig.out);

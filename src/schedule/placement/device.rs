@@ -60,7 +60,7 @@ pub(super) fn sound(layout: &Layout, tiers: &[Tiers]) -> Result<Vec<Tiers>> {
 }
 
 impl Device {
-    /// The units that have to be here, no others.
+    /// Only the units that have to be here.
     pub(super) fn least(
         layout: &Layout,
         tiers: &[Tiers],

@@ -15,8 +15,8 @@ const UPDATE_SLOTS: u32 = 5;
 /// Room for parameter, master and both moments, four bytes each.
 const SLOT_BYTES_PER_ELEM: u64 = 16;
 const PAGE_SLOTS: u32 = 3;
-/// What a checkpoint needs at least, so that a model that fits can be saved and loaded: it takes half of what is left, and as much
-/// again is somebody else's.
+/// Host memory left free for checkpoints at least, so that a model that fits can be saved and loaded: a save gets half of what is
+/// left, of which parameters read outside of steps may hold half.
 const CHECKPOINT_BYTES: u64 = 4 * SAVE_FRAMES as u64 * SMALLEST_SAVE_FRAME;
 /// Frames of the largest unit, where the ring is the host's memory.
 const RING_FRAMES: u64 = 4;
@@ -94,8 +94,8 @@ impl<'a> HostNeed<'a> {
         self.staged(PAGE_SLOTS, elems, RING_FRAMES)
     }
 
-    /// With as much staging as the budget has room for; the least, if it has room for none. More budget never needs
-    /// more than there is of it.
+    /// With as much staging as the budget has room for; the least, if it has room for none. A larger budget never leads
+    /// to a need above it.
     pub(super) fn fitted(self, budgets: &Budgets) -> Self {
         let mut need = self.ample(budgets);
         while need.total() > budgets.host.0 {
