@@ -39,7 +39,7 @@ pub trait Lanes: Send + Sync {
     ///
     /// # Safety
     /// The arrays of the span and of the target lie in registered host memory, are valid and aligned as for
-    /// [`crate::optim::adamw`] and [`crate::optim::adamw_into_with`], and nobody else touches them in conflict until the lane is
+    /// [`crate::optim::adamw`] and [`crate::optim::adamw_into_with`], and stay free of conflicting access until the lane is
     /// done.
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
     unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()>;
@@ -70,7 +70,7 @@ pub(super) struct Staged {
     pub(super) down: [Copy; 4],
 }
 
-// SAFETY: addresses and numbers; whoever launched it vouched for the bytes, whichever thread touches them.
+// SAFETY: only addresses and numbers; the caller of `launch` vouched for the bytes, on any thread.
 #[expect(unsafe_code, reason = "carries addresses to the thread or stream of a lane")]
 unsafe impl Send for Staged {}
 

@@ -11,7 +11,7 @@ pub struct Mark {
 }
 
 impl Mark {
-    /// One that tells nothing: the stream could not take it.
+    /// A mark that was never made: the stream could not take it.
     pub const LOST: Self = Self { seq: 0 };
 
     pub(super) const fn new(seq: u64) -> Self {

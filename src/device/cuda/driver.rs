@@ -38,7 +38,7 @@ pub(super) mod code {
     }
 }
 
-/// What calls are asked of before there is a device.
+/// What errors call the thing that failed before there is a device.
 const THING: &str = "CUDA driver";
 
 /// A driver call that did not return success.
@@ -213,7 +213,7 @@ impl Driver {
         format!("{} failed: {name} ({meaning})", failure.call)
     }
 
-    /// The error a failed call becomes; `thing` is what it was asked of.
+    /// The error a failed call becomes; `thing` is the device or the driver.
     pub(super) fn error(&self, thing: &str, failure: Failure) -> Error {
         let action = if code::loses_context(failure.code) {
             "The CUDA context is lost, often by a kernel that ran earlier: look at the first error, run again with \
@@ -299,8 +299,8 @@ impl Context {
         Ok(value)
     }
 
-    /// True if the last record of an event is done; the context is entered. A thread that only asks must not disturb a graph that
-    /// the user captures on another one.
+    /// True if the last record of an event is done; the context is entered. The query must not disturb a graph that the user
+    /// captures on another thread.
     ///
     /// # Safety
     /// The event is alive.

@@ -168,10 +168,10 @@ impl Drop for CudaFrames {
     fn drop(&mut self) {
         self.streams.drain();
         let context = &*self.streams.context;
-        // Without a context there is nothing to give back, and nobody to give it to.
+        // Without a context there is nothing to unmap or release.
         let Ok(_entered) = context.enter() else { return };
         // SAFETY: exactly what this value mapped, reserved and created; the copies are done and the owner gave it up.
-        // A failure here has nobody to be told; the context remembers it if it matters.
+        // `drop` cannot return a failure; the context remembers it if it matters.
         unsafe {
             // Chunk by chunk, as they were mapped: whether one call may undo several is not documented.
             for at in (0..self.mapped).step_by(self.chunk_bytes) {

@@ -131,7 +131,7 @@ impl Drop for Kernels {
     fn drop(&mut self) {
         let context = &*self.context;
         let Ok(_entered) = context.enter() else { return };
-        // SAFETY: loaded in `load`; whoever launched a kernel has waited for its stream. A failure has nobody to be told.
+        // SAFETY: loaded in `load`; the owner of each stream has waited for its kernels. `drop` cannot return a failure.
         let _ = context.check(unsafe { context.driver.cuModuleUnload(self.module) });
     }
 }

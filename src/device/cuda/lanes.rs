@@ -106,7 +106,7 @@ impl Lanes for CudaLanes {
         let _entered = context.enter()?;
         // SAFETY: the caller's contract.
         let enqueued = unsafe { self.enqueue(lane.stream, &staged, hyper) };
-        // In any case, so that what was enqueued before a failure is waited for.
+        // Record also after a failure, so that `block` waits for what was enqueued before it.
         // SAFETY: both handles are alive.
         let recorded = context.check(unsafe { context.driver.cuEventRecord(lane.ended, lane.stream) });
         enqueued.and(recorded)
@@ -128,8 +128,8 @@ impl Drop for CudaLanes {
         let context = &*self.streams.context;
         let Ok(_entered) = context.enter() else { return };
         for lane in &self.lanes {
-            // SAFETY: exactly what this value made, and nobody else can name it; waited for, then destroyed. Failures have nobody to
-            // be told; the context remembers those that matter.
+            // SAFETY: exactly what this value made, and no other code can name it; waited for, then destroyed. `drop` cannot return
+            // a failure; the context remembers those that matter.
             unsafe {
                 if !lane.stream.is_null() {
                     let _ = context.check(context.driver.cuStreamSynchronize(lane.stream));

@@ -67,7 +67,7 @@ impl Marks {
         }
         let (from, to) = (self.events[from.slot()], self.events[to.slot()]);
         let mut millis = 0.0;
-        // A thread that only asks must not disturb a graph that the user captures on another one.
+        // This query must not disturb a graph that the user captures on another thread.
         let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: swaps the thread's mode with `mode`, here and back below.
         context.check(unsafe { context.driver.cuThreadExchangeStreamCaptureMode(&raw mut mode) })?;
@@ -94,7 +94,7 @@ impl Drop for Marks {
         let context = &*self.context;
         let Ok(_entered) = context.enter() else { return };
         for &event in &self.events {
-            // SAFETY: made above, and nobody else can name it. Failures have nobody to be told.
+            // SAFETY: made in `new`, and no other code can name it. `drop` cannot return a failure.
             let _ = context.check(unsafe { context.driver.cuEventDestroy_v2(event) });
         }
     }

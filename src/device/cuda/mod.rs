@@ -76,7 +76,7 @@ pub struct DeviceInfo {
     pub name: String,
     /// All its memory.
     pub total: ByteCount,
-    /// Memory nobody has taken yet.
+    /// Memory that no process has taken yet.
     pub free: ByteCount,
     /// Its link, if the system tells.
     pub pcie: Option<PcieLink>,
@@ -84,7 +84,7 @@ pub struct DeviceInfo {
     pub driver: (u32, u32),
 }
 
-/// Describes a device. Makes its primary context for the moment if nobody has.
+/// Describes a device. Makes its primary context for the duration of the call if this process has none.
 ///
 /// # Errors
 /// `FN-E001` without a driver or a device of that number, `FN-E002` when the driver fails.
@@ -322,7 +322,7 @@ impl Drop for CudaDevice {
         // A lost context has lost its registrations too.
         let Ok(_entered) = context.enter() else { return };
         for region in self.regions.lock().iter() {
-            // SAFETY: registered once in `register`; the copies are done. A failure has nobody to be told.
+            // SAFETY: registered once in `register`; the copies are done. `drop` cannot return a failure.
             let _ = context.check(unsafe { context.driver.cuMemHostUnregister(region.as_ptr().cast()) });
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! E1: the event of a gate is recorded again `RING` gates later. A completed event then stands for its last record, and
 //! that covers the earlier ones: by the order of the stream for `Up` and `Down`; for `Compute`, whose gates come from
-//! several streams, because the stream is first made to wait for the earlier record unless that is known to be done.
-//! So what is asked of an old gate is answered for a newer one: later perhaps, never too early.
+//! several streams, because the stream is first made to wait for the earlier record unless that is known to be done. So
+//! a question about an old gate is answered for a newer one: perhaps late, never too early.
 //! E2: that all gates up to one number have passed is concluded for `Up` and `Down` only.
 #![expect(unsafe_code, reason = "calls into the CUDA driver")]
 
@@ -241,7 +241,7 @@ impl Drop for Streams {
         // Device and frames, the only users, have emptied the streams.
         let context = &*self.context;
         let Ok(_entered) = context.enter() else { return };
-        // SAFETY: exactly what this value made, and nobody else can name it. Failures have nobody to be told.
+        // SAFETY: exactly what this value made, and no other code can name it. `drop` cannot return a failure.
         unsafe {
             for slot in self.rings.iter().flat_map(|ring| &ring.slots) {
                 let _ = context.check(context.driver.cuEventDestroy_v2(slot.event));

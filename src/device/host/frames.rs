@@ -1,7 +1,7 @@
 //! Frames of the host device: many address ranges mapped onto one file in memory.
 //!
 //! F1: a range is mapped once, shared, and stays until the frames are dropped.
-//! F2: behind every unit lies a page that nobody may touch, so an overrun faults instead of hitting its neighbour.
+//! F2: behind every unit lies an inaccessible page, so an overrun faults instead of hitting its neighbour.
 #![expect(unsafe_code, reason = "maps shared memory at addresses of its own choice")]
 
 use std::{
@@ -67,7 +67,7 @@ pub(super) fn create(
         frames.map(&ring, at + first, 0, rest)?;
         at += first + rest + page;
     }
-    // Now that all is mapped: what is mapped anew would be copied again.
+    // After the last mapping: a fork would copy a range that is mapped later.
     frames.not_forked = Some(NotForked::new(frames.base.as_ptr(), len));
     frames.addresses = addresses.into_boxed_slice();
     Ok(frames)
@@ -91,7 +91,7 @@ fn refused(what: &str, bytes: ByteCount, cause: &OsError) -> Error {
     let memory = "Lower budget.hbm, or raise the container's or user's memory limit (ulimit -v).";
     let action = match errno {
         libc::ENOMEM => memory.to_owned(),
-        // Open files, the size of a file: budgets have no part in them.
+        // The limit is on open files or the size of a file, not on memory.
         other => crate::os_error::advice(other, std::path::Path::new("/")).unwrap_or_else(|| memory.to_owned()),
     };
     Error::new(Code::HostAlloc, format!("the system refused to {what} {bytes} of frames of the host device: {cause}."))
@@ -109,7 +109,7 @@ impl HostFrames {
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
         // SAFETY: `create` sized the reservation to hold `at + bytes`.
         let place = unsafe { self.base.as_ptr().add(at as usize) };
-        // SAFETY: replaces pages of our own reservation, which nobody uses yet.
+        // SAFETY: replaces pages of our own reservation, which are not in use yet.
         let got = unsafe {
             let offset = offset as libc::off_t;
             libc::mmap(place.cast(), bytes as usize, protection, flags, ring.as_raw_fd(), offset)
@@ -127,7 +127,7 @@ impl Frames for HostFrames {
 impl Drop for HostFrames {
     fn drop(&mut self) {
         if self.not_forked.as_ref().is_some_and(|range| !range.is_ours()) {
-            return; // of the parent: in this process the addresses stay reserved
+            return; // mapped by the parent: in this process the addresses stay reserved
         }
         self.streams.drain();
         // SAFETY: exactly the reservation made in `create`; the copy streams are empty and the owner gave the frames up.

@@ -107,7 +107,7 @@ impl Lanes for HostLanes {
 impl Lane {
     fn serve(&self) {
         while let Some((staged, hyper)) = self.next() {
-            // SAFETY: whoever launched it vouched for its addresses; the staging memory is this lane's alone.
+            // SAFETY: the caller of `launch` vouched for its addresses; the staging memory is this lane's alone.
             let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { run(&staged, &hyper) }));
             let outcome = outcome.unwrap_or_else(|_| {
                 Err(Error::new(Code::Panicked, "a thread that updates for the device panicked; its message is above."))
@@ -144,7 +144,7 @@ impl Lane {
 }
 
 /// # Safety
-/// As for [`Lanes::launch`], and nobody else uses the staging memory.
+/// As for [`Lanes::launch`], and no other thread uses the staging memory.
 unsafe fn run(staged: &Staged, hyper: &Hyper) -> Result<()> {
     for copy in staged.up {
         // SAFETY: the caller's contract.
@@ -166,7 +166,7 @@ impl Drop for HostLanes {
             lane.changed.notify_all();
         }
         for worker in self.workers.drain(..) {
-            // The worker caught its own panic and told everyone.
+            // The worker caught its own panic and recorded it as the failure.
             let _ = worker.join();
         }
     }

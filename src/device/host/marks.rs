@@ -24,7 +24,7 @@ impl Marks {
         Self { epoch: Instant::now(), ring: Mutex::new(Ring { last: 0, passed }) }
     }
 
-    /// The next mark, which nobody has passed yet.
+    /// Makes the next mark, which no stream has passed yet.
     pub(super) fn make(&self) -> Mark {
         let mut ring = self.ring.lock();
         ring.last += 1;
@@ -33,7 +33,7 @@ impl Marks {
         mark
     }
 
-    /// Whoever calls this has come to the mark.
+    /// Notes that the calling thread has come to the mark, and when.
     pub(super) fn pass(&self, mark: Mark) {
         let mut ring = self.ring.lock();
         if mark.kept(ring.last) {

@@ -175,7 +175,7 @@ impl Drop for HostDevice {
     fn drop(&mut self) {
         self.streams.close();
         for worker in self.workers.drain(..) {
-            // The worker caught its own panic and told everyone.
+            // The worker caught its own panic and recorded it as the failure.
             let _ = worker.join();
         }
     }

@@ -64,9 +64,9 @@ struct Lane {
     name: &'static str,
     bytes_per_second: Option<f64>,
     queue: Mutex<Queue>,
-    /// Something to do, or the end.
+    /// Notified when there is an operation to run, or when the streams close.
     work: Condvar,
-    /// An operation finished.
+    /// Notified when an operation has finished.
     room: Condvar,
     /// Number of the last gate enqueued; written under `queue`.
     recorded: AtomicU64,
@@ -89,7 +89,7 @@ impl Lane {
     }
 }
 
-// SAFETY: whoever enqueues an operation vouches for its addresses, whichever thread uses them.
+// SAFETY: the caller that enqueues an operation vouches for its addresses, on any thread.
 unsafe impl Send for Op {}
 
 /// Both copy streams and the threads' meeting point.
@@ -98,7 +98,7 @@ pub(super) struct Streams {
     down: Lane,
     pub(super) marks: Marks,
     failure: OnceLock<Error>,
-    /// Taken for a moment by whoever opens a gate, so that no waiter misses it.
+    /// A worker that opens a gate locks this for a moment before it notifies, so that no waiter misses the gate.
     progress: Mutex<()>,
     opened: Condvar,
 }
@@ -161,8 +161,8 @@ impl Streams {
         Ok(Gate { role, seq })
     }
 
-    /// Makes a mark on a stream. The calling thread comes to one of Compute at once, and so does a stream with nothing to do; one
-    /// at work comes to it without being woken.
+    /// Makes a mark on a stream. A mark on Compute, or on an idle stream, is passed at once; the worker of a busy stream passes
+    /// it in turn, without being woken.
     pub(super) fn mark(&self, role: Role) -> Result<Mark> {
         self.check()?;
         let mark = self.marks.make();
@@ -248,11 +248,11 @@ impl Streams {
         }
     }
 
-    /// S3. The worker that calls this is at its end.
+    /// S3. Called by a worker as it ends.
     fn fail(&self, name: &str) {
         let error = Error::new(Code::Panicked, format!("the thread {name} panicked; its message is above."))
             .action("Please report it with that message; training has to be restarted from its last checkpoint.");
-        // The first failure is the one to tell.
+        // Only the first failure is kept.
         let _ = self.failure.set(error);
         for lane in [&self.up, &self.down] {
             let mut queue = lane.queue.lock();
@@ -271,7 +271,7 @@ impl Streams {
         let mut pace = Pace { bytes_per_second: lane.bytes_per_second, due: Instant::now() };
         while let Some(op) = self.next(lane) {
             match op {
-                // SAFETY: whoever enqueued it vouched for both ranges until a later gate has passed.
+                // SAFETY: the caller that enqueued it vouched for both ranges until a later gate has passed.
                 Op::Copy { dst, src, len } => unsafe { copy(dst, src, len, &mut pace) },
                 // SAFETY: as above.
                 Op::Fill { dst, byte, len } => unsafe { fill(dst, byte, len) },
@@ -335,7 +335,7 @@ impl Pace {
 /// Copies slice by slice at the given pace.
 ///
 /// # Safety
-/// Both ranges are valid, do not overlap, and nobody else touches them in conflict.
+/// Both ranges are valid, do not overlap, and are free of conflicting access meanwhile.
 unsafe fn copy(dst: u64, src: u64, len: usize, pace: &mut Pace) {
     let dst = std::ptr::with_exposed_provenance_mut::<u8>(dst as usize);
     let src = std::ptr::with_exposed_provenance::<u8>(src as usize);
@@ -360,7 +360,7 @@ pub(super) unsafe fn copy_here(dst: u64, src: u64, len: usize) {
 /// Sets every byte of a range, on the calling thread.
 ///
 /// # Safety
-/// The range is valid and nobody else touches it.
+/// The range is valid and free of other access meanwhile.
 pub(super) unsafe fn fill(dst: u64, byte: u8, len: usize) {
     // SAFETY: the caller vouches for the range.
     unsafe { std::ptr::with_exposed_provenance_mut::<u8>(dst as usize).write_bytes(byte, len) };
