@@ -63,7 +63,8 @@ pub struct Rule {
     pub fault: Fault,
 }
 
-/// The rules in force; shared by whoever injects and the engine. Costs one relaxed load per block while there are none.
+/// The rules in force, shared by the code that injects faults and the engine. Costs one relaxed load per block while
+/// there are none.
 #[derive(Debug, Default)]
 pub struct Faults {
     on: AtomicBool,

@@ -239,7 +239,7 @@ fn alignment(file: &File) -> Option<usize> {
         .then(|| stat.stx_dio_mem_align.max(stat.stx_dio_offset_align) as usize)
 }
 
-/// A file in `dir` that has no name, so that its space is free again as soon as nobody has it open.
+/// A file in `dir` that has no name, so that its space is free again as soon as no process has it open.
 ///
 /// # Errors
 /// `FN-E604` if it cannot be made.

@@ -163,7 +163,7 @@ pub type Sink = Arc<dyn Fn(IoCompletion) + Send + Sync>;
 
 /// A machine that carries out requests.
 pub trait IoEngine: Send + Sync {
-    /// Hands a request over; returns at once, whatever the disk does. Callable from any thread.
+    /// Hands a request over; returns at once, without waiting for the disk. Callable from any thread.
     ///
     /// # Errors
     /// The request comes back if its parts do not fit the lease, the files or the alignment (`FN-E301`), or if the

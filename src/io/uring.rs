@@ -1,7 +1,7 @@
 //! The engine `io_uring`: one thread that owns the ring and sleeps in it.
 //!
 //! U1: at most `queue_depth` blocks and one read of the wake-up counter are in the ring, so that it never overflows.
-//! U2: whatever the kernel may write to (slots, the counter) outlives the ring, or is leaked if the ring fails.
+//! U2: all memory that the kernel may write to (slots, the counter) outlives the ring, or is leaked if the ring fails.
 #![expect(unsafe_code, reason = "hands addresses owned by leases to the kernel")]
 
 use std::{
@@ -83,7 +83,7 @@ impl Uring {
         if wake < 0 {
             return Err((Refused::new("eventfd", &std::io::Error::last_os_error()), files));
         }
-        // SAFETY: just made, and nobody else's.
+        // SAFETY: just made, and without another owner.
         let wake = unsafe { File::from_raw_fd(wake) };
         let faults = Arc::clone(&options.faults);
         let shared = Arc::new(Shared { requests: Mutex::new(Requests::new(options.block)), files, faults, sink, wake });
@@ -123,7 +123,7 @@ impl IoEngine for Uring {
         }
         let admitted = self.shared.requests.lock().admit(request);
         match admitted {
-            // With others waiting before it, a wake-up is pending or the queue is full.
+            // If other requests waited before it, a wake-up is pending or the queue is full.
             Ok(first) => {
                 if first {
                     self.shared.wake();
@@ -408,7 +408,7 @@ fn try_out(ring: &mut IoUring) -> std::result::Result<(), Refused> {
     if fd < 0 {
         return Err(Refused::new("memfd_create", &std::io::Error::last_os_error()));
     }
-    // SAFETY: just made, and nobody else's.
+    // SAFETY: just made, and without another owner.
     let file = unsafe { File::from_raw_fd(fd) };
     let (mut written, mut read) = ([0x5au8; 512], [0u8; 512]);
     let target = types::Fd(file.as_raw_fd());
