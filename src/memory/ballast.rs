@@ -21,7 +21,8 @@ static BALLAST: AtomicPtr<libc::c_void> = AtomicPtr::new(ptr::null_mut());
 #[cfg(feature = "heap")]
 pub(crate) struct Heap;
 
-/// Tries again, once there is more to take from; the first answer where there is not.
+/// Repeats a refused allocation once after giving the reserve up; the first result if it succeeded or there is no
+/// reserve.
 #[cfg(feature = "heap")]
 fn retried(first: *mut u8, again: impl FnOnce() -> *mut u8) -> *mut u8 {
     if first.is_null() && give_up() { again() } else { first }
@@ -54,11 +55,11 @@ unsafe impl GlobalAlloc for Heap {
 #[cfg(any(feature = "heap", test))]
 fn give_up() -> bool {
     let ballast = BALLAST.swap(ptr::null_mut(), Ordering::AcqRel);
-    // SAFETY: what `set_aside` mapped, whole, and nobody else's any more.
+    // SAFETY: what `set_aside` mapped, whole; after the swap no other thread has it.
     !ballast.is_null() && unsafe { libc::munmap(ballast, BYTES) } == 0
 }
 
-/// Sees to it that address space is set aside: called before anything that allocates.
+/// Sets address space aside, if none is: called before anything that allocates.
 ///
 /// # Errors
 /// `FN-E204` when the system has none left.
@@ -76,7 +77,7 @@ pub fn set_aside() -> Result<()> {
             .action("Raise the limit on virtual memory (ulimit -v)."));
     }
     if BALLAST.compare_exchange(ptr::null_mut(), raw, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-        // SAFETY: mapped above, and nobody has seen it.
+        // SAFETY: mapped above, and not known to other code.
         unsafe { libc::munmap(raw, BYTES) };
     }
     Ok(())

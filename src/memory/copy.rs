@@ -1,7 +1,7 @@
-//! Copies of more than a cache should hold: around it.
+//! Copies of ranges too large for the caches, around them.
 #![expect(unsafe_code, reason = "moves bytes between raw addresses with instructions of the processor")]
 
-/// From so many bytes on a copy goes around the caches, on processors where this module can say so.
+/// A copy of at least so many bytes goes around the caches, on processors whose streaming stores this module uses.
 #[cfg(any(test, target_arch = "x86_64"))]
 const LARGE: usize = 1 << 20;
 
@@ -11,7 +11,7 @@ const LARGE: usize = 1 << 20;
 /// 23 GB/s where `memcpy` copied 10, from 1 MiB on. What was copied is in memory, not in a cache, when this returns.
 ///
 /// # Safety
-/// Both ranges are valid, do not overlap, and nobody else touches them in conflict.
+/// Both ranges are valid, do not overlap, and are free of conflicting access meanwhile.
 pub(crate) unsafe fn copy_past_caches(dst: *mut u8, src: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     if len >= LARGE {
@@ -37,7 +37,8 @@ unsafe fn streamed(dst: *mut u8, src: *const u8, len: usize) {
     let lines = (len - head) / LINE;
     let tail = head + lines * LINE;
     // SAFETY: all offsets are below `len`, and the caller vouches for both ranges; a prefetch never faults, wherever it
-    // points. Streaming stores go to multiples of 64, and the fence orders them before whatever tells that they are done.
+    // points. Streaming stores go to multiples of 64, and the fence orders them before a later store that tells another
+    // thread of them.
     unsafe {
         std::ptr::copy_nonoverlapping(src, dst, head);
         for at in (head..tail).step_by(LINE) {

@@ -1,8 +1,10 @@
-//! Memory whose pages come when they are touched: a handler of SIGSEGV that has a thread of the runtime bring them.
+//! Memory whose pages are brought when a thread touches them: a handler of SIGSEGV asks a thread of the runtime, the
+//! server.
 //!
-//! H1: the handler uses system calls and atomics only, no lock and no heap; it may run in any thread, whatever that thread holds.
-//! H2: what is no business of this module goes to the handler that was there before, or ends the process as it would have.
-//! H3: a thread waits in the handler only while a server runs that will answer; an end of the server is an answer.
+//! H1: the handler uses system calls and atomics only, no lock and no heap: it may run in any thread, with any lock held.
+//! H2: a fault outside of this module's ranges goes to the handler that was there before, or ends the process as without
+//! this module.
+//! H3: a thread waits in the handler only while a server runs that will answer; the end of the server ends the wait.
 #![expect(unsafe_code, reason = "handles a signal, and waits on a futex")]
 
 use std::{
@@ -20,11 +22,11 @@ use crate::error::{Code, Error, Result};
 
 /// There is no memory behind a part.
 pub(super) const EMPTY: u32 = 0;
-/// Somebody has touched it, and waits.
+/// A thread has touched the part, and waits.
 pub(super) const WANTED: u32 = 1;
-/// Its bytes are there.
+/// The part's bytes are there.
 pub(super) const FILLED: u32 = 2;
-/// They cannot be brought; the reason was told.
+/// The part's bytes cannot be brought.
 pub(super) const REFUSED: u32 = 3;
 
 /// The parts of one range, as the handler sees them.
@@ -32,7 +34,7 @@ pub(super) struct Table {
     /// Per part: first address, bytes, name.
     parts: Box<[(usize, usize, Box<str>)]>,
     states: Box<[AtomicU32]>,
-    /// Written to when somebody waits.
+    /// The server sleeps on it; a thread that waits writes to it.
     wake: File,
     served: AtomicBool,
 }
@@ -48,7 +50,7 @@ impl Table {
                 .errno(cause.raw_os_error().unwrap_or(0))
                 .action("Raise the limit on open files (ulimit -n)."));
         }
-        // SAFETY: just made, and nobody else owns it.
+        // SAFETY: just made, and without another owner.
         let wake = unsafe { File::from_raw_fd(fd) };
         let states = parts.iter().map(|_| AtomicU32::new(EMPTY)).collect();
         Ok(Self { parts: parts.into_boxed_slice(), states, wake, served: AtomicBool::new(false) })
@@ -58,18 +60,18 @@ impl Table {
         self.states[part].load(Ordering::Acquire)
     }
 
-    /// Changes a part's state, and has those who wait for it look again.
+    /// Changes a part's state, and wakes the threads that wait for the part.
     pub(super) fn set(&self, part: usize, state: u32) {
         self.states[part].store(state, Ordering::Release);
         futex_wake(&self.states[part]);
     }
 
-    /// Begins to answer.
+    /// Lets threads wait: a server answers from now on.
     pub(super) fn serve(&self) {
         self.served.store(true, Ordering::SeqCst);
     }
 
-    /// Has the server look for its end; from now on nobody begins to wait.
+    /// Wakes the server, which then ends; from now on no thread begins to wait.
     pub(super) fn stop(&self) {
         self.served.store(false, Ordering::SeqCst);
         self.ring();
@@ -79,10 +81,10 @@ impl Table {
         self.served.load(Ordering::SeqCst)
     }
 
-    /// Waits until somebody wants something, or the end was asked for.
+    /// Waits until a thread wants a part, or [`Self::stop`] was called.
     pub(super) fn wait(&self) {
         let mut count = [0; 8];
-        // Interrupted: the caller looks, and comes again.
+        // If a signal interrupts this, the caller looks for a wanted part and calls again.
         let _ = (&self.wake).read(&mut count);
     }
 
@@ -92,7 +94,7 @@ impl Table {
         unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
     }
 
-    /// A part that somebody waits for.
+    /// A part that a thread waits for.
     pub(super) fn wanted(&self) -> Option<usize> {
         self.states.iter().position(|state| state.load(Ordering::Acquire) == WANTED)
     }
@@ -123,7 +125,7 @@ pub(super) fn free(table: *mut Table) {
     }
 }
 
-/// Sees to it that faults come here first, also where another handler was installed since.
+/// Makes this module's handler the first one, also where another handler was installed since.
 ///
 /// # Errors
 /// `FN-E204` when the system refuses.
@@ -142,10 +144,10 @@ pub(crate) fn install() -> Result<()> {
     if now.sa_sigaction == on_fault as *const () as usize {
         return Ok(());
     }
-    // Leaked: a handler may read the one before at any time.
+    // Leaked: `leave` may read it at any time, in any thread.
     let before = Box::into_raw(Box::new(now));
     BEFORE.store(before, Ordering::SeqCst);
-    // Fails where there was one.
+    // Fails if an earlier installation has set it.
     let _ = FIRST.compare_exchange(ptr::null_mut(), before, Ordering::SeqCst, Ordering::SeqCst);
     // SAFETY: all its fields are integers or a set that is empty when zeroed.
     let mut ours: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -216,7 +218,7 @@ fn bring(node: &Node, ours: bool, address: usize) -> bool {
     }
 }
 
-/// Does what would have been done without this module.
+/// Does what the process would do without this module.
 ///
 /// # Safety
 /// As for a handler of the signal.

@@ -25,7 +25,7 @@ pub(super) struct Node {
     len: AtomicUsize,
     /// The process that mapped it.
     pid: AtomicU32,
-    /// What lies there, if its pages come when they are touched.
+    /// The parts of the range, if its pages are brought when they are touched.
     pub(super) table: AtomicPtr<Table>,
     next: AtomicPtr<Self>,
 }
@@ -130,8 +130,8 @@ pub(super) fn find(address: usize) -> Option<(&'static Node, bool)> {
     nodes().find(inside).map(|node| (node, node.pid.load(Ordering::Relaxed) == std::process::id()))
 }
 
-/// Has the forks that begin from now on copy these ranges (address, bytes) too: somebody looks at them in a way that a child may go on
-/// with. [`forked`] ends it. The caller keeps two threads from calling these at once.
+/// Makes forks that begin from now on copy these ranges (address, bytes) too: tensors look at them that a child may go on using.
+/// [`forked`] ends it. The caller keeps two threads from calling these two at once.
 pub fn keep(ranges: &[(usize, usize)]) {
     let page = page_size();
     FORKS.fetch_add(1, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Whether there is address space left for what cannot say by itself that there is not.
+//! Whether there is address space left for allocations that cannot report a refusal themselves.
 #![expect(unsafe_code, reason = "maps memory and unmaps it at once")]
 
 use crate::{
@@ -6,8 +6,8 @@ use crate::{
     units::ByteCount,
 };
 
-/// Looks whether the system would give so many bytes of address space now. The heap ends the process where it is refused memory, and so
-/// does a thread without a stack: they are asked for only after this.
+/// Looks whether the system would give so many bytes of address space now. The heap ends the process where it is refused memory,
+/// and so does a thread without a stack: call this before either.
 ///
 /// # Errors
 /// `FN-E204` when it would not.
@@ -24,7 +24,7 @@ pub fn headroom(bytes: ByteCount, purpose: &str) -> Result<()> {
     if raw == libc::MAP_FAILED {
         return Err(refused(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOMEM)));
     }
-    // SAFETY: mapped just above, and nobody has seen it.
+    // SAFETY: mapped just above, and not known to other code.
     unsafe { libc::munmap(raw, len.max(1)) };
     Ok(())
 }

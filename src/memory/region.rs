@@ -61,7 +61,7 @@ impl HostRegion {
         Self::map(len, 0, purpose)
     }
 
-    /// Maps `slack` bytes more than it needs, and begins at a multiple of so many bytes.
+    /// Maps `slack` bytes more than needed, so that the region can begin at a multiple of `slack`.
     fn map(len: ByteCount, slack: u64, purpose: &str) -> Result<Arc<Self>> {
         let refused = || {
             Error::new(Code::HostAlloc, format!("the system refused {len} of memory for {purpose}."))
@@ -133,7 +133,7 @@ impl HostRegion {
 
 impl HostRegion {
     /// Has the system provide the pages of `[offset, offset + len)` now, where it can (Linux 5.14): the first write to a page costs
-    /// more than all later ones, a virtual machine's most. Contents stay, whoever uses them meanwhile.
+    /// more than all later ones, a virtual machine's most. Contents stay, also while other threads use them.
     ///
     /// # Panics
     /// If the range is outside the region.
@@ -146,8 +146,8 @@ impl HostRegion {
         }
     }
 
-    /// Moves the memory to addresses that nobody uses, in place of what is mapped there. Whoever looks there sees none of it, or all. From
-    /// now on there is nothing at the region's own addresses.
+    /// Moves the memory to addresses of the caller's, in place of what is mapped there. A thread that looks there sees none of the
+    /// memory, or all. From now on there is nothing at the region's own addresses.
     ///
     /// # Panics
     /// If the region was not made by [`Self::movable`], or was moved.
@@ -164,7 +164,7 @@ impl HostRegion {
         Ok(())
     }
 
-    /// Lets forks copy it from now on: it is no runtime's any more, but tensors look at it.
+    /// Lets forks copy it from now on: its runtime has ended, but tensors look at it.
     pub fn let_fork(&self) {
         self.not_forked.let_fork();
     }
@@ -194,9 +194,9 @@ impl std::fmt::Debug for HostRegion {
 impl Drop for HostRegion {
     fn drop(&mut self) {
         if self.moved.load(Ordering::Acquire) || !self.not_forked.is_ours() {
-            return; // somebody else's now, or of the parent: in this process the addresses stay reserved
+            return; // another owner has it now, or the parent process: here the addresses stay reserved
         }
-        // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`, so nobody is left.
+        // SAFETY: exactly the mapping made in `new`; every user holds the `Arc`, so none is left.
         unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapping_len) };
     }
 }

@@ -1,7 +1,7 @@
-//! Address space for bytes that live on NVMe: memory only while somebody reads them outside their window.
+//! Address space for bytes that live on NVMe: backed by memory only while code reads them outside their window.
 //!
-//! A part is inaccessible until it is filled. Whoever touches it unfilled, past all guards, waits until a thread of the runtime has
-//! brought the bytes (`fault`), or ends the process with a message.
+//! A part is inaccessible until it is filled. A thread that touches an unfilled part, past all guards, waits until a thread of the
+//! runtime has brought the bytes (`fault`); if they cannot be brought, the process ends with a message.
 #![expect(unsafe_code, reason = "maps memory and changes its protection")]
 
 use std::{
@@ -69,7 +69,7 @@ impl ShadowSpace {
         }
         let ranges: Vec<(usize, usize)> = places.iter().map(|&(at, len, _)| (at, len)).collect();
         let table = Table::new(places).and_then(|table| fault::install().map(|()| table)).inspect_err(|_| {
-            // SAFETY: mapped above, and nobody has seen it.
+            // SAFETY: mapped above, and not known to other code.
             unsafe { libc::munmap(start.as_ptr().cast(), total) };
         })?;
         let table = Box::into_raw(Box::new(table));
@@ -88,22 +88,22 @@ impl ShadowSpace {
         unsafe { &*self.table }
     }
 
-    /// Lets forks copy what is there from now on.
+    /// Lets forks copy these ranges from now on.
     pub fn let_fork(&self) {
         self.registered.let_fork();
     }
 
-    /// Has touched parts wait for answers from now on.
+    /// From now on a thread that touches an unfilled part waits for a server to answer.
     pub fn serve(&self) {
         self.table().serve();
     }
 
-    /// Ends [`Self::wanted`].
+    /// Makes [`Self::wanted`] return none.
     pub fn stop(&self) {
         self.table().stop();
     }
 
-    /// Waits until a part is touched that is not there; none once [`Self::stop`] was called.
+    /// Waits until a thread touches an unfilled part; none once [`Self::stop`] was called.
     pub fn wanted(&self) -> Option<usize> {
         while self.table().served() {
             if let Some(part) = self.table().wanted() {
@@ -114,7 +114,7 @@ impl ShadowSpace {
         None
     }
 
-    /// Has those who wait for anything see that nothing will come.
+    /// Refuses every part that a thread waits for.
     pub fn refuse_all(&self) {
         while let Some(part) = self.table().wanted() {
             self.table().set(part, REFUSED);
@@ -125,7 +125,7 @@ impl ShadowSpace {
 impl Drop for ShadowSpace {
     fn drop(&mut self) {
         if !self.registered.is_ours() {
-            return; // of the parent: in this process the addresses stay reserved
+            return; // mapped by the parent: in this process the addresses stay reserved
         }
         self.registered.table().store(ptr::null_mut(), Ordering::SeqCst);
         fault::free(self.table);
@@ -146,7 +146,7 @@ pub struct Shadow {
     part: usize,
     start: *mut u8,
     len: usize,
-    /// Held while memory comes or goes; never while anything is waited for.
+    /// Held while memory comes or goes; no holder waits for another thread.
     change: Mutex<()>,
     undo: Mutex<Option<Undo>>,
 }
@@ -177,7 +177,7 @@ impl Shadow {
         self.space.table().state(self.part) == FILLED
     }
 
-    /// Has `undo` run before the memory is given back.
+    /// Runs `undo` before the memory is given back.
     pub fn before_release(&self, undo: Box<dyn FnOnce() + Send>) {
         *self.undo.lock() = Some(undo);
     }
@@ -202,7 +202,7 @@ impl Shadow {
         Ok(())
     }
 
-    /// Moves a region there, all at once for whoever looks; false, and nothing is done, if there is memory already.
+    /// Moves a region there, at once for all threads; does nothing and returns false if there is memory already.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
@@ -221,8 +221,9 @@ impl Shadow {
         Ok(true)
     }
 
-    /// Gives the memory back if `unchanged` says so of its bytes; true then. Whoever writes meanwhile waits, and finds what came of it;
-    /// whoever reads does not notice, or has the bytes brought again.
+    /// Gives the memory back if `unchanged` says so of its bytes; returns whether it did. A thread that writes meanwhile waits,
+    /// then goes on: in the kept memory, or after the bytes were brought again. A thread that reads goes on at once, or has the
+    /// bytes brought again.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
@@ -231,10 +232,11 @@ impl Shadow {
         if !self.filled() {
             return Ok(false);
         }
-        // Before the protection: a thread that faults in between must not find it filled for ever.
+        // Before the protection: a writer that faults then waits in the handler; if the part were filled, it would
+        // fault again and again.
         self.space.table().set(self.part, EMPTY);
         self.protect(libc::PROT_READ)?;
-        // SAFETY: this part of the mapping, readable, and nobody can write to it now.
+        // SAFETY: this part of the mapping, readable, and no thread can write to it now.
         let unchanged = unchanged(unsafe { std::slice::from_raw_parts(self.start, self.len) });
         if unchanged {
             self.protect(libc::PROT_NONE)?;
@@ -246,7 +248,7 @@ impl Shadow {
         Ok(unchanged)
     }
 
-    /// Ends the wait of those who have touched it: the bytes cannot be brought.
+    /// Ends the wait of threads that have touched the part: its bytes cannot be brought.
     pub fn refuse(&self) {
         let _change = self.change.lock();
         if !self.filled() {
@@ -254,7 +256,7 @@ impl Shadow {
         }
     }
 
-    /// Gives the memory back and makes the range inaccessible. Nothing may be looking at it.
+    /// Gives the memory back and makes the range inaccessible. No tensor may be looking at it.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.

@@ -62,7 +62,7 @@ impl SlotPool {
     }
 }
 
-/// Ownership of one slot. Whoever lets hardware at the bytes holds this until the hardware is done.
+/// Ownership of one slot. Code that gives the bytes to hardware holds the lease until the hardware is done.
 pub struct SlotLease {
     pool: Arc<Inner>,
     index: u32,
