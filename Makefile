@@ -210,8 +210,8 @@ bench: package
 	@for file in $(BENCHES); do echo "--- $$file"; $(PY) "$$file"; done
 
 # Wheels are built by maturin in a small environment of its own, with zig as the linker: so they run wherever glibc is as old as
-# MANYLINUX says, whatever this machine has. TARGET is another machine's, such as aarch64-unknown-linux-gnu, whose standard
-# library `rustup target add` installs.
+# MANYLINUX says, even if this machine's is newer. TARGET is another machine's, such as aarch64-unknown-linux-gnu, whose
+# standard library `rustup target add` installs.
 WHEEL_VENV ?= .venv-wheel
 WHEEL_LOCK := requirements-wheel.lock
 MANYLINUX := manylinux_2_28

@@ -1,6 +1,6 @@
 //! The hops between host memory and the device: copies on the device's own two streams.
 //!
-//! N1: whoever lends a slot to a copy gets it back only when the copy's gate has passed.
+//! N1: a slot that is lent to a copy comes back only when the copy's gate has passed.
 //! N2: a copy never leaves the buffers made here; lengths and places are checked.
 #![expect(unsafe_code, reason = "enqueues copies between buffers that it owns or has been lent")]
 
@@ -96,7 +96,7 @@ impl Link {
     /// Fills all buffers on both sides, so that no first touch is timed, with what no drive can compress.
     fn first_touch(&self) -> Result<()> {
         for region in [Some(&self.pinned), self.pageable.as_ref()].into_iter().flatten() {
-            // SAFETY: the whole region, which nobody else has yet.
+            // SAFETY: the whole region, which no other code has yet.
             fill_with_numbers(unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), region.len()) });
         }
         for unit in 0..2 {
@@ -153,7 +153,7 @@ impl Link {
             let (part, start) = (block.min(len - start), start as u64);
             let (dst, src) = if way == Way::Up { (frame, host) } else { (host, frame) };
             // SAFETY: both ranges lie in this direction's half of buffers that live as long as `self`, whose drop
-            // drains the device; nobody else looks at them.
+            // drains the device; no other code accesses them.
             unsafe { self.device.copy(way.stream(), dst + start, src + start, part)? };
         }
         self.device.record(way.stream())
@@ -179,7 +179,7 @@ impl Link {
         // gate has passed. Two copies into one place of the frame are in order on one stream.
         unsafe { self.device.copy(way.stream(), dst, src, len)? };
         let gate = self.device.record(way.stream());
-        // Without a gate nobody knows when the slot is free again.
+        // Without a gate there is no sign that the slot is free again: wait for all copies.
         let gate = gate.inspect_err(|_| self.device.drain())?;
         Ok(Lent { link: Rc::clone(self), lease: Some(lease), gate })
     }

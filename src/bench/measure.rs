@@ -14,10 +14,10 @@ use crate::{
     error::Result,
 };
 
-/// A round is not planned shorter than this, nor longer than the other.
+/// Rounds are planned to take at least this long, and at most [`LONGEST_ROUND`].
 const SHORTEST_ROUND: Duration = Duration::from_millis(50);
 const LONGEST_ROUND: Duration = Duration::from_secs(1);
-/// However slow the disk, there are as many.
+/// Rounds per hop at least, also on a slow disk.
 const FEWEST_ROUNDS: u32 = 2;
 /// Percent of the whole time by which the rounds have to be over.
 const ROUNDS_UNTIL: u32 = 78;

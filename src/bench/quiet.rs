@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use crate::{bench::stats::as_f64, doctor::machine::text};
 
-/// Ticks in a second, as the kernel shows them to programs whatever its own are.
+/// Ticks in a second in the files of /proc, on every kernel.
 const TICKS: f64 = 100.0;
 
-/// Nobody waits so long for a program to start.
+/// A process that is older than this has done other things before the benchmark.
 const OTHER_THINGS: Duration = Duration::from_secs(15);
 
 /// A moment, and what had been used by then.

@@ -23,7 +23,7 @@ const PIECE: u64 = 1 << 20;
 const LARGE_PIECE: u64 = 4 << 20;
 /// Pieces on their way between hops, besides those that keep the disk busy.
 const BETWEEN: u64 = 8;
-/// Bytes in flight in one engine at most, whatever block and depth ask for.
+/// Bytes in flight in one engine at most, even if block and depth ask for more.
 pub(super) const IN_FLIGHT: u64 = 256 << 20;
 /// One block of a link's hop, as nvbandwidth has it.
 pub(super) const LINK_BLOCK: u64 = 64 << 20;
