@@ -376,8 +376,8 @@ fn every_error_is_provoked_by_a_test() {
     report(&findings, "every error code is provoked by a test");
 }
 
-/// The contents of all string literals in Rust or Python source, with their offsets; what a format string fills in is left out.
-fn literals(source: &str, python: bool) -> Vec<(usize, String)> {
+/// The comments and the literals of Rust or Python source as they are written, with their offsets.
+fn pieces(source: &str, python: bool) -> Vec<(usize, &str)> {
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(next) = source[at..].chars().next() {
@@ -394,20 +394,30 @@ fn literals(source: &str, python: bool) -> Vec<(usize, String)> {
             (true, _) => 0,
             (false, _) => literal_or_comment(rest, source[..at].chars().next_back()),
         };
-        let taken = length.max(next.len_utf8());
-        if length > 0 && !rest.starts_with('/') && !rest.starts_with('#') {
-            let mut depth = 0_i32;
-            let outside = rest[..taken].chars().filter(|c| {
+        if length > 0 {
+            found.push((at, &rest[..length]));
+        }
+        at += length.max(next.len_utf8());
+    }
+    found
+}
+
+/// The contents of all string literals in Rust or Python source, with their offsets; what a format string fills in is left out.
+fn literals(source: &str, python: bool) -> Vec<(usize, String)> {
+    let is_comment = |text: &str| text.starts_with('/') || text.starts_with('#');
+    let outside = |text: &str| {
+        let mut depth = 0_i32;
+        text.chars()
+            .filter(|c| {
                 depth += i32::from(*c == '{');
                 let keep = depth == 0;
                 depth -= i32::from(*c == '}' && depth > 0);
                 keep
-            });
-            found.push((at, outside.collect()));
-        }
-        at += taken;
-    }
-    found
+            })
+            .collect()
+    };
+    let texts = pieces(source, python).into_iter().filter(|(_, text)| !is_comment(text));
+    texts.map(|(at, text)| (at, outside(text))).collect()
 }
 
 /// `word.word` in a text, where nothing else belongs to it: no call, no path, no third part.
