@@ -221,7 +221,7 @@ fn fills_the_compute_tier(case: &Case, plan: &Placement) -> Result<(), TestCaseE
     let cost = |unit: &Unit| cost(unit).map(|b| b.next_multiple_of(2 << 20)).iter().sum::<u64>();
     let hbm = hbm.0 - plan.lane_bytes;
     let resident: u64 = units().filter(|(u, _)| plan.resident(*u)).map(|(_, unit)| cost(unit)).sum();
-    // An upper bound of what a ring of that many frames may take, whatever the size of its chunks.
+    // An upper bound of what a ring of that many frames may take, for any size of its chunks.
     let ring = |but: usize, frames: u64| {
         let streamed = units().filter(|(u, _)| !plan.resident(*u) && free[count..but].iter().all(|(v, _)| v != u));
         let bytes: Vec<u64> = streamed.map(|(_, unit)| unit.param_bytes().next_multiple_of(plan.chunk_bytes)).collect();

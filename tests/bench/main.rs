@@ -279,7 +279,7 @@ fn with_little_locked_memory_everything_runs() {
     let Ok(output) = output else { return };
     let err = String::from_utf8_lossy(&output.stderr);
     if err.contains("Permission denied") {
-        // The target folder lies where nobody may look.
+        // The target folder lies where the user `nobody` may not look.
         return;
     }
     assert!(output.status.success(), "{err}");

@@ -239,7 +239,7 @@ class Paged:
         for unit in units:
             if again and self.skip_backward:
                 continue
-            # The frames are filled behind the last work of whoever shares them.
+            # The frames are filled behind the last work of the units that share them.
             after = (
                 [self.streams.now()]
                 if not self.used

@@ -65,7 +65,7 @@ def forget_frames(error: BaseException | None) -> None:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            _ = frame.f_locals  # a copy that somebody looked at is kept with the frame: it is made anew
+            _ = frame.f_locals  # a copy that was read before is kept with the frame: it is made anew
         error = error.__cause__ or error.__context__
 
 

@@ -219,7 +219,7 @@ def step_and_zero_grad(world: World, every: bool) -> int:
 
     def strike(point: Point, visit: int) -> bool:
         gradients()
-        # Memory that somebody looks at has to be kept up to date as well.
+        # Memory that other tensors look at has to be kept up to date as well.
         watched = [p.detach() for p in list(paged.model.parameters())[:3]]
         paged.opt.state[paged.model.inp.weight]["exp_avg"].mul_(0.5)
         plain.opt.state[plain.model.inp.weight]["exp_avg"].mul_(0.5)
@@ -407,7 +407,7 @@ forever(opt.step)
 
 
 def process_ends(where: str, placement: str, disk: str, after: float, limit: float = 200) -> float:
-    """Ctrl-C that nobody catches, ``after`` seconds of a loop: seconds until all is closed. A hang is an error with its stack."""
+    """Ctrl-C that no handler catches, ``after`` seconds of a loop: seconds until all is closed. A hang is an error with its stack."""
     process = children.start(ENDLESS.format(where=where), disk, PLACEMENTS[placement], DEVICE)
     assert process.stdout is not None
     assert process.stdout.readline() == "go\n"

@@ -32,7 +32,7 @@ SLOW = {"faults": "write:delay=2ms@1x1000000000"}
 
 
 def one_step(run: Run, step: int) -> None:
-    """The same for whoever makes it."""
+    """The same in every process that makes it."""
     torch.manual_seed(step)
     run.generator = torch.Generator().manual_seed(step)
     run.train(1, look=False)

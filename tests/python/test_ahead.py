@@ -1,4 +1,4 @@
-"""Updates that begin during backward: the same bits whatever happens between backward and step, and used where nothing does."""
+"""Updates that begin during backward: the same bits for all that may happen between backward and step, and used where nothing happens."""
 
 import copy
 

@@ -43,7 +43,7 @@ def assert_within(run: Run, disk: str) -> None:
 
 
 def test_counters(world: World, disk: str):
-    """With the least that the model fits in, whatever is done with it."""
+    """With the least that the model fits in, in every use."""
     run = Run(world, True)
     least = least_host(world)
     run.model = run.wrap(Stack(), budget={"host": f"{least}B"})
@@ -109,7 +109,7 @@ def test_states_that_are_held(two_worlds: World):
 
 # ------------------------------------------------------------------ as the system sees it
 
-#: Freed memory goes back to the system at once: what the C library would keep of it is in nobody's plan.
+#: Freed memory goes back to the system at once: what the C library would keep of it is in no plan.
 EXACT = ("env", "MALLOC_MMAP_THRESHOLD_=65536")
 #: A model of 64 MiB whose states, and weights, are on disk.
 TRAINED = """

@@ -31,7 +31,7 @@ def backward(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """Nobody looks at gradients: what goes wrong shows in the weights."""
+    """No code looks at gradients: what goes wrong shows in the weights."""
     run.train(2, look=False)
 
 

@@ -381,7 +381,7 @@ def test_budgets_hold(disk: str, tmp_path: Path):
 
 
 def test_room_for_a_checkpoint(disk: str, tmp_path: Path):
-    """A model whose checkpoint would not fit is refused before it trains; what somebody holds is told by the save."""
+    """A model whose checkpoint would not fit is refused before it trains; tensors that are held later are an error of the save."""
     world = World(DEVICE, (disk,), "host", "nvme")
 
     def build() -> Stack:

@@ -1,4 +1,4 @@
-"""Saves beside training: the state at the call, exactly, whatever happens to the model meanwhile."""
+"""Saves beside training: the state at the call, exactly, although the model changes meanwhile."""
 
 import contextlib
 import gc
@@ -36,7 +36,7 @@ def any_world(place: str, disk: str, io_uring: bool) -> World:
 
 
 def slow(world: World, make: Callable[[], Any] = build, **sections: Any) -> Run:
-    """A run whose writes take their time, whatever they are of; small shards make many of them."""
+    """A run whose writes all take their time; small shards make many of them."""
     return begin(world, make, debug=SLOW, **sections)
 
 
@@ -128,7 +128,7 @@ EDITS = [clamp_in_forward, edit_weights, edit_data, edit_states, load_weights, l
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
 def test_edits_meanwhile(edit: Callable[[Run], None], two_worlds: World, tmp_path: Path):
-    """Whatever changes the model during a save waits until the save has read it."""
+    """A change of the model during a save waits until the save has read it."""
     run = slow(two_worlds)
     run.train(2, look=False)
     funicular.save(run.model, run.opt, tmp_path / "before")
@@ -156,7 +156,7 @@ def test_aliases_and_buffers(host_world: World, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", [funicular.AdamW, torch.optim.AdamW])
 def test_a_model_that_is_not_offloaded(kind: Any, host_world: World, tmp_path: Path):
-    """The next step waits until its tensors were read; an edit that nobody can see coming is an error of the save."""
+    """The next step waits until its tensors were read; an edit that no hook announces is an error of the save."""
     run = Run(host_world, False)
     run.model = Stack().to(run.device)
     run.opt = kind(run.model.parameters(), lr=1e-2)
@@ -259,7 +259,7 @@ def test_interrupted(two_worlds: World, disk: str, tmp_path: Path):
 
 @pytest.mark.parametrize("end", ["pass", "del run", "funicular.unwrap(run.model)", "sys.exit(0)"])
 def test_the_end_of_the_process_or_model_waits(end: str, disk: str, tmp_path: Path):
-    """A save that was asked for is made, whatever becomes of the model and the script."""
+    """A save that was asked for is made, even if the model or the script ends."""
     body = f"""
     from test_checkpoint_async import slow
     run = slow(world)

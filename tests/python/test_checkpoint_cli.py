@@ -90,7 +90,7 @@ def test_export(kept: str, wanted: str, two_worlds: World, tmp_path: Path):
 
 
 def test_left_behind(host_world: World, tmp_path: Path):
-    """What killed saves left is removed by the next save beside it, and by nobody else."""
+    """What killed saves left is removed by the next save beside it, and by no other command."""
     dead = tmp_path / ".funicular-save-vm-1-0123456789abcdef"
     dead.mkdir()
     (dead / "model.safetensors").write_bytes(b"half")

@@ -235,7 +235,7 @@ def test_what_cannot_be_saved(host_world: World, tmp_path: Path):
 
 
 def test_the_path_is_taken(host_world: World, tmp_path: Path):
-    """Files, and directories of somebody else, are never replaced, asked or not."""
+    """Files, and directories that are no checkpoint, are never replaced, asked or not."""
     run = begin(host_world, Stack)
     (tmp_path / "file").write_text("years of work")
     (tmp_path / "dir").mkdir()
@@ -367,7 +367,7 @@ def test_a_read_only_disk(disk: str, tmp_path: Path):
 
 
 def test_a_directory_of_somebody_else(disk: str):
-    """Root may write anywhere, so the child becomes nobody first."""
+    """Root may write anywhere, so the child becomes the user ``nobody`` first."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")
     out = Path(disk) / "out"

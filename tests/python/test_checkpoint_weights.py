@@ -183,7 +183,7 @@ def test_meta_without_a_checkpoint(host_world: World):
 
 
 class Table(nn.Module):
-    """A buffer that no file has and nobody can make."""
+    """A buffer that no file has and no module can make."""
 
     def __init__(self) -> None:
         super().__init__()

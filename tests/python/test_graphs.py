@@ -205,7 +205,7 @@ def test_loss_of_a_middle_activation(run: Run):
 
 @case(stack())
 def test_detach_in_the_middle(run: Run):
-    """Early blocks get no gradient; their weights are saved by nobody."""
+    """Early blocks get no gradient; no node saves their weights."""
     for _ in range(2):
         x = run.model.inp(run.data(4, WIDTH))
         for i, layer in enumerate(run.model.layers):

@@ -65,7 +65,7 @@ def test_several_signals(placement: str, disk: str, io_uring: bool):
 @pytest.mark.parametrize("where", ["forward", "backward", "step", "offload"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_process_ends(where: str, placement: str, disk: str, io_uring: bool):
-    """Ctrl-C that nobody catches: the process is gone at once, and its directory with it."""
+    """Ctrl-C that no handler catches: the process is gone at once, and its directory with it."""
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
     # How long the closing takes is measured by `make soak`; here a hang is what fails.

@@ -160,7 +160,7 @@ def test_positions(two_worlds):
 
 
 def test_positions_of_as_many_rows(host_world):
-    """Where the sequence is as long as the batch, nobody can tell."""
+    """Where the sequence is as long as the batch, positions cannot be told from rows."""
     run = Run(host_world, True)
     run.model = run.wrap(PositionStack(Positions), activations={"micro_batch": 2})
     with pytest.raises(funicular.UsageError, match=r"FN-E120.*'cache_position'.*both 3 long"):

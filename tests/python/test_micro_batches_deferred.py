@@ -1,4 +1,4 @@
-"""What ends a block is not computed again for its backward, unless anybody looks; then it has the value that it has in forward."""
+"""What ends a block is not computed again for its backward, unless other code looks; then it has the value that it has in forward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INNER = 2 * WIDTH
 
 @pytest.fixture(autouse=True)
 def nothing_was_compiled(monkeypatch: pytest.MonkeyPatch):
-    """Whatever other tests of this process did."""
+    """Hide what other tests of this process compiled."""
     monkeypatch.setattr("funicular.micro_batches.skip_last.compilations", lambda: 0)
 
 
@@ -116,7 +116,7 @@ def saved_to_disk(block: Ending, x: Tensor, y: Tensor) -> Tensor:
 
 
 def other_memory(block: Ending, x: Tensor, y: Tensor) -> Tensor:
-    """What a sum was made of is something else by the time somebody looks at the sum."""
+    """What a sum was made of is something else by the time the sum is read."""
     a = x * 1
     out = a + y
     a.data = x * 3

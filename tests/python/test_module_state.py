@@ -142,7 +142,7 @@ def test_what_modules_add_comes_back(kind: Any, dtype: torch.dtype, offloaded: b
 
 
 def test_tensors_lie_beside_the_parameters(host_world: World, tmp_path: Path):
-    """The file has what ``state_dict()`` has, for whoever reads it without this project."""
+    """The file has what ``state_dict()`` has, for programs that read it without this project."""
     run = trained(host_world, Scaled, 1)
     funicular.save(run.model, None, tmp_path / "c")
     state, saved = run.model.state_dict(), load_file(tmp_path / "c" / "model.safetensors")
@@ -190,7 +190,7 @@ class Untaken(Scaled):
 
 
 def test_a_tensor_that_nobody_takes_is_an_error(host_world: World, tmp_path: Path):
-    """As ``load_state_dict`` says it; equal ones need nobody."""
+    """As ``load_state_dict`` says it; a tensor that is equal needs no module to take it."""
     run = trained(host_world, Untaken, 1)
     funicular.save(run.model, None, tmp_path / "c")
     funicular.load(tmp_path / "c", run.model)

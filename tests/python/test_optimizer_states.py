@@ -1,4 +1,4 @@
-"""``optimizer.state`` is a dictionary of dictionaries, as in torch, whatever is done to it: each use beside ``torch.optim.AdamW``."""
+"""``optimizer.state`` is a dictionary of dictionaries, as in torch, in every use: each beside ``torch.optim.AdamW``."""
 
 import copy
 import dataclasses

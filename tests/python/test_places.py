@@ -1,4 +1,4 @@
-"""Parameters of units with spare frames change places with every update: the same bits whoever needs which place when."""
+"""Parameters of units with spare frames change places with every update: the same bits for every use of either place at any time."""
 
 import json
 import threading

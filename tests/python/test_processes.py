@@ -134,7 +134,7 @@ def test_whole_step_in_another_thread(run: Run):
 
 @case(stack())
 def test_two_threads_evaluate(run: Run):
-    """Both are right, whatever waits for whom."""
+    """Both are right, whichever thread waits for the other."""
     run.train(1, look=False)
     inputs = [run.data(4, WIDTH) for _ in range(2)]
     results = [[], []]
@@ -246,7 +246,7 @@ def left_behind(disk: str, *, orderly: bool) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_process_ends(ending, disk):
-    """Whatever the moment, the process ends by itself and leaves no file."""
+    """At every moment the process ends by itself and leaves no file."""
     from conftest import DEVICE
 
     body, expected = ENDINGS[ending]

@@ -435,7 +435,7 @@ def test_disk_read_only(disk: str):
 
 
 def test_directory_of_somebody_else(disk: str):
-    """Root may write anywhere, so the child becomes nobody first."""
+    """Root may write anywhere, so the child becomes the user ``nobody`` first."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become somebody else")
     body = "os.setgid(65534); os.setuid(65534)\n" + TRY

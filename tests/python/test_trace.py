@@ -72,7 +72,7 @@ def test_a_snapshot(host_world: World):
 
 
 def test_gradients_go_down_once(host_world: World):
-    """Bytes are exact: every gradient of every step once, whatever is accumulated in place."""
+    """Bytes are exact: every gradient of every step once, also where gradients are accumulated in place."""
     run = trained(host_world, steps=0)
     total = sum(p.numel() * p.element_size() for p in run.model.parameters())
     for _ in range(3):
@@ -87,8 +87,8 @@ def test_gradients_go_down_once(host_world: World):
 
 @pytest.mark.parametrize("spare", ["0B", "32MiB"], ids=["", "ahead"])
 def test_updates_count_their_traffic(host_world: World, spare: str):
-    """28 bytes per fp32 parameter, and its own bytes twice where somebody needs the home of what is in its spare place; padding counts
-    too."""
+    """28 bytes per fp32 parameter, and its own bytes twice where a read needs the home of a parameter that is in its spare place;
+    padding counts too."""
     run = Run(host_world, True)
     run.model = run.wrap(Stack(), optimizer={"where": "cpu", "spare": spare})
     run.opt = run.adamw()
@@ -235,7 +235,7 @@ def test_trace_on_demand(host_world: World, tmp_path: Path):
 
 
 def test_trace_that_cannot_be_written(host_world: World, tmp_path: Path):
-    """Known before anything is touched; a file of somebody else's stays as it is."""
+    """Known before anything is touched; a file that is no trace stays as it is."""
     model = Stack()
     before = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
     thesis, fifo = tmp_path / "thesis.json", tmp_path / "fifo"

@@ -180,7 +180,7 @@ def test_what_it_takes_of_the_compute_tier(host_world: World):
     assert hbm.used <= hbm.limit
     assert hbm.used > 3 * 16 * PIECE
     funicular.unwrap(model)
-    # Nobody insists on it: the ring comes first.
+    # The policy does not ask for it: the ring comes first.
     funicular.offload(model, host_world.policy(model))
     assert not testing.inspect(model).engine.split_updates("lanes")
 

@@ -53,7 +53,7 @@ class World:
         """A policy whose compute tier holds ``frames`` of the model's units; ``sections`` override parts of it."""
         largest = max(unit_bytes(model))
         hbm = int(frames * -(-largest // self.granularity)) * self.granularity
-        roomy = "2GiB" if CUDA else "64MiB"  # the models are wider there, whatever this world's device
+        roomy = "2GiB" if CUDA else "64MiB"  # the models are wider there, also where this world's device is the host
         policy: dict[str, Any] = {
             "device": self.device,
             "budget": {"hbm": f"{hbm}B", "host": roomy, "nvme": roomy},

@@ -9,7 +9,7 @@ use crate::{
 };
 
 impl World {
-    /// Whoever can act now, with a weight each.
+    /// The actors that can act now, with a weight each.
     pub(crate) fn enabled(&self, weights: &[u64; 7], out: &mut Vec<(Actor, u64)>) {
         for stream in [COMPUTE, UP, DOWN] {
             if self.device.can_advance(stream) {
