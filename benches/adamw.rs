@@ -37,7 +37,7 @@ fn buffers(dtype: DType, len: usize) -> (Arc<HostRegion>, Span) {
     let mut offset = 0;
     let [param, grad, master, exp_avg, exp_avg_sq] = KINDS.map(|kind| {
         let bytes = kind.element_size(dtype) * len;
-        // SAFETY: inside the region, which nobody else has.
+        // SAFETY: inside the region, which no other code has.
         let array = unsafe { std::slice::from_raw_parts_mut(region.as_ptr().add(offset), bytes) };
         // 0x3c00_3c00 and the like: about 0.01 in fp32 and bf16, 1 in fp16.
         array.iter_mut().enumerate().for_each(|(i, byte)| *byte = [(i >> 2) as u8, 0x3c][i % 2]);

@@ -49,7 +49,7 @@ def digits(a: Line, b: Line) -> Line:
 
 
 def bits(runs: dict[Any, Line]) -> list[Line]:
-    """Whoever updates: the bits of a resident model with the same arithmetic in plain torch, and the losses of torch's own AdamW."""
+    """For each part that updates: the bits of a resident model with the same arithmetic in plain torch, and the losses of torch's own AdamW."""
     of_part = {system: x for (part, system, *_), x in runs.items() if part == "bits"}
     base, fused = of_part.pop("reference", None), of_part.pop("in_hbm", None)
     if base is None:

@@ -1,4 +1,4 @@
-"""Memory that nobody has had yet: a virtual machine may have to ask for it, at a tenth of the speed of later use."""
+"""Memory that no process has had yet: a virtual machine may have to ask for it, at a tenth of the speed of later use."""
 
 from __future__ import annotations
 
