@@ -176,7 +176,7 @@ class Policy:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Policy | Mapping[str, Any] | None) -> Policy:
-        """Make a policy of whatever ``funicular.offload`` takes: a path, a mapping of the file's shape, a policy or nothing.
+        """Make a policy of anything that ``funicular.offload`` takes: a path, a mapping of the file's shape, a policy or nothing.
 
         Raises
         ------

@@ -276,7 +276,8 @@ class ReferenceAdamW(torch.optim.Optimizer):
                 state["step"] = int(given["step"])
                 state.setdefault("master", _first_master(param))
                 self.state[param] = state
-                # A master is that of the parameter as it is now, whatever was done to that before: weights are loaded first.
+                # The master belongs to the parameter's present value, however that came about: weights are loaded
+                # first.
                 self._seen[param] = (param._version, param.detach().clone())
 
     def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class StepTime:
 
     #: from the end of the step before to its own, by the host's clock
     seconds: float
-    #: what the compute stream did not wait for the runtime: kernels, and whatever else the program does between steps
+    #: what the compute stream did not wait for the runtime: kernels, and all that the program does between steps
     compute: float
     #: what it waited, by cause
     stalls: dict[str, float]
