@@ -119,7 +119,7 @@ pub const KEYS: &[Key] = &[
     key(
         "optimizer.where",
         Kind::Word(words::UpdateOn::WORDS),
-        "Who updates what has its home on the host or on NVMe: `cpu`; `gpu`, through which the states pass; `auto`: both, as fast as each is seen to be. The bits are the same.",
+        "What updates the parameters whose home is the host or NVMe: `cpu`; `gpu`, through which the states pass; `auto`: both, as fast as each is seen to be. The bits are the same.",
     ),
     key(
         "units.match",

@@ -1,4 +1,4 @@
-"""Who updates what has its home on the host: the processor, the device's lanes, or both; the same bits every time."""
+"""What updates parameters whose home is the host: the processor, the device's lanes, or both; the same bits every time."""
 
 from __future__ import annotations
 

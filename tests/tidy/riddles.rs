@@ -16,7 +16,6 @@ const NOT_YET: &[&str] = &[
     "python/funicular/homes",
     "python/funicular/micro_batches",
     "python/funicular/optim",
-    "python/funicular/report",
     "python/funicular/units",
     "python/funicular/windows",
 ];
