@@ -150,7 +150,9 @@ class Keeps(Block):
 
 def test_side_losses(host_world):
     """A loss kept in an attribute would lose its gradient."""
-    refused(host_world, lambda: Stack(Keeps), "a tensor that it made, with its graph, is kept by somebody", "FN-E121")
+    refused(
+        host_world, lambda: Stack(Keeps), "a tensor that it made, with its graph, is kept by an attribute", "FN-E121"
+    )
 
 
 def test_hooks_inside_that_keep_tensors(host_world):
@@ -161,7 +163,7 @@ def test_hooks_inside_that_keep_tensors(host_world):
         model.layers[0].norm.register_forward_hook(lambda m, a, o: kept.append(o))
         return model
 
-    refused(host_world, build, "is kept by somebody", "FN-E121")
+    refused(host_world, build, "is kept by an attribute", "FN-E121")
 
 
 def test_buffers_that_change(host_world):

@@ -98,7 +98,7 @@ def test_attentions_are_refused(host_world):
     """They are taken out of the blocks past their outputs."""
     run = Run(host_world, True)
     run.model = run.wrap(gpt2(attn_implementation="eager"), activations={"micro_batch": 2})
-    with pytest.raises(funicular.UsageError, match=r"FN-E121 .*kept by somebody"):
+    with pytest.raises(funicular.UsageError, match=r"FN-E121 .*kept by an attribute"):
         run.model(**padded(run), use_cache=False, output_attentions=True)
     run.model(**padded(run), use_cache=False).loss.backward()
 

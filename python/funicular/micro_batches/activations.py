@@ -4,7 +4,7 @@ Copies run on two streams beside the compute stream, ordered by events; nothing 
 a copy is a copy. Invariants:
 
 - A tensor on its way down lives until the compute stream has been told to wait for its copy.
-- A buffer of the device is filled again only behind the work that was enqueued with it, and never while somebody else holds it.
+- A buffer of the device is filled again only behind the work that was enqueued with it, and never while other code holds it.
 - Host memory is written again only behind the last copy that read it.
 """
 
@@ -86,7 +86,7 @@ class Activations:
         return living[at - 1] if at > 0 else None
 
     def buffer(self, nbytes: int) -> _Buffer:
-        """Return a buffer of the device that nobody uses; what is enqueued on the up stream from here on may fill it."""
+        """Return a buffer of the device that is not in use; work enqueued on the up stream from here on may fill it."""
         for b in self._buffers:
             if not b.busy and b.bytes.nbytes >= nbytes:
                 b.busy = True
@@ -128,7 +128,7 @@ class _Buffer:
         self.idle = storage_uses(self.bytes.untyped_storage())
 
     def renew(self) -> None:
-        """Leave the memory to who still holds it and take other."""
+        """Leave the memory to the tensors that still hold it, and take other memory."""
         self._take(self.bytes.nbytes)
 
 

@@ -50,7 +50,7 @@ def _plain_call(module: nn.Module) -> Any:
 
 
 class MicroBatches:
-    """What calls a block: stands in the place of its class's own, so that hooks and whatever ``forward`` is are the user's own."""
+    """What calls a block: stands as ``_call_impl`` in it, so that its hooks and its ``forward`` stay the user's own."""
 
     def __init__(self, session: Session, module: nn.Module, units: tuple[Unit, ...], name: str, rows: int) -> None:
         self.session, self.units, self.name, self.rows = session, units, name, rows
@@ -221,7 +221,7 @@ class _Run:
             # While it compiles, torch may keep frames with everything in them; the next call is looked at again.
             if watch() is not None and compiled == compilations() and _still(watch):
                 raise UsageError("FN-E121", self._refusal(
-                    "a tensor that it made, with its graph, is kept by somebody: an attribute, a list or a hook. Its "
+                    "a tensor that it made, with its graph, is kept by an attribute, a list or a hook. Its "
                     "gradient would be lost", "Return it from the block, or keep a .detach() of it",
                 ))  # fmt: skip
         self.random.end()

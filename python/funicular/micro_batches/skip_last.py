@@ -1,14 +1,14 @@
 """What a block computes last is not computed again for its backward, where nothing needs the value.
 
-A block ends, as a rule, in a product and a sum. Autograd keeps what goes into the product, and of what comes out nobody needs more
-than the shape once the forward is over. So from the block's last product on tensors are made, and filled only if somebody
-looks: anything but a view or a sum has everything filled first, in order and in place. ``torch.utils.checkpoint`` stops at the
-same point, by an exception; here the graph is still to be made.
+A block ends, as a rule, in a product and a sum. Autograd keeps what goes into the product, and once the forward is over, only the
+shape of what comes out is needed. So from the block's last product on, tensors are made without values, and filled only if their
+values are asked for: any operation but a view or a sum has everything filled first, in order and in place.
+``torch.utils.checkpoint`` stops at the same point, by an exception; here the graph is still to be made.
 
 D1: what waits is filled before any operation of torch's dispatcher but those that wait themselves, and before any function of
 torch's that is called from Python but those of ``_HARMLESS`` (they may read without an operation: ``tolist``, ``pickle``).
-D2: what was never filled is dropped only if nobody has it: its memory is held by aliases of our own and by the block's outputs
-alone, and those by nobody else.
+D2: a tensor that was never filled is dropped only if no other code has it: only our own aliases and the block's outputs hold
+its memory, and no other code holds those.
 D3: what is needed to fill is ours: aliases, which neither ``t.data = ...`` nor the end of a tensor changes.
 """
 
@@ -63,7 +63,7 @@ def last_product(module: nn.Module) -> nn.Module | None:
 
 
 class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Puts off products and sums, of one run of a block, until somebody looks at their values."""
+    """Puts off products and sums, of one run of a block, until their values are asked for."""
 
     def __init__(self, poison: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -105,7 +105,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in _VIEWS:
                 return func(*args, **(kwargs or {}))
             if not kwargs and torch.is_grad_enabled() and all(_is_plain(a) for a in args):
-                # With a graph, nobody may keep them (the forward refused that).
+                # Tensors with a graph are kept by no other code: the forward refused that.
                 graph = any(a.requires_grad for a in args)
                 if func in _PRODUCTS and graph and not any(map(self._waits, args)):
                     size = args[-2].size(0), args[-1].size(1)
@@ -134,14 +134,14 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _compute(waiting)
 
     def settle(self, outputs: list[torch.Tensor]) -> None:
-        """Let go of what waits, if ``outputs`` are all that is left of it and nobody else has them; else fill it."""
+        """Drop what waits, if ``outputs`` are all that is left of it and no other code holds them; else fill it."""
         if self._held(outputs):
             self.fill()
         self._waiting.clear()
         self._storages.clear()
 
     def _held(self, outputs: list[torch.Tensor]) -> bool:
-        """Whether anybody but what waits and ``outputs`` has anything of it."""
+        """Whether any tensor besides those that wait and ``outputs`` shares their memory."""
         left = list({id(t): t for t in outputs if _is_plain(t) and self._waits(t)}.values())
         known = Counter(_memory(t) for _, args, out in self._waiting for t in (*args, out))
         known.update(map(_memory, left))
