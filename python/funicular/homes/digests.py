@@ -1,7 +1,7 @@
-"""Digests of bytes that somebody else may edit without a trace: homes and frames that others look at.
+"""Digests of bytes that other code may edit without a trace: homes and frames that other tensors look at.
 
 A version counter shows what torch's own operations do to a weight. Edits through numpy, a raw address, ``.data`` or a kernel
-that forgets to count show only in the bytes. Nothing is digested while nobody but the runtime looks.
+that forgets to count show only in the bytes. Nothing is digested while only the runtime's own tensors look.
 """
 
 from __future__ import annotations

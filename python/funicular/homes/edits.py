@@ -1,8 +1,8 @@
 """Edits of weights that no guard saw: through views, numpy, raw addresses, kernels that do not count.
 
-Where nobody but the runtime looks, there are none. Where somebody does, the bytes are compared whenever the unit is about to be used:
-at home as long as a view of the home lives, in the frames as long as a view outlives its window. Inside a window an edit counts if
-a version counter shows it, or if the parameter itself was asked for its memory.
+Where only the runtime's own tensors look at the bytes, there are none. Elsewhere the bytes are compared whenever the unit is about to
+be used: at home as long as a view of the home lives, in the frames as long as a view outlives its window. Inside a window an edit
+counts if a version counter shows it, or if the parameter itself was asked for its memory.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def note(owner: Owner, before: dict[PagedParam, int], *, writes: bool) -> None:
     with owner.lock:
         with unguarded():
             for ref, version in before.items():
-                # In a window of another thread a version may be that thread's own business.
+                # If another thread has the unit open, the version may be that thread's.
                 elsewhere = ref.unit.is_open
                 if ref.param._version != (version if elsewhere else ref.version) and (writes or not elsewhere):
                     owner.edited(ref)

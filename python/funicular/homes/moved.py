@@ -1,4 +1,4 @@
-"""Tensors over the runtime's memory, and what somebody else may do to them."""
+"""Tensors over the runtime's memory, and what other libraries may do to them."""
 
 from __future__ import annotations
 
