@@ -1,8 +1,8 @@
-"""Gradients and the places they are brought to, where somebody keeps looking at one of the two.
+"""Gradients and the places they are brought to, also while other tensors look at one of the two.
 
-In plain PyTorch a new gradient has new memory, so whatever was made of an old one keeps its values. Here its place is used
-again: whoever still looks at it is moved to memory of its own first. Views are known, because they are guarded as the
-gradient is; raw aliases are given ordinary memory from the start.
+In plain PyTorch a new gradient has new memory, so a tensor made of an old one keeps its values. Here the place is used
+again: a tensor that still looks at it is moved to memory of its own first. Views are known, because they are guarded as
+the gradient is; raw aliases are given ordinary memory from the start.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def place_for(ref: PagedParam) -> torch.Tensor:
     RuntimeFailure
         ``FN-E119`` if something that cannot be moved still does.
     """
-    # The attribute, the argument of getrefcount, and nobody else.
+    # Two references are expected: the attribute and the argument of getrefcount.
     if sys.getrefcount(ref.grad) > 2 or (ref.views and any(view() is not None for view in ref.views)):
         ref.unit.owner.access_grad(ref)
         move_out(ref)
@@ -162,14 +162,14 @@ def _rebase(tensor: torch.Tensor, copy: torch.Tensor) -> None:
 
 
 def _holders(gradient: torch.Tensor) -> tuple[int, int, int]:
-    """Return how many look at a gradient: references in Python, in C++, and tensors over its memory if all of it is its own."""
+    """Return how many hold a gradient: references in Python, in C++, and tensors over its memory if all of it is its own."""
     storage = gradient.untyped_storage()
     whole = storage.nbytes() == gradient.numel() * gradient.element_size()
     return sys.getrefcount(gradient), tensor_uses(gradient), storage_uses(storage) if whole else 0
 
 
 class _Sample(threading.local):
-    """A gradient at which nobody looks; each thread has its own, since a look from another thread would count."""
+    """A gradient that only its parameter holds; each thread has its own, since another thread's reference would count."""
 
     def __init__(self) -> None:
         self.parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
@@ -180,13 +180,13 @@ _sample = _Sample()
 
 
 def _holders_of_a_new_one() -> tuple[int, int, int]:
-    """Return the same of a gradient at which nobody looks: a call costs more references where a compiler or debugger watches."""
+    """Return the counts of a gradient that only its parameter holds: a compiler or debugger adds references to each call."""
     gradient = _sample.parameter.grad
     assert gradient is not None
     return _holders(gradient)
 
 
 def _is_kept(found: tuple[int, int, int]) -> bool:
-    """Whether anybody looks at a gradient besides its parameter and one variable."""
+    """Whether anything holds a gradient besides its parameter and one variable."""
     new = _holders_of_a_new_one()
     return found[0] > new[0] or found[1] > new[1] or found[2] > new[2]

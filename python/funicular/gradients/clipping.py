@@ -2,8 +2,8 @@
 
 ``torch.nn.utils.clip_grad_norm_`` asks for the norm of each gradient and multiplies each by one factor. On a GPU both would go
 over the link. The norms are taken as the gradients are produced, by the same operation of torch over the same values; the
-factor stays pending: the update applies it with the rounding that the multiplication has, and whoever looks at a gradient
-before or after has it applied first.
+factor stays pending: the update applies it with the rounding that the multiplication has, and it is applied first to a
+gradient that other code looks at before or after.
 
 Any other use, another norm, a factor on another device, more factors than one: the operation runs as it is written.
 """
@@ -124,7 +124,7 @@ def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:
         if type(grad) is torch.Tensor:
             continue
         ref = _living_ref(grad) if type(grad) is guarded else None
-        # A norm that is known says that nobody has touched the gradient since it came.
+        # A known norm says that the gradient has not been touched since it came.
         if ref is None or ref.factor is not None or ref.norm is None or grad.device != factor.device:
             return False
         with unguarded():
