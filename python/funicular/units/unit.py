@@ -129,9 +129,9 @@ class Unit:
         self.where = Where.HOME
         #: the frames have edits that the home lacks
         self.dirty = False
-        #: the engine keeps the frames for this unit, or did until just now
+        #: set before the engine gives the unit frames, cleared after it has taken them back
         self.held = False
-        #: the home was updated since those who look at it were last taken into account
+        #: the home was updated since the tensors that look at it were last given its values
         self.behind = False
         #: a raw address in the home was handed out, and may be in use for ever
         self.exposed = False
@@ -142,7 +142,7 @@ class Unit:
         #: storages of all homes and frames, and where they are to begin
         self.storages: list[torch.UntypedStorage] = []
         self.addresses: list[int] = []
-        # Numbers of the parameters' storages, and how many uses each of them has while nobody else uses it.
+        # Numbers of the parameters' storages, and how many uses each of them has while only the runtime uses it.
         self.frame_storages: list[int] = []
         self.home_storages: list[int] = []
         self.grad_storages: list[int] = []
@@ -314,7 +314,7 @@ class Unit:
             self.let_in()
 
     def end_backward(self, task: int) -> None:
-        """Let nobody in for the sake of a backward that is over."""
+        """Take away the threads' access that a backward gave them, once it is over."""
         for thread in [thread for thread, what in self.inside.items() if what == -1 - task]:
             if not self._called_by(thread):
                 del self.inside[thread]
