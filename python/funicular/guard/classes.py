@@ -97,7 +97,7 @@ def _leased(refs: list[PagedParam], func: Callable[..., Any], args: tuple[Any, .
             push(*pair)
             return func(*args, **kwargs)
         except RuntimeError:
-            # torch takes an edit for the hook's own that a step of another thread counted while a weight was being saved.
+            # If another thread's step counts an edit while a weight is being saved, torch blames the hook for it.
             edited = [ref.param._version for ref in refs] != before
             if not edited or not leases.local.packed or func in BACKWARDS or written(func, args, kwargs):
                 raise
@@ -167,7 +167,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
                 ref.unit.expose()
         args, kwargs = swapped(args, swap), swapped(kwargs, swap)
         if func in NUMPY and outside and not params[0].requires_grad:
-            # The array keeps the tensor that it was made of, and so must tell whether somebody looks.
+            # The array keeps the tensor that it is made of: its life shows that the home is looked at.
             args = (outside[0].home.detach(), *args[1:])
         with unguarded():
             before = {ref: ref.param._version for ref in refs}
@@ -395,7 +395,7 @@ class WindowParameter(GuardedParameter):
     untyped_storage, storage = _touching("untyped_storage"), _touching("storage")
 
     def numpy(self, *, force: bool = False) -> Any:
-        """As in torch; the array keeps a tensor that tells that somebody looks."""
+        """As in torch; the array keeps a tensor, whose life shows that the memory is looked at."""
         return _T.numpy(self if self.requires_grad and not force else self.detach(), force=force)
 
     def __array__(self, dtype: Any = None) -> Any:
