@@ -28,7 +28,7 @@ def bring_in(session: Session, units: list[Unit]) -> None:
 
 
 def _before_fork() -> None:
-    """Let the child have a copy of what tensors and arrays besides the parameters look at: it may go on with those."""
+    """Give the child copies of memory that tensors and arrays besides the parameters look at: it may go on using those."""
     ranges: list[tuple[int, int]] = []
     for session in list(living):
         if session.closed or session.pid != os.getpid() or session.device.type != "cpu":
@@ -40,7 +40,7 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Have every use of a parameter ask the guard, which refuses: a window that was open is the parent's."""
+    """Make every use of a parameter ask the guard, which refuses it: open windows are the parent's."""
     for session in list(living):
         for unit in session.units:
             unit.inside.clear()

@@ -88,7 +88,7 @@ class _Call(ModuleCall):
             remove(self.pair)
 
     def leave(self) -> None:
-        """End the windows; may be said again when it was interrupted."""
+        """End the windows; may be called again after an interruption."""
         self.pop_hooks()
         session = self.enter.session
         with session.lock:
@@ -342,7 +342,7 @@ class _EnterRoot(_Hook):
             if hooked is not None:
                 _compile_forward(self.session, hooked)
         if getattr(self.running, "depth", 0) > 0:
-            # A forward ended and nobody around the module saw it, as when it was compiled in the meantime.
+            # An earlier forward ended without its hooks, as when the module was compiled in the meantime.
             _unwind(_stack(), 0)
             self.session.recover()
         self.running.depth = 1

@@ -44,7 +44,7 @@ class Lease(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A tensor of somebody else's, and its version when it was saved: torch does not compare versions under hooks."""
+    """A tensor outside of the runtime's memory, and its version when it was saved: torch does not compare versions under hooks."""
 
     tensor: torch.Tensor
     version: int
@@ -117,7 +117,7 @@ class LeaseHooks:
             return tensor
         ref = self.owner(tensor)
         if ref is None:
-            # Detached: an output that a node saves of itself would keep the node alive for ever.
+            # Detach: a node that saves its own output would keep itself alive for ever.
             return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
         self.local.packed = True
         plain = tensor.as_subclass(torch.Tensor) if type(tensor) is not torch.Tensor else tensor
@@ -145,7 +145,7 @@ class LeaseHooks:
         ref = packed.ref
         check_version(f"{ref.name} {list(packed.size)}", ref.param, packed.version)
         refuse(packed.session, "a backward")
-        # Until the view is there, nothing tells another thread that the bytes are in use.
+        # Hold the lock until the view exists: before, no use count tells another thread that the bytes are in use.
         with packed.session.lock:
             whole = ref.frame if packed.session.open_for_backward(ref.unit) else ref.home
             view = torch.as_strided(_seen_as(packed.dtype, whole), packed.size, packed.stride, packed.offset)

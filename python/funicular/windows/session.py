@@ -100,7 +100,7 @@ class Session:
         living.add(self)
 
     def __del__(self) -> None:
-        """Leave what somebody still holds as ordinary tensors, and give the rest back."""
+        """Make parameters that are still held ordinary tensors, and give the rest back."""
         if "closed" not in self.__dict__:
             return  # interrupted while it was made
         self.held = None  # who else holds a parameter is counted below
@@ -147,7 +147,7 @@ class Session:
 
     @_locked
     def close(self, unit: Unit, *, force: bool = False) -> None:
-        """Bring the parameters home and give the frames up, as far as nothing looks at them.
+        """Bring the parameters home and give the frames up, unless other tensors look at them.
 
         ``force`` also where another thread is inside.
         """
@@ -296,7 +296,7 @@ class Session:
 
     @_locked
     def before_step(self, units: list[Unit]) -> list[Unit]:
-        """Settle edits and aliases; returns the units whose homes somebody looks at, to be waited for."""
+        """Settle edits and aliases; returns the units whose homes other tensors look at, to be waited for."""
         self.alive()
         self.gradients.bring_down()
         if in_backward():

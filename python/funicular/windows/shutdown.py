@@ -1,4 +1,4 @@
-"""How sessions end when nobody calls ``unwrap``: with their model, or with the process."""
+"""How sessions end without a call of ``unwrap``: with their model, or with the process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_process() -> None:
 
 
 def leave(session: Session, unit: Unit) -> None:
-    """Make a unit's parameters that somebody still holds ordinary tensors over their home; the session is going."""
+    """Make a unit's parameters that are still held ordinary tensors over their home; the session is ending."""
     if unit.on_nvme:
         # More than the reference and the argument of the call: the caller keeps a parameter.
         if not any(sys.getrefcount(ref.param) > 2 for ref in unit.params):
@@ -75,7 +75,8 @@ def leave(session: Session, unit: Unit) -> None:
         try:
             session.engine.settle(unit.engine_id, session.stream())
         except Error:
-            # A failure that nobody had been told of; now it has been, and homes in host memory stay readable.
+            # The first call reports a failure that no call had reported yet; after that, homes in host memory stay
+            # readable.
             session.engine.settle(unit.engine_id, session.stream())
     take_edits(session.homes, unit)
     for ref in unit.params:

@@ -46,7 +46,7 @@ def refuse(session: Session, what: str) -> None:
 
 
 def note_step(session: Session) -> None:
-    """Take note of a step that the runtime has taken and that is not noted yet: all of it, whatever strikes meanwhile."""
+    """Take note of a step that the runtime has taken and that is not noted yet: all of it, also if signals interrupt."""
     if session.unnoted is not None:
         _core.complete(session.unnoted)
 
