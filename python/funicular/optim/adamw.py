@@ -46,8 +46,9 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101), with torch's defaults and state format.
 
     Parameters of offloaded models are updated where their states live, by one fused pass with fp32 masters; ``step``
-    returns before the updates have ended, and whatever reads a parameter waits for its own. Ordinary parameters are stepped
-    by :func:`funicular.reference.adamw_step`: the same bits. docs/arithmetic.md states the arithmetic.
+    returns before the updates have ended, and every read of a parameter waits for that parameter's update. Ordinary
+    parameters are stepped by :func:`funicular.reference.adamw_step`: the same bits. docs/arithmetic.md states the
+    arithmetic.
 
     Parameters
     ----------
@@ -215,7 +216,7 @@ class AdamW(torch.optim.Optimizer):
         for p, states in new:
             before = self.state.get(p)
             if type(before) is ParamStates and self.state.get(before.param) is not before:
-                before.move(states)  # it goes on under its new key, for whoever keeps it
+                before.move(states)  # it goes on under its new key, for callers that keep it
             else:
                 self.state[p] = states
         return [self.state[p] for p in params]

@@ -64,7 +64,7 @@ class Handed:
         self.version, self.seen, self.behind = self.tensor._version, content(param, self.tensor), False
 
     def edited(self, param: torch.Tensor) -> bool:
-        """Whether the tensor is not what it was then, by whatever means it was changed."""
+        """Whether the tensor has changed since :meth:`same`, counted by torch or not."""
         return self.tensor._version != self.version or content(param, self.tensor) != self.seen
 
     def held(self) -> bool:
@@ -179,7 +179,7 @@ class StatePlaces:
     keep_edits = flush
 
     def advance(self, count: int) -> None:
-        """Note a step, and forget what was fetched before it and nobody keeps. Interrupted, it can be run again."""
+        """Note a step, and forget fetched tensors that only this mapping holds. Interrupted, it can be run again."""
         self.count = count
         self.begun = True
         if self._step is not None:
@@ -197,7 +197,7 @@ class StatePlaces:
             self._step.tensor.fill_(self.count)
 
     def follow(self) -> None:
-        """Show a step to whoever keeps tensors that were fetched before it."""
+        """Give the values after a step to tensors that were fetched before it and are kept."""
         ref = self.ref
         for name, fetched in list(self._fetched.items()):
             if fetched.behind and ref is not None:
@@ -213,7 +213,8 @@ class StatePlaces:
             return
         before = ref.states
         if before is not None:
-            # Only the reference, this call and the question have it: nobody can ask for the states again.
+            # Three references: the attribute, this variable and the argument of getrefcount. No caller can ask for the
+            # states again.
             if sys.getrefcount(before) <= 3:
                 before.forget()
             else:
@@ -272,7 +273,7 @@ class StatePlaces:
         self.__dict__.update(new.__dict__)
 
     def drop_unused(self) -> None:
-        """Give back the memory of what was fetched and nobody but this mapping holds."""
+        """Give back the memory of fetched tensors that only this mapping holds."""
         if all(fetched.held() for fetched in self._fetched.values()):
             return
         with contextlib.suppress(Unusable):

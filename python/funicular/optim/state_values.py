@@ -49,7 +49,7 @@ class Unusable(UsageError):
 
 def blank(param: torch.Tensor, name: str, device: torch.device | str) -> torch.Tensor:
     """Return a state of zeros with a parameter's shape and strides."""
-    # Whoever asks may be in inference mode; the states are not.
+    # The caller may be in inference mode; the states are no inference tensors.
     with torch.inference_mode(mode=False), torch.no_grad():
         return torch.empty_strided(
             param.size(), param.stride(), dtype=state_dtype(name, param.dtype), device=device

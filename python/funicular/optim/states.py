@@ -28,14 +28,14 @@ class ParamStates(StatePlaces, _Dictionary):
     """``step``, ``exp_avg``, ``exp_avg_sq``, in torch's format, ``master`` of 16-bit weights, and the user's own entries.
 
     Tensors are fetched when asked for, with the parameter's shape and strides, fp32 on the host. Edits of a fetched tensor count
-    from the next step on, by whatever means they are made, and a tensor that is kept follows later steps.
+    from the next step on, however they are made, and a tensor that is kept follows later steps.
     """
 
     @classmethod
     def of(cls, param: torch.Tensor, given: Mapping[Any, Any], *, loaded: bool = False) -> ParamStates:
         """Take the entries of an ordinary dictionary, for a parameter that need not be the one they were made for.
 
-        ``loaded``: as torch loads states. Moments are cast, and a master goes with the weight whatever that is now.
+        ``loaded``: as torch loads states. Moments are cast, and a master goes with any value that the weight has now.
 
         Raises
         ------
