@@ -99,7 +99,7 @@ class Snapshot:
 
     def __init__(self, *, fp32: bool, capture: bool, device: torch.device | None) -> None:
         self.fp32 = fp32
-        #: copy what may be edited in place by anybody before it is read
+        #: copy what other code may edit in place before it is read
         self.capture = capture
         self.device = device
         self.tensors: list[SavedTensor] = []

@@ -1,4 +1,4 @@
-"""A session between steps: everything at home for a save or a load, and what was loaded seen by everybody."""
+"""A session between steps: everything at home for a save or a load, and what was loaded shown to all tensors that look at it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def between_steps(session: Session) -> None:
 
 
 def preserve_aliased(session: Session) -> None:
-    """Wait until a save has read what somebody may edit without the guard's knowledge."""
+    """Wait until a save has read what other code may edit without the guard's knowledge."""
     for unit in session.units:
         if unit.home_seen is not None or unit.home_aliased():
             _core.preserve(session.engine, unit.engine_id)

@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints: a directory of safetensors that anybody can read, and a manifest."""
+"""Saving and loading checkpoints: a directory of safetensors that any program can read, and a manifest."""
 
 from __future__ import annotations
 
