@@ -430,7 +430,7 @@ class _SessionStep:
 
 
 class _Note:
-    """Takes note of a step once the runtime has taken it. It can be run again, and amid itself."""
+    """Takes note of a step once the runtime has taken it. It can be run again, also by a signal handler while it runs."""
 
     def __init__(
         self, step: _SessionStep, counts: list[tuple[ParamStates, int]], refs: list[PagedParam], watched: list[Unit]

@@ -200,7 +200,7 @@ class Session:
         if in_backward() and not raw and not amid:
             units = dict.fromkeys(u for u in units if u.depth > 0 or not self.open(u, BACKWARD))
         self.strays += len(units)
-        # Before they are read: what a handler reads meanwhile does not take their memory.
+        # Before they are read: a signal handler that reads meanwhile must not drop their memory.
         use.units.update(units)
         for unit in units:
             self.engine.settle(unit.engine_id, self.stream())
