@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),  # torch's own, in torch.export.load
+    pytest.mark.filterwarnings(
+        "ignore:The given buffer is not writable:UserWarning"
+    ),  # torch's own, in torch.export.load
 ]
 
 MAKERS = {
