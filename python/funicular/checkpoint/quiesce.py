@@ -56,7 +56,7 @@ def preserve_aliased(session: Session) -> None:
 
 
 def homes_changed(session: Session, refs: list[PagedParam]) -> None:
-    """Let whoever looks at homes see what was loaded, and whoever saved views of them see that it changed."""
+    """Give what was loaded to tensors that look at homes, and count the change for saved views of them."""
     with unguarded():
         for ref in refs:
             torch.autograd.graph.increment_version(ref.param)

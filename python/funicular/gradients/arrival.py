@@ -41,7 +41,7 @@ def make_grad(ref: PagedParam) -> torch.Tensor:
 
 
 def place_for(ref: PagedParam) -> torch.Tensor:
-    """Return the tensor over a gradient's place, for a new gradient: nobody looks at the place any more.
+    """Return the tensor over a gradient's place, for a new gradient: no other tensor looks at the place any more.
 
     Raises
     ------
@@ -85,7 +85,7 @@ class Landing:
         self._reap(stream, 0)
 
     def reap(self, stream: int) -> None:
-        """Let go of gradients that have landed; ``stream`` waits for the oldest as long as there are too many."""
+        """Drop gradients whose copies are over; ``stream`` waits for the oldest as long as there are too many."""
         self._reap(stream, self._most)
 
     def _reap(self, stream: int, most: int) -> None:

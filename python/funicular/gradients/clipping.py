@@ -103,7 +103,7 @@ def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor, kind: str
     """Take the norm of a gradient that is about to leave for its home, if there is an operation to take it by."""
     ref.forget_norm()
     if kind:
-        # Their sums differ in the last bit on a GPU.
+        # Use the operation that clipping asks for: on a GPU the two differ in the last bit.
         norm = FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
         ref.note_norm((norm, home._version, kind))
 
@@ -147,7 +147,7 @@ def effective_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def apply_pending(ref: PagedParam) -> None:
-    """Multiply a gradient in its segment now: somebody looks at it. The segment is settled."""
+    """Multiply a gradient in its segment now, since the caller looks at it. The segment is settled."""
     factor = ref.factor
     ref.forget_norm()
     if factor is None or ref.grad is None:

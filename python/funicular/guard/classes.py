@@ -124,7 +124,7 @@ def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if owners:
         with unguarded():
             if torch.is_grad_enabled() and needs_grad(result) and not written(func, args, kwargs):
-                # A graph was made, which may keep the gradients until after the next ones.
+                # The graph that was made may keep the gradients until after the next ones.
                 swap = {id(grad): grad.clone() for grad in grads}
                 args, kwargs, result = swapped(args, swap), swapped(kwargs, swap), None
             else:

@@ -81,7 +81,7 @@ class Homes:
         """Show an update of the home to those who look at it."""
         self.engine.settle(unit.engine_id, self.stream())
         if unit.on_nvme and unit.shadow_filled:
-            # Somebody looks at the old bytes: bring the new ones under the same addresses.
+            # Tensors look at the old bytes: bring the new ones to the same addresses.
             self.engine.refresh_shadow(unit.engine_id, self.stream())
         if unit.on_nvme and not unit.shadow_filled:
             unit.see_home(None)

@@ -94,7 +94,7 @@ def changed_at_home(unit: Unit) -> list[PagedParam]:
 
 
 def look_at_frames(unit: Unit) -> None:
-    """Remember the frames' bytes: somebody keeps a view of them, and the home has the same."""
+    """Remember the frames' bytes: a view of them is kept alive, and the home has the same."""
     unit.see_frames([digest(ref.frame) for ref in unit.params])
 
 

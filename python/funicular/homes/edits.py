@@ -182,9 +182,9 @@ class Inside:
 
     def __init__(self, owner: HomeOwner, unit: Unit) -> None:
         self.owner, self.unit = owner, unit
-        #: homes that somebody edited while the unit computed from its frames
+        #: homes that were edited while the unit computed from its frames
         self.elsewhere = changed_at_home(unit)
-        #: frames that somebody edited in a way that cannot be followed; known only under ``debug.poison``
+        #: frames that were edited in a way that cannot be followed; known only under ``debug.poison``
         self.hidden: list[PagedParam] = []
         self.refused: UsageError | None = None
         self.edited: list[PagedParam] = []

@@ -63,7 +63,7 @@ def share_version(ref: PagedParam) -> None:
 
 
 def check_places(engine: Engine, unit: Unit) -> None:
-    """Look whether the tensors over a unit's frames and homes still are: torch moves a storage that is shared with a process.
+    """Check that the tensors over a unit's frames and homes still are there: torch moves a storage that it shares with a process.
 
     Raises
     ------

@@ -88,7 +88,7 @@ class MicroBatches:
         module: Any = self._module()
         if self.session.closed or not (torch.is_grad_enabled() or module.training) or seen_by_others():
             return class_call(module)(module, *args, **kwargs)
-        self.session.alive()  # before: in a forked child nobody lets go of the lock
+        self.session.alive()  # before the lock, which is never let go in a forked child
         with self.lock:
             # `functional_call` lends a block other weights: its gradients are that caller's.
             own = self._weights <= {id(p) for p in module.parameters()}

@@ -83,7 +83,7 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before, thread, functions = depths(), threading.get_ident(), _Functions(self)
 
         def begin(*_: Any) -> None:
-            # Within a mode of somebody else that ends inside the block, this one would end in its place.
+            # Inside another mode that ends within the block, torch would end this one in its place.
             if threading.get_ident() == thread and depths() == before:
                 push(self)
                 push_functions(functions)

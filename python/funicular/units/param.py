@@ -189,7 +189,7 @@ class PagedParam:
         p.__class__ = self.guarded
 
     def enter_frame(self, seen: int | None) -> None:
-        """Move the parameter to its frame, whose digest is known where somebody may edit it unseen."""
+        """Move the parameter to its frame, whose digest is known where other code may edit it unseen."""
         self.seen, self.touched = seen, False
         self.param.data = self.frame
         self.param.__class__ = self.window

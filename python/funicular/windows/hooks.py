@@ -67,7 +67,7 @@ def _stack() -> list[_Call]:
 
 
 class _Call(ModuleCall):
-    """One call of a hooked module: what has been done for it, noted in such an order that whatever strikes, it can be undone."""
+    """One call of a hooked module: what has been done for it, noted in such an order that it can be undone after any interruption."""
 
     __slots__ = ("enter", "pair", "range", "units")
 
@@ -166,7 +166,7 @@ class _Leave(_Hook):
         return owner is not None and owner.unit.is_open
 
     def _hint_backward(self, args: Any, kwargs: Any, output: Any) -> None:
-        """Have the window opened when the backward reaches the outputs: a hint, saved tensors are what decides."""
+        """Open the window when the backward reaches the outputs: a hint only, since saved tensors open it in any case."""
         inputs = {id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for t in tree_leaves(output):
             if isinstance(t, torch.Tensor) and t.requires_grad and not t.is_leaf and id(t) not in inputs:

@@ -268,7 +268,7 @@ class Session:
 
     @_locked
     def backward_ended(self, task: int) -> None:
-        """Run at the end of a backward: all gradients are in their segments for whoever looks."""
+        """Run at the end of a backward: all gradients are in their segments, where the caller can read them."""
         self.gradients.backward_ended()
         self._task = -1
         self.ranges.backward(None)

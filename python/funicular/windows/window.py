@@ -4,7 +4,7 @@ Invariants:
 
 - W1: outside its window a parameter is a view of its home; the home is valid and current once ``Session.access`` has returned.
 - W2: frames are given up only when nothing but the runtime's own views looks at them (the storage's use count says so),
-  so whatever autograd or the user still holds stays right.
+  so tensors that autograd or the user still holds stay right.
 - W3: where the frames are held by others, a unit is used from its home: slower, never wrong.
 """
 
@@ -45,11 +45,11 @@ class Windows:
         if unit.moving:
             self.go_home(unit)
         self._homes.before_use(unit)
-        # In backward nothing else tells that a window has been passed; its frames are wanted for what comes next.
+        # Backward has no "module done" hook: close every idle unit here, so that its frames can be refilled.
         for other in self._units if phase == BACKWARD else unit.neighbours:
             if other.held and other.depth == 0 and other is not unit:
                 self.close(other)
-        # First, so that whatever strikes in between leaves something to be put right.
+        # Set before anything moves: an interruption then leaves something for `recover` to finish.
         unit.begin_entering()
         # Where another thread computes with the parameters, they must not move.
         if unit.is_used_by_others() or not self._engine.open(unit.engine_id, phase, self._homes.stream()):
