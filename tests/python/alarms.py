@@ -27,6 +27,8 @@ class Step:
         signal.signal(signal.SIGALRM, self.fire)
 
     def fire(self, *_: Any) -> None:
+        if self.left == 0:
+            return  # on a busy machine one more is on its way when the last one stops the timer
         self.left -= 1
         if self.left == 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
