@@ -313,6 +313,10 @@ class Unit:
         if not self._called_by(call.thread) and self.inside.pop(call.thread, None) is not None and in_backward():
             self.let_in()
 
+    def forget_calls_of(self, thread: int) -> None:
+        """Forget the calls of a thread in which nothing of a forward or backward is under way."""
+        self.calls[:] = [call for call in self.calls if call.thread != thread]
+
     def end_backward(self, task: int) -> None:
         """Take away the threads' access that a backward gave them, once it is over."""
         for thread in [thread for thread, what in self.inside.items() if what == -1 - task]:

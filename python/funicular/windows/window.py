@@ -118,8 +118,7 @@ class Windows:
         """Close what this thread left open: nothing of a forward or backward is under way in it."""
         me = threading.get_ident()
         for unit in self._units:
-            if unit.calls:
-                unit.calls[:] = [call for call in unit.calls if call.thread != me]
+            unit.forget_calls_of(me)
             if unit.moving and unit.depth == 0:
                 self.close(unit, force=True)
         self.close_all()
