@@ -1,8 +1,12 @@
 """Clipping by norm: torch's own function, with the bits it has over ordinary gradients, and without a pass over homed ones."""
 
+import pkgutil
+import signal
+
 import pytest
 import torch
 
+import funicular
 from models import WIDTH, stack
 from mutations import wrap
 from twin import Run, case, compare
@@ -134,9 +138,47 @@ def test_infinite_gradient(run: Run):
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, error_if_nonfinite=True)
 
 
+@pytest.mark.parametrize("max_norm", [1e-3, 1e6], ids=["bites", "idle"])
+@pytest.mark.parametrize("amid", ["effective_factor", "check_replaced", "_spans"])
+def test_a_signal_handler_amid_a_step_that_looks_at_gradients(amid, max_norm, two_worlds, monkeypatch):
+    """The step multiplies gradients as it updates: a handler must not multiply them once more. It is refused by name instead."""
+    home = f"funicular.optim.adamw.{amid}"
+    original = pkgutil.resolve_name(home)
+    refused = []
+
+    def strike(*args, **kwargs):
+        result = original(*args, **kwargs)
+        signal.raise_signal(signal.SIGUSR1)
+        return result
+
+    def script(run: Run) -> None:
+        def look(*_):
+            for p in run.model.parameters():
+                try:
+                    p.grad.sum().item()
+                except funicular.RuntimeFailure as error:
+                    assert error.code == "FN-E106"
+                    refused.append(amid)
+
+        before = signal.signal(signal.SIGUSR1, look)
+        try:
+            for _ in range(3):
+                run.model(run.data(4, WIDTH)).square().mean().backward()
+                torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+                with monkeypatch.context() as patch:
+                    patch.setattr(home, strike)
+                    run.opt.step()
+                run.record_grads()
+                run.opt.zero_grad()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    compare(two_worlds, stack(), script)
+    assert refused or amid == "check_replaced"  # before the step has taken any factor
+
+
 def test_the_known_norms_are_used(host_world, monkeypatch):
     """After the first step clipping neither reads nor writes homed gradients."""
-    import funicular
 
     model = stack()()
     funicular.offload(model, host_world.policy(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from funicular.errors import RuntimeFailure
 from funicular.gradients.arrival import Landing, bring_down
 from funicular.gradients.clipping import Clipping, apply_pending
 from funicular.gradients.speculation import Speculation
@@ -47,7 +48,19 @@ class Gradients:
         self._landing.reap(stream)
 
     def settle(self, ref: PagedParam) -> None:
-        """Make a gradient in its place valid for the caller, who may change it."""
+        """Make a gradient in its place valid for the caller, who may change it.
+
+        Raises
+        ------
+        RuntimeFailure
+            ``FN-E106`` to a signal handler amid a step that multiplies this gradient: it would be multiplied twice.
+        """
+        if self.clipping.taken and ref.factor is not None:
+            raise RuntimeFailure(
+                "FN-E106",
+                f"the gradient of '{ref.name}' was asked for by a signal handler amid a step, which multiplies it by the factor of "
+                "clipping. Set a flag in the handler, and look at gradients between steps.",
+            )
         stream = stream_of(self._device)
         self._engine.settle_update(ref.unit.engine_id, stream)
         self._engine.wait_gradients(stream)

@@ -39,6 +39,8 @@ class Clipping:
         self.norms = ""
         #: factors pending for the next step
         self._factors: dict[int, torch.Tensor] = {}
+        #: a step has taken factors for its updates, and has not ended
+        self.taken = False
 
     def keep(self, factor: torch.Tensor) -> bool:
         """Keep a factor until the next step; False if there are too many."""

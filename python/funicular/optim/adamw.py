@@ -343,14 +343,13 @@ class _SessionStep:
         self.hypers: dict[Hyper, int] = {}
         #: slots of factors that clipping left pending, by factor and element type
         self.slots: dict[tuple[int, torch.dtype], int] = {}
-        self.units: dict[Unit, list[tuple[PagedParam, ParamStates, int]]] = {}
+        self.units: dict[Unit, list[tuple[PagedParam, ParamStates]]] = {}
         self.groups: dict[PagedParam, dict[str, Any]] = {}
         self.residents: list[tuple[torch.nn.Parameter, ParamStates]] = []
         self.resident_updates: list[ResidentUpdate] = []
 
     def add(self, ref: PagedParam, group: dict[str, Any], states: ParamStates) -> None:
-        index = self.hypers.setdefault(_hyper(group, states, self._slot(ref)), len(self.hypers))
-        self.units.setdefault(ref.unit, []).append((ref, states, index))
+        self.units.setdefault(ref.unit, []).append((ref, states))
         self.groups[ref] = group
 
     def add_resident(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> bool:
@@ -362,9 +361,14 @@ class _SessionStep:
             self.resident_updates.append(update)
         return update is not None
 
+    def _index(self, ref: PagedParam, states: ParamStates) -> int:
+        """Return which hyperparameters a parameter is updated with, the factor of its gradient among them."""
+        return self.hypers.setdefault(_hyper(self.groups[ref], states, self._slot(ref)), len(self.hypers))
+
     def _slot(self, ref: PagedParam) -> int | None:
         if ref.factor is None or ref.param.grad is not ref.grad:
             return None
+        self.session.gradients.clipping.taken = True
         key = (id(ref.factor), ref.home.dtype)
         if key not in self.slots:
             value = effective_factor(ref.factor, ref.home.dtype)
@@ -374,7 +378,7 @@ class _SessionStep:
     def next_updates(self) -> dict[Unit, Callable[[], tuple[list[Span], list[Hyper]]]]:
         """Return what describes the next updates, of units with a spare copy that are stepped as a whole."""
         whole = {u: members for u, members in self.units.items() if u.spare_copy and len(members) == u.trained}
-        described = {u: [(ref, states, self.groups[ref]) for ref, states, _ in members] for u, members in whole.items()}
+        described = {u: [(ref, states, self.groups[ref]) for ref, states in members] for u, members in whole.items()}
         return {unit: functools.partial(_described, members) for unit, members in described.items()}
 
     def go(self) -> None:
@@ -384,6 +388,7 @@ class _SessionStep:
             with self.session.lock:
                 self._go(self.session)
         finally:
+            self.session.gradients.clipping.taken = False
             self.session.ranges.end(started)
 
     def _go(self, session: Session) -> None:
@@ -395,14 +400,15 @@ class _SessionStep:
         followed = []
         for unit in units:
             members = sorted(self.units[unit], key=lambda m: (m[0].section, m[0].start))
-            for ref, states, _ in members:
+            for ref, states in members:
                 if states.flush():
                     followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
-            updates.append(UnitUpdate(unit.engine_id, _spans(members), session.gradients.speculation.confirmed(unit)))
+            spans = _spans([(ref, states, self._index(ref, states)) for ref, states in members])
+            updates.append(UnitUpdate(unit.engine_id, spans, session.gradients.speculation.confirmed(unit)))
         bring_home(refs)
-        counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
+        counts = [(states, states.count + 1) for members in self.units.values() for _, states in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
         self._submit(session, updates, refs, counts, watched)
         session.after_step(watched)
