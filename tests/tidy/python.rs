@@ -309,7 +309,9 @@ fn reaches(source: &str, rooms: &BTreeSet<String>) -> Vec<(usize, String)> {
         let name = dotted_name(&source[at + prefix.len()..]);
         let (room, inner) = name.split_once('.').unwrap_or((name, ""));
         let within = ["checkpoint", "optim"].contains(&room) && inner.starts_with(|c: char| c.is_ascii_lowercase());
-        let alone = source[..at].ends_with('"') && source[at + prefix.len() + name.len()..].starts_with('"');
+        // An f-string may fill in the last part.
+        let after = source[at + prefix.len() + name.len()..].trim_start_matches('.');
+        let alone = source[..at].ends_with('"') && after.starts_with(['"', '{']);
         if (hidden(name) || within) && !alone {
             found.push((at, format!("funicular.{name}")));
         }
@@ -346,4 +348,6 @@ fn tests_import_what_is_public() {
         ["funicular.units", "_funicular_"]
     );
     assert_eq!(names("patch(\"funicular.units.unit.f\"); funicular.stats(m); \"funicular.json\""), [""; 0]);
+    assert_eq!(names("f\"funicular.optim.adamw.{part}\""), [""; 0]);
+    assert_eq!(names("\"funicular.units.unit is imported\""), ["funicular.units.unit"]);
 }
