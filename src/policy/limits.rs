@@ -100,6 +100,22 @@ impl HostLimits {
         ))
     }
 
+    /// Refuses a budget that is larger than what there is: a machine that does not have so much at all, or not now.
+    ///
+    /// # Errors
+    /// `FN-E202` with both numbers.
+    pub fn admit_budget(&self, budget: ByteCount) -> Result<()> {
+        if budget <= self.available() {
+            return Ok(());
+        }
+        let whole = self.cgroup.as_ref().map_or(self.mem_total, |c| c.limit.min(self.mem_total));
+        let than = if budget > whole { "the whole machine may give" } else { "is free now" };
+        let what = format!("budget.host = {budget} is more than {than}: {}.", self.describe());
+        Err(Error::new(Code::HostBudget, what)
+            .needing(budget)
+            .action(format!("Set budget.host to less than {}, or \"auto\", or raise the limit.", self.available())))
+    }
+
     /// What bounds [`HostLimits::available`], in words.
     pub fn describe(&self) -> String {
         match &self.cgroup {
@@ -441,6 +457,19 @@ mod tests {
         assert_eq!(resolve_threads(&limits(GIB, None), &given), 6);
         given.budget.threads = Auto::Set(2);
         assert_eq!(resolve_threads(&limits(GIB, None), &given), 2);
+    }
+
+    #[test]
+    fn a_budget_larger_than_the_machine_is_called_so() {
+        let limits = limits(20 * GIB, Some(4 * GIB));
+        limits.admit_budget(ByteCount::gib(4)).unwrap();
+        for (budget, part) in [(64, "more than the whole machine may give: this cgroup"), (5, "more than is free now")]
+        {
+            let error = limits.admit_budget(ByteCount::gib(budget)).unwrap_err();
+            assert_eq!(error.code(), Code::HostBudget);
+            assert!(error.to_string().contains(part) && error.to_string().contains("less than 4.0 GiB"), "{error}");
+            assert!(!error.to_string().contains("needs"), "{error}");
+        }
     }
 
     #[test]

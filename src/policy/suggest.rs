@@ -15,9 +15,32 @@ pub(crate) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a s
         .map(|(_, c)| c)
 }
 
+/// What other programs call the words of a policy. A word may have several meanings; the one that is allowed is meant.
+const MEANT: &[(&[&str], &[&str])] = &[
+    (&["cpu", "ram", "dram", "memory", "mem", "system", "pinned", "offload"], &["host"]),
+    (&["gpu", "vram", "nvidia", "hbm"], &["cuda", "hbm", "gpu"]),
+    (&["disk", "ssd", "drive", "file", "storage", "swap"], &["nvme"]),
+    (&["host"], &["cpu"]),
+    (&["cuda"], &["gpu", "hbm"]),
+    (&["none", "default"], &["auto", "off", "keep"]),
+    (&["bf16", "torch.bfloat16"], &["bfloat16"]),
+    (&["fp16", "half", "torch.float16"], &["float16"]),
+    (&["fp32", "float", "torch.float32"], &["float32"]),
+    (&["uring", "aio", "libaio"], &["io_uring"]),
+];
+
+/// The candidate that a word of other programs means, else the nearest.
+pub(crate) fn meant<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let candidates: Vec<&str> = candidates.into_iter().collect();
+    let lower = word.trim().to_ascii_lowercase();
+    let mut meanings = MEANT.iter().filter(|(words, _)| words.contains(&lower.as_str())).flat_map(|(_, meant)| *meant);
+    let other = meanings.find_map(|meant| candidates.iter().copied().find(|c| c == meant));
+    other.or_else(|| nearest(word, candidates))
+}
+
 /// ` (did you mean 'x'?)`, or nothing.
 pub(crate) fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
-    nearest(word, candidates).map_or_else(String::new, |c| format!(" (did you mean '{c}'?)"))
+    meant(word, candidates).map_or_else(String::new, |c| format!(" (did you mean '{c}'?)"))
 }
 
 fn fold(word: &str) -> Vec<char> {
@@ -53,6 +76,18 @@ mod tests {
         assert_eq!(nearest("queue-depht", keys), Some("queue_depth"));
         assert_eq!(nearest("iouring", keys), Some("io_uring"));
         assert_eq!(nearest("TIER", keys), Some("tier"));
+    }
+
+    #[test]
+    fn words_of_other_programs_are_understood() {
+        let tiers = ["auto", "hbm", "host", "nvme"];
+        for (word, right) in [("cpu", "host"), ("GPU", "hbm"), ("disk", "nvme"), ("ram", "host"), ("hots", "host")] {
+            assert_eq!(meant(word, tiers), Some(right), "{word}");
+        }
+        assert_eq!(meant("gpu", ["auto", "host", "cuda"]), Some("cuda"));
+        assert_eq!(meant("cuda", ["auto", "cpu", "gpu"]), Some("gpu"));
+        assert_eq!(meant("gpu", ["auto", "host", "nvme"]), None);
+        assert_eq!(meant("bf16", ["keep", "bfloat16"]), Some("bfloat16"));
     }
 
     #[test]

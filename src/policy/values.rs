@@ -333,8 +333,13 @@ impl<'de> Deserialize<'de> for DeviceChoice {
             _ => match text.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
                 Some(n) => Ok(Self::Cuda(Some(n))),
                 None => {
-                    let guess = if text == "cpu" { Some("host") } else { None };
-                    let guess = guess.or_else(|| suggest::nearest(&text, ["auto", "host", "cuda", "cuda:0"]));
+                    let (name, number) =
+                        text.split_at(text.find(|c: char| c == ':' || c.is_ascii_digit()).unwrap_or(text.len()));
+                    let number = number.trim_start_matches(':').parse::<u32>();
+                    let guess = match (suggest::meant(name, ["cuda"]), number) {
+                        (Some(cuda), Ok(number)) => Some(format!("{cuda}:{number}")),
+                        _ => suggest::meant(&text, ["auto", "host", "cuda", "cuda:0"]).map(str::to_owned),
+                    };
                     let hint = guess.map_or_else(String::new, |g| format!(" (did you mean \"{g}\"?)"));
                     Err(de::Error::custom(format!("\"{text}\" is not one of auto, host, cuda, cuda:N{hint}")))
                 }

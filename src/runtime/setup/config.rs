@@ -91,7 +91,7 @@ impl Config {
     ) -> Result<Self> {
         let host = limits::resolve_host_budget(machine, policy);
         if let Auto::Set(asked) = policy.budget.host {
-            machine.admit("budget.host", asked)?;
+            machine.admit_budget(asked)?;
         }
         let (slow, faults) = Slow::parse(&policy.debug.faults)?;
         let largest = layout.units.iter().map(|u| u.param_bytes()).max().unwrap_or(0);
