@@ -142,25 +142,27 @@ struct DoctorArguments {
 
 #[derive(Subcommand)]
 enum PolicyCommand {
-    /// Read a policy as a run would: exit code 0 if a run would take it.
+    /// Read a policy as a run would, and look whether this machine can run it. Exit code 0 if so, 1 if the policy is wrong, 2
+    /// if that cannot be told, 3 if the policy is valid and this machine cannot run it.
     Check {
-        /// A TOML or JSON policy.
+        /// A TOML or JSON policy, or a preset.
         file: PathBuf,
         #[command(flatten)]
         sets: Sets,
     },
     /// Print the whole policy that results, every key written out.
     Show {
-        /// A TOML or JSON policy; the defaults without one.
+        /// A TOML or JSON policy, or a preset; the defaults without one.
         file: Option<PathBuf>,
         #[command(flatten)]
         sets: Sets,
     },
     /// Print the JSON Schema of policies.
     Schema,
-    /// Turn a DeepSpeed, accelerate or Lightning configuration into a policy.
+    /// Turn another system's configuration into a policy. Exit code 1 if it is broken or of no format that is known, 2 if it
+    /// cannot be read.
     Import {
-        /// ds_config.json, accelerate's YAML, or Lightning's arguments (.py or JSON).
+        /// DeepSpeed's, accelerate's, Lightning's or FSDP's configuration, a training file that names one, or a script with one.
         file: PathBuf,
         /// The model's hidden size, for sizes that are "auto".
         #[arg(long, value_name = "N")]
@@ -274,7 +276,7 @@ fn checkpoints(command: CheckpointCommand) -> Result<i32> {
 
 fn policy(command: PolicyCommand) -> Output {
     match command {
-        PolicyCommand::Check { file, sets } => policy_cli::check(&file, &sets.into()),
+        PolicyCommand::Check { file, sets } => policy_cli::check(&file, &sets.into(), doctor::obstacles),
         PolicyCommand::Show { file, sets } => policy_cli::show(file.as_deref(), &sets.into()),
         PolicyCommand::Schema => policy_cli::schema(),
         PolicyCommand::Import { file, hidden_size } => policy_cli::import(&file, Hints { hidden_size }),

@@ -91,6 +91,7 @@ codes! {
     PolicyKey = "FN-E502", Usage, "unknown key in the policy";
     PolicyValue = "FN-E503", Usage, "a value in the policy is not of the right kind";
     PolicyFile = "FN-E504", Usage, "the policy file cannot be read";
+    ImportFormat = "FN-E507", Usage, "a configuration of another system in a format that is not known";
     EngineUnavailable = "FN-E601", Storage, "the requested I/O engine does not work here";
     NoDirectIo = "FN-E602", Storage, "direct I/O was required and does not work here";
     NotADisk = "FN-E603", Usage, "an NVMe path is in memory, not on a disk";

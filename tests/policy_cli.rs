@@ -28,7 +28,7 @@ fn check_says_what_a_run_would_say() {
         std::fs::write(&path, text).unwrap();
         path.to_str().unwrap().to_owned()
     };
-    let file = write("[optimizer]\ntier = \"nvme\"\n[nvme]\npaths = [\"/mnt/a\"]\n");
+    let file = write(&format!("[optimizer]\ntier = \"nvme\"\n[nvme]\npaths = [\"{}\"]\n", env!("CARGO_TARGET_TMPDIR")));
     let (code, out, err) = run(&["policy", "check", &file], &[]);
     assert_eq!((code, err.as_str()), (0, ""));
     assert!(out.ends_with("p.toml: a valid policy\n"), "{out}");
@@ -39,7 +39,45 @@ fn check_says_what_a_run_would_say() {
     assert_eq!((code, out.as_str()), (1, ""));
     assert!(err.contains("p.toml:2:1: unknown key 'optimizer.teir' (did you mean 'tier'?)\n"), "{err}");
     assert!(err.contains("\n      | ^^^^"), "{err}");
-    assert_eq!(run(&["policy", "check", "none.toml"], &[]).0, 1);
+}
+
+#[test]
+fn check_tells_the_policy_from_the_machine() {
+    let check = |key: &str| run(&["policy", "check", "fits", "--set", key], &[]);
+    assert_eq!(run(&["policy", "check", "host"], &[]), (0, "host: a valid policy\n".to_owned(), String::new()));
+    for (key, code, part) in [
+        ("nvme.paths=/no/such/folder", "FN-E604", "/no/such/folder: No such file"),
+        ("device=cuda:4000", "FN-E001", "device = \"cuda:4000\", but this machine has"),
+        ("budget.host=4000TiB", "FN-E202", "budget.host = 4000.0 TiB is more than the whole machine may give"),
+    ] {
+        let (exit, out, err) = check(key);
+        assert_eq!(
+            (exit, out.as_str()),
+            (3, "fits: a valid policy, but this machine cannot run it as it is\n"),
+            "{err}"
+        );
+        assert!(err.starts_with(code) && err.contains(part) && err.lines().count() == 1, "{err}");
+    }
+    for (key, hint) in [
+        ("params.tier=cpu", "(did you mean 'host'?)"),
+        ("optimizer.tier=disk", "(did you mean 'nvme'?)"),
+        ("optimizer.tier=gpu", "(did you mean 'hbm'?)"),
+        ("optimizer.where=cuda", "(did you mean 'gpu'?)"),
+        ("params.dtype=bf16", "(did you mean 'bfloat16'?)"),
+        ("device=gpu", "(did you mean \"cuda\"?)"),
+        ("device=gpu:1", "(did you mean \"cuda:1\"?)"),
+        ("device=cpu", "(did you mean \"host\"?)"),
+    ] {
+        let (exit, out, err) = check(key);
+        assert_eq!((exit, out.as_str()), (1, ""), "{key}");
+        assert!(err.starts_with("FN-E503") && err.contains(hint), "{key}: {err}");
+    }
+    // A file that cannot be read says nothing; a slip in the name of a preset is such a file.
+    assert_eq!(run(&["policy", "check", "none.toml"], &[]).0, 2);
+    let (exit, _, err) = run(&["policy", "check", "hots"], &[]);
+    assert!(exit == 2 && err.contains("FN-E504") && err.contains("did you mean 'host'?"), "{err}");
+    let (exit, _, err) = run(&["policy", "check", "nvme"], &[]);
+    assert!(exit == 1 && err.contains("params.tier is nvme, but nvme.paths is empty"), "{err}");
 }
 
 #[test]
@@ -69,13 +107,19 @@ fn import_prints_a_policy_that_check_takes() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("p.toml");
     std::fs::write(&file, out).unwrap();
-    assert_eq!(run(&["policy", "check", file.to_str().unwrap()], &[]).0, 0);
+    let (code, out, err) = run(&["policy", "check", file.to_str().unwrap()], &[]);
+    assert!(out.contains("a valid policy") && (code == 0 || err.contains("/local_nvme")), "{code} {out} {err}");
     let (code, out, err) = run(&["policy", "import", "accelerate_file.yaml", "--hidden-size", "4096"], &[]);
     assert!(code == 0 && err.contains("accelerate_file.yaml refers to hf_nvme.json"), "{err}");
     assert!(out.contains("15099494 elements"), "{out}");
     let (code, out, err) = run(&["policy", "import", "missing_comma.json"], &[]);
     assert_eq!((code, out.as_str()), (1, ""));
     assert!(err.contains("missing_comma.json:6:32:"), "{err}");
+    let (code, out, err) = run(&["policy", "import", "../imports/recipe.yaml"], &[]);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.starts_with("FN-E507 ../imports/recipe.yaml: not a configuration"), "{err}");
+    let (code, _, err) = run(&["policy", "import", "none.json"], &[]);
+    assert!(code == 2 && err.starts_with("FN-E504 none.json: No such file") && !err.contains("preset"), "{err}");
 }
 
 #[test]

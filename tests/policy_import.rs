@@ -78,8 +78,9 @@ fn the_complete_file() {
     assert_eq!(i.policy.params.tier, ParamsTier::Nvme);
     assert_eq!(i.policy.optimizer.tier, OptimizerTier::Nvme);
     assert_eq!(i.policy.nvme.paths, [std::path::PathBuf::from("/local_nvme")]);
-    assert_eq!(i.policy.budget.hbm, Auto::Set(ByteCount(2_000_000_000)));
-    assert_eq!(i.policy.prefetch.window, Auto::Set(ByteCount(100_000_000)));
+    assert_eq!((i.policy.budget.hbm, i.policy.prefetch.window), (Auto::Auto, Auto::Auto), "DeepSpeed's defaults");
+    notes(&i.ignored, "zero_optimization.stage3_max_live_parameters", "DeepSpeed's default");
+    notes(&i.ignored, "zero_optimization.stage3_prefetch_bucket_size", "DeepSpeed's default");
     assert_eq!(i.policy.nvme.block, ByteCount::mib(1));
     assert_eq!(i.policy.nvme.queue_depth, Auto::Set(8));
     assert_eq!(leaves(&i.undecided), ["max_in_cpu"]);
@@ -142,7 +143,7 @@ fn deprecated_keys() {
     assert_eq!((i.policy.params.tier, i.policy.optimizer.tier), (ParamsTier::Host, OptimizerTier::Host));
     notes(&i.mapped, "zero_optimization.cpu_offload", "deprecated");
     assert_eq!(i.policy.budget.hbm, Auto::Auto);
-    notes(&i.mapped, "zero_optimization.stage3_max_live_parameters", "no limit");
+    notes(&i.ignored, "zero_optimization.stage3_max_live_parameters", "no limit");
     notes(&i.ignored, "_comment", "a comment");
     assert_eq!(leaves(&i.undecided), ["stage3_prefetch_bucket_size"]);
 }
@@ -151,7 +152,8 @@ fn deprecated_keys() {
 fn stage_two_and_full_precision() {
     let i = load("zero2_offload.json");
     assert_eq!(i.policy.optimizer.tier, OptimizerTier::Host);
-    assert_eq!(i.policy.budget.hbm, Auto::Set(ByteCount(1_000_000_000)), "4 bytes an element");
+    notes(&i.undecided, "zero_optimization.stage3_max_live_parameters", "\"1GB\" would hold parameters within as much");
+    notes(&i.undecided, "zero_optimization.stage3_max_live_parameters", "elements of 4 bytes");
     notes(&i.ignored, "zero_optimization.offload_optimizer.nvme_path", "not nvme");
     notes(&i.undecided, "zero_optimization.stage", "stage 2 keeps all parameters on the GPU");
     notes(&i.undecided, "zero_optimization.offload_optimizer.pin_memory", "always page-locked");
@@ -222,11 +224,11 @@ fn accelerate() {
     let device = item(&i.mapped, "deepspeed_config.offload_optimizer_device");
     assert_eq!(device.line, Some(7));
     notes(&i.ignored, "deepspeed_config.offload_param_nvme_path", "not nvme");
-    notes(&i.ignored, "mixed_precision", "training loop");
+    notes(&i.mapped, "mixed_precision", "params.dtype = \"bfloat16\"");
     assert!(i.undecided.is_empty(), "{i}");
     assert_eq!(i.mapped.len() + i.ignored.len(), 20, "{i}");
     assert_eq!(load("accelerate_file.yaml").refers_to.as_deref(), Some("hf_nvme.json"));
-    let fsdp = import::accelerate("fsdp_config:\n  fsdp_offload_params: true\n", "f.yaml", Hints::default()).unwrap();
+    let fsdp = import::any("fsdp_config:\n  fsdp_offload_params: true\n", "f.yaml", Hints::default()).unwrap();
     assert_eq!(fsdp.policy.params.tier, ParamsTier::Host);
 }
 
@@ -252,13 +254,15 @@ fn lightning() {
 
     let config =
         "DeepSpeedStrategy(stage=2, config={'zero_optimization': {'stage': 3, 'offload_param': {'device': 'cpu'}}})";
-    let i = import::lightning(config, "x.py", Hints::default()).unwrap();
+    let i = import::any(config, "x.py", Hints::default()).unwrap();
     assert_eq!(i.policy.params.tier, ParamsTier::Host);
     notes(&i.ignored, "stage", "overrides");
     assert_eq!(i.ignored.len() + i.mapped.len() + i.undecided.len(), 3, "{i}");
-    let i = import::lightning("DeepSpeedStrategy(config='ds.json')", "x.py", Hints::default()).unwrap();
+    let i = import::any("DeepSpeedStrategy(config='ds.json')", "x.py", Hints::default()).unwrap();
     assert_eq!(i.refers_to.as_deref(), Some("ds.json"));
-    let i = import::lightning("\"ddp\"", "x.py", Hints::default()).unwrap();
+    let i = import::any("\"ddp\"", "x.py", Hints::default()).unwrap();
+    notes(&i.ignored, "strategy", "about several GPUs");
+    let i = import::any("\"deepspeed_stage_4\"", "x.py", Hints::default()).unwrap();
     notes(&i.undecided, "strategy", "is not a DeepSpeed strategy");
 }
 

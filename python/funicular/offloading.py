@@ -62,8 +62,9 @@ def offload(
     model : nn.Module
         Any module with weights, on the CPU or a CUDA device. Parameters keep identity, names and shapes, and dtypes unless the
         policy's ``params.dtype`` says otherwise; on a CUDA device they report that device. Buffers move to the compute device.
-    policy : path, Policy, mapping or None
-        What may be used and where things live (docs/policy.md); ``None`` decides everything from the machine.
+    policy : path, name of a preset, Policy, mapping or None
+        What may be used and where things live (docs/policy.md); ``"host"`` and the other presets by name; ``None`` decides
+        everything from the machine.
     checkpoint : path or None
         A checkpoint, a directory of the model's safetensors (one file, or shards with an index), or one such file: the weights
         are streamed from there to where they will live. The model may then be on the meta device, so that it never has

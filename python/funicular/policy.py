@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from funicular import _core
+from funicular.errors import UsageError
 
 __all__ = [
     "Activations",
@@ -176,7 +177,9 @@ class Policy:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Policy | Mapping[str, Any] | None) -> Policy:
-        """Make a policy of anything that ``funicular.offload`` takes: a path, a mapping of the file's shape, a policy or nothing.
+        """Make a policy of what ``funicular.offload`` takes: a path, a preset's name, a mapping of the file's shape, a policy or nothing.
+
+        ``"host"`` is the preset; a file of that name is ``"./host"``.
 
         Raises
         ------
@@ -189,6 +192,14 @@ class Policy:
             return source
         if isinstance(source, Mapping):
             return cls.from_mapping(source)
+        if isinstance(source, str):
+            return cls._resolve(source, "name", {})
+        if not isinstance(source, os.PathLike):
+            raise UsageError(
+                "FN-E503",
+                f"a policy cannot be made of {type(source).__name__}. Give the path of a file, a preset's name, a mapping, "
+                "a funicular.Policy, or None.",
+            )
         return cls.from_file(source)
 
     @classmethod

@@ -9,6 +9,7 @@ pub mod drive;
 mod gpu;
 mod host;
 pub mod machine;
+mod policy;
 mod python;
 
 use std::{ffi::OsString, path::PathBuf};
@@ -16,6 +17,7 @@ use std::{ffi::OsString, path::PathBuf};
 use serde::Serialize;
 
 pub use gpu::page_lock;
+pub use policy::obstacles;
 
 use crate::{device::DeviceChoice, error::Error};
 

@@ -16,13 +16,17 @@ pub struct Output {
     pub out: String,
     /// For the standard error.
     pub err: String,
-    /// Exit code: 0, or 1 after an error.
+    /// Exit code: 0, 1 for "no", 2 if that could not be told, 3 for a valid policy that this machine cannot run.
     pub code: u8,
 }
 
 impl From<Result<Self>> for Output {
     fn from(result: Result<Self>) -> Self {
-        result.unwrap_or_else(|error| Self { err: format!("{error}\n"), code: 1, ..Self::default() })
+        result.unwrap_or_else(|error| {
+            // A file that cannot be read says nothing.
+            let code = if error.code() == Code::PolicyFile { 2 } else { 1 };
+            Self { err: format!("{error}\n"), code, ..Self::default() }
+        })
     }
 }
 
@@ -35,12 +39,29 @@ pub struct Overlay {
     pub sets: Vec<String>,
 }
 
-/// Reads a policy as a run would and says whether a run would take it.
-pub fn check(file: &Path, overlay: &Overlay) -> Output {
+/// What keeps a machine from running a policy.
+#[derive(Debug, Default)]
+pub struct Obstacles {
+    /// What is in the way.
+    pub certain: Vec<Error>,
+    /// What could not be found out.
+    pub unknown: Vec<Error>,
+}
+
+/// Reads a policy as a run would and says whether a run would take it: the policy by itself, then on the machine that
+/// `look` looks at.
+pub fn check(file: &Path, overlay: &Overlay, look: impl Fn(&Policy) -> Obstacles) -> Output {
     let checked = || -> Result<Output> {
         let policy = resolve(Some(file), overlay)?;
         policy.check_consistent()?;
-        Ok(Output { out: format!("{}: a valid policy\n", file.display()), ..Output::default() })
+        let Obstacles { certain, unknown } = look(&policy);
+        let (verdict, code) = match (certain.is_empty(), unknown.is_empty()) {
+            (true, true) => ("a valid policy", 0),
+            (true, false) => ("a valid policy; whether this machine can run it could not be told", 2),
+            (false, _) => ("a valid policy, but this machine cannot run it as it is", 3),
+        };
+        let err = certain.iter().chain(&unknown).map(|error| format!("{error}\n")).collect();
+        Ok(Output { out: format!("{}: {verdict}\n", file.display()), err, code })
     };
     checked().into()
 }
@@ -56,16 +77,21 @@ pub fn schema() -> Output {
 }
 
 /// Another system's configuration as a policy file with the three lists as comments. A file that refers to another
-/// one is followed once; the path counts from the file's folder, then from the working directory.
+/// one is followed once; the path counts from the file's folder, then from the working directory, then from each folder
+/// above the file: training files name others from the root of their repository.
 pub fn import(file: &Path, hints: Hints) -> Output {
     let imported = || -> Result<Output> {
-        let first = read(file, hints)?;
-        let (imported, note) = match &first.refers_to {
+        let text = read_text(file).map_err(|e| {
+            let error = Error::new(e.code(), e.message()).action("Give the path of another system's configuration.");
+            e.os_error().map_or(error.clone(), |errno| error.errno(errno))
+        })?;
+        let first = import::any(&text, &file.display().to_string(), hints)?;
+        let (imported, note) = match first.refers_to.clone() {
             None => (first, String::new()),
             Some(path) => {
-                let beside = file.parent().map_or_else(|| PathBuf::from(path), |dir| dir.join(path));
-                let target = if beside.exists() { beside } else { PathBuf::from(path) };
-                (follow(file, &target, hints)?, format!("{} refers to {}\n", file.display(), target.display()))
+                let target = referred(file, &path);
+                let note = format!("{} refers to {}\n", file.display(), target.display());
+                (follow(first, &target, hints)?, note)
             }
         };
         let Imported { name, mapped, ignored, undecided, .. } = &imported;
@@ -75,29 +101,42 @@ pub fn import(file: &Path, hints: Hints) -> Output {
     imported().into()
 }
 
+/// Where a path leads that a file names.
+fn referred(file: &Path, path: &str) -> PathBuf {
+    let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_path_buf());
+    let above = file.ancestors().chain(whole.ancestors()).skip(2).map(|folder| folder.join(path));
+    let beside = file.parent().map_or_else(|| PathBuf::from(path), |folder| folder.join(path));
+    [beside.clone(), PathBuf::from(path)].into_iter().chain(above).find(|target| target.is_file()).unwrap_or(beside)
+}
+
 /// Imports the file that a configuration names as its DeepSpeed file. Errors quote its text only if it is a DeepSpeed
 /// configuration: the user did not name it.
-fn follow(from: &Path, target: &Path, hints: Hints) -> Result<Imported> {
-    let (from, name) = (from.display(), target.display().to_string());
-    let text = read_text(target).map_err(|e| e.because(&format!("{from} names it as its DeepSpeed configuration.")))?;
-    import::referred(&text, &name, hints).ok_or_else(|| {
+fn follow(outer: Imported, target: &Path, hints: Hints) -> Result<Imported> {
+    let (from, name) = (outer.name.clone(), target.display().to_string());
+    let text = read_text(target).map_err(|e| {
+        let what =
+            format!("{from} names {name} as its DeepSpeed configuration, and it cannot be read: {}", e.message());
+        let error = Error::new(e.code(), what).action("Put the file there, or import it by itself.");
+        e.os_error().map_or(error.clone(), |errno| error.errno(errno))
+    })?;
+    import::referred(&text, &name, outer, hints).ok_or_else(|| {
         let what = format!(
             "{from}: names {name} as its DeepSpeed configuration, but that is not JSON with a section zero_optimization; nothing of it is shown."
         );
-        Error::new(Code::PolicyFile, what).action("Correct the path; or import that file by itself to see what is wrong.")
+        Error::new(Code::ImportFormat, what).action("Correct the path; or import that file by itself to see what is wrong.")
     })
 }
 
-fn read(file: &Path, hints: Hints) -> Result<Imported> {
-    import::any(&read_text(file)?, &file.display().to_string(), hints)
-}
-
-/// The policy that a file, or none, becomes under what lies over it.
+/// The policy that a file, a preset or nothing becomes under what lies over it.
 ///
 /// # Errors
 /// `FN-E501` to `FN-E504`.
 pub fn resolve(file: Option<&Path>, overlay: &Overlay) -> Result<Policy> {
-    let mut policy = file.map_or_else(|| Ok(Policy::default()), Policy::from_file)?;
+    let mut policy = match (file, file.and_then(Path::to_str)) {
+        (None, _) => Policy::default(),
+        (_, Some(name)) => Policy::named(name)?,
+        (Some(file), None) => Policy::from_file(file)?,
+    };
     policy = policy.with_env(overlay.env.iter().map(|(name, value)| (name, value)))?;
     for set in &overlay.sets {
         let (key, value) = set.split_once('=').ok_or_else(|| {

@@ -142,6 +142,7 @@ impl NodeReader<'_> {
             Value::Text(text) => de::Unexpected::Str(text),
             Value::List(_) => de::Unexpected::Seq,
             Value::Table(_) => de::Unexpected::Map,
+            Value::Code(_) => de::Unexpected::Other("an expression"),
         }
     }
 }
@@ -155,7 +156,7 @@ impl<'de> de::Deserializer<'de> for NodeReader<'_> {
             Value::Bool(b) => visitor.visit_bool(*b),
             Value::Integer(n) => visitor.visit_i64(*n),
             Value::Float(x) => visitor.visit_f64(*x),
-            Value::Text(text) => visitor.visit_str(text),
+            Value::Text(text) | Value::Code(text) => visitor.visit_str(text),
             Value::List(items) => visitor.visit_seq(Items { items: items.iter(), index: 0 }),
             Value::Table(entries) => visitor.visit_map(Entries { entries: entries.iter(), value: None }),
         }

@@ -111,9 +111,10 @@ impl HostLimits {
         let whole = self.cgroup.as_ref().map_or(self.mem_total, |c| c.limit.min(self.mem_total));
         let than = if budget > whole { "the whole machine may give" } else { "is free now" };
         let what = format!("budget.host = {budget} is more than {than}: {}.", self.describe());
-        Err(Error::new(Code::HostBudget, what)
-            .needing(budget)
-            .action(format!("Set budget.host to less than {}, or \"auto\", or raise the limit.", self.available())))
+        Err(Error::new(Code::HostBudget, what).needing(budget).action(format!(
+            "Set budget.host to {} at most, or \"auto\", or raise the limit.",
+            rounded_down(self.available())
+        )))
     }
 
     /// What bounds [`HostLimits::available`], in words.
@@ -139,6 +140,12 @@ impl HostLimits {
             _ => format!("give the machine {more} more memory"),
         }
     }
+}
+
+/// A size that is shown with one decimal of a GiB, and is not more once it is shown.
+fn rounded_down(size: ByteCount) -> ByteCount {
+    const TENTH: u64 = (1 << 30) / 10;
+    if size < ByteCount::gib(1) { size } else { ByteCount(size.0 / TENTH * TENTH) }
 }
 
 /// Host memory for the runtime: what the policy gives, or what is available less the reserve.
@@ -467,7 +474,7 @@ mod tests {
         {
             let error = limits.admit_budget(ByteCount::gib(budget)).unwrap_err();
             assert_eq!(error.code(), Code::HostBudget);
-            assert!(error.to_string().contains(part) && error.to_string().contains("less than 4.0 GiB"), "{error}");
+            assert!(error.to_string().contains(part) && error.to_string().contains("4.0 GiB at most"), "{error}");
             assert!(!error.to_string().contains("needs"), "{error}");
         }
     }

@@ -12,6 +12,7 @@ pub mod import;
 pub mod limits;
 mod overlay;
 mod parse_json;
+mod parse_python;
 mod parse_toml;
 pub mod profile;
 pub mod schema;
@@ -292,6 +293,14 @@ fn whole<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<u32, 
 }
 
 impl Policy {
+    /// The preset of that name, else the file: a file that is called like a preset is `./host`.
+    ///
+    /// # Errors
+    /// As for [`Policy::from_file`].
+    pub fn named(name: &str) -> Result<Self> {
+        if PRESETS.contains(&name) { Self::preset(name) } else { Self::from_file(name) }
+    }
+
     /// Reads a file: JSON if its name ends in `.json` or its text starts with `{`, else TOML.
     ///
     /// # Errors
@@ -419,7 +428,8 @@ pub(crate) fn open_regular(path: &Path) -> std::io::Result<File> {
 /// The text of a file, with limits on its size and kind.
 fn read_text(path: &Path) -> Result<String> {
     let fault = |e: &std::io::Error| {
-        let error = Error::new(Code::PolicyFile, format!("{}: {e}.", path.display()));
+        let hint = path.to_str().map_or_else(String::new, |name| suggest::did_you_mean(name, PRESETS.iter().copied()));
+        let error = Error::new(Code::PolicyFile, format!("{}: {e}{hint}.", path.display()));
         let error = error.action(format!("Give the path of a policy file, or a preset: {}.", PRESETS.join(", ")));
         e.raw_os_error().map_or(error.clone(), |n| error.errno(n))
     };

@@ -1,19 +1,25 @@
 //! JSON text into the tree with spans: a parser of our own, for errors that show the line and name the slip.
 //!
-//! The Python dialect reads what people paste from their scripts: `True`, single quotes, trailing commas, comments,
-//! and a call such as `DeepSpeedStrategy(stage=3, ...)` or `dict(...)` as a table.
+//! DeepSpeed reads its files with comments and trailing commas, so that dialect is here too. The Python dialect reads what
+//! people paste from their scripts: `True`, single quotes, a call such as `DeepSpeedStrategy(stage=3, ...)` or `dict(...)`
+//! as a table (a call's name is its entry [`CALLEE`]), and what only running it would tell as [`Value::Code`].
 
-use super::source::{Entry, MAX_KEYS, Node, Source, Value};
+use super::{
+    parse_python::CALLEE,
+    source::{Entry, MAX_KEYS, Node, Source, Value},
+};
 use crate::error::{Code, Error, Result};
 
 /// Deepest nesting that is read.
-const MAX_DEPTH: usize = 64;
+pub(super) const MAX_DEPTH: usize = 64;
 
 /// What is accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dialect {
     /// RFC 8259, duplicate keys refused.
     Json,
+    /// The same with comments (`//`, `#`, `/* */`) and commas after the last item.
+    Relaxed,
     /// Python literals and keyword arguments.
     Python,
 }
@@ -35,19 +41,19 @@ pub(crate) fn parse(source: &Source<'_>, text: &str, dialect: Dialect) -> Result
     Ok(node)
 }
 
-struct Parser<'a> {
-    source: &'a Source<'a>,
-    text: &'a str,
-    at: usize,
-    dialect: Dialect,
+pub(super) struct Parser<'a> {
+    pub(super) source: &'a Source<'a>,
+    pub(super) text: &'a str,
+    pub(super) at: usize,
+    pub(super) dialect: Dialect,
 }
 
 impl<'a> Parser<'a> {
-    fn rest(&self) -> &'a str {
+    pub(super) fn rest(&self) -> &'a str {
         &self.text[self.at..]
     }
 
-    fn peek(&self) -> Option<char> {
+    pub(super) fn peek(&self) -> Option<char> {
         self.rest().chars().next()
     }
 
@@ -55,27 +61,34 @@ impl<'a> Parser<'a> {
         self.dialect == Dialect::Python
     }
 
-    fn fault(&self, what: &str) -> Error {
+    pub(super) fn fault(&self, what: &str) -> Error {
         self.fault_at(self.at, what)
     }
 
-    fn fault_at(&self, at: usize, what: &str) -> Error {
+    pub(super) fn fault_at(&self, at: usize, what: &str) -> Error {
         let width = self.text[at..].chars().next().map_or(1, char::len_utf8);
         self.source.error(Code::PolicySyntax, Some(&(at..at + width)), what)
     }
 
-    fn space(&mut self) {
+    /// Skips white space and the dialect's comments.
+    pub(super) fn space(&mut self) {
         loop {
             let rest = self.rest();
             self.at += rest.len() - rest.trim_start_matches([' ', '\t', '\r', '\n']).len();
-            if !(self.python() && self.rest().starts_with('#')) {
+            let rest = self.rest();
+            let relaxed = self.dialect == Dialect::Relaxed;
+            let end = if relaxed && rest.starts_with("/*") {
+                rest.find("*/").map(|at| at + 2)
+            } else if (relaxed && rest.starts_with("//")) || (self.dialect != Dialect::Json && rest.starts_with('#')) {
+                rest.find('\n')
+            } else {
                 return;
-            }
-            self.at += self.rest().find('\n').unwrap_or(self.rest().len());
+            };
+            self.at += end.unwrap_or(rest.len());
         }
     }
 
-    fn take(&mut self, c: char) -> bool {
+    pub(super) fn take(&mut self, c: char) -> bool {
         let found = self.peek() == Some(c);
         if found {
             self.at += c.len_utf8();
@@ -83,7 +96,7 @@ impl<'a> Parser<'a> {
         found
     }
 
-    fn value(&mut self, depth: usize) -> Result<Node> {
+    pub(super) fn value(&mut self, depth: usize) -> Result<Node> {
         self.space();
         let start = self.at;
         if depth > MAX_DEPTH {
@@ -116,6 +129,12 @@ impl<'a> Parser<'a> {
             if self.closes('}', entries.is_empty())? {
                 return Ok(Value::Table(entries));
             }
+            if self.python() && self.rest().starts_with("**") {
+                let entry = self.unpacked()?;
+                self.add(&mut entries, entry)?;
+                self.separator('}', open)?;
+                continue;
+            }
             let start = self.at;
             let key = match self.peek() {
                 Some('"') => self.string()?,
@@ -129,7 +148,7 @@ impl<'a> Parser<'a> {
             if !self.take(':') {
                 return Err(self.fault(&format!("':' was expected after the key \"{key}\"")));
             }
-            let node = self.value(depth + 1)?;
+            let node = self.item(depth + 1)?;
             self.add(&mut entries, Entry { key, span: Some(span), node })?;
             self.separator('}', open)?;
         }
@@ -144,35 +163,12 @@ impl<'a> Parser<'a> {
             if self.closes(close, items.is_empty())? {
                 return Ok(Value::List(items));
             }
-            items.push(self.value(depth + 1)?);
+            items.push(self.item(depth + 1)?);
             self.separator(close, open)?;
         }
     }
 
-    /// `name(key=value, ...)` after its `(`, through its `)`.
-    fn arguments(&mut self, depth: usize) -> Result<Value> {
-        let open = self.at;
-        self.at += 1;
-        let mut entries: Vec<Entry> = Vec::new();
-        loop {
-            self.space();
-            if self.closes(')', entries.is_empty())? {
-                return Ok(Value::Table(entries));
-            }
-            let start = self.at;
-            let key = self.name();
-            let span = start..self.at;
-            self.space();
-            if key.is_empty() || !self.take('=') {
-                return Err(self.fault_at(start, "an argument 'name=value' was expected here"));
-            }
-            let node = self.value(depth + 1)?;
-            self.add(&mut entries, Entry { key, span: Some(span), node })?;
-            self.separator(')', open)?;
-        }
-    }
-
-    fn add(&self, entries: &mut Vec<Entry>, entry: Entry) -> Result<()> {
+    pub(super) fn add(&self, entries: &mut Vec<Entry>, entry: Entry) -> Result<()> {
         if entries.len() >= MAX_KEYS {
             return Err(self.source.too_many_keys(entry.span.as_ref()));
         }
@@ -185,11 +181,11 @@ impl<'a> Parser<'a> {
     }
 
     /// Skips the closing bracket if it comes next, and says whether it did; in JSON it may not follow a comma.
-    fn closes(&mut self, close: char, empty: bool) -> Result<bool> {
+    pub(super) fn closes(&mut self, close: char, empty: bool) -> Result<bool> {
         if self.peek() != Some(close) {
             return Ok(false);
         }
-        if !empty && !self.python() && self.text[..self.at].trim_end().ends_with(',') {
+        if !empty && self.dialect == Dialect::Json && self.text[..self.at].trim_end().ends_with(',') {
             let comma = self.text[..self.at].trim_end().len() - 1;
             return Err(self.fault_at(comma, "this comma is one too many: nothing follows it"));
         }
@@ -198,7 +194,7 @@ impl<'a> Parser<'a> {
     }
 
     /// Skips the comma after an item, or stops before the closing bracket.
-    fn separator(&mut self, close: char, open: usize) -> Result<()> {
+    pub(super) fn separator(&mut self, close: char, open: usize) -> Result<()> {
         let end = self.at;
         self.space();
         if self.take(',') || self.peek() == Some(close) {
@@ -216,7 +212,12 @@ impl<'a> Parser<'a> {
         }
     }
 
-    fn name(&mut self) -> String {
+    /// A value inside brackets; in Python any expression.
+    pub(super) fn item(&mut self, depth: usize) -> Result<Node> {
+        if self.python() { self.expression(depth) } else { self.value(depth) }
+    }
+
+    pub(super) fn name(&mut self) -> String {
         let rest = self.rest();
         let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.')).unwrap_or(rest.len());
         self.at += end;
@@ -237,10 +238,19 @@ impl<'a> Parser<'a> {
                 let json = if name == "None" { "null".to_owned() } else { name.to_lowercase() };
                 Err(self.fault_at(start, &format!("{name} is Python; JSON writes {json}")))
             }
-            (_, true) if self.peek() == Some('(') => self.arguments(depth),
+            (_, true) if self.peek() == Some('(') => {
+                let mut table = self.arguments(depth)?;
+                if let Value::Table(entries) = &mut table
+                    && name != "dict"
+                {
+                    let node = Node::made(Value::Text(name));
+                    entries.insert(0, Entry { key: CALLEE.to_owned(), span: None, node });
+                }
+                Ok(table)
+            }
             (_, true) if self.peek() == Some('=') => {
                 self.at += 1;
-                Ok(self.value(depth + 1)?.value)
+                Ok(self.item(depth + 1)?.value)
             }
             _ => Err(self.fault_at(start, &format!("'{name}' is not a value; strings take double quotes"))),
         }
@@ -328,20 +338,6 @@ mod tests {
 
     use super::*;
 
-    fn plain(node: &Node) -> serde_json::Value {
-        match &node.value {
-            Value::Null => serde_json::Value::Null,
-            Value::Bool(b) => (*b).into(),
-            Value::Integer(n) => (*n).into(),
-            Value::Float(x) => (*x).into(),
-            Value::Text(s) => s.as_str().into(),
-            Value::List(items) => items.iter().map(plain).collect(),
-            Value::Table(entries) => {
-                serde_json::Value::Object(entries.iter().map(|e| (e.key.clone(), plain(&e.node))).collect())
-            }
-        }
-    }
-
     fn read(text: &str, dialect: Dialect) -> Result<Node> {
         parse(&Source::new("t.json", text), text, dialect)
     }
@@ -358,8 +354,8 @@ mod tests {
             "0",
         ] {
             let want: serde_json::Value = serde_json::from_str(text).unwrap();
-            let want = plain(&Node::from_json(want));
-            assert_eq!(plain(&read(text, Dialect::Json).unwrap()), want, "{text}");
+            let want = Node::from_json(want).to_json();
+            assert_eq!(read(text, Dialect::Json).unwrap().to_json(), want, "{text}");
         }
     }
 
@@ -393,8 +389,16 @@ mod tests {
     #[test]
     fn reads_python() {
         let node = read("strategy = X.Y(a=1_000, b='x', c={'d': None,}, # why\n e=(True, False))", Dialect::Python);
-        let want = serde_json::json!({"a": 1000, "b": "x", "c": {"d": null}, "e": [true, false]});
-        assert_eq!(plain(&node.unwrap()), want);
+        let want = serde_json::json!({"_target_": "X.Y", "a": 1000, "b": "x", "c": {"d": null}, "e": [true, false]});
+        assert_eq!(node.unwrap().to_json(), want);
+    }
+
+    #[test]
+    fn reads_comments_where_deepspeed_does() {
+        let text = "// a\n{\"x\": 1, # b\n /* c,\n} */ \"y\": [1, 2,],\n}\n// d";
+        assert_eq!(read(text, Dialect::Relaxed).unwrap().to_json(), serde_json::json!({"x": 1, "y": [1, 2]}));
+        assert!(read(text, Dialect::Json).is_err());
+        assert!(read("{\"x\": 1,, \"y\": 2}", Dialect::Relaxed).is_err());
     }
 
     proptest! {
@@ -406,6 +410,7 @@ mod tests {
                 prop_assert!(theirs.is_ok(), "{text:?}");
             }
             let _ = read(&text, Dialect::Python);
+            let _ = read(&text, Dialect::Relaxed);
         }
     }
 }

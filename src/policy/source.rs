@@ -88,7 +88,7 @@ impl<'a> Source<'a> {
                 return refuse(&None, &format!("more than {MAX_VALUES} values; no configuration has so many"));
             }
             match &node.value {
-                Value::Text(text) if text.len() > MAX_TEXT => {
+                Value::Text(text) | Value::Code(text) if text.len() > MAX_TEXT => {
                     let what = format!("a string of {} bytes; at most {MAX_TEXT} are read", text.len());
                     return refuse(&node.span, &what);
                 }
@@ -173,6 +173,8 @@ pub(crate) enum Value {
     List(Vec<Node>),
     /// A table, in the order of the file.
     Table(Vec<Entry>),
+    /// An expression of Python that only running it would give a value.
+    Code(String),
 }
 
 /// A key of a table and its value.
@@ -216,6 +218,22 @@ impl Node {
                 entries.len() - 1
             });
             entries[at].node.put(rest, node);
+        }
+    }
+
+    /// As a JSON value; code as its text.
+    #[cfg(test)]
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        match &self.value {
+            Value::Null => serde_json::Value::Null,
+            Value::Bool(b) => (*b).into(),
+            Value::Integer(n) => (*n).into(),
+            Value::Float(x) => (*x).into(),
+            Value::Text(s) | Value::Code(s) => s.as_str().into(),
+            Value::List(items) => items.iter().map(Self::to_json).collect(),
+            Value::Table(entries) => {
+                serde_json::Value::Object(entries.iter().map(|e| (e.key.clone(), e.node.to_json())).collect())
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use crate::{
     policy::{Pattern, Policy, schema},
 };
 
-/// Reads a policy: `form` is "file", "toml", "json" or "preset". Environment variables and overrides come on top.
+/// Reads a policy: `form` is "file", "name" (a preset, else a file), "toml", "json" or "preset". Environment variables and overrides come on top.
 /// Returns resolved JSON.
 #[pyfunction]
 pub(crate) fn resolve_policy(
@@ -21,6 +21,7 @@ pub(crate) fn resolve_policy(
     let resolved = || -> Result<String> {
         let read = match form {
             "file" => Policy::from_file(source)?,
+            "name" => Policy::named(source)?,
             "json" => Policy::from_json_str(source, "policy")?,
             "preset" => Policy::preset(source)?,
             _ => Policy::from_toml_str(source, "policy")?,

@@ -77,6 +77,15 @@ def test_the_environment_is_over_files_and_presets(monkeypatch: pytest.MonkeyPat
 
 
 def test_presets() -> None:
+    assert Policy.load("host") == Policy.preset("host")
+    with pytest.raises(funicular.UsageError, match=r"FN-E504 \./host: .*preset"):
+        Policy.load("./host")
+    with pytest.raises(funicular.UsageError, match="FN-E504 hots: .*did you mean 'host'"):
+        Policy.load("hots")
+    with pytest.raises(
+        funicular.UsageError, match="FN-E503 a policy cannot be made of int. Give the path of a file, a preset"
+    ):
+        Policy.load(42)  # type: ignore[arg-type]
     assert Policy.preset("fits") == Policy.load(None)
     assert Policy.preset("host").params.tier == "host"
     laptop = Policy.preset("laptop", nvme__paths="/mnt/a")

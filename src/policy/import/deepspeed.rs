@@ -7,6 +7,7 @@ use super::{
     Hints, Imported, Item,
     aio::Aio,
     report::Found,
+    rewrite::{Around, joined},
     rules::{LOOP, OPTIMIZER, PARAM, ROOT, ROOT_LOOP, Rule, Rules, ZERO},
     scalar::{self, Read, bytes},
 };
@@ -23,33 +24,38 @@ use crate::{
 pub(super) struct Import<'a> {
     source: &'a Source<'a>,
     pub(super) hints: Hints,
-    labels: &'a [(String, String)],
+    pub(super) around: Around<'a>,
     pub(super) out: Imported,
     /// Bytes of a parameter: 4 if the file turns half precision off, else 2.
     pub(super) element: u64,
     pub(super) super_offload: bool,
+    /// fp16 and bf16 are both on.
+    pub(super) two_formats: bool,
     param_tier: Option<Tier>,
     optimizer_tier: Option<Tier>,
     aio: Aio,
     pub(super) root: &'a Node,
 }
 
-/// Imports a tree. `labels` are pairs of a path in it and the name to report it by.
-pub(super) fn import(source: &Source<'_>, root: &Node, hints: Hints, labels: &[(String, String)]) -> Imported {
+/// Imports a tree.
+pub(super) fn import(source: &Source<'_>, root: &Node, around: Around<'_>) -> Imported {
     let on = |path: [&str; 2]| root.get(path[0]).and_then(|s| s.get(path[1])).map(scalar::flag).and_then(Result::ok);
     let named = ["bf16", "bfloat16", "fp16"].map(|section| on([section, "enabled"]));
-    let full = named.iter().any(Option::is_some) && named.iter().flatten().all(|on| !on.value);
+    let asked = around.half.is_some_and(|half| half.format.is_some());
+    let full = !asked && named.iter().any(Option::is_some) && named.iter().flatten().all(|on| !on.value);
+    let on = named.map(|on| on.is_some_and(|on| on.value));
     let super_offload = root
         .get("zero_optimization")
         .and_then(|z| z.get("offload_optimizer")?.get("super_offload"))
         .is_some_and(|node| scalar::flag(node).is_ok_and(|on| on.value));
     let mut import = Import {
         source,
-        hints,
-        labels,
+        hints: around.hints,
+        around,
         out: Imported::new(source.name()),
         element: if full { 4 } else { 2 },
         super_offload,
+        two_formats: (on[0] || on[1]) && on[2],
         param_tier: None,
         optimizer_tier: None,
         aio: Aio::default(),
@@ -80,15 +86,18 @@ impl<'a> Import<'a> {
     }
 
     fn item(&self, found: Found<'_>, note: impl Into<String>) -> Item {
-        let label = self.labels.iter().find(|(path, _)| path == found.key).map(|(_, label)| label.as_str());
-        Item::new(self.source, Found { key: label.unwrap_or(found.key), ..found }, note)
+        let Some(label) = self.around.labels.iter().find(|label| label.path == found.key) else {
+            return Item::new(self.source, found, note);
+        };
+        let note: String = note.into();
+        Item::new(self.source, Found { key: &label.name, ..found }, note + label.remark)
     }
 
     /// Applies rules to the entries of a table; `other` takes the keys that have none.
     fn walk(&mut self, path: &str, table: &Node, rules: Rules, other: fn(&mut Self, Found<'_>, &str, Rules)) {
         let Value::Table(entries) = &table.value else { return };
         for Entry { key, node, .. } in entries {
-            let full = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+            let full = joined(path, key);
             let found = Found { key: &full, node };
             match rules.iter().find(|(name, _)| name == key) {
                 Some((_, rule)) => self.apply(*rule, found),
@@ -140,6 +149,9 @@ impl<'a> Import<'a> {
         }
         match suggest::nearest(key, rules.iter().map(|(name, _)| *name)) {
             Some(near) => self.undecided(found, format!("unknown key (did you mean '{near}'?)")),
+            None if speaks_of_offloading(key, found.node) => {
+                self.undecided(found, "unknown key that speaks of offloading");
+            }
             None => self.ignored(found, "not about offload; belongs to your training loop"),
         }
     }
@@ -169,11 +181,30 @@ impl<'a> Import<'a> {
     }
 
     pub(super) fn offload_param(&mut self, found: Found<'_>) {
-        self.section(found, PARAM);
+        self.offload(found, PARAM, Import::param_device);
     }
 
     pub(super) fn offload_optimizer(&mut self, found: Found<'_>) {
-        self.section(found, OPTIMIZER);
+        self.offload(found, OPTIMIZER, Import::optimizer_device);
+    }
+
+    /// A section with a device in it; a flag or a device in its place is what it says.
+    fn offload(&mut self, found: Found<'_>, rules: Rules, device: fn(&mut Self, Found<'_>)) {
+        match &found.node.value {
+            Value::Bool(_) | Value::Text(_) => device(self, found),
+            Value::Table(_) if found.node.get("device").is_none() => {
+                self.section(found, rules);
+                let key = format!("{}.device", found.key);
+                let note =
+                    "is missing: DeepSpeed's code takes none for it, its documentation cpu; set the tier in the policy";
+                let nothing = Node { span: found.node.span.clone(), value: Value::Null };
+                self.undecided(Found { key: &key, node: &nothing }, note);
+            }
+            Value::Code(_) => {
+                self.undecided(found, scalar::COMPUTED);
+            }
+            _ => self.section(found, rules),
+        }
     }
 
     pub(super) fn stage(&mut self, found: Found<'_>) {
@@ -187,6 +218,7 @@ impl<'a> Import<'a> {
                 );
                 self.undecided(found, note);
             }
+            _ if matches!(found.node.value, Value::Code(_)) => self.undecided(found, scalar::COMPUTED),
             _ => self.undecided(found, "is not a stage from 0 to 3"),
         }
     }
@@ -195,13 +227,18 @@ impl<'a> Import<'a> {
 
     fn device(&mut self, found: Found<'_>) -> Option<Tier> {
         let word = match &found.node.value {
-            Value::Null => "none",
+            Value::Null | Value::Bool(false) => "none",
+            Value::Bool(true) => "cpu",
             Value::Text(text) => text.trim(),
+            Value::Code(_) => {
+                self.undecided(found, scalar::COMPUTED);
+                return None;
+            }
             _ => "",
         };
         match word.to_ascii_lowercase().as_str() {
-            "none" => Some(Tier::Hbm),
-            "cpu" => Some(Tier::Host),
+            "none" | "false" => Some(Tier::Hbm),
+            "cpu" | "true" => Some(Tier::Host),
             "nvme" => Some(Tier::Nvme),
             _ => {
                 let hint = suggest::did_you_mean(word, ["none", "cpu", "nvme"]);
@@ -222,7 +259,7 @@ impl<'a> Import<'a> {
             Tier::Nvme => (ParamsTier::Nvme, "params.tier = \"nvme\""),
         };
         self.out.policy.params.tier = tier;
-        self.mapped(found, note);
+        self.mapped(found, format!("{note}{}", not_a_section(found)));
     }
 
     pub(super) fn optimizer_device(&mut self, found: Found<'_>) {
@@ -234,7 +271,7 @@ impl<'a> Import<'a> {
             Tier::Nvme => (OptimizerTier::Nvme, "optimizer.tier = \"nvme\""),
         };
         self.out.policy.optimizer.tier = tier;
-        self.mapped(found, note);
+        self.mapped(found, format!("{note}{}", not_a_section(found)));
     }
 
     pub(super) fn old_cpu_offload(&mut self, found: Found<'_>) {
@@ -338,11 +375,26 @@ impl<'a> Import<'a> {
             let note = "a device is nvme and no nvme_path can be used: set nvme.paths to a directory on a local disk";
             self.out.undecided.push(Item::missing(note));
         }
-        if self.param_tier.is_none() && self.optimizer_tier.is_none() && self.out.refers_to.is_none() {
-            let note = "the file offloads nothing by itself; params.tier and optimizer.tier stay \"auto\"";
-            self.out.undecided.push(Item::missing(note));
-        }
+        self.outer_format();
     }
+}
+
+/// What is to be said of a device that stands where DeepSpeed wants a section.
+fn not_a_section(found: Found<'_>) -> &'static str {
+    match found.key.ends_with("device") {
+        true => "",
+        false => " (DeepSpeed wants a section with a device here)",
+    }
+}
+
+/// True for a key whose name says that something is offloaded, and whose value does not say no.
+pub(super) fn speaks_of_offloading(key: &str, node: &Node) -> bool {
+    let off = match &node.value {
+        Value::Null | Value::Bool(false) | Value::Integer(0) => true,
+        Value::Text(text) => matches!(text.trim().to_ascii_lowercase().as_str(), "" | "no" | "none" | "false"),
+        _ => false,
+    };
+    !off && key.to_ascii_lowercase().contains("offload")
 }
 
 /// `, written as a string`, or nothing.

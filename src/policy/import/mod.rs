@@ -2,23 +2,36 @@
 //!
 //! I1: every key of the file is in exactly one list: mapped, ignored because, needs a decision.
 //! I2: nothing is guessed silently; an alias, a misplaced section, a string for a number is said in the note.
-//! I3: only broken syntax is an error; a value of the wrong kind needs a decision.
+//! I3: broken syntax is an error, and so is a format that is not known; a value of the wrong kind needs a decision.
+//! I4: a file that speaks of offloading is never said to offload nothing.
 
+mod accelerate;
 mod aio;
+mod blocks;
 mod deepspeed;
-mod others;
+mod fsdp;
+mod kinds;
+mod lightning;
+mod python;
 mod report;
+mod rewrite;
 mod rules;
 mod scalar;
 mod sizes;
+mod trainer;
 mod training;
 mod yaml;
 
 use super::{
     parse_json::{self, Dialect},
+    parse_toml,
     source::{Node, Source, Value},
 };
 use crate::error::{Code, Result};
+use blocks::Parts;
+use kinds::Kind;
+use report::Found;
+use rewrite::{Around, Rewrite};
 
 pub use report::{Imported, Item};
 
@@ -29,71 +42,106 @@ pub struct Hints {
     pub hidden_size: Option<u64>,
 }
 
-/// Imports a DeepSpeed configuration (`ds_config.json`, or the `aio` block that `ds_nvme_tune` prints).
+/// Imports a DeepSpeed configuration (`ds_config.json`, or the `aio` block that `ds_nvme_tune` prints), of any keys.
 ///
 /// # Errors
 /// `FN-E501` with line, column and caret if it is not JSON, `FN-E503` if it is not an object.
 pub fn deepspeed(text: &str, name: &str, hints: Hints) -> Result<Imported> {
     let source = Source::new(name, text);
-    let node = parse_json::parse(&source, text, Dialect::Json)?;
-    table(&source, &node)?;
-    Ok(deepspeed::import(&source, &node, hints, &[]))
+    let node = json(&source, text)?;
+    let mut out = deepspeed::import(&source, &node, Around { hints, ..Around::default() });
+    out.settle();
+    Ok(out)
 }
 
-/// Imports an accelerate configuration (YAML). If it names a DeepSpeed file, [`Imported::refers_to`] has its path.
+/// Imports a file of any format that is known, by what is in it. How it is written is told by its name's ending (`.json`,
+/// `.yaml`, `.toml`, `.py`), else by its text. If it names a DeepSpeed file, [`Imported::refers_to`] has its path.
 ///
 /// # Errors
-/// `FN-E501` with line, column and caret if it is not YAML, `FN-E503` if it is not a mapping.
-pub fn accelerate(text: &str, name: &str, hints: Hints) -> Result<Imported> {
-    let source = Source::new(name, text);
-    let node = yaml::parse(&source, text)?;
-    table(&source, &node)?;
-    Ok(others::accelerate(&source, &node, hints))
-}
-
-/// Imports the arguments of Lightning's `DeepSpeedStrategy`: JSON, a Python dict, the call itself, or
-/// `Trainer(strategy="deepspeed_stage_3_offload")`.
-///
-/// # Errors
-/// `FN-E501` with line, column and caret if it is none of these.
-pub fn lightning(text: &str, name: &str, hints: Hints) -> Result<Imported> {
-    let source = Source::new(name, text);
-    let node = parse_json::parse(&source, text, Dialect::Python)?;
-    match node.value {
-        Value::Text(_) => source.check_size(&node)?,
-        _ => table(&source, &node)?,
-    }
-    Ok(others::lightning(&source, &node, hints))
-}
-
-/// Imports any of them: by the name's ending (`.yaml`, `.yml`, `.py`), else by what is inside.
-///
-/// # Errors
-/// As for the function it chooses.
+/// `FN-E501` with line, column and caret if it is not what its name says, `FN-E503` if it has no keys, `FN-E507` if its
+/// format is not known.
 pub fn any(text: &str, name: &str, hints: Hints) -> Result<Imported> {
+    let source = Source::new(name, text);
     let ending = name.rsplit('.').next().unwrap_or_default().to_ascii_lowercase();
-    let json = text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).starts_with('{');
+    let braces = text.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']).starts_with(['{', '/']);
     match ending.as_str() {
-        "yaml" | "yml" => accelerate(text, name, hints),
-        "py" => lightning(text, name, hints),
-        _ if !json => lightning(text, name, hints),
-        _ => {
-            let source = Source::new(name, text);
-            let node = parse_json::parse(&source, text, Dialect::Json)?;
-            table(&source, &node)?;
-            if others::is_lightning(&node) { lightning(text, name, hints) } else { deepspeed(text, name, hints) }
+        "json" | "jsonc" | "hjson" | "json5" => {
+            let node = json(&source, text)?;
+            blocks::import(&source, Parts::Documents(&[node]), hints)
         }
+        "yaml" | "yml" => documents(&source, text, hints),
+        "toml" => {
+            let node = parse_toml::parse(&source, text)?;
+            table(&source, &node)?;
+            blocks::import(&source, Parts::Documents(&[node]), hints)
+        }
+        "py" => script(&source, text, hints),
+        _ if braces => {
+            let node = json(&source, text);
+            node.and_then(|node| blocks::import(&source, Parts::Documents(&[node]), hints))
+                .or_else(|fault| script(&source, text, hints).map_err(|_| fault))
+        }
+        // No ending that tells: what can be read as YAML with keys is that, else it may be a script.
+        _ => script(&source, text, hints).or_else(|fault| documents(&source, text, hints).map_err(|_| fault)),
     }
 }
 
-/// Imports a DeepSpeed configuration that another file names; `None` if it is none. Nothing of such a file may be shown before it
-/// is known to be one: the file that names it may come from elsewhere.
-pub(super) fn referred(text: &str, name: &str, hints: Hints) -> Option<Imported> {
+fn json(source: &Source<'_>, text: &str) -> Result<Node> {
+    let node = parse_json::parse(source, text, Dialect::Relaxed)?;
+    table(source, &node)?;
+    Ok(node)
+}
+
+fn documents(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> {
+    let yaml::Parsed { documents, twice } = yaml::parse(source, text)?;
+    for node in &documents {
+        table(source, node)?;
+    }
+    let mut out = blocks::import(source, Parts::Documents(&documents), hints)?;
+    for (key, node) in &twice {
+        let note = "is there again further down, which counts";
+        out.ignored.push(Item::new(source, Found { key, node }, note));
+    }
+    out.sort();
+    Ok(out)
+}
+
+fn script(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> {
+    let script = python::read(source, text);
+    for entry in &script.statements {
+        source.check_size(&entry.node)?;
+    }
+    // Only the name of a strategy, as a script gives it to `Trainer`.
+    if let [only] = &script.statements[..]
+        && let Value::Text(name) = &only.node.value
+    {
+        let mut to = Rewrite::new(source);
+        lightning::strategy(&mut to, "strategy", name, &only.node);
+        let mut out = to.finish(hints);
+        out.settle();
+        return Ok(out);
+    }
+    let found = blocks::import(source, Parts::Statements(&script.statements), hints);
+    found.map_err(|unknown| script.fault.unwrap_or(unknown))
+}
+
+/// Imports a configuration of DeepSpeed or FSDP that another file names; `None` if it is none. Nothing of such a file may be
+/// shown before it is known to be one: the file that names it may come from elsewhere.
+pub(super) fn referred(text: &str, name: &str, outer: Imported, hints: Hints) -> Option<Imported> {
     let source = Source::new(name, text);
-    let node = parse_json::parse(&source, text, Dialect::Json).ok()?;
+    let node = parse_json::parse(&source, text, Dialect::Relaxed).ok()?;
     table(&source, &node).ok()?;
-    matches!(node.get("zero_optimization")?.value, Value::Table(_))
-        .then(|| deepspeed::import(&source, &node, hints, &[]))
+    let kind = Kind::of(&node).filter(|kind| matches!(kind, Kind::DeepSpeed | Kind::Zero | Kind::Fsdp))?;
+    let mut to = Rewrite::new(&source);
+    to.half.clone_from(&outer.half);
+    if let Some(half) = &mut to.half {
+        half.item.file = Some(outer.name.clone());
+    }
+    blocks::into(&mut to, "", &node, kind);
+    let inner = if kind == Kind::Fsdp { to.finish_without() } else { to.finish(hints) };
+    let mut out = inner.preceded_by(outer);
+    out.settle();
+    Some(out)
 }
 
 fn table(source: &Source<'_>, node: &Node) -> Result<()> {

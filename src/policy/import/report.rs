@@ -1,7 +1,8 @@
 //! What an import made of a file: the policy, and why for every key.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
+use super::rewrite::Half;
 use crate::{
     error::Result,
     policy::{
@@ -18,6 +19,8 @@ pub struct Item {
     pub key: String,
     /// Its value, shortened.
     pub value: String,
+    /// The file, if it is another one than [`Imported::name`].
+    pub file: Option<String>,
     /// Line of the file, from 1.
     pub line: Option<usize>,
     /// What it became, or why it was left out, or what is to be decided.
@@ -39,6 +42,8 @@ pub struct Imported {
     pub undecided: Vec<Item>,
     /// Another file that this one refers to for its settings (accelerate's `deepspeed_config_file`).
     pub refers_to: Option<String>,
+    /// What the file says of the number format, for the file that it refers to.
+    pub(super) half: Option<Half>,
 }
 
 /// A key with its value, found in the file.
@@ -57,6 +62,7 @@ impl Imported {
             ignored: Vec::new(),
             undecided: Vec::new(),
             refers_to: None,
+            half: None,
         }
     }
 
@@ -65,6 +71,46 @@ impl Imported {
         for list in [&mut self.mapped, &mut self.ignored, &mut self.undecided] {
             list.sort_by_key(|item| item.line.unwrap_or(usize::MAX));
         }
+    }
+
+    fn items(&self) -> impl Iterator<Item = &Item> {
+        [&self.mapped, &self.ignored, &self.undecided].into_iter().flatten()
+    }
+
+    /// Adds what a file said that names this one; its keys come first.
+    pub(super) fn preceded_by(mut self, outer: Self) -> Self {
+        let file = Some(outer.name);
+        let lists = [
+            (&mut self.mapped, outer.mapped),
+            (&mut self.ignored, outer.ignored),
+            (&mut self.undecided, outer.undecided),
+        ];
+        for (list, before) in lists {
+            list.extend(before.into_iter().map(|item| Item { file: file.clone(), ..item }));
+            list.sort_by_key(|item| (item.file.is_none(), item.line.unwrap_or(usize::MAX)));
+        }
+        self
+    }
+
+    /// Says so if nothing is offloaded, or if that cannot be told.
+    pub(super) fn settle(&mut self) {
+        let auto = Policy::default();
+        let tiers = ["params.tier = ", "optimizer.tier = "];
+        let said = self.mapped.iter().any(|item| tiers.iter().any(|tier| item.note.contains(tier)));
+        if said || (self.policy.params.tier, self.policy.optimizer.tier) != (auto.params.tier, auto.optimizer.tier) {
+            return;
+        }
+        let unclear = self.undecided.iter().any(|item| {
+            let speaks = |text: &str| {
+                ["offload", "deepspeed", "fsdp"].iter().any(|word| text.to_ascii_lowercase().contains(word))
+            };
+            let key = item.key.rsplit('.').take(2).any(speaks);
+            (key || speaks(&item.value)) && !item.key.ends_with("stage")
+        });
+        self.undecided.push(Item::missing(match unclear {
+            true => "what the file offloads cannot be told from it; set params.tier and optimizer.tier",
+            false => "the file offloads nothing by itself; params.tier and optimizer.tier stay \"auto\"",
+        }));
     }
 
     /// The policy as TOML, only what differs from the defaults.
@@ -79,15 +125,16 @@ impl Imported {
 impl Item {
     pub(super) fn new(source: &Source<'_>, found: Found<'_>, note: impl Into<String>) -> Self {
         let line = found.node.span.as_ref().map(|span| source.locate(span.start).0);
-        Self { key: found.key.to_owned(), value: shown(found.node), line, note: note.into() }
+        Self { key: found.key.to_owned(), value: shown(found.node), file: None, line, note: note.into() }
     }
 
     pub(super) fn missing(note: impl Into<String>) -> Self {
-        Self { key: String::new(), value: String::new(), line: None, note: note.into() }
+        Self { key: String::new(), value: String::new(), file: None, line: None, note: note.into() }
     }
 
     fn write(&self, f: &mut fmt::Formatter<'_>, joint: &str) -> fmt::Result {
-        let place = self.line.map_or_else(String::new, |line| format!("line {line}: "));
+        let file = self.file.as_ref().map_or_else(String::new, |file| format!("{file} "));
+        let place = self.line.map_or_else(String::new, |line| format!("{file}line {line}: "));
         let setting = if self.key.is_empty() { String::new() } else { format!("{} = {}{joint}", self.key, self.value) };
         comment(f, &format!("  {place}{setting}{}", self.note))
     }
@@ -95,7 +142,9 @@ impl Item {
 
 impl fmt::Display for Imported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        comment(f, &format!("Imported from {}", self.name))?;
+        let others: BTreeSet<&str> = self.items().filter_map(|item| item.file.as_deref()).collect();
+        let others: String = others.iter().map(|name| format!(", which {name} names")).collect();
+        comment(f, &format!("Imported from {}{others}", self.name))?;
         let lists = [
             ("mapped", &self.mapped, " -> "),
             ("ignored because", &self.ignored, ": "),
@@ -140,5 +189,6 @@ fn shown(node: &Node) -> String {
         Value::List(items) => format!("[{} items]", items.len()),
         Value::Table(entries) if entries.is_empty() => "{}".to_owned(),
         Value::Table(_) => "{...}".to_owned(),
+        Value::Code(code) => code.chars().take(60).collect(),
     }
 }

@@ -16,6 +16,10 @@ pub(super) fn is_auto(node: &Node) -> bool {
     matches!(&node.value, Value::Text(text) if text.trim() == "auto")
 }
 
+/// What is wrong with a value that only running the script would tell.
+pub(super) const COMPUTED: &str =
+    "is computed by the script; put its value there and import again, or set it in the policy";
+
 /// A boolean; `"true"`, `"false"`, 0 and 1 too.
 pub(super) fn flag(node: &Node) -> Result<Read<bool>, String> {
     let odd = |value, remark| Ok(Read { value, remark: Some(remark) });
@@ -24,10 +28,11 @@ pub(super) fn flag(node: &Node) -> Result<Read<bool>, String> {
         Value::Integer(0) => odd(false, "written as a number"),
         Value::Integer(1) => odd(true, "written as a number"),
         Value::Text(text) => match text.trim().to_ascii_lowercase().as_str() {
-            "true" => odd(true, "written as a string"),
-            "false" => odd(false, "written as a string"),
+            "true" | "yes" => odd(true, "written as a string"),
+            "false" | "no" => odd(false, "written as a string"),
             _ => Err("is not true or false".to_owned()),
         },
+        Value::Code(_) => Err(COMPUTED.to_owned()),
         _ => Err("is not true or false".to_owned()),
     }
 }
@@ -50,6 +55,7 @@ pub(super) fn count(node: &Node) -> Result<Read<u64>, String> {
             let value = number.and_then(|n| n.checked_mul(scale)).ok_or_else(fault)?;
             Ok(Read { value, remark: Some("written as a string") })
         }
+        Value::Code(_) => Err(COMPUTED.to_owned()),
         _ => Err(fault()),
     }
 }

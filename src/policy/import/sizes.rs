@@ -42,25 +42,29 @@ impl Import<'_> {
         self.ignored(found, note);
     }
 
+    /// DeepSpeed's bound on what is gathered at a time. It is no budget: its default would leave most of a GPU unused.
     pub(super) fn max_live(&mut self, found: Found<'_>) {
+        const DEFAULT: u64 = 1_000_000_000;
         match scalar::count(found.node) {
             Err(_) if scalar::is_auto(found.node) => self.ignored(found, "budget.hbm stays \"auto\""),
             Err(fault) => self.undecided(found, fault),
             Ok(Read { value: 0, .. }) => {
-                self.undecided(found, "0 elements; budget.hbm must hold at least the largest unit")
+                self.ignored(found, "0: no more than is computed with; budget.hbm stays \"auto\"")
             }
-            Ok(read) => match bytes(read.value, self.element) {
-                None => self.mapped(found, "budget.hbm = \"auto\" (so many that it means no limit)"),
+            Ok(Read { value: DEFAULT, .. }) => {
+                self.ignored(found, "DeepSpeed's default; budget.hbm stays \"auto\", the share of the GPU that is free")
+            }
+            Ok(read) => match bytes(read.value, self.element).filter(|_| read.value < DEFAULT) {
+                None => self.ignored(found, "no limit below DeepSpeed's default; budget.hbm stays \"auto\""),
                 Some(size) => {
-                    self.out.policy.budget.hbm = Auto::Set(size);
                     let note = format!(
-                        "budget.hbm = \"{}\" ({} elements of {} bytes{}); raise it, or write \"auto\", to use more of the GPU",
+                        "less than DeepSpeed's default: budget.hbm = \"{}\" would hold parameters within as much ({} elements of {} bytes{}), and must hold the two largest units; \"auto\" uses more of the GPU",
                         format_size(size),
                         read.value,
                         self.element,
                         remark(&read)
                     );
-                    self.mapped(found, note);
+                    self.undecided(found, note);
                 }
             },
         }
@@ -82,6 +86,9 @@ impl Import<'_> {
                 found,
                 "0 turns prefetch off, often as a way around an invalidated trace; here a wrong guess is no error: leave prefetch.window at \"auto\"",
             ),
+            Ok(Read { value: 50_000_000, .. }) => {
+                self.ignored(found, "DeepSpeed's default; prefetch.window stays \"auto\": as far as budget.hbm has room")
+            }
             Ok(read) => self.window(found, read.value, ""),
         }
     }

@@ -64,24 +64,64 @@ impl Import<'_> {
 
     /// The number format that DeepSpeed would convert the model to.
     fn format(&mut self, found: Found<'_>) {
-        let (format, word) = match found.key.starts_with("fp16") {
-            true => (ParamsDtype::Float16, "float16"),
-            false => (ParamsDtype::Bfloat16, "bfloat16"),
+        let format = match found.key.starts_with("fp16") {
+            true => ParamsDtype::Float16,
+            false => ParamsDtype::Bfloat16,
         };
-        match scalar::flag(found.node) {
-            Ok(on) if on.value => {
+        let word = format.word();
+        match (scalar::flag(found.node), self.around.half) {
+            (Ok(on), _) if on.value && self.two_formats => self.undecided(
+                found,
+                format!(
+                    "fp16 and bf16 are both on, which DeepSpeed refuses; for this one set params.dtype = \"{word}\""
+                ),
+            ),
+            (Ok(on), _) if on.value => {
                 self.out.policy.params.dtype = format;
                 self.mapped(found, format!("params.dtype = \"{word}\""));
             }
-            Ok(_) => self.ignored(found, "off: the model's own number format counts"),
-            Err(_) if matches!(&found.node.value, Value::Text(text) if text == "auto") => {
-                self.undecided(
-                    found,
-                    format!("as your trainer is told: set params.dtype = \"{word}\", or convert the model yourself"),
-                );
+            (Ok(_), _) => self.ignored(found, "off: the model's own number format counts"),
+            (Err(_), Some(half)) if scalar::is_auto(found.node) => {
+                let by = format!("as {} = {} says", half.item.key, half.item.value);
+                match half.format {
+                    Some(asked) if asked == format => self.mapped(found, format!("params.dtype = \"{word}\", {by}")),
+                    _ => self.ignored(found, format!("off, {by}")),
+                }
             }
-            Err(fault) => self.undecided(found, fault),
+            (Err(_), None) if scalar::is_auto(found.node) => self.undecided(
+                found,
+                format!("as your trainer is told: set params.dtype = \"{word}\", or convert the model yourself"),
+            ),
+            (Err(fault), _) => self.undecided(found, fault),
         }
+    }
+
+    /// The number format that the file around the configuration asks for: `"auto"` means it, and so does no section at all.
+    pub(super) fn outer_format(&mut self) {
+        let Some(half) = self.around.half else { return };
+        let mut item = half.item.clone();
+        let own = |section: &str| {
+            self.root.get(section).and_then(|s| s.get("enabled")).map(scalar::flag).and_then(Result::ok)
+        };
+        let said = |sections: &[&str]| sections.iter().find_map(|s| own(s)).map(|on| on.value);
+        let (bf16, fp16) = (said(&["bf16", "bfloat16"]), said(&["fp16"]));
+        let against = match half.format {
+            Some(ParamsDtype::Float16) => fp16 == Some(false) || bf16 == Some(true),
+            Some(_) => bf16 == Some(false) || fp16 == Some(true),
+            None => bf16 == Some(true) || fp16 == Some(true),
+        };
+        let list = if against {
+            item.note = "contradicts the DeepSpeed configuration, which was taken".to_owned();
+            &mut self.out.undecided
+        } else if let Some(format) = half.format {
+            self.out.policy.params.dtype = format;
+            item.note = format!("params.dtype = \"{}\"", format.word());
+            &mut self.out.mapped
+        } else {
+            item.note = "the model's own number format counts".to_owned();
+            &mut self.out.ignored
+        };
+        list.push(item);
     }
 
     pub(super) fn data_types(&mut self, found: Found<'_>) {
@@ -100,6 +140,15 @@ impl Import<'_> {
                 }
                 _ => self.ignored(found, LOOP),
             }
+        }
+    }
+
+    /// What DeepSpeed's engine does to the training itself.
+    pub(super) fn engine_feature(&mut self, found: Found<'_>) {
+        if enabled(&found.node.value) {
+            self.undecided(found, "DeepSpeed does this by itself, and nothing here does: do it in your training loop");
+        } else {
+            self.ignored(found, "off");
         }
     }
 
@@ -154,5 +203,17 @@ impl Import<'_> {
             }
             None => self.undecided(found, "is not a list of names"),
         }
+    }
+}
+
+/// True if a section, or a part of it, is on.
+fn enabled(value: &Value) -> bool {
+    match value {
+        Value::Bool(on) => *on,
+        Value::Table(entries) => entries.iter().any(|Entry { key, node, .. }| match &node.value {
+            Value::Table(_) => enabled(&node.value),
+            _ => key == "enabled" && scalar::flag(node).is_ok_and(|on| on.value),
+        }),
+        _ => false,
     }
 }

@@ -1,0 +1,288 @@
+//! The configurations in a file: the whole of it, a section, one of several, or none.
+
+use super::{
+    Hints, Imported, Item, accelerate,
+    deepspeed::speaks_of_offloading,
+    fsdp,
+    kinds::{KNOWN, Kind, called},
+    lightning,
+    report::Found,
+    rewrite::{Rewrite, joined},
+    trainer,
+};
+use crate::{
+    error::{Code, Error, Result},
+    policy::{
+        parse_python::CALLEE,
+        source::{Entry, Node, Source, Value},
+    },
+    text::printable,
+};
+
+/// Said of a key that is read by nothing here.
+pub(super) const SPEAKS: &str =
+    "speaks of offloading, and is no key that import knows: set params.tier and optimizer.tier";
+
+/// Deepest section that is looked into.
+const MAX_DEPTH: usize = 16;
+
+/// Most configurations of a file that are told apart.
+const MAX_BLOCKS: usize = 100;
+
+/// A configuration in a file.
+struct Block<'n> {
+    /// Where it is; empty: the whole file.
+    path: String,
+    node: &'n Node,
+    kind: Kind,
+}
+
+/// The texts that a file is made of.
+#[derive(Clone, Copy)]
+pub(super) enum Parts<'n> {
+    /// Documents; what stands beside a configuration is the file's too.
+    Documents(&'n [Node]),
+    /// Statements of a script; the rest of a script is not its configuration.
+    Statements(&'n [Entry]),
+}
+
+impl<'n> Parts<'n> {
+    fn roots(self) -> Vec<(String, &'n Node)> {
+        match self {
+            Self::Documents([one]) => vec![(String::new(), one)],
+            Self::Documents(all) => {
+                all.iter().enumerate().map(|(at, node)| (format!("document {}", at + 1), node)).collect()
+            }
+            Self::Statements(all) => all.iter().map(|e| (String::new(), &e.node)).collect(),
+        }
+    }
+}
+
+/// Imports the configuration of a file.
+///
+/// # Errors
+/// `FN-E507` if there is none.
+pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, hints: Hints) -> Result<Imported> {
+    let roots = parts.roots();
+    let mut blocks: Vec<Block<'_>> = Vec::new();
+    for (path, node) in &roots {
+        search(path, node, 0, &mut blocks);
+    }
+    if matches!(parts, Parts::Statements(_)) {
+        drop_repeated(&mut blocks);
+    }
+    let offloads = |b: &Block<'_>| !offloading("", b.node).is_empty() || names_a_file(b.node);
+    let Some(chosen) = blocks.iter().position(offloads).or(if blocks.is_empty() { None } else { Some(0) }) else {
+        return Err(unknown(source, &roots));
+    };
+    let taken = blocks.swap_remove(chosen);
+    let mut out = read(source, &taken, hints);
+    for other in &blocks {
+        let key = if other.path.is_empty() { called(other.node) } else { &other.path };
+        let line = taken.node.span.as_ref().map_or(0, |span| source.locate(span.start).0);
+        let place = if taken.path.is_empty() { format!("the one in line {line}") } else { taken.path.clone() };
+        let note = format!(
+            "another {}; {place} was taken: put this one into a file of its own to import it",
+            other.kind.name()
+        );
+        out.undecided.push(Item::new(source, Found { key, node: other.node }, note));
+    }
+    for (path, node) in &roots {
+        let skip: Vec<&Node> = blocks.iter().map(|b| b.node).chain([taken.node]).collect();
+        let all = matches!(parts, Parts::Documents(_));
+        let outside = Outside { source, skip: &skip, kind: taken.kind, all };
+        if all || !written_in(taken.node, node) {
+            outside.account(path, node, 0, &mut out);
+        }
+    }
+    if out.refers_to.is_none() {
+        out.settle();
+    }
+    out.sort();
+    Ok(out)
+}
+
+/// A script names what it has assigned before: such a block is found again, by itself or inside of another one.
+fn drop_repeated(blocks: &mut Vec<Block<'_>>) {
+    let repeated: Vec<bool> = blocks
+        .iter()
+        .enumerate()
+        .map(|(at, block)| {
+            let again = blocks[..at].iter().any(|b| b.node.span == block.node.span);
+            again || blocks.iter().any(|b| b.node.span != block.node.span && written_in(b.node, block.node))
+        })
+        .collect();
+    let mut repeated = repeated.into_iter();
+    blocks.retain(|_| !repeated.next().unwrap_or(false));
+}
+
+/// True if a node is a part of a tree, by the place where it is written.
+fn written_in(tree: &Node, node: &Node) -> bool {
+    tree.span == node.span || children(tree).iter().any(|(_, child)| written_in(child, node))
+}
+
+/// Reads a block.
+fn read(source: &Source<'_>, block: &Block<'_>, hints: Hints) -> Imported {
+    let mut to = Rewrite::new(source);
+    into(&mut to, &block.path, block.node, block.kind);
+    let deepspeed = matches!(block.kind, Kind::DeepSpeed | Kind::Zero | Kind::Plugin);
+    if deepspeed || !to.is_empty() || to.own.refers_to.is_some() { to.finish(hints) } else { to.finish_without() }
+}
+
+/// Reads a table that stands where a DeepSpeed configuration is expected.
+pub(super) fn inner(to: &mut Rewrite<'_>, path: &str, node: &Node) {
+    let kind = Kind::of(node).filter(|kind| matches!(kind, Kind::Plugin | Kind::Zero));
+    into(to, path, node, kind.unwrap_or(Kind::DeepSpeed));
+}
+
+pub(super) fn into(to: &mut Rewrite<'_>, path: &str, node: &Node, kind: Kind) {
+    match kind {
+        Kind::DeepSpeed => to.put("", path, node, ""),
+        Kind::Zero => to.put("zero_optimization", path, node, ""),
+        Kind::Accelerate => accelerate::file(to, path, node),
+        Kind::Plugin => accelerate::plugin(to, path, node),
+        Kind::Trainer => trainer::file(to, path, node),
+        Kind::Lightning => lightning::arguments(to, path, node),
+        Kind::Fsdp => fsdp::section(to, path, node),
+    }
+}
+
+fn search<'n>(path: &str, node: &'n Node, depth: usize, found: &mut Vec<Block<'n>>) {
+    if found.len() >= MAX_BLOCKS {
+        return;
+    }
+    if let Some(kind) = Kind::of(node) {
+        found.push(Block { path: path.to_owned(), node, kind });
+        return;
+    }
+    if depth >= MAX_DEPTH {
+        return;
+    }
+    for (key, node) in children(node) {
+        search(&joined(path, &key), node, depth + 1, found);
+    }
+}
+
+/// The parts of a table or list, with what they are called.
+fn children(node: &Node) -> Vec<(String, &Node)> {
+    match &node.value {
+        Value::Table(entries) => entries.iter().map(|e| (e.key.clone(), &e.node)).collect(),
+        Value::List(items) => items.iter().enumerate().map(|(at, node)| (format!("[{at}]"), node)).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// The keys in a tree that speak of offloading.
+pub(super) fn offloading<'n>(key: &str, node: &'n Node) -> Vec<(String, &'n Node)> {
+    let mut found = Vec::new();
+    gather(key, key, node, 0, &mut found);
+    found
+}
+
+fn gather<'n>(path: &str, key: &str, node: &'n Node, depth: usize, found: &mut Vec<(String, &'n Node)>) {
+    let scalar = !matches!(node.value, Value::Table(_) | Value::List(_));
+    let value = matches!(&node.value, Value::Text(text) if text.to_ascii_lowercase().contains("offload"));
+    if scalar && (speaks_of_offloading(key, node) || value) {
+        found.push((path.to_owned(), node));
+    }
+    if depth < MAX_DEPTH {
+        for (inner, node) in children(node) {
+            // `offload_param: {device: cpu}`: the section's name speaks for what is in it.
+            let key = if inner == "device" { key } else { &inner };
+            gather(&joined(path, &inner), key, node, depth + 1, found);
+        }
+    }
+}
+
+/// True if a block points at another file.
+fn names_a_file(node: &Node) -> bool {
+    children(node).iter().any(
+        |(key, node)| matches!(&node.value, Value::Text(path) if path.ends_with(".json") && !key.contains("output")),
+    )
+}
+
+/// The first JSON file that a tree names.
+fn json_named(node: &Node, depth: usize) -> Option<&str> {
+    match &node.value {
+        Value::Text(path) if path.ends_with(".json") => Some(path),
+        _ if depth < MAX_DEPTH => children(node).into_iter().find_map(|(_, node)| json_named(node, depth + 1)),
+        _ => None,
+    }
+}
+
+/// What stands beside the block that was taken.
+struct Outside<'s, 'n> {
+    source: &'s Source<'s>,
+    skip: &'s [&'n Node],
+    kind: Kind,
+    /// Every key; else only those that speak of offloading.
+    all: bool,
+}
+
+impl Outside<'_, '_> {
+    fn account(&self, path: &str, node: &Node, depth: usize, out: &mut Imported) {
+        if self.skip.iter().any(|block| same(block, node)) {
+            return;
+        }
+        let key = path.rsplit('.').next().unwrap_or_default();
+        let speaking = offloading(key, node);
+        let parts = children(node);
+        if self.holds(node, depth) || !(speaking.is_empty() || parts.is_empty() || depth >= MAX_DEPTH) {
+            for (key, node) in parts {
+                self.account(&joined(path, &key), node, depth + 1, out);
+            }
+            return;
+        }
+        if !speaking.is_empty() {
+            out.undecided.push(Item::new(self.source, Found { key: path, node }, SPEAKS));
+        } else if self.all {
+            let format = ["precision", "mixed_precision", "bf16", "fp16"].contains(&key);
+            let found = Found { key: path, node };
+            if format && !matches!(node.value, Value::Bool(false) | Value::Null) {
+                let note = "stands outside of the configuration: set params.dtype if the model is converted";
+                out.undecided.push(Item::new(self.source, found, note));
+            } else {
+                let note = format!("outside of the {}; belongs to your training loop", self.kind.name());
+                out.ignored.push(Item::new(self.source, found, note));
+            }
+        }
+    }
+
+    fn holds(&self, node: &Node, depth: usize) -> bool {
+        depth < MAX_DEPTH
+            && children(node)
+                .iter()
+                .any(|(_, node)| self.skip.iter().any(|block| same(block, node)) || self.holds(node, depth + 1))
+    }
+}
+
+fn same(a: &Node, b: &Node) -> bool {
+    std::ptr::eq(a, b) || (a.span.is_some() && a.span == b.span && matches!(b.value, Value::Table(_)))
+}
+
+/// `FN-E507`, with the keys that the file has, and those that speak of offloading.
+fn unknown(source: &Source<'_>, roots: &[(String, &Node)]) -> Error {
+    let name = printable(source.name()).into_owned();
+    let written = |key: &String| key != CALLEE && !key.starts_with("argument ");
+    let keys = roots.iter().flat_map(|(_, node)| children(node)).map(|(key, _)| key).filter(written);
+    let keys: Vec<String> = keys.take(5).collect();
+    let has = if keys.is_empty() { String::new() } else { format!("; it has the keys {}", keys.join(", ")) };
+    let mut error = format!("{name}: not a configuration of a format that import knows{has}.");
+    if let Some(file) = roots.iter().find_map(|(_, node)| json_named(node, 0)) {
+        error += &format!(" It names {file}: if that has the settings, import it.");
+    }
+    let speaking: Vec<String> = roots
+        .iter()
+        .flat_map(|(_, node)| offloading("", node))
+        .map(|(key, node)| {
+            let line = node.span.as_ref().map_or(0, |span| source.locate(span.start).0);
+            format!("{key} (line {line})")
+        })
+        .take(5)
+        .collect();
+    if !speaking.is_empty() {
+        error += &format!(" It does speak of offloading: {}.", speaking.join(", "));
+    }
+    let known = format!("Known are {KNOWN}. Or write a policy: params.tier and optimizer.tier say where things live.");
+    Error::new(Code::ImportFormat, error).action(known)
+}

@@ -1,0 +1,96 @@
+//! Settings of FSDP: what it offloads goes to host memory, parameters and states together.
+
+use super::{
+    accelerate::beside,
+    rewrite::{Rewrite, joined},
+    scalar,
+};
+use crate::policy::{
+    OptimizerTier, ParamsTier,
+    parse_python::CALLEE,
+    source::{Entry, Node, Value},
+};
+
+const RANKS: &str = "about sharding over ranks";
+
+/// Reads a section; `path` is the name of it.
+pub(super) fn section(to: &mut Rewrite<'_>, path: &str, table: &Node) {
+    let Value::Table(entries) = &table.value else { return };
+    for Entry { key, node, .. } in entries {
+        let full = joined(path, key);
+        match (key.strip_prefix("fsdp_").unwrap_or(key), &node.value) {
+            (CALLEE | "class_path", _) => to.names_class(&full, node),
+            ("init_args", Value::Table(_)) => section(to, &full, node),
+            ("offload_params" | "cpu_offload" | "cpu_offload_params" | "offload_policy", _) => offload(to, &full, node),
+            (
+                "activation_checkpointing" | "activation_checkpointing_reentrant" | "activation_checkpointing_policy",
+                _,
+            ) => {
+                to.ignored(&full, node, "belongs to your training loop: torch.utils.checkpoint works as it is");
+            }
+            ("activation_cpu_offload" | "activation_offload", _) => activations(to, &full, node),
+            (
+                "auto_wrap_policy"
+                | "transformer_layer_cls_to_wrap"
+                | "min_num_params"
+                | "transformer_cls_names_to_wrap",
+                _,
+            ) => {
+                to.ignored(
+                    &full,
+                    node,
+                    "what is paged as a whole is found by itself; units.match takes names of modules",
+                );
+            }
+            ("cpu_ram_efficient_loading", _) => {
+                to.ignored(&full, node, "offload(meta, checkpoint=) streams weights from files");
+            }
+            ("mixed_precision" | "mixed_precision_policy" | "mp_policy", _) => {
+                to.ignored(&full, node, "belongs to your training loop: torch.autocast works as it is");
+            }
+            (_, Value::Table(_)) => beside(to, &full, key, node, RANKS),
+            (name, _) => beside(to, &full, name, node, RANKS),
+        }
+    }
+}
+
+/// A flag, or an object such as `CPUOffload(offload_params=True)` and `CPUOffloadPolicy()`.
+pub(super) fn offload(to: &mut Rewrite<'_>, full: &str, node: &Node) {
+    let on = match &node.value {
+        Value::Null => Ok(false),
+        Value::Table(_) if super::kinds::called(node).ends_with("CPUOffloadPolicy") => Ok(true),
+        Value::Table(_) if super::kinds::called(node).ends_with("OffloadPolicy") => Ok(false),
+        Value::Table(_) => match node.get("offload_params").or_else(|| node.get("argument 1")) {
+            Some(inner) => scalar::flag(inner).map(|on| on.value),
+            None => Ok(false),
+        },
+        _ => scalar::flag(node).map(|on| on.value),
+    };
+    match on {
+        Ok(true) => offloaded(to, full, node),
+        Ok(false) => to.ignored(full, node, "off"),
+        Err(fault) => to.undecided(full, node, &fault),
+    }
+}
+
+/// Says that FSDP offloads. Where DeepSpeed is configured too, that decides.
+pub(super) fn offloaded(to: &mut Rewrite<'_>, full: &str, node: &Node) {
+    if !to.is_empty() || to.own.refers_to.is_some() {
+        return to.undecided(full, node, "DeepSpeed is configured too, and was taken");
+    }
+    to.own.policy.params.tier = ParamsTier::Host;
+    to.own.policy.optimizer.tier = OptimizerTier::Host;
+    to.mapped(full, node, "params.tier = \"host\" and optimizer.tier = \"host\"");
+}
+
+/// Activations that wait in host memory.
+pub(super) fn activations(to: &mut Rewrite<'_>, full: &str, node: &Node) {
+    match scalar::flag(node) {
+        Ok(on) if !on.value => to.ignored(full, node, "off"),
+        _ => to.undecided(
+            full,
+            node,
+            "activations.tier = \"host\" does it for blocks that run in micro-batches: set activations.micro_batch too",
+        ),
+    }
+}

@@ -1,0 +1,114 @@
+//! The arguments of Hugging Face's Trainer, and the training files that are made of them: axolotl's, LLaMA-Factory's, TRL's.
+
+use super::{
+    accelerate, blocks, fsdp,
+    rewrite::{Rewrite, joined},
+    rules::LOOP,
+    scalar,
+};
+use crate::policy::{
+    ParamsDtype,
+    parse_python::CALLEE,
+    source::{Entry, Node, Value},
+};
+
+/// Keys whose value is DeepSpeed's file, or what would be in it.
+const FILES: &[&str] =
+    &["deepspeed", "deepspeed_config", "deepspeed_config_file", "deepspeed_config_path", "ds_config"];
+
+/// Keys that ask for 16 bits: what Trainer's are called, what axolotl's and LLaMA-Factory's are.
+const FORMATS: &[(&str, ParamsDtype)] = &[
+    ("bf16", ParamsDtype::Bfloat16),
+    ("bfloat16", ParamsDtype::Bfloat16),
+    ("pure_bf16", ParamsDtype::Bfloat16),
+    ("fp16", ParamsDtype::Float16),
+    ("float16", ParamsDtype::Float16),
+];
+
+/// The optimizers that compute what AdamW does here.
+const ADAMW: &[&str] =
+    &["adamw", "adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "fused_adam", "cpu_adam"];
+
+/// Reads a training file.
+pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
+    let Value::Table(entries) = &root.value else { return };
+    let names_file = |e: &&Entry| FILES.contains(&e.key.as_str());
+    for Entry { key, node, .. } in entries.iter().filter(names_file) {
+        deepspeed(to, &joined(prefix, key), node);
+    }
+    for Entry { key, node, .. } in entries.iter().filter(|e| !names_file(e)) {
+        let full = joined(prefix, key);
+        let format = FORMATS.iter().find(|(name, _)| name == key);
+        match (key.as_str(), &node.value) {
+            (CALLEE, _) => to.names_class(&full, node),
+            _ if format.is_some() => asks_for(to, &full, node, format.map(|(_, format)| *format)),
+            ("fsdp", _) => sharded(to, &full, node),
+            ("fsdp_config", Value::Table(_)) => fsdp::section(to, &full, node),
+            ("fsdp_config", Value::Text(path)) if to.own.refers_to.is_none() && path.ends_with(".json") => {
+                to.refer(&full, node, path);
+            }
+            ("optim" | "optimizer", Value::Text(name)) => optimizer(to, &full, name, node),
+            ("gradient_checkpointing", Value::Text(word)) if word.starts_with("offload") => {
+                fsdp::activations(to, &full, node);
+            }
+            ("activation_offloading" | "enable_activation_offloading", _) => fsdp::activations(to, &full, node),
+            ("num_processes" | "num_machines" | "nproc_per_node" | "nnodes", _) => {
+                accelerate::processes(to, &full, node);
+            }
+            ("mixed_precision", _) => accelerate::mixed_precision(to, &full, node),
+            _ => accelerate::beside(to, &full, key, node, LOOP),
+        }
+    }
+}
+
+fn deepspeed(to: &mut Rewrite<'_>, full: &str, node: &Node) {
+    match &node.value {
+        Value::Bool(true) => to.undecided(full, node, "says that DeepSpeed is used, and not how: import its file"),
+        Value::Table(entries) if entries.is_empty() => to.ignored(full, node, "empty"),
+        Value::Table(_) => blocks::inner(to, full, node),
+        _ => accelerate::refer(to, full, node),
+    }
+}
+
+/// `bf16: true`, and axolotl's `auto` and `full`.
+fn asks_for(to: &mut Rewrite<'_>, full: &str, node: &Node, format: Option<ParamsDtype>) {
+    let on = match &node.value {
+        Value::Text(word) if ["auto", "full", "bfloat16", "float16"].contains(&word.trim()) => Ok(true),
+        Value::Null => Ok(false),
+        _ => scalar::flag(node).map(|on| on.value),
+    };
+    match on {
+        Ok(true) => to.format(full, node, format),
+        Ok(false) => to.format(full, node, None),
+        Err(fault) => to.undecided(full, node, &fault),
+    }
+}
+
+/// `fsdp: "full_shard auto_wrap offload"`, or the same as a list.
+fn sharded(to: &mut Rewrite<'_>, full: &str, node: &Node) {
+    let offloads = match &node.value {
+        Value::Text(words) => words.split_whitespace().any(|word| word == "offload"),
+        Value::List(items) => items.iter().any(|i| matches!(&i.value, Value::Text(word) if word == "offload")),
+        _ => false,
+    };
+    match offloads {
+        true => fsdp::offloaded(to, full, node),
+        false => to.ignored(full, node, "about sharding over ranks"),
+    }
+}
+
+fn optimizer(to: &mut Rewrite<'_>, full: &str, name: &str, node: &Node) {
+    let same = ADAMW.contains(&name.trim().to_ascii_lowercase().as_str());
+    if same {
+        return to.ignored(
+            full,
+            node,
+            "belongs to your training loop: funicular.AdamW takes lr, betas, eps and weight_decay",
+        );
+    }
+    let note = match name.contains("adamw") || name.contains("adam") {
+        true => "AdamW here keeps its states in fp32, in the tier of optimizer.tier: use funicular.AdamW",
+        false => "has no kernel here; only AdamW has",
+    };
+    to.undecided(full, node, note);
+}

@@ -1,0 +1,254 @@
+//! Imports of whole files as people have them: every format that is known, and one that is not.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::{Path, PathBuf};
+
+use funicular::policy::{
+    Auto, Policy,
+    cli::{Output, import},
+    import::{Hints, any},
+};
+
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/imports").join(name)
+}
+
+fn load(name: &str) -> (Policy, Output) {
+    let output = import(&data(name), Hints::default());
+    assert_eq!(output.code, 0, "{name}: {}", output.err);
+    (Policy::from_toml_str(&output.out, name).unwrap(), output)
+}
+
+fn text(text: &str, name: &str) -> String {
+    any(text, name, Hints::default()).unwrap().to_string()
+}
+
+/// File; homes of parameters and states; number format; path.
+const FILES: &[(&str, &str, &str, &str, &[&str])] = &[
+    ("launcher.json", "host", "nvme", "bfloat16", &["/scratch/nvme"]),
+    ("launcher_beside_zero.json", "host", "host", "keep", &[]),
+    ("launcher_unread.yaml", "host", "host", "keep", &[]),
+    ("launcher_stage2.yaml", "host", "host", "float16", &[]),
+    ("launcher_file.yaml", "host", "host", "float16", &[]),
+    ("launcher_fsdp.yaml", "host", "host", "keep", &[]),
+    ("plugin.toml", "host", "nvme", "bfloat16", &["/mnt/nvme"]),
+    ("comments.json", "nvme", "nvme", "bfloat16", &["/mnt/nvme0", "/mnt/nvme1"]),
+    ("two_formats.json", "nvme", "nvme", "keep", &["/nvme"]),
+    ("wrapped.json", "host", "host", "bfloat16", &[]),
+    ("documents.yaml", "host", "host", "bfloat16", &[]),
+    ("axolotl/full.yml", "host", "host", "bfloat16", &[]),
+    ("axolotl/sharded.yaml", "host", "host", "keep", &[]),
+    ("factory/examples/train_full/sft.yaml", "host", "nvme", "bfloat16", &["/local_nvme"]),
+    ("lightning_cli.yaml", "nvme", "host", "bfloat16", &["/scratch"]),
+    ("hydra.yaml", "auto", "host", "bfloat16", &[]),
+    ("fabric.yaml", "host", "host", "float16", &[]),
+    ("script_dict.py", "auto", "host", "float16", &[]),
+    ("script_names.py", "host", "nvme", "bfloat16", &["/mnt/fast"]),
+    ("script_arguments.py", "host", "host", "bfloat16", &[]),
+];
+
+#[test]
+fn every_file_has_the_homes_paths_and_formats_that_it_means() {
+    for (name, params, optimizer, format, paths) in FILES {
+        let (policy, output) = load(name);
+        let found = (policy.params.tier.word(), policy.optimizer.tier.word(), policy.params.dtype.word());
+        assert_eq!(found, (*params, *optimizer, *format), "{name}: {}", output.out);
+        assert_eq!(policy.nvme.paths, paths.iter().map(PathBuf::from).collect::<Vec<_>>(), "{name}");
+        assert_eq!(policy.budget.hbm, Auto::Auto, "{name}: no file of another system is a budget of the GPU's memory");
+        assert!(!output.out.contains("offloads nothing"), "{name}: {}", output.out);
+        policy.check_consistent().unwrap();
+    }
+}
+
+/// Lines of a file that say something by themselves: those with a value, in files where each has its own.
+fn lines_with_values(name: &str) -> Vec<usize> {
+    let text = std::fs::read_to_string(data(name)).unwrap();
+    let says = |line: &str| {
+        let line = line.split(" #").next().unwrap_or_default().split("  //").next().unwrap_or_default().trim();
+        let value = line.split_once(": ").map_or("", |(_, value)| value.trim());
+        !line.starts_with(['#', '/']) && !value.is_empty() && !value.starts_with(['&', '*']) && value != "{"
+    };
+    text.lines().enumerate().filter(|(_, line)| says(line)).map(|(at, _)| at + 1).collect()
+}
+
+#[test]
+fn every_line_is_accounted_for() {
+    for (name, ..) in FILES.iter().filter(|(name, ..)| !name.ends_with(".py") && *name != "documents.yaml") {
+        let (_, output) = load(name);
+        let own = match output.err.contains(" refers to ") {
+            true => format!("{} line ", data(name).display()),
+            false => "#   line ".to_owned(),
+        };
+        let lines = lines_with_values(name);
+        assert!(lines.len() > 2 || name.ends_with(".toml"), "{name}");
+        for line in lines {
+            assert!(output.out.contains(&format!("{own}{line}: ")), "{name}: no line {line} in {}", output.out);
+        }
+    }
+}
+
+#[test]
+fn what_needs_a_decision_is_asked() {
+    for (name, parts) in [
+        ("launcher_stage2.yaml", &["num_processes = 8: here one process trains and holds what 8 shared"][..]),
+        (
+            "launcher_beside_zero.json",
+            &["zero_optimization.offload_param.device = \"nvme\": contradicts deepspeed_config"],
+        ),
+        ("comments.json", &["budget.hbm = \"600MB\" would hold parameters within as much"]),
+        (
+            "two_formats.json",
+            &[
+                "fp16.enabled = true: fp16 and bf16 are both on",
+                "bf16.enabled = true: fp16 and bf16 are both on",
+                "'LAMB' has no kernel",
+                "compression_training = {...}: DeepSpeed does this by itself",
+            ],
+        ),
+        ("documents.yaml", &["document 2 = {...}: another DeepSpeed configuration; document 1 was taken"]),
+        ("axolotl/full.yml", &["optimizer = \"paged_adamw_8bit\": AdamW here keeps its states in fp32"]),
+        ("fabric.yaml", &["trainer.devices = 2: here one process"]),
+        ("script_computed.py", &["is computed by the script", "what the file offloads cannot be told from it"]),
+    ] {
+        let (_, output) = load(name);
+        let (_, decisions) = output.out.split_once("# needs a decision").unwrap();
+        for part in parts {
+            assert!(decisions.contains(part), "{name}: no {part:?} in {decisions}");
+        }
+    }
+}
+
+#[test]
+fn sizes_that_are_deepspeeds_defaults_pin_nothing() {
+    let (policy, output) = load("launcher_beside_zero.json");
+    assert_eq!(policy.prefetch.window, Auto::Auto, "{}", output.out);
+    let out = text(
+        r#"{"zero_optimization": {"stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}}"#,
+        "a.json",
+    );
+    assert_eq!(Policy::from_toml_str(&out, "a").unwrap(), Policy::default(), "{out}");
+    assert_eq!(out.matches("DeepSpeed's default").count(), 2, "{out}");
+}
+
+#[test]
+fn a_format_that_is_not_known_is_called_so() {
+    let output = import(&data("recipe.yaml"), Hints::default());
+    assert_eq!((output.code, output.out.as_str()), (1, ""));
+    for part in ["FN-E507", "not a configuration of a format that import knows", "fsdp_cpu_offload (line 4)", "axolotl"]
+    {
+        assert!(output.err.contains(part), "no {part:?} in {}", output.err);
+    }
+    let error = any("ds = json.load(open('ds.json'))\n", "a.py", Hints::default()).unwrap_err().to_string();
+    assert!(error.contains("knows. It names ds.json: if that has the settings, import it."), "{error}");
+    for (name, text) in [
+        ("a.json", "{}"),
+        ("a.json", r#"{"name": "x", "version": 3}"#),
+        ("a.yaml", "services: {web: {image: nginx}}\n"),
+        ("a.yaml", ""),
+        ("a.toml", "[package]\nname = 'x'\n"),
+        ("a.py", "import os\nprint('zero_optimization')\n"),
+        ("a.sh", "deepspeed train.py --deepspeed ds.json --offload\n"),
+        ("a", "Dear reader,\n\nstage: 3 is not for us.\n"),
+    ] {
+        let error = any(text, name, Hints::default()).unwrap_err();
+        assert!(["FN-E507", "FN-E503"].contains(&error.code().as_str()), "{name} {text}: {error}");
+    }
+}
+
+#[test]
+fn files_that_are_named_are_found_or_told() {
+    let output = import(&data("missing_file.yaml"), Hints::default());
+    assert_eq!((output.code, output.out.as_str()), (2, ""));
+    assert!(output.err.starts_with("FN-E504") && output.err.contains("not/there.json"), "{}", output.err);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("t.yaml");
+    std::fs::write(&path, "model_name_or_path: a\noutput_dir: b\ndeepspeed: secret.json\n").unwrap();
+    std::fs::write(dir.path().join("secret.json"), r#"{"password": "hunter2"}"#).unwrap();
+    let output = import(&path, Hints::default());
+    assert!(output.code == 1 && output.err.starts_with("FN-E507"), "{}", output.err);
+    assert!(!output.err.contains("hunter2") && !output.err.contains("password"), "{}", output.err);
+    assert_eq!(import(&dir.path().join("none.json"), Hints::default()).code, 2);
+}
+
+#[test]
+fn nothing_is_offloaded_only_where_the_file_says_so() {
+    for (name, with) in [
+        ("a.yaml", "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\n"),
+        ("a.yaml", "trainer: {strategy: ddp, devices: 1}\n"),
+        ("a.json", r#"{"zero_optimization": {"stage": 2}}"#),
+        ("a.yaml", "base_model: x\noutput_dir: y\nlearning_rate: 1e-5\nbf16: true\n"),
+    ] {
+        assert!(text(with, name).contains("offloads nothing by itself"), "{with}: {}", text(with, name));
+    }
+    for (name, with) in [
+        ("a.yaml", "base_model: x\noutput_dir: y\nlearning_rate: 1e-5\ncpu_offload: true\n"),
+        ("a.yaml", "trainer: {strategy: ddp, devices: 1}\nmodel: {offload_to_cpu: true}\n"),
+        ("a.json", r#"{"zero_optimization": {"stage": 3, "offload_param": {"pin_memory": true}}}"#),
+        ("a.json", r#"{"zero_optimization": {"stage": 3, "offload_params": {"device": "cpu"}}}"#),
+        ("a.json", r#"{"zero_optimization": {"stage": 3, "offload_param": {"device": "dsk"}}}"#),
+        ("a.py", "ds = {'zero_optimization': {'stage': 3, 'offload_param': make()}}\n"),
+        ("a.yaml", "output_dir: x\ndeepspeed: true\n"),
+    ] {
+        let out = text(with, name);
+        assert!(!out.contains("offloads nothing") && out.contains("cannot be told from it"), "{with}: {out}");
+    }
+}
+
+#[test]
+fn other_spellings_mean_the_same() {
+    for (name, with, params, optimizer) in [
+        ("a.yaml", "fsdp: full_shard auto_wrap offload\noutput_dir: x\n", "host", "host"),
+        ("a.yaml", "fsdp: [full_shard, offload]\noutput_dir: x\n", "host", "host"),
+        ("a.py", "s = FSDPStrategy(cpu_offload=CPUOffload(offload_params=True))\n", "host", "host"),
+        ("a.py", "m = FSDP(model, cpu_offload=CPUOffload(offload_params=True))\n", "host", "host"),
+        (
+            "a.py",
+            "p = DeepSpeedPlugin(zero_stage=2, offload_optimizer_device='cpu')\nAccelerator(deepspeed_plugin=p)\n",
+            "auto",
+            "host",
+        ),
+        ("a.py", "p = DeepSpeedPlugin(zero_stage=3, offload_param_device='cpu')\n", "host", "auto"),
+        (
+            "a.py",
+            "e, *_ = deepspeed.initialize(model=m, config={'zero_optimization': {'offload_param': {'device': 'nvme', 'nvme_path': '/a'}}})\n",
+            "nvme",
+            "auto",
+        ),
+        ("a.py", "t = pl.Trainer(strategy='deepspeed_stage_3_offload', precision=16)\n", "host", "host"),
+        (
+            "a.json",
+            r#"{"training": {"deepspeed": {"zero_stage": "ZERO_3", "offload_optimizer": {"device": "cpu"}}}}"#,
+            "auto",
+            "host",
+        ),
+        (
+            "a.json",
+            r#"{"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}"#,
+            "host",
+            "host",
+        ),
+        ("conf", "{\"zero_optimization\": {\"offload_param\": {\"device\": \"cpu\"}}} // a", "host", "auto"),
+    ] {
+        let policy = Policy::from_toml_str(&text(with, name), name).unwrap();
+        let found = (policy.params.tier.word(), policy.optimizer.tier.word());
+        assert_eq!(found, (params, optimizer), "{with}: {}", text(with, name));
+    }
+}
+
+#[test]
+fn aliases_do_not_grow_without_end() {
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..12 {
+        let items = vec![format!("*a{}", level - 1); 10].join(", ");
+        bomb += &format!("a{level}: &a{level} [{items}]\n");
+    }
+    let error = any(&bomb, "bomb.yaml", Hints::default()).unwrap_err().to_string();
+    assert!(error.starts_with("FN-E501 bomb.yaml:") && error.contains("aliases stand for too much"), "{error}");
+    let mut script = "a0 = [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n".to_owned();
+    for level in 1..12 {
+        script += &format!("a{level} = [{}]\n", vec![format!("a{}", level - 1); 10].join(", "));
+    }
+    script += "ds = {'zero_optimization': {'offload_param': {'device': 'cpu'}}, 'x': a11}\n";
+    assert!(text(&script, "bomb.py").contains("params.tier = \"host\""));
+}
