@@ -361,6 +361,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             session.close_all()
             session.take_all_edits()
         taken = _taken(session)
+        session.log.ended()
         # Nothing has changed so far.
         _core.complete(lambda: _leave(part, session, taken))
     session.engine.close()

@@ -6,7 +6,11 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -165,21 +169,23 @@ def spans(path: Path) -> list[dict[str, Any]]:
 
 
 def test_trace_of_chosen_steps(world: World, tmp_path: Path):
-    """Valid JSON with a track for every stream and link, the update, and the training thread; every event names its unit."""
+    """Valid JSON with a track for every stream and link, the update, the training thread and the steps; events name their unit."""
     path = tmp_path / "trace.json"
     run = trained(world, steps=6, build=stack(depth=8), log={"trace": str(path), "trace_steps": [3, 4]})
     events = json.loads(path.read_text())["traceEvents"]
     tracks = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    expected = {"up", "down", "cpu update", "compute"}
+    expected = {"steps", "up", "down", "cpu update", "compute"}
     if world.params == "nvme":
         expected |= {"nvme read", "nvme write", "training thread"}
     assert expected <= set(tracks.values())
     assert [e for e in events if e["ph"] == "C"], "no counters"
     found = spans(path)
-    assert all(e["dur"] >= 0 and e["ts"] >= 0 and tracks[e["tid"]] == e["cat"] for e in found)
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in found)
+    assert all(re.fullmatch(rf"{e['cat']}( [0-9]+)?", tracks[e["tid"]]) for e in found)
+    assert [e["name"] for e in found if e["cat"] == "steps"] == ["step 3", "step 4"]
     units = {name for name, _ in run.model.named_parameters()} | {f"layers.{i}" for i in range(8)}
     for e in found:
-        if e["cat"] != "training thread":
+        if e["cat"] not in ("training thread", "steps"):
             assert e["name"].split()[-1] in units, e
             assert (e["args"]["bytes"] > 0) == (e["cat"] != "compute"), e
     total = sum(p.numel() * p.element_size() for p in run.model.parameters())
@@ -194,6 +200,103 @@ def test_counters_of_tiers(nvme_world: World, tmp_path: Path):
     trained(nvme_world, steps=4, log={"trace": str(path), "trace_steps": [2, 3]})
     counters = {e["name"] for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "C"}
     assert {"hbm", "host", "nvme"} <= {name.split()[0] for name in counters}
+
+
+def nanos(event: dict[str, Any]) -> tuple[int, int]:
+    """When a slice begins and ends as Perfetto has it: products in floating point, cut off to whole nanoseconds."""
+    start = int(event["ts"] * 1000.0)
+    return start, start + int(event["dur"] * 1000.0)
+
+
+def test_no_slices_overlap(nvme_world: World, tmp_path: Path):
+    """Viewers drop a slice that overlaps another of its thread in part; reads in flight together lie in lanes."""
+    path = tmp_path / "trace.json"
+    # Each block is its own request, and each read takes its time: several are in flight.
+    trained(
+        nvme_world,
+        steps=4,
+        build=stack(depth=8),
+        log={"trace": str(path), "trace_steps": [2, 3, 4]},
+        debug={"faults": "read:delay=3ms@1x1000000"},
+    )
+    threads: dict[int, list[tuple[int, int]]] = {}
+    for slice_ in spans(path):
+        threads.setdefault(slice_["tid"], []).append(nanos(slice_))
+    for slices in threads.values():
+        slices.sort(key=lambda times: (times[0], -times[1]))
+        open_until: list[int] = []
+        for start, end in slices:
+            while open_until and open_until[-1] <= start:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1], (start, end, open_until)
+            open_until.append(end)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert "nvme read 2" in names, "no two reads were in flight at once: this test proves nothing"
+    assert len(set(names)) == len(names)
+
+
+def test_perfetto_drops_nothing(nvme_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The trace processor itself, where it can be had: the package ``perfetto`` fetches it from the network."""
+    processor = pytest.importorskip("perfetto.trace_processor")
+    path = tmp_path / "trace.json"
+    trained(nvme_world, steps=4, build=stack(depth=8), log={"trace": str(path), "trace_steps": [2, 3, 4]})
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    try:
+        loaded = processor.TraceProcessor(trace=str(path))
+    except Exception as error:  # of urllib, subprocess or itself, by version
+        pytest.skip(f"no trace processor could be fetched: {error}")
+    with loaded:
+        slices = next(iter(loaded.query("select count(*) as n from slice")))
+        lost = [
+            (row.name, row.value)
+            for row in loaded.query("select name, value from stats where severity = 'error' and value > 0")
+        ]
+        tracks = {row.name for row in loaded.query("select name from thread where name is not null")}
+    assert lost == []
+    assert slices.n == len(spans(path))
+    assert {"steps", "compute", "nvme read", "nvme write"} <= tracks
+
+
+def test_steps_that_never_come(host_world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The end of a run says so by name, once; what was traced until then is written."""
+
+    def told(steps: list[int], taken: int) -> list[str]:
+        caplog.clear()
+        run = trained(host_world, steps=taken, log={"trace": str(tmp_path / "t.json"), "trace_steps": steps})
+        funicular.unwrap(run.model)
+        return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "FN-W308" in r.getMessage()]
+
+    never = told([7, 9], 2)
+    assert len(never) == 1
+    assert "t.json" in never[0]
+    assert "step 7, 9 did not come" in never[0]
+    assert "the run ended after step 2" in never[0]
+    assert not (tmp_path / "t.json").exists()
+    assert "step 3 did not come" in told([1, 2, 3], 2)[0]
+    assert [e["name"] for e in spans(tmp_path / "t.json") if e["cat"] == "steps"] == ["step 1", "step 2"]
+    assert "names no step" in told([], 1)[0]
+    assert told([1, 2], 2) == []
+
+
+@pytest.mark.parametrize("end", ["", "del model, opt"])
+def test_steps_that_never_come_by_exit(tmp_path: Path, end: str):
+    """Without ``unwrap``: the model goes, or the program exits. It is on standard error without a logger of the user."""
+    program = textwrap.dedent(
+        f"""
+        import torch, funicular
+        model = torch.nn.Linear(8, 8)
+        funicular.offload(model, {{"device": "host", "log": {{"trace": "t.json", "trace_steps": [5]}}}})
+        opt = funicular.AdamW(model.parameters())
+        model(torch.ones(1, 8)).sum().backward()
+        opt.step()
+        {end}
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("FN-W308") == 1
+    assert "step 5 did not come; the run ended after step 1" in done.stderr
 
 
 def test_only_the_chosen_steps(host_world: World, tmp_path: Path):

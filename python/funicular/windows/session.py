@@ -107,6 +107,8 @@ class Session:
         if not self.closed and os.getpid() == self.pid:
             with contextlib.suppress(Error):
                 _core.saved(self.engine)
+            if self.log.step > 1:  # not where offload failed
+                self.log.ended()
             for unit in self.units:
                 with contextlib.suppress(Error):
                     leave(self, unit)

@@ -27,6 +27,8 @@ living: weakref.WeakSet[Session] = weakref.WeakSet()
 def _close_all() -> None:
     for session in list(living):
         if os.getpid() == session.pid:
+            if not session.closed:
+                session.log.ended()
             session.closed = True
             session.engine.close()
 

@@ -4,3 +4,4 @@ pub(super) mod slow;
 pub mod stats;
 pub mod step_time;
 pub mod trace;
+mod trace_file;

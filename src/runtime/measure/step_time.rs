@@ -95,9 +95,10 @@ struct State {
     /// The first step is the only one in `times`.
     first: bool,
     times: Times,
-    /// Ends of steps enqueued, and seen.
+    /// Steps whose ends were enqueued, were seen, and were read.
     enqueued: u64,
     seen: u64,
+    over: u64,
     gate: Gate,
 }
 
@@ -121,6 +122,7 @@ impl Default for Split {
             times: Times::default(),
             enqueued: 0,
             seen: 0,
+            over: 0,
             gate: Gate::OPEN,
         };
         Self { state: Mutex::new(state), changed: Condvar::new() }
@@ -138,6 +140,7 @@ impl State {
         }
         if self.turns.front().is_some_and(|next| next.ends_step) {
             self.read.push_back(std::mem::take(&mut self.step));
+            self.over += 1;
             self.complete();
         }
     }
@@ -298,6 +301,7 @@ impl Shared {
                 Elapsed::Nanos(nanos) => Some(u64::try_from(nanos).unwrap_or(0)),
             };
             state.advance(nanos);
+            let step = state.over;
             drop(state);
             if let (Some(cause), Some(nanos)) = (turn.cause, nanos) {
                 self.stats.stalled(cause, nanos);
@@ -305,6 +309,7 @@ impl Shared {
             let name = turn.cause.map_or(turn.window.phase, Cause::wait);
             self.trace.device_span(&*self.device, TRACK, name, turn.window.unit, (turn.mark, next.mark), 0)?;
             if next.ends_step {
+                self.trace.step_ended(&*self.device, step, next.mark)?;
                 self.trace.rebase(&*self.device, next.mark)?;
             }
         }

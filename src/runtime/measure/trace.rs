@@ -1,7 +1,6 @@
 //! A Chrome/Perfetto trace of chosen steps: one track per link and stream, counters for occupancy.
 
 use std::{
-    io::{Read, Write},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -9,62 +8,12 @@ use std::{
 
 use parking_lot::Mutex;
 
+pub(in crate::runtime) use super::trace_file::check;
+use super::trace_file::{self, CAPACITY, Event, STEPS};
 use crate::{
     device::{Device, Elapsed, Mark},
     error::{Code, Error, Result},
 };
-
-/// Events kept at most; beyond, the trace says how many it left out.
-const CAPACITY: usize = 200_000;
-
-/// How a trace begins, by which it is known as ours; and as the versions before this one began it.
-const HEAD: &str = r#"{"displayTimeUnit":"ms","otherData":{"made_by":"funicular"},"traceEvents":["#;
-const HEAD_BEFORE: &str = r#"{"displayTimeUnit":"ms","traceEvents":["#;
-
-/// Whether a trace can be written there, without touching what is there.
-///
-/// # Errors
-/// `FN-E606` for a file that is not a trace of ours, and where none can be written.
-pub fn check(path: &Path) -> Result<()> {
-    let refused = |why: String| {
-        let text = format!("the trace '{}': {why}.", path.display());
-        Err(Error::new(Code::OutputFile, text).action("Name another file in log.trace, or remove that one."))
-    };
-    match path.metadata() {
-        Ok(found) if !found.is_file() => return refused("it is not a regular file".into()),
-        Ok(_) => {}
-        // A link that leads nowhere, or a folder that is not there, is told by the attempt.
-        Err(_) => {
-            let tried = std::fs::OpenOptions::new().write(true).create_new(true).open(path);
-            return match tried.and_then(|_| std::fs::remove_file(path)) {
-                Ok(()) => Ok(()),
-                Err(e) => refused(format!("it cannot be written: {e}")),
-            };
-        }
-    }
-    let mut head = Vec::new();
-    let read = std::fs::OpenOptions::new().read(true).write(true).open(path);
-    match read.and_then(|file| file.take(HEAD.len() as u64).read_to_end(&mut head)) {
-        Err(e) => refused(format!("it cannot be written: {e}")),
-        Ok(_) if head.is_empty() || head == HEAD.as_bytes() || head.starts_with(HEAD_BEFORE.as_bytes()) => Ok(()),
-        Ok(_) => refused("it exists, and is not a trace that funicular wrote".into()),
-    }
-}
-
-/// One finished span or counter value.
-#[derive(Clone, Copy, Debug)]
-struct Event {
-    track: &'static str,
-    name: &'static str,
-    /// Unit, or a counter's value.
-    value: u64,
-    start: i64,
-    /// `u64::MAX` marks a counter.
-    nanos: u64,
-    bytes: u64,
-    /// `start` is a time of the device's clock.
-    on_device: bool,
-}
 
 /// How the device's clock relates to the trace's: a time on it is that of the base plus what elapsed since then.
 #[derive(Debug)]
@@ -76,6 +25,16 @@ struct Clock {
     began: i64,
     /// What has to be added: no mark is seen before it is passed, so the earliest sight of all is the nearest to the truth.
     late: Option<i64>,
+    /// Where the step under way began; none if that is not known.
+    step: Option<i64>,
+}
+
+/// What was collected.
+#[derive(Debug, Default)]
+struct Events {
+    kept: Vec<Event>,
+    /// How many came when there was no room any more.
+    left_out: u64,
 }
 
 /// Collects events while it is on.
@@ -83,13 +42,13 @@ struct Clock {
 pub struct Trace {
     epoch: Instant,
     on: AtomicBool,
-    events: Mutex<Vec<Event>>,
+    events: Mutex<Events>,
     clock: Mutex<Clock>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
-        let clock = Clock { base: Mark::LOST, at: 0, began: 0, late: None };
+        let clock = Clock { base: Mark::LOST, at: 0, began: 0, late: None, step: None };
         Self { epoch: Instant::now(), on: AtomicBool::new(false), events: Mutex::default(), clock: Mutex::new(clock) }
     }
 }
@@ -121,11 +80,11 @@ impl Trace {
     /// `FN-E002` when the driver fails.
     pub fn set(&self, on: bool, device: &dyn Device, base: impl FnOnce() -> Result<Mark>) -> Result<()> {
         if on && !self.is_on() {
-            self.events.lock().reserve(CAPACITY);
+            self.events.lock().kept.reserve(CAPACITY);
             let mut clock = self.clock.lock();
             clock.base = base()?;
             clock.at = self.now().cast_signed();
-            clock.began = clock.at;
+            (clock.began, clock.step) = (clock.at, Some(clock.at));
             clock.late = (device.elapsed(clock.base, clock.base)? == Elapsed::Nanos(0)).then_some(0);
         }
         self.on.store(on, Ordering::Relaxed);
@@ -157,6 +116,29 @@ impl Trace {
             if let Some(time) = clock.time(device, mark)? {
                 (clock.base, clock.at) = (mark, time);
             }
+        }
+        Ok(())
+    }
+
+    /// Notes that step `number` ended at a mark that has been passed.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    pub fn step_ended(&self, device: &dyn Device, number: u64, end: Mark) -> Result<()> {
+        if !self.is_on() {
+            return Ok(());
+        }
+        let (began, ended, start) = {
+            let mut clock = self.clock.lock();
+            let ended = clock.time(device, end)?;
+            (clock.began, ended, std::mem::replace(&mut clock.step, ended))
+        };
+        // A step before the trace may be seen to end while it is on.
+        if let (Some(start), Some(ended)) = (start, ended)
+            && ended > began
+        {
+            let nanos = u64::try_from(ended - start).unwrap_or(0);
+            self.push(Event { track: STEPS, name: "step", value: number, start, nanos, bytes: 0, on_device: true });
         }
         Ok(())
     }
@@ -218,54 +200,27 @@ impl Trace {
 
     fn push(&self, event: Event) {
         let mut events = self.events.lock();
-        if events.len() < CAPACITY {
-            events.push(event);
+        if events.kept.len() < CAPACITY {
+            events.kept.push(event);
+        } else {
+            events.left_out += 1;
         }
     }
 
-    /// Writes what was collected as Chrome trace JSON and forgets it.
+    /// Writes what was collected as Chrome trace JSON and forgets it; returns the number of events.
     ///
     /// # Errors
-    /// `FN-E301` with the file and the reason; `FN-E606` if somebody else's file is there.
+    /// `FN-E301` with the file and the reason; `FN-E606` if there is a file that funicular did not write.
     pub fn write(&self, path: &Path, unit_name: &dyn Fn(u64) -> String) -> Result<usize> {
-        let failed = |e: std::io::Error| {
+        let Events { kept, left_out } = std::mem::take(&mut *self.events.lock());
+        let late = self.clock.lock().late.unwrap_or(0);
+        check(path)?;
+        trace_file::write(path, &kept, late, left_out, unit_name).map_err(|e| {
             Error::new(Code::IoFailed, format!("the trace '{}' could not be written: {e}.", path.display()))
                 .errno(e.raw_os_error().unwrap_or(0))
                 .action("Name a writable file in log.trace.")
-        };
-        let events = std::mem::take(&mut *self.events.lock());
-        let late = self.clock.lock().late.unwrap_or(0);
-        let mut tracks: Vec<&str> = Vec::new();
-        check(path)?;
-        let mut out = std::io::BufWriter::new(std::fs::File::create(path).map_err(failed)?);
-        writeln!(out, "{HEAD}").map_err(failed)?;
-        for e in &events {
-            let tid = tracks.iter().position(|t| *t == e.track).unwrap_or_else(|| {
-                tracks.push(e.track);
-                tracks.len() - 1
-            });
-            let start = if e.on_device { e.start + late } else { e.start };
-            #[expect(clippy::cast_precision_loss, reason = "microseconds in a trace")]
-            let ts = start.max(0) as f64 / 1e3;
-            let line = if e.nanos == u64::MAX {
-                serde_json::json!({"ph": "C", "pid": 1, "name": e.name, "ts": ts, "args": {"bytes": e.value}})
-            } else {
-                #[expect(clippy::cast_precision_loss, reason = "microseconds in a trace")]
-                let dur = e.nanos as f64 / 1e3;
-                serde_json::json!({"ph": "X", "pid": 1, "tid": tid, "ts": ts, "dur": dur,
-                    "name": format!("{} {}", e.name, unit_name(e.value)), "cat": e.track, "args": {"bytes": e.bytes}})
-            };
-            writeln!(out, "{line},").map_err(failed)?;
-        }
-        for (tid, track) in tracks.iter().enumerate() {
-            let line =
-                serde_json::json!({"ph": "M", "pid": 1, "tid": tid, "name": "thread_name", "args": {"name": track}});
-            writeln!(out, "{line},").map_err(failed)?;
-        }
-        let end = serde_json::json!({"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "funicular"}});
-        write!(out, "{end}\n]}}\n").map_err(failed)?;
-        out.flush().map_err(failed)?;
-        Ok(events.len())
+        })?;
+        Ok(kept.len())
     }
 }
 
@@ -297,21 +252,20 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_somebody_else_is_not_replaced() {
-        let folder = tempfile::tempdir().expect("folder");
-        let at = |name: &str| folder.path().join(name);
-        std::fs::write(at("thesis"), "text").expect("writes");
-        std::fs::write(at("empty"), "").expect("writes");
-        check(&at("new")).expect("there is nothing");
-        check(&at("empty")).expect("nothing is lost");
-        Trace::default().write(&at("trace"), &|_| String::new()).expect("writes");
-        Trace::default().write(&at("trace"), &|_| String::new()).expect("its own");
-        for wrong in [at("thesis"), folder.path().to_path_buf(), at("none/at/all")] {
-            assert_eq!(check(&wrong).expect_err("refused").code(), Code::OutputFile, "{}", wrong.display());
-            Trace::default().write(&wrong, &|_| String::new()).expect_err("refused");
+    fn a_step_is_a_slice_from_the_end_of_the_one_before() {
+        let (trace, device) = (Trace::default(), HostDevice::new().expect("starts"));
+        let before = device.mark(USER).expect("made");
+        trace.set(true, &device, || device.mark(USER)).expect("works");
+        trace.step_ended(&device, 2, before).expect("works");
+        for number in 3..5 {
+            let end = device.mark(USER).expect("made");
+            trace.step_ended(&device, number, end).expect("works");
         }
-        assert_eq!(std::fs::read_to_string(at("thesis")).expect("reads"), "text");
-        assert!(!at("new").exists(), "a look leaves nothing");
+        let events = written(&trace);
+        let names: Vec<_> = events.iter().map(|e| e["name"].as_str().expect("a name")).collect();
+        assert_eq!(names, ["step 3", "step 4"], "step 2 was over");
+        let ends = |e: &serde_json::Value| e["ts"].as_f64().expect("a time") + e["dur"].as_f64().expect("a time");
+        assert!((ends(&events[0]) - events[1]["ts"].as_f64().expect("a time")).abs() < 2e-3, "{events:?}");
     }
 
     #[test]
