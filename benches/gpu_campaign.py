@@ -101,7 +101,7 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
     ]
     rows = "2" if s.toy else "8"
     bench = ["-m", "funicular", "bench", "--quick", "--no-sweep", "--device", device, "--path", disk]
-    bench += ["--save", str(out / "profile.toml"), "--json", str(out / "bench.json")]
+    bench += ["--force", "--save", str(out / "profile.toml"), "--json", str(out / "bench.json")]
     # The update of one step ends in the next, and the first of all reads nothing.
     nvme = ["--systems", "in_hbm,nvme,states_nvme", "--tokens", s.tokens(16384), "--warmup", "2", "--steps", "1"]
     # Where not all of it fits, what it is compared with is forward and backward, and arithmetic.

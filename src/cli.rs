@@ -3,6 +3,7 @@
 //! What subcommands say is made in the layers below; printing is done here only.
 #![expect(clippy::print_stderr, reason = "the command line talks to a person")]
 
+mod look;
 mod plan;
 
 use std::{
@@ -36,6 +37,9 @@ use crate::{
 /// Exit code of a run that was interrupted, as shells have it.
 const INTERRUPTED: i32 = 130;
 
+/// Exit code of a benchmark whose figures were to be saved and are not to be relied on.
+const IN_DOUBT: i32 = 3;
+
 /// Train models larger than the GPU's memory.
 #[derive(Parser)]
 #[command(name = "funicular", version, arg_required_else_help = true)]
@@ -46,7 +50,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure what this machine can do: disks, links, memory, and all at once.
+    /// Measure what this machine can do: disks, links, memory, and all at once. Exit code 0; 1 for an error; 3 if --save was asked for
+    /// and nothing was saved, because the figures are not to be relied on.
     Bench(Box<BenchArguments>),
     /// Look at this machine and say what is in the way. Exit code 0, 1 (warnings) or 2 (failures).
     Doctor(DoctorArguments),
@@ -85,7 +90,7 @@ struct BenchArguments {
     /// Under 20 seconds instead of under two minutes: fewer and shorter rounds.
     #[arg(long)]
     quick: bool,
-    /// Run fio beside the NVMe hops, on the same files, with the same blocks and depth.
+    /// Run fio beside the NVMe hops, on the same files, with the same blocks and depth. Its time comes on top.
     #[arg(long)]
     check: bool,
     /// Size of the file on each path; it is removed at the end, and on Ctrl-C.
@@ -104,8 +109,8 @@ struct BenchArguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
     /// Seconds for all rounds together; then nothing is left out when the disk is slow.
-    #[arg(long, value_name = "S")]
-    seconds: Option<f64>,
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    seconds: Option<Duration>,
     /// Leave out the sweeps.
     #[arg(long)]
     no_sweep: bool,
@@ -121,6 +126,9 @@ struct BenchArguments {
     /// Write the rates for the planner, into FILE or funicular/profile.toml in your configuration folder.
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     save: Option<Option<PathBuf>>,
+    /// Give a verdict, and save, although other load or far-apart rounds say that the figures are not to be relied on.
+    #[arg(long)]
+    force: bool,
 }
 
 #[derive(Args)]
@@ -211,6 +219,11 @@ impl From<Sets> for Overlay {
     }
 }
 
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    let number = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    number.filter(|time| !time.is_zero()).ok_or_else(|| "a number of seconds above 0, such as 7".to_owned())
+}
+
 fn device(text: &str) -> std::result::Result<DeviceChoice, String> {
     match text.split_once(':') {
         None if text == "auto" => Ok(DeviceChoice::Auto),
@@ -293,7 +306,12 @@ fn said(output: &Output) -> i32 {
 
 /// Prints text that may come from files, with control characters escaped; a closed pipe (`| head`) is no error.
 fn print(text: &str) -> Result<()> {
-    match stdout().write_all(printable_lines(text).as_bytes()).and_then(|()| stdout().flush()) {
+    print_inked(&printable_lines(text))
+}
+
+/// Prints what is safe to print already.
+fn print_inked(text: &str) -> Result<()> {
+    match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::new(Code::OutputFile, format!("the standard output: {e}.")))
         }
@@ -338,7 +356,7 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
             Error::new(Code::OutputFile, "--save: there is no home directory.").action("Name a file: --save FILE.")
         })?),
     };
-    let outputs = Outputs { json: arguments.json, csv: arguments.csv, html: arguments.html, profile };
+    let mut outputs = Outputs { json: arguments.json, csv: arguments.csv, html: arguments.html, profile };
     outputs.check()?;
     let paths = if arguments.no_nvme { Vec::new() } else { or_here(arguments.paths) };
     let mut options = bench::Options::new(paths, arguments.quick);
@@ -351,10 +369,9 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
     options.block = arguments.block.unwrap_or(options.block);
     options.depth = arguments.depth.unwrap_or(options.depth);
     options.rounds = arguments.rounds.unwrap_or(options.rounds);
+    options.force = arguments.force;
     if let Some(seconds) = arguments.seconds {
-        options.time = Duration::try_from_secs_f64(seconds).map_err(|e| {
-            Error::new(Code::PolicyValue, format!("--seconds {seconds}: {e}.")).action("Give a number of seconds.")
-        })?;
+        options.time = seconds;
         // A time that the user gives replaces the limit; sweeps become shorter with it.
         options.limit = Duration::MAX;
         options.point = options.point.min(options.time / 40);
@@ -367,9 +384,16 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
     let report = bench::run(&options, &interrupt, &mut progress);
     progress.clear();
     let report = report?;
-    print(&bench::text(&report))?;
+    print_inked(&bench::text(&report, look::of_stdout()))?;
+    let in_doubt = !report.doubts.is_empty() && !arguments.force;
+    let not_saved = outputs.profile.take_if(|_| in_doubt);
     for file in outputs.write(&report)? {
         eprintln!("written: {}", printable(&file.display().to_string()));
+    }
+    if let Some(file) = not_saved {
+        let file = printable(&file.display().to_string()).into_owned();
+        eprintln!("not saved: {file}: the figures are not to be relied on. --force saves them all the same.");
+        return Ok(IN_DOUBT);
     }
     Ok(0)
 }
@@ -414,11 +438,14 @@ impl Progress for OnStderr {
             return;
         }
         self.last = Some(Instant::now());
+        let line = format!("{:3.0} % {}", done * 100.0, printable(what));
         // A closed terminal is no reason to stop measuring.
         let _ = if self.terminal {
-            write!(stderr(), "\r\x1b[K{:3.0} % {what}", done * 100.0)
+            // A line that breaks cannot be written over.
+            let line: String = line.chars().take(look::columns(stderr()).saturating_sub(1)).collect();
+            write!(stderr(), "\r\x1b[K{line}")
         } else {
-            writeln!(stderr(), "{:3.0} % {what}", done * 100.0)
+            writeln!(stderr(), "{line}")
         };
     }
 }
@@ -438,6 +465,8 @@ mod tests {
     fn words_are_read_strictly() {
         assert_eq!(device("cuda:3"), Ok(DeviceChoice::Cuda(3)));
         assert!(device("gpu").is_err() && device("cuda:x").is_err() && engine("aio").is_err());
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        assert!(["0", "-1", "nan", "inf", "1e-30", "soon"].iter().all(|text| seconds(text).is_err()));
         assert_eq!(size("64MiB"), Ok(ByteCount::mib(64)));
         assert!(size("64").is_err_and(|why| why.contains("64")));
     }

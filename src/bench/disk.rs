@@ -346,7 +346,7 @@ impl DiskHop {
 }
 
 impl Exercise for DiskHop {
-    /// The clock starts when as many blocks have ended as are in flight, and stops with the last block in time.
+    /// The clock starts when as many blocks have ended as are in flight, and stops after a multiple of as many.
     fn round(&mut self, time: Duration) -> Result<Round> {
         self.in_flight = [0; 2];
         while self.in_flight[0] + self.in_flight[1] < self.depth
@@ -354,7 +354,8 @@ impl Exercise for DiskHop {
         {
             self.submit(lease, Vec::with_capacity(1))?;
         }
-        let mut clock = Clock::new(self.in_flight[0] + self.in_flight[1], time);
+        let lap = self.in_flight[0] + self.in_flight[1];
+        let mut clock = Clock::new(lap, time).in_laps(lap);
         while self.in_flight != [0; 2] {
             let done = self.lane.wait()?;
             let wrote = done.parts.first().is_some_and(|part| part.direction == Direction::Write);

@@ -39,9 +39,9 @@ impl Fio {
             "--direct=1".to_owned(),
             "--overwrite=1".to_owned(),
             "--time_based=1".to_owned(),
-            // As our clock, fio's starts when the queue is full.
+            // As our clock, fio's starts when the queue is full. A run of 0 ms would have no end.
             format!("--ramp_time={}ms", (time.as_millis() / 5).max(50)),
-            format!("--runtime={}ms", time.as_millis()),
+            format!("--runtime={}ms", time.as_millis().max(50)),
         ];
 
         arguments.extend(match *engine {

@@ -28,6 +28,10 @@ pub fn page(report: &Report) -> String {
         escaped(&report.date),
         report.version,
     );
+    if !report.doubts.is_empty() {
+        let doubts: String = report.doubts.iter().map(|doubt| format!("<li>{}</li>", escaped(doubt))).collect();
+        out += &format!("<div class=\"notes\"><p>These figures are not to be relied on:</p><ul>{doubts}</ul></div>\n");
+    }
     out += "<div class=\"verdict\">";
     out += &report.verdict.iter().map(|sentence| format!("<p>{}</p>", escaped(sentence))).collect::<String>();
     out += "</div>\n";
@@ -78,13 +82,12 @@ fn loads(title: &str, loads: &[Load]) -> String {
 fn limits(hops: &[Hop]) -> String {
     let bars = hops.iter().filter_map(|hop| {
         let limit = hop.limit.as_ref()?;
-        let behind = format!(
-            "{:.2} of {:.2} GB/s: {:.0} % of {}",
-            hop.rate() / 1e9,
-            limit.bytes_per_second / 1e9,
-            limit.fraction * 100.0,
-            limit.by
-        );
+        let part = if limit.is_exceeded() {
+            format!("more than {}, which was measured too low", limit.by)
+        } else {
+            format!("{:.0} % of {}", limit.fraction * 100.0, limit.by)
+        };
+        let behind = format!("{:.2} of {:.2} GB/s: {part}", hop.rate() / 1e9, limit.bytes_per_second / 1e9);
         Some(bar(&format!("{} ({})", hop.name, hop.place), limit.fraction, &behind))
     });
     format!("<h2>Each against its limit</h2>\n<div class=\"bars\">\n{}</div>\n", bars.collect::<String>())

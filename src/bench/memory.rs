@@ -5,6 +5,7 @@
 
 use std::{
     cell::RefCell,
+    ops::Range,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use crate::{
         disk::fill_with_numbers,
         kernels::{self, Five, Kernel},
         link::{LinkHop, PATIENCE},
-        stats::Round,
+        stats::{Round, as_f64},
     },
     dtype::DType,
     error::Result,
@@ -36,8 +37,10 @@ pub const PARAM_BYTES: u64 = 14;
 pub const STATE_BYTES: u64 = 10;
 /// Elements of a task of the triad.
 const TRIAD_PIECE: usize = 16 << 10;
-/// Passes over the arrays by which the faster of two kernels is found.
-const TRIALS: usize = 3;
+/// Parts of the arrays by which the faster of two kernels is found.
+const TRIALS: usize = 6;
+/// Elements or parameters of one part, per thread: long beside the start of the threads, short beside a round.
+const PART: usize = 1 << 20;
 /// Parameters that are updated between two looks at the copies beside it, per thread.
 const BETWEEN_LOOKS: usize = 256 << 10;
 
@@ -46,7 +49,11 @@ const BETWEEN_LOOKS: usize = 256 << 10;
 const SHIFT: usize = 20_544;
 
 /// The three arrays of the triad.
-pub struct Arrays([SlotLease; 3]);
+pub struct Arrays {
+    leases: [SlotLease; 3],
+    /// Where the next part begins.
+    at: usize,
+}
 
 impl Arrays {
     /// Arrays of `bytes` each.
@@ -60,16 +67,17 @@ impl Arrays {
             fill_with_numbers(lease.bytes());
             Ok(lease)
         };
-        Ok(Rc::new(RefCell::new(Self([take()?, take()?, take()?]))))
+        Ok(Rc::new(RefCell::new(Self { leases: [take()?, take()?, take()?], at: 0 })))
     }
 
-    /// One pass of the triad; gives its elements.
-    fn triad(&mut self, pool: &Pool) -> Result<usize> {
-        let [a, b, c] = &mut self.0;
+    /// The triad over the next `most` elements, from the start again at the end; gives how many there were.
+    fn triad(&mut self, pool: &Pool, most: usize) -> Result<usize> {
+        let [a, b, c] = &mut self.leases;
         let len = a.len() / 8 * 8 - 2 * SHIFT;
-        let a: &mut [f64] = bytemuck::cast_slice_mut(&mut a.bytes()[..len]);
-        let b: &[f64] = bytemuck::cast_slice(&b.bytes()[SHIFT..SHIFT + len]);
-        let c: &[f64] = bytemuck::cast_slice(&c.bytes()[2 * SHIFT..2 * SHIFT + len]);
+        let part = next_part(&mut self.at, len / 8, most);
+        let a = &mut bytemuck::cast_slice_mut::<u8, f64>(&mut a.bytes()[..len])[part.clone()];
+        let b = &bytemuck::cast_slice::<u8, f64>(&b.bytes()[SHIFT..SHIFT + len])[part.clone()];
+        let c = &bytemuck::cast_slice::<u8, f64>(&c.bytes()[2 * SHIFT..2 * SHIFT + len])[part];
         let elements = a.len();
         let pieces: Vec<_> =
             a.chunks_mut(TRIAD_PIECE).zip(b.chunks(TRIAD_PIECE)).zip(c.chunks(TRIAD_PIECE)).map(Mutex::new).collect();
@@ -83,7 +91,14 @@ impl Arrays {
     }
 }
 
-/// Pass after pass of a kernel over arrays much larger than the caches.
+/// The next `most` of `len` elements, and where the ones after them begin.
+fn next_part(at: &mut usize, len: usize, most: usize) -> Range<usize> {
+    let start = if *at < len { *at } else { 0 };
+    *at = start + most.min(len - start);
+    start..*at
+}
+
+/// A kernel over one part after the other of arrays much larger than the caches.
 pub struct Bandwidth {
     /// The fastest of these is taken.
     kernels: &'static [Kernel],
@@ -104,24 +119,26 @@ impl Bandwidth {
         Self { kernels: &[Kernel::InPlace, Kernel::InPlaceAhead], ..Self::triad(arrays, states, pool) }
     }
 
-    /// One pass; gives the bytes that it moved.
-    fn pass(&self, kernel: Kernel) -> Result<u64> {
+    /// The next part; gives the bytes that it moved.
+    fn part(&self, kernel: Kernel) -> Result<u64> {
+        let most = PART * self.pool.threads();
         let elements = match kernel {
-            Kernel::Triad => self.arrays.borrow_mut().triad(&self.pool)?,
-            Kernel::InPlace | Kernel::InPlaceAhead => self.states.borrow_mut().touch(kernel, &self.pool)?,
+            Kernel::Triad => self.arrays.borrow_mut().triad(&self.pool, most)?,
+            Kernel::InPlace | Kernel::InPlaceAhead => self.states.borrow_mut().touch(kernel, &self.pool, most)?,
         };
         Ok(elements as u64 * kernel.bytes())
     }
 
-    /// The kernel that made the fastest pass, of some passes of each in turn.
+    /// The kernel that was fastest over some part, of some parts for each in turn.
     fn choose(&self) -> Result<Kernel> {
-        let mut best = (Duration::MAX, self.kernels[0]);
+        let mut best = (f64::INFINITY, self.kernels[0]);
         for _ in 0..if self.kernels.len() > 1 { TRIALS } else { 0 } {
             for &kernel in self.kernels {
                 let begun = Instant::now();
-                self.pass(kernel)?;
-                if begun.elapsed() < best.0 {
-                    best = (begun.elapsed(), kernel);
+                let bytes = self.part(kernel)?;
+                let per_byte = begun.elapsed().as_secs_f64() / as_f64(bytes);
+                if per_byte < best.0 {
+                    best = (per_byte, kernel);
                 }
             }
         }
@@ -138,7 +155,7 @@ impl Exercise for Bandwidth {
         let mut clock = Clock::new(1, time);
         loop {
             let begun = Instant::now();
-            let bytes = self.pass(kernel)?;
+            let bytes = self.part(kernel)?;
             if !clock.ended(bytes, 0, nanos(begun)) {
                 return Ok(clock.round);
             }
@@ -150,7 +167,7 @@ impl Exercise for Bandwidth {
 pub struct States {
     region: Arc<HostRegion>,
     len: usize,
-    /// Where the next update of a lent piece takes its parameters and gradients.
+    /// Where the next part begins, and the parameters and gradients of the next lent piece.
     at: usize,
 }
 
@@ -186,23 +203,21 @@ impl States {
         span_at(self.region.as_ptr(), self.len)
     }
 
-    fn update(&mut self, pool: &Pool) -> Result<()> {
-        // SAFETY: five disjoint arrays of the region, of `len` elements each, borrowed mutably with `self`.
-        unsafe { adamw_parallel(pool, &[Update { span: self.span(), hyper: hyper() }]) }
-    }
-
-    /// One pass of a kernel over all arrays; gives the number of parameters.
-    fn touch(&mut self, kernel: Kernel, pool: &Pool) -> Result<usize> {
+    /// A kernel over the next `most` parameters; gives how many there were.
+    fn touch(&mut self, kernel: Kernel, pool: &Pool, most: usize) -> Result<usize> {
         let n = self.len;
+        let part = next_part(&mut self.at, n, most);
         // SAFETY: the whole region, borrowed mutably with `self`, begins at a multiple of 2 MiB and is not read by others.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.region.as_ptr(), n * 14) };
         let (m, rest) = bytes.split_at_mut(4 * n);
         let (v, rest) = rest.split_at_mut(4 * n);
         let (param, rest) = rest.split_at_mut(2 * n);
         let (grad, low) = rest.split_at_mut(2 * n);
-        let (m, v) = (bytemuck::cast_slice_mut(m), bytemuck::cast_slice_mut(v));
-        let (param, low) = (bytemuck::cast_slice_mut(param), bytemuck::cast_slice_mut(low));
-        let grad: &[u16] = bytemuck::cast_slice(grad);
+        let m = &mut bytemuck::cast_slice_mut::<u8, u32>(m)[part.clone()];
+        let v = &mut bytemuck::cast_slice_mut::<u8, u32>(v)[part.clone()];
+        let param = &mut bytemuck::cast_slice_mut::<u8, u16>(param)[part.clone()];
+        let low = &mut bytemuck::cast_slice_mut::<u8, u16>(low)[part.clone()];
+        let grad: &[u16] = &bytemuck::cast_slice(grad)[part.clone()];
         let pieces: Vec<_> = (param.chunks_mut(optim::PIECE).zip(low.chunks_mut(optim::PIECE)))
             .zip(m.chunks_mut(optim::PIECE).zip(v.chunks_mut(optim::PIECE)))
             .zip(grad.chunks(optim::PIECE))
@@ -210,18 +225,16 @@ impl States {
             .collect();
         let isa = Isa::best();
         pool.run(pieces.len(), &|index| kernels::in_place(kernel, isa, &mut pieces[index].lock()))?;
-        Ok(n)
+        Ok(part.len())
     }
 
     /// Updates the next `len` parameters, and gives how many there were before the end.
     fn update_next(&mut self, pool: &Pool, len: usize) -> Result<usize> {
-        let start = if self.at < self.len { self.at } else { 0 };
-        let len = len.min(self.len - start);
-        self.at = start + len;
-        let span = self.span().piece(start, len);
-        // SAFETY: `start + len` <= `self.len`, and the five arrays are disjoint and borrowed mutably with `self`.
+        let part = next_part(&mut self.at, self.len, len);
+        let span = self.span().piece(part.start, part.len());
+        // SAFETY: the part lies within `self.len`, and the five arrays are disjoint and borrowed mutably with `self`.
         unsafe { adamw_parallel(pool, &[Update { span, hyper: hyper() }])? };
-        Ok(len)
+        Ok(part.len())
     }
 
     /// Updates a piece of `len` parameters whose states lie in a slot; parameters and gradients are taken from here.
@@ -289,11 +302,11 @@ impl AdamwCpu {
 impl Exercise for AdamwCpu {
     fn round(&mut self, time: Duration) -> Result<Round> {
         let mut states = self.states.borrow_mut();
-        let params = states.len as u64;
+        let len = PART * self.pool.threads();
         let mut clock = Clock::new(1, time);
         loop {
             let begun = Instant::now();
-            states.update(&self.pool)?;
+            let params = states.update_next(&self.pool, len)? as u64;
             if !clock.ended(params * ADAMW_TRAFFIC, params, nanos(begun)) {
                 return Ok(clock.round);
             }
@@ -381,7 +394,7 @@ mod tests {
         assert!((round.bytes / 3).abs_diff(1 << 20) < 4096, "{}", round.bytes);
         {
             let mut arrays = arrays.borrow_mut();
-            let [a, b, c] = &mut arrays.0;
+            let [a, b, c] = &mut arrays.leases;
             let number = |lease: &mut SlotLease, shift| bytemuck::cast_slice::<u8, f64>(&lease.bytes()[shift..])[777];
             assert_eq!(number(a, 0), number(b, SHIFT) + 0.5 * number(c, 2 * SHIFT));
         }
@@ -398,6 +411,19 @@ mod tests {
         let mut beside = AdamwAndCopies::new(States::new(4096).expect("maps"), pool, copies);
         let round = beside.round(Duration::ZERO).expect("runs");
         assert!(round.copied > 0 && round.params >= 4096, "{} bytes, {} parameters", round.copied, round.params);
+    }
+
+    #[test]
+    fn parts_follow_each_other_over_all_of_the_arrays() {
+        let pool = Pool::new(Some(2)).expect("threads");
+        let arrays = Arrays::new(1 << 20).expect("maps");
+        let states = States::new(1 << 16).expect("maps");
+        let (mut arrays, mut states) = (arrays.borrow_mut(), states.borrow_mut());
+        let elements = arrays.triad(&pool, usize::MAX).expect("runs");
+        let parts: Vec<usize> = (0..3).map(|_| arrays.triad(&pool, elements - 100).expect("runs")).collect();
+        assert_eq!(parts, [elements - 100, 100, elements - 100]);
+        let parts: Vec<usize> = (0..3).map(|_| states.touch(Kernel::InPlace, &pool, 60_000).expect("runs")).collect();
+        assert_eq!(parts, [60_000, 5_536, 60_000]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! B1: a figure is a median of rounds, and the rounds of all hops are interleaved, so that a slow minute slows all.
 //! B2: the limit of a pipeline was measured in the same run. B3: a figure that could be a cache's is not given.
-//! B4: files are made by [`disk`] only, have no name, and are gone with the process.
+//! B4: nothing is concluded from figures that other load or their own spread makes doubtful. B5: files are made by [`disk`] only, have no name, and are gone with the process.
 
 mod clock;
 pub mod disk;
@@ -11,6 +11,7 @@ pub mod gpu;
 mod html;
 mod kernels;
 pub mod link;
+mod look;
 mod measure;
 pub mod memory;
 mod outputs;
@@ -22,6 +23,7 @@ mod setup;
 pub mod stats;
 mod sweeps;
 mod table;
+mod trust;
 mod verdict;
 
 use std::{
@@ -34,6 +36,7 @@ use std::{
 };
 
 pub use html::page;
+pub use look::Look;
 pub use outputs::{Outputs, csv, json, profile};
 pub use plan::run;
 pub use table::text;
@@ -77,6 +80,8 @@ pub struct Options {
     pub quick: bool,
     /// Run fio beside the NVMe hops.
     pub check: bool,
+    /// Give a verdict although the figures are not to be relied on.
+    pub force: bool,
 }
 
 impl Options {
@@ -84,7 +89,7 @@ impl Options {
     pub fn new(paths: Vec<PathBuf>, quick: bool) -> Self {
         let nvme = crate::policy::Policy::default().nvme;
         let (file, rounds, time, point, limit) =
-            if quick { (512, 9, 7_000, 60, 17) } else { (2048, 15, 56_000, 250, 108) };
+            if quick { (512, 9, 8_500, 60, 18) } else { (2048, 15, 56_000, 250, 108) };
         Self {
             paths,
             device: DeviceChoice::Auto,
@@ -100,6 +105,7 @@ impl Options {
             point: Duration::from_millis(point),
             quick,
             check: false,
+            force: false,
         }
     }
 }

@@ -97,7 +97,7 @@ impl Exercise for Relay {
             self.begin(lease, Vec::with_capacity(1))?;
             pieces += 1;
         }
-        let mut clock = Clock::new(pieces, time);
+        let mut clock = Clock::new(pieces, time).in_laps(pieces);
         let all = pieces;
         while pieces > 0 {
             // The disk is kept busy first: pieces wait for it, not for the copies, unless it has little to do.
@@ -188,7 +188,7 @@ impl Exercise for AdamwNvme {
         let params = self.params() as u64;
         let copied = if self.traffic { UP_BYTES + DOWN_BYTES } else { 0 };
         // Reads run ahead at first; after as many pieces again, reads and writes are in balance.
-        let mut clock = Clock::new(2 * pieces, time);
+        let mut clock = Clock::new(2 * pieces, time).in_laps(pieces);
         while pieces > 0 {
             let done = self.parts.lane.wait()?;
             if done.parts.first().is_some_and(|part| part.direction == Direction::Read) {

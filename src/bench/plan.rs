@@ -14,9 +14,9 @@ use crate::{
         pipeline::{AdamwNvme, Parts, Relay, params_of},
         quiet,
         report::{Group, MARK, Report},
-        setup::{Bench, LINK_BLOCK},
+        setup::Bench,
         stats::as_f64,
-        verdict,
+        trust, verdict,
     },
     device::DeviceKind,
     doctor::machine,
@@ -36,13 +36,19 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
     let mut bench = Bench::new(options, interrupt, progress)?;
     let planned = bench.hops()?;
     let mut hops = bench.measure(planned, interrupt, progress)?;
-    let sweeps = if options.point.is_zero() { Vec::new() } else { bench.sweeps(interrupt, progress)? };
+    let (sweeps, faster) =
+        if options.point.is_zero() { (Vec::new(), None) } else { bench.sweeps(&hops, interrupt, progress)? };
     verdict::set_limits(&mut hops);
     let (with_nvme, in_memory) = verdict::loads(&hops);
-    let verdict = verdict::sentences(&hops, &sweeps, &with_nvme, &in_memory, options);
     let others = bench.watch.others();
+    let mut doubts: Vec<String> = quiet::doubt(others, bench.machine.cpus).into_iter().collect();
+    doubts.extend(trust::doubts(&hops, [&with_nvme, &in_memory]));
+    let verdict = if doubts.is_empty() || options.force {
+        verdict::sentences(&hops, faster.as_ref(), &with_nvme, &in_memory, options)
+    } else {
+        Vec::new()
+    };
     let mut notes = std::mem::take(&mut bench.notes);
-    notes.extend(quiet::note(others, bench.machine.cpus));
     notes.sort();
     notes.dedup();
     Ok(Report {
@@ -55,6 +61,7 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
         sweeps,
         with_nvme,
         in_memory,
+        doubts,
         verdict,
         notes,
     })
@@ -174,7 +181,7 @@ impl Bench<'_> {
     fn link_hops(&self, planned: &mut Vec<Planned>) {
         let device = self.device_name();
         let pinned = format!("{device}, pinned");
-        let block = self.link.block(LINK_BLOCK as usize);
+        let block = self.link_block();
         let mut add = |name, place: &str, ways, memory| {
             let hop = LinkHop::new(Rc::clone(&self.link), ways, memory, block);
             let mut plan = Planned::new(name, place, Group::Link, hop).blocks(block as u64, DEPTH);
@@ -215,7 +222,7 @@ impl Bench<'_> {
         }
         let (arrays, states, pool) =
             (|| Rc::clone(&self.arrays), || Rc::clone(&self.states), || Arc::clone(&self.pool));
-        let block = self.link.block(LINK_BLOCK as usize);
+        let block = self.link_block();
         let copies = LinkHop::new(Rc::clone(&self.link), BOTH, HostMemory::Pinned, block);
         let one = Arc::new(Pool::new(Some(1))?);
         planned.extend([

@@ -44,13 +44,10 @@ fn age(uptime: &str, stat: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(now - as_f64(start) / TICKS).ok()
 }
 
-/// A line for the user, if others were in the way.
-pub(super) fn note(others: f64, cpus: u32) -> Option<String> {
-    (others > f64::from(cpus) / 10.0).then(|| {
-        format!(
-            "Others kept {others:.1} CPUs busy meanwhile ({cpus} are ours): a quiet machine is faster, and steadier."
-        )
-    })
+/// Why the figures are not to be relied on, if others were in the way.
+pub(super) fn doubt(others: f64, cpus: u32) -> Option<String> {
+    (others > f64::from(cpus) / 10.0)
+        .then(|| format!("other programs or virtual machines kept {others:.1} of {cpus} CPUs busy meanwhile"))
 }
 
 /// Ticks of user, nice, system and stolen time in `/proc/stat`. Interrupts are left out: they are mostly our own.
@@ -84,8 +81,8 @@ mod tests {
 
     #[test]
     fn only_what_matters_is_said() {
-        assert_eq!(note(0.1, 2), None);
-        assert!(note(1.4, 2).is_some_and(|note| note.contains("1.4 CPUs")));
+        assert_eq!(doubt(0.1, 2), None);
+        assert!(doubt(1.4, 2).is_some_and(|doubt| doubt.contains("1.4 of 2 CPUs")));
         // Spinning here is no work of others.
         let watch = Watch::start();
         while watch.since.elapsed().as_millis() < 50 {}

@@ -10,6 +10,9 @@ use crate::{
 /// What every file of the benchmark contains near its beginning, so that it may be replaced by the next run.
 pub const MARK: &str = "funicular bench";
 
+/// What sets the limit of a hop that fio ran beside.
+pub(super) const FIO: &str = "fio";
+
 /// Which part of the machine a hop exercises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -79,6 +82,16 @@ pub struct Limit {
     pub bytes_per_second: f64,
     /// The hop's rate as a part of it: the median over rounds that ran side by side, where there are such.
     pub fraction: f64,
+}
+
+/// A part of a limit above this cannot be: the limit was measured too low.
+const MOST: f64 = 1.25;
+
+impl Limit {
+    /// Whether the hop was so much faster than its limit that one of them was mis-measured. fio is no limit, but another program.
+    pub fn is_exceeded(&self) -> bool {
+        self.fraction > MOST && self.by != FIO
+    }
 }
 
 /// One hop or pipeline.
@@ -188,7 +201,9 @@ pub struct Report {
     pub with_nvme: Vec<Load>,
     /// The same with states in host memory.
     pub in_memory: Vec<Load>,
-    /// In words.
+    /// Why the figures are not to be relied on; none if they are.
+    pub doubts: Vec<String>,
+    /// In words; none where there are doubts, unless it was asked for all the same.
     pub verdict: Vec<String>,
     /// What the user should know besides.
     pub notes: Vec<String>,

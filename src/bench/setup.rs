@@ -1,6 +1,11 @@
 //! What is set up before anything is measured: memory, files, the device, threads.
 
-use std::{cell::RefCell, rc::Rc, sync::Arc, time::Instant};
+use std::{
+    cell::RefCell,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crate::{
     bench::{
@@ -10,6 +15,7 @@ use crate::{
         memory::{Arrays, States},
         quiet::{self, Watch},
     },
+    device::DeviceKind,
     doctor::machine::{self, Machine},
     error::{Code, Error, Result},
     memory::SlotPool,
@@ -25,8 +31,9 @@ const LARGE_PIECE: u64 = 4 << 20;
 const BETWEEN: u64 = 8;
 /// Bytes in flight in one engine at most, even if block and depth ask for more.
 pub(super) const IN_FLIGHT: u64 = 256 << 20;
-/// One block of a link's hop, as nvbandwidth has it.
-pub(super) const LINK_BLOCK: u64 = 64 << 20;
+/// One block of a link's hop, as nvbandwidth has it; and where the processor copies.
+const LINK_BLOCK: u64 = 64 << 20;
+const HOST_LINK_BLOCK: u64 = 16 << 20;
 /// Arrays in memory are so many times as large as the caches.
 const BEYOND_CACHES: u64 = 4;
 /// Less memory than this is an error before anything is allocated.
@@ -40,6 +47,8 @@ pub(super) struct Bench<'a> {
     pub(super) machine: Machine,
     /// When it all began, the start of the program included.
     pub(super) began: Instant,
+    /// What fio took of the time since then.
+    pub(super) beside: Duration,
     pub(super) watch: Watch,
     pub(super) disk: Option<Disk>,
     pub(super) link: Rc<Link>,
@@ -66,7 +75,8 @@ impl<'a> Bench<'a> {
         let began = now.checked_sub(quiet::start_up()).unwrap_or(now);
         check(options)?;
         progress.at(0.0, "looking at the paths");
-        let machine = Machine::read(machine::chosen(options.device)?)?;
+        let device = machine::chosen(options.device)?;
+        let machine = Machine::read(device)?;
         has_room(machine.available)?;
         let (mut disk, mut notes) = if options.paths.is_empty() {
             (None, vec!["no path was given: nothing that needs a disk was measured.".to_owned()])
@@ -77,7 +87,14 @@ impl<'a> Bench<'a> {
         let paths = options.paths.len().max(1) as u64;
         // An eighth of what is free, and no more than the file asks for: a small test stays small.
         let most = (machine.available / 8).clamp(32 << 20, 4 << 30);
-        let side = (LINK_BLOCK * DEPTH as u64).min(most / 4).min(options.file.0);
+        let side = match device {
+            // Beyond the caches is enough; more would take its time to touch first.
+            DeviceKind::Host => {
+                (machine.cache * BEYOND_CACHES).clamp(HOST_LINK_BLOCK * DEPTH as u64, LINK_BLOCK * DEPTH as u64)
+            }
+            DeviceKind::Cuda(_) => LINK_BLOCK * DEPTH as u64,
+        };
+        let side = side.min(most / 4).min(options.file.0);
         let depth = fit(options.block.0, u64::from(options.depth) * paths, most);
         let blocks = SlotPool::new(depth, options.block, "blocks of the benchmark")?;
         let in_flight = (options.block.0 * u64::from(options.depth) * paths).max(LARGE_PIECE);
@@ -100,6 +117,7 @@ impl<'a> Bench<'a> {
         Ok(Self {
             options,
             began,
+            beside: Duration::ZERO,
             watch,
             disk,
             link: Rc::new(link),
@@ -130,6 +148,12 @@ impl<'a> Bench<'a> {
         let regions = [Arc::clone(self.blocks.region()), Arc::clone(self.pieces.region())];
         let depth = self.options.depth.saturating_mul(u32::try_from(which.len()).unwrap_or(1)).min(4096);
         disk.lane(which, self.options.engine, self.options.block.0 as usize, depth, &regions)
+    }
+
+    /// The block of a link's hop.
+    pub(super) fn link_block(&self) -> usize {
+        let wanted = if self.link.kind() == DeviceKind::Host { HOST_LINK_BLOCK } else { LINK_BLOCK };
+        self.link.block(wanted as usize)
     }
 
     /// The number of threads, in words.

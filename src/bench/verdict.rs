@@ -5,8 +5,9 @@ use crate::{
         Options,
         memory::{ADAMW_TRAFFIC, STATE_BYTES},
         pipeline::{DOWN_BYTES, UP_BYTES},
-        report::{Hop, Load, Sweep, fastest, find},
+        report::{FIO, Hop, Load, fastest, find},
         stats::as_f64,
+        sweeps::Settings,
     },
     policy::format_size,
     units::ByteCount,
@@ -14,6 +15,9 @@ use crate::{
 
 /// Bytes per parameter of `train_traffic` as it counts them.
 const TRAFFIC: u64 = 2 * STATE_BYTES + UP_BYTES + DOWN_BYTES;
+
+/// What is so many times as fast as the slowest binds nearly as much.
+const NEAR: f64 = 1.2;
 
 /// Sets the limit of every hop that has one.
 pub(super) fn set_limits(hops: &mut [Hop]) {
@@ -53,7 +57,7 @@ pub(super) fn set_limits(hops: &mut [Hop]) {
             hop.limited("PCIe line rate", &[line]);
         }
         let fio = std::mem::take(&mut hop.fio_rates);
-        hop.limited("fio", &fio);
+        hop.limited(FIO, &fio);
         hop.fio_rates = fio;
     }
 }
@@ -64,7 +68,7 @@ fn on_host(hops: &[Hop]) -> bool {
 }
 
 /// The hop that stands for a name: memory is as fast as the fastest way to use it.
-fn measured<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
+pub(super) fn measured<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
     if name == "host_memory" { fastest(hops, name) } else { find(hops, name) }
 }
 
@@ -97,41 +101,53 @@ pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
     (with_nvme, of(false))
 }
 
+/// What binds: the slowest, and all that are so near to it that another run might name them.
+fn binding(loads: &[Load]) -> Option<(String, &Load)> {
+    let first = loads.first()?;
+    let near = loads.iter().filter(|load| load.params_per_second < NEAR * first.params_per_second);
+    let mut names: Vec<&str> = near.map(|load| load.hop.as_str()).collect();
+    names.sort_unstable();
+    let together = if names.len() > 1 { " (within a fifth of each other)" } else { "" };
+    Some((format!("{}{together}", names.join(" and ")), first))
+}
+
 /// The verdict in words, for a person.
 pub(super) fn sentences(
     hops: &[Hop],
-    sweeps: &[Sweep],
+    settings: Option<&Settings>,
     with_nvme: &[Load],
     in_memory: &[Load],
     options: &Options,
 ) -> Vec<String> {
     let mut out = Vec::new();
-    if let Some(load) = with_nvme.first() {
-        let rate = measured(hops, &load.hop).map_or(0.0, Hop::rate);
+    if let Some((names, load)) = binding(with_nvme) {
         let mut text = format!(
-            "With AdamW's states on NVMe, training here is bound by {} ({:.2} GB/s): {} bytes per parameter and step \
-             allow {} parameters per second, so a step of 1e9 parameters takes at least {:.1} s.",
-            load.hop,
-            rate / 1e9,
+            "With AdamW's states on NVMe, training here is bound by {names}: the {} bytes of {} per parameter and step at {:.2} GB/s allow {} \
+             parameters per second, so a step of 1e9 parameters takes at least {:.1} s.",
             load.bytes,
+            load.hop,
+            measured(hops, &load.hop).map_or(0.0, Hop::rate) / 1e9,
             millions(load.params_per_second),
             1e9 / load.params_per_second,
         );
         if let Some(limit) = find(hops, "train_traffic").and_then(|hop| hop.limit.as_ref()) {
-            text += &format!(" All hops at once reached {:.0} % of that.", limit.fraction * 100.0);
+            text += &if limit.is_exceeded() {
+                format!(" All hops at once were faster than that: {} was measured too low.", limit.by)
+            } else {
+                format!(" All hops at once reached {:.0} % of that.", limit.fraction.min(1.0) * 100.0)
+            };
         }
         out.push(text);
     }
-    if let Some(load) = in_memory.first() {
+    if let Some((names, load)) = binding(in_memory) {
         out.push(format!(
-            "With the states in host memory it is bound by {}: {} parameters per second, {:.2} s for 1e9, unless the \
-             device computes longer than that.",
-            load.hop,
+            "With the states in host memory it is bound by {names}: {} parameters per second, {:.2} s for 1e9, unless the device computes \
+             longer than that.",
             millions(load.params_per_second),
             1e9 / load.params_per_second,
         ));
     }
-    out.extend(better_settings(hops, sweeps, options));
+    out.extend(settings.map(|settings| better_settings(settings, options)));
     out
 }
 
@@ -139,46 +155,35 @@ fn millions(rate: f64) -> String {
     if rate >= 1e9 { format!("{:.2}e9", rate / 1e9) } else { format!("{:.0}e6", rate / 1e6) }
 }
 
-/// The block and depth of the sweep that read and write fastest together, if that is more than noise.
-fn better_settings(hops: &[Hop], sweeps: &[Sweep], options: &Options) -> Option<String> {
-    let sweep = |name: &str| sweeps.iter().find(|sweep| sweep.name == name);
-    let (reads, writes) = (sweep("nvme_read")?, sweep("nvme_write")?);
-    let mut best: Option<(&str, u64, f64, f64)> = None;
-    for (read, write) in reads.series.iter().zip(&writes.series) {
-        for (&(block, r), &(_, w)) in read.points.iter().zip(&write.points) {
-            // A step reads as much as it writes: the harmonic mean is what counts.
-            let mean = |r: f64, w: f64| 2.0 / (1.0 / r + 1.0 / w);
-            if r > 0.0 && w > 0.0 && best.is_none_or(|(_, _, r0, w0)| mean(r, w) > mean(r0, w0)) {
-                best = Some((&read.label, block, r, w));
-            }
-        }
-    }
-    let (label, block, r, w) = best?;
-    let (read, write) = (find(hops, "nvme_read")?, find(hops, "nvme_write")?);
-    let noise = |hop: &Hop| hop.figure.as_ref().map_or(0.0, |figure| figure.spread).max(0.05);
-    if r < read.rate() * (1.0 + noise(read)) && w < write.rate() * (1.0 + noise(write)) {
-        return Some(format!(
+/// Whether another block and depth is faster.
+fn better_settings(settings: &Settings, options: &Options) -> String {
+    match settings {
+        Settings::Best => format!(
             "No other block or depth of the sweep is faster beyond the noise than {} and {}: leave [nvme] as it is.",
             format_size(options.block),
             options.depth
-        ));
+        ),
+        Settings::Faster(best, now) => {
+            let (block, depth) = (format_size(ByteCount(best.block)), best.depth);
+            format!(
+                "Faster, in turns with the present setting: {block} at depth {depth}, {:.2} GB/s read and {:.2} written (not {:.2} and {:.2}). In \
+                 the policy: [nvme] block = \"{block}\", queue_depth = {depth}.",
+                best.read / 1e9,
+                best.write / 1e9,
+                now.read / 1e9,
+                now.write / 1e9,
+            )
+        }
     }
-    let depth = label.trim_start_matches("depth ");
-    let block = format_size(ByteCount(block));
-    Some(format!(
-        "Fastest in the sweep: {block} at depth {depth}, {:.2} GB/s read and {:.2} written (not {:.2} and {:.2}). In the \
-         policy: [nvme] block = \"{block}\", queue_depth = {depth}.",
-        r / 1e9,
-        w / 1e9,
-        read.rate() / 1e9,
-        write.rate() / 1e9,
-    ))
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::bench::report::{Figure, Group};
+    use crate::bench::{
+        report::{Figure, Group},
+        sweeps::Setting,
+    };
 
     pub(in crate::bench) fn hop(name: &str, rate: f64) -> Hop {
         let figure = Figure {
@@ -251,9 +256,35 @@ pub(super) mod tests {
         assert_eq!(with_nvme[0].params_per_second, 3e8);
         // 78 GB/s at 26 bytes, and 104 GB/s at 32: the processor is slower.
         assert_eq!(in_memory[0].hop, "adamw_cpu");
-        let said = sentences(&hops, &[], &with_nvme, &in_memory, &Options::new(Vec::new(), true));
-        assert!(said[0].contains("bound by nvme_read_write (6.00 GB/s)") && said[0].contains("300e6"), "{said:?}");
-        assert!(said[1].contains("bound by adamw_cpu") && said[1].contains("3.00e9"), "{said:?}");
+        let said = sentences(&hops, None, &with_nvme, &in_memory, &Options::new(Vec::new(), true));
+        assert!(said[0].contains("bound by nvme_read_write: the 20 bytes") && said[0].contains("300e6"), "{said:?}");
+        // host_memory needs 32 bytes for 26: 3.25e9 parameters per second are within a fifth of 3.00e9.
+        assert!(said[1].contains("bound by adamw_cpu and host_memory (within"), "{said:?}");
+        assert!(said[1].contains("3.00e9") && said.len() == 2, "{said:?}");
+    }
+
+    #[test]
+    fn a_part_of_a_limit_is_never_more_than_all_of_it() {
+        let said = |traffic: f64| {
+            let mut hops = all();
+            hops.retain(|hop| hop.name != "train_traffic");
+            hops.push(hop("train_traffic", traffic));
+            set_limits(&mut hops);
+            let (with_nvme, in_memory) = loads(&hops);
+            sentences(&hops, None, &with_nvme, &in_memory, &Options::new(Vec::new(), true)).swap_remove(0)
+        };
+        assert!(said(7.02e9).ends_with("reached 90 % of that."), "{}", said(7.02e9));
+        assert!(said(8.4e9).ends_with("reached 100 % of that."), "{}", said(8.4e9));
+        assert!(said(30e9).ends_with("nvme_read_write was measured too low."), "{}", said(30e9));
+    }
+
+    #[test]
+    fn a_setting_is_named_only_if_it_was_faster_in_turns() {
+        let options = Options::new(Vec::new(), false);
+        assert!(better_settings(&Settings::Best, &options).contains("leave [nvme] as it is"));
+        let setting = |block, depth, rate| Setting { block, depth, read: rate, write: rate };
+        let said = better_settings(&Settings::Faster(setting(4 << 20, 16, 2e9), setting(1 << 20, 32, 1e9)), &options);
+        assert!(said.contains("block = \"4MiB\", queue_depth = 16") && said.contains("(not 1.00 and 1.00)"), "{said}");
     }
 
     #[test]

@@ -39,6 +39,11 @@ fn run(command: &mut Command) -> (Option<i32>, String, String) {
     (status.code(), text(stdout), text(stderr))
 }
 
+/// Text without the ends of its lines, which depend on how long paths are.
+fn flat(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 fn entries(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).expect("readable").flatten();
     names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
@@ -104,7 +109,8 @@ fn hop<'a>(report: &'a Value, name: &str) -> &'a Value {
 fn everything_is_measured_and_every_output_is_whole() {
     let dir = disk();
     let more = ["--json", "r.json", "--csv", "r.csv", "--html", "r.html", "--save", "p.toml", "--path", "."];
-    let (code, out, err) = run(&mut funicular(&small(&more), dir.path()));
+    // Two rounds say too little for a verdict.
+    let (code, out, err) = run(&mut funicular(&small(&[&more[..], &["--force"]].concat()), dir.path()));
     assert_eq!(code, Some(0), "{err}");
     let mut left = entries(dir.path());
     left.sort();
@@ -154,6 +160,12 @@ fn everything_is_measured_and_every_output_is_whole() {
         assert!(all.as_flattened().iter().all(|&rate| rate > 0.0), "{profile:?}");
     }
     assert!(report["verdict"][0].as_str().expect("a verdict").contains("bound by"));
+    assert!(
+        report["doubts"].as_array().expect("doubts").iter().any(|why| why.as_str().expect("text").contains("2 rounds"))
+    );
+    assert!(flat(&out).contains("not to be relied on") && flat(&out).contains("bound by"), "{out}");
+    let here = dir.path().to_str().expect("UTF-8");
+    assert!(out.lines().all(|line| line.chars().count() <= 100 || line.contains(here)), "{out}");
 
     let csv = read("r.csv");
     let columns = csv.lines().next().expect("a header").split(',').count();
@@ -166,8 +178,15 @@ fn everything_is_measured_and_every_output_is_whole() {
     for outside in ["http:", "https:", "src=", "@import", "url(", "<script", "<link"] {
         assert!(!page.contains(outside), "the page needs {outside}");
     }
-    // A second run replaces what the first one wrote.
-    assert_eq!(run(&mut funicular(&small(&[&more[..], &["--no-sweep"]].concat()), dir.path())).0, Some(0));
+    // A second run replaces what the first one wrote; but not without --force what plans are made with.
+    std::fs::write(dir.path().join("p.toml"), Profile::HEADER).expect("writes");
+    let (code, out, err) = run(&mut funicular(&small(&[&more[..], &["--no-sweep"]].concat()), dir.path()));
+    assert!(code == Some(3) && err.contains("not saved") && err.contains("p.toml") && err.contains("--force"), "{err}");
+    assert!(flat(&out).contains("No verdict is given") && !flat(&out).contains("bound by"), "{out}");
+    assert_eq!(read("p.toml"), Profile::HEADER);
+    let report: Value = serde_json::from_str(&read("r.json")).expect("JSON");
+    assert_eq!(report["verdict"], Value::Array(Vec::new()));
+    assert!(report["sweeps"].as_array().expect("sweeps").is_empty(), "this is the second run's");
 }
 
 #[test]
@@ -196,7 +215,8 @@ fn paths_that_cannot_be_measured_are_errors() {
     assert_eq!(exit, Some(1));
     assert!(err.contains(Code::DiskFull.as_str()) && err.contains("--size"), "{err}");
     assert!(entries(dir.path()).is_empty(), "nothing is left");
-    for (argument, value) in [("--size", "64"), ("--device", "gpu"), ("--engine", "aio"), ("--depth", "0")] {
+    let wrong = [("--size", "64"), ("--device", "gpu"), ("--engine", "aio"), ("--depth", "0"), ("--seconds", "0")];
+    for (argument, value) in wrong {
         assert_eq!(run(&mut funicular(&["bench", argument, value], dir.path())).0, Some(2), "{argument} {value}");
     }
     let (exit, _, err) = run(&mut funicular(&["bench", "--size", "1MiB"], dir.path()));
@@ -206,9 +226,16 @@ fn paths_that_cannot_be_measured_are_errors() {
 #[test]
 fn without_a_disk_the_rest_is_measured() {
     let dir = disk();
-    let (code, out, err) = run(&mut funicular(&small(&["--no-nvme", "--no-sweep"]), dir.path()));
+    // No time at all is time for a part of each; and the warning is in colour where that is asked for.
+    let arguments =
+        ["bench", "--device", "host", "--quick", "--no-nvme", "--no-sweep", "--rounds", "1", "--seconds", "1e-9"];
+    let (code, out, err) = run(funicular(&arguments, dir.path()).env("CLICOLOR_FORCE", "1").env_remove("NO_COLOR"));
     assert_eq!(code, Some(0), "{err}");
     assert!(out.contains("adamw_cpu") && !out.contains("nvme_read "), "{out}");
+    assert!(
+        out.contains("\x1b[33mThese figures are not to be relied on:\x1b[0m") && out.contains("only 1 round"),
+        "{out}"
+    );
 }
 
 #[test]
@@ -222,7 +249,7 @@ fn without_io_uring_the_other_engine_is_measured_and_the_reason_given() {
     if hop(&report, "nvme_read")["figure"].is_object() {
         assert_eq!(hop(&report, "train_traffic")["engine"], "threads");
         assert!(hop(&report, "nvme_read")["fio"].as_str().expect("a command").contains("--ioengine=psync"));
-        assert!(out.contains("FN-W601") && out.contains("seccomp"), "{out}");
+        assert!(flat(&out).contains("FN-W601") && flat(&out).contains("seccomp"), "{out}");
     }
     let forced = small(&["--engine", "io_uring"]);
     let (code, _, err) = run(before(&mut funicular(&forced, dir.path()), no_io_uring));
@@ -247,7 +274,7 @@ fn without_direct_io_no_figure_of_a_disk_is_given() {
     let names: Vec<&str> = report["hops"].as_array().expect("hops").iter().filter_map(|h| h["name"].as_str()).collect();
     assert!(!names.contains(&"train_traffic") && names.contains(&"adamw_cpu"), "{names:?}");
     assert!(report["sweeps"].as_array().expect("sweeps").iter().all(|sweep| sweep["name"] != "nvme_read"));
-    assert!(out.contains("the figure would be memory's"), "{out}");
+    assert!(flat(&out).contains("the figure would be memory's"), "{out}");
 }
 
 #[test]
@@ -316,7 +343,7 @@ fn fio_runs_beside_it_or_is_said_to_be_missing() {
     };
     let (code, out, err) = run(funicular(&arguments, dir.path()).env("PATH", "/nowhere"));
     assert_eq!(code, Some(0), "{err}");
-    assert!(out.contains("fio is not installed"), "{out}");
+    assert!(flat(&out).contains("fio is not installed"), "{out}");
     assert!(hop(&report(), "nvme_read")["fio_bytes_per_second"].is_null());
     if Command::new("fio").arg("--version").output().is_ok_and(|output| output.status.success()) {
         let (code, _, err) = run(&mut funicular(&arguments, dir.path()));
