@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from funicular._core import __version__
-from funicular.checkpoint.save_load import Loaded, SaveHandle, load, save
 from funicular.errors import BudgetError, Error, RuntimeFailure, StorageError, UsageError
-from funicular.install import install as _install
-from funicular.offloading import offload, unwrap
-from funicular.optim.adamw import AdamW
-from funicular.policy import Policy
-from funicular.stats import Stats, StepTime, stats
+
+if TYPE_CHECKING:
+    from funicular.checkpoint.save_load import Loaded, SaveHandle, load, save
+    from funicular.offloading import offload, unwrap
+    from funicular.optim.adamw import AdamW
+    from funicular.policy import Policy
+    from funicular.report.stats import Stats, stats
+    from funicular.report.step_time import StepTime
 
 __all__ = [
     "AdamW",
@@ -31,4 +36,34 @@ __all__ = [
     "unwrap",
 ]
 
-_install()
+#: Where the names are that are imported when they are first asked for. All but the policy need torch, which takes seconds and
+#: hundreds of megabytes; the command line and programs that only read policies do without.
+_LATER = {
+    "AdamW": "funicular.optim.adamw",
+    "Loaded": "funicular.checkpoint.save_load",
+    "Policy": "funicular.policy",
+    "SaveHandle": "funicular.checkpoint.save_load",
+    "Stats": "funicular.report.stats",
+    "StepTime": "funicular.report.step_time",
+    "load": "funicular.checkpoint.save_load",
+    "offload": "funicular.offloading",
+    "save": "funicular.checkpoint.save_load",
+    "stats": "funicular.report.stats",
+    "unwrap": "funicular.offloading",
+}
+
+
+if not TYPE_CHECKING:  # checkers of types know the names by their imports, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_LATER[name]), name)
+        if name != "Policy":
+            import_module("funicular.install").install()
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,10 @@
-"""What importing the package does to the process besides defining names: all of it, in one function that works once."""
+"""What using the package does to the process besides defining names: all of it, in one function that works once."""
 
 from __future__ import annotations
 
 from funicular.checkpoint import under_way
 from funicular.guard import classes
+from funicular.report import log
 from funicular.torch_internals import saved_hooks
 from funicular.windows import faults, shutdown
 
@@ -13,12 +14,13 @@ _done: list[bool] = []
 
 
 def install() -> None:
-    """Tell torch of the package's classes, and have the process say when it forks and when it ends."""
+    """Tell torch of the package's classes, have lines of the log printed, and have the process say when it forks and when it ends."""
     if _done:
         return
     _done.append(True)
     saved_hooks.install()
     classes.install()
+    log.install()
     # The last one is the first to be run at the end.
     under_way.install()
     shutdown.install()

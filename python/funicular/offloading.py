@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from funicular.micro_batches.activations import Activations
 from funicular.micro_batches.block import MicroBatches
 from funicular.optim.other_optimizers import watch_optimizers
 from funicular.policy import Policy
+from funicular.report.log import Progress, note, progress
 from funicular.torch_internals.autograd import hooks_of
 from funicular.torch_internals.modules import own_buffers
 from funicular.torch_internals.nvrtc import tell_core
@@ -93,6 +95,7 @@ def offload(
         if isinstance(p, GuardedParameter) or ref_of(p) is not None or resident_session(p) is not None:
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
     resolved = Policy.load(policy)
+    began = time.monotonic()
     cast = Cast(resolved.params.dtype)
     weights = None if checkpoint is None else Weights(model, checkpoint, cast)
     try:
@@ -103,11 +106,20 @@ def offload(
         if weights is not None:
             weights.undo()
         raise
-    for note in session.engine.notes():
-        _log.warning("%s", note)
+    for text in session.engine.notes():
+        note(text)
     if session.held.unpaged:
         _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
+    _tell_homes(session, time.monotonic() - began)
     return model
+
+
+def _tell_homes(session: Session, seconds: float) -> None:
+    sizes = {"hbm": sum(p.nbytes for p in session.residents), "host": 0, "nvme": 0}
+    for unit in session.units:
+        sizes["nvme" if unit.on_nvme else "host"] += unit.nbytes
+    homes = ", ".join(f"{size / 1e9:.2f} GB in {tier}" for tier, size in sizes.items() if size)
+    progress("FN-I302 offloaded in %.1f s; weights: %s", seconds, homes or "none")
 
 
 def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast) -> Session:
@@ -168,13 +180,19 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
         session.units.extend(paged.values())
         for index, unit in paged.items():
             unit.neighbours.extend(paged[v] for v in engine.neighbours(index))
+        told, done, total = Progress("FN-I301 offloading"), 0, sum(unit.nbytes for unit in session.units)
         for unit in session.units:
             if unit.on_nvme and filled:
                 _write_out(session, unit)
+                done += unit.nbytes
+                told.at(done, total)
         # Everything that can fail has been done; from here parameters move.
         moved = 0
         for unit in session.units:
             _move_in(session, unit, filled=filled)
+            if not unit.on_nvme:
+                done += unit.nbytes
+                told.at(done, total)
             moved += sum(ref.home.nbytes for ref in unit.params)
             if moved > _TRIM_BYTES:
                 _core.trim()

@@ -155,7 +155,11 @@ pub const KEYS: &[Key] = &[
         "Nothing runs ahead: every transfer and update has ended when its call returns. Slow, for looking for faults.",
     ),
     key("debug.faults", Kind::Text, "Faults to inject, for tests only."),
-    key("log.level", Kind::Word(words::Level::WORDS), "How much goes to the logger `funicular`."),
+    key(
+        "log.level",
+        Kind::Word(words::Level::WORDS),
+        "The least level that comes to standard error where the program has set up no logging; the logger `funicular` itself is left alone.",
+    ),
     key("log.every", Kind::Count, "One line of facts every so many steps; 0: none."),
     key("log.trace", Kind::Text, "File for a Chrome/Perfetto trace; empty: none. Only an earlier trace is replaced."),
     key("log.trace_steps", Kind::Steps, "The steps to trace, such as `[3, 4]`."),

@@ -30,6 +30,8 @@ from twin import World
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # What a script starts with & ignores Ctrl-C, and so would every process that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in funicular.__all__:
+    getattr(funicular, name)  # imports what it needs: now, not within a test
 gc.collect()
 gc.freeze()  # what the imports made stays out of later collections: 0.2 s each otherwise
 torch.set_num_threads(1)  # one order of summation, and no pools that compete with the runtime's

@@ -1,4 +1,4 @@
-"""Importing the package defines names; what else it does to the process is one function, which does it once."""
+"""Importing the package defines names; what else its use does to the process is one function, which does it once."""
 
 from __future__ import annotations
 
@@ -29,16 +29,24 @@ def test_modules_have_no_effects():
     body = """
 sys.modules["funicular.install"] = types.SimpleNamespace(install=lambda: None)
 import funicular
-print(effects() == before)
+print(all(getattr(funicular, name) for name in funicular.__all__), effects() == before)
 """
-    assert said(body) == "True\n"
+    assert said(body) == "True True\n"
+
+
+def test_an_import_alone_has_none():
+    """They come with the first name that needs torch."""
+    assert said("import funicular\nfunicular.Policy()\nprint(effects() == before)") == "True\n"
+    assert said("import funicular\nfunicular.offload\nprint(effects() == before)") == "False\n"
 
 
 def test_they_come_once():
     body = """
 import funicular, importlib
+funicular.offload
 first = effects()
 importlib.reload(funicular)
+funicular.save
 print(first[0] - before[0], first[1] - before[1], first[2] - before[2], effects() == first)
 """
     assert said(body) == "2 2 4 True\n"

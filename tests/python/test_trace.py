@@ -19,7 +19,7 @@ import torch
 
 import facts
 import funicular
-from funicular import Stats
+from funicular import Stats, StepTime
 from models import WIDTH, Decoder, Stack, stack
 from twin import Run, World, compare
 
@@ -145,7 +145,7 @@ def test_printed(world: World):
     assert first.startswith("funicular on ")
     assert "3 steps" in first
     names = [line.split()[0] for line in rest]
-    for name in ("host_to_device", "device_to_host", "cpu_update", "stalls", "windows", "hbm", "host", "nvme"):
+    for name in ("host_to_device", "device_to_host", "cpu_update", "stalls", "bound", "windows", "hbm", "host", "nvme"):
         assert name in names, text
     assert ("nvme_read" in names) == (world.params == "nvme")
     assert "GB/s" in text
@@ -159,6 +159,30 @@ def test_printed_before_anything_happened(host_world: World):
     assert "0 steps" in str(stats)
     assert "none" in str(stats)
     assert stats.links["device_to_host"].gb_per_s == 0.0
+
+
+def step_of(compute: float, busy: float = 0.0, **stalls: float) -> StepTime:
+    """A step that waits so long, by cause, while everything that moves is busy so long."""
+    waited = dict.fromkeys(CAUSES, 0.0) | stalls
+    return StepTime(compute + sum(waited.values()), compute, waited, dict.fromkeys(LINKS, busy))
+
+
+def test_what_binds_is_said_with_its_share_and_what_would_help():
+    """A step that computes 93 % of its time is not bound by the disk, and what the disk costs is said."""
+    mostly = step_of(0.93, 0.4, nvme_read=0.05, copy=0.02)
+    assert mostly.binding == "compute"
+    assert mostly.bound == "compute (93 % of the step)"
+    assert mostly.advice.startswith(
+        "nvme_read twice as fast would save at most 0.0500 s (5 %): another drive in nvme.paths"
+    )
+    assert next(iter(mostly.gains)) == "compute"
+    disk = step_of(0.4, 0.9, nvme_read=0.6)
+    assert disk.bound == "nvme_read (60 % of the step waits for it, 40 % is compute)"
+    # Half of what the disk is busy, not all that is waited for; compute hides behind the disk.
+    assert disk.gains["nvme_read"] == pytest.approx(0.45)
+    assert disk.gains["compute"] == pytest.approx(0.1)
+    assert step_of(1.0, 0.3).advice == ""
+    assert step_of(0.0).bound == "compute (0 % of the step)"
 
 
 # ------------------------------------------------------------------ traces

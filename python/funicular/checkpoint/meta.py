@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from funicular.checkpoint.collect import named_tensors
 from funicular.checkpoint.restore import Loader, Source, compare_model
 from funicular.errors import UsageError
+from funicular.report.log import Progress, progress
 from funicular.torch_internals.memory import make_subclass, swap
 from funicular.torch_internals.modules import is_persistent, own_buffers, own_parameters
 from funicular.units.classes import pageable
@@ -108,20 +108,13 @@ class Weights:
 
     def fill(self, session: Session) -> None:
         """Stream everything into the tiers."""
-        began = last = time.monotonic()
-
-        def told(done: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > 5:
-                last = time.monotonic()
-                _log.info("FN-I406 loading %s: %.1f GB in %.0f s", self.source.path, done / 1e9, last - began)
-
+        told = Progress("FN-I406 loading %s", self.source.path)
         loader = Loader(self.source, self.model, named_tensors(self.model), session)
         loader.model()
-        loader.run(told)
+        loader.run(told.at)
         if self.source.conversion is not None:
             self.source.conversion.done()
-        _log.info("FN-I407 loaded %s in %.1f s", self.source.path, time.monotonic() - began)
+        progress("FN-I407 loaded %s in %.1f s", self.source.path, told.seconds)
 
 
 def _like(p: Any, data: torch.Tensor) -> Any:

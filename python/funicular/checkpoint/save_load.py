@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +20,7 @@ from funicular.checkpoint.quiesce import between_steps, preserve_aliased, quiesc
 from funicular.checkpoint.restore import Loader, Source, compare_groups, compare_model, take_groups
 from funicular.checkpoint.training import check_options, check_states, check_training
 from funicular.errors import Error, UsageError
+from funicular.report.log import Progress, note, progress
 from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.modules import uncompiled
 from funicular.windows import signals
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "SaveHandle", "load", "save"]
 
-_log = logging.getLogger("funicular")
 #: seconds between two lines of progress
 _TELL = 5.0
 
@@ -52,7 +50,6 @@ class SaveHandle:
     def __init__(self, path: Path, core: _core.Save) -> None:
         self.path = path
         self._core = core
-        self._started = time.monotonic()
         self._told = False
         under_way.started(core, path)
 
@@ -82,7 +79,7 @@ class SaveHandle:
         try:
             while (notes := self._core.wait(_TELL)) is None:
                 done, total = self.progress
-                _log.info("FN-I404 saving %s: %.0f %%", self.path, 100 * done / max(total, 1))
+                progress("FN-I404 saving %s: %.0f %%", self.path, 100 * done / max(total, 1))
         except Error:
             self._told = True
             under_way.ended(self._core)
@@ -90,9 +87,9 @@ class SaveHandle:
         if not self._told:
             self._told = True
             under_way.ended(self._core)
-            for note in notes:
-                _log.log(logging.WARNING if note.startswith("FN-W") else logging.INFO, "%s", note)
-            _log.info("FN-I405 saved %s: %.2f GB", self.path, self.progress[1] / 1e9)
+            for text in notes:
+                note(text)
+            progress("FN-I405 saved %s: %.2f GB", self.path, self.progress[1] / 1e9)
 
     def _raise_untold(self) -> None:
         if self.done() and not self._told:
@@ -365,20 +362,13 @@ def _fill(
     loader = Loader(source, model, named, session)
     loader.model()
     total = sum(p.numel() * p.element_size() for p in named.params.values())
-    began = last = time.monotonic()
-
-    def told(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > _TELL:
-            last = time.monotonic()
-            _log.info("FN-I406 loading %s: %.1f GB in %.0f s", source.path, done / 1e9, last - began)
-
+    told = Progress("FN-I406 loading %s", source.path)
     try:
         if session is not None:
             session.loading = True
         if opt is not None:
             loader.optimizer(opt, groups)
-        loader.run(told)
+        loader.run(told.at)
     except BaseException as error:
         if session is not None:
             session.partial = f"loading {source.path} failed halfway ({error})."
@@ -386,4 +376,4 @@ def _fill(
     finally:
         if session is not None:
             session.loading = False
-    _log.info("FN-I407 loaded %s: weights of %.2f GB in %.1f s", source.path, total / 1e9, time.monotonic() - began)
+    progress("FN-I407 loaded %s: weights of %.2f GB in %.1f s", source.path, total / 1e9, told.seconds)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funicular.errors import Error
+from funicular.report.log import progress
 
 if TYPE_CHECKING:
     from funicular import _core
@@ -42,9 +43,7 @@ def finish(path: str | os.PathLike[str]) -> None:
     for core in [core for core, to in list(_running.items()) if to == place and os.getpid() == _pid]:
         try:
             while core.wait(60.0) is None:
-                _log.info(
-                    "FN-I403 waiting for the save to %s before it is read: %d of %d bytes", path, *core.progress()
-                )
+                progress("FN-I403 waiting for the save to %s before it is read: %d of %d bytes", path, *core.progress())
         except Error as error:
             _log.warning("FN-W404 the last save to %s failed, an earlier checkpoint is read: %s", path, error)
 
@@ -56,7 +55,7 @@ def _finish_all() -> None:
     for one in list(_running):
         try:
             while one.wait(60.0) is None:
-                _log.info("FN-I403 waiting for a save before the process ends: %d of %d bytes", *one.progress())
+                progress("FN-I403 waiting for a save before the process ends: %d of %d bytes", *one.progress())
         except Error as error:
             _log.error("%s", error)
         except KeyboardInterrupt:

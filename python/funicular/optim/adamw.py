@@ -384,6 +384,7 @@ class _SessionStep:
     def go(self) -> None:
         refuse(self.session, "a step")
         started = self.session.ranges.start("step")
+        self.session.log.at("the update")
         try:
             with self.session.lock:
                 self._go(self.session)

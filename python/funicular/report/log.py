@@ -1,8 +1,16 @@
-"""Log lines and traces of chosen steps, as ``[log]`` of the policy asks."""
+"""Log lines, progress on a terminal, and traces of chosen steps, as ``[log]`` of the policy asks.
+
+Everything is logged by the logger ``funicular``, whose level and handlers are the user's. A program that has set up no logging
+still sees warnings, what its policy asks for, and on a terminal progress: they go to standard error then, and only then.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +21,110 @@ from funicular.report.step_time import step_time
 if TYPE_CHECKING:
     from funicular._core import Engine
 
-__all__ = ["StepLog"]
+__all__ = ["Progress", "StepLog", "install", "note", "progress", "tell"]
 
 _log = logging.getLogger("funicular")
+#: seconds between two lines of progress
+_EVERY = 5.0
+_COLOURS = {logging.WARNING: "33", logging.ERROR: "31"}
+
+
+class _StandardError(logging.Handler):
+    """Prints lines for programs that have set up no logging; silent as soon as another handler gets them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.alone():
+            # A terminal that went away stops no training.
+            with contextlib.suppress(Exception):
+                sys.stderr.write(_for_terminal(record) if _terminal() else f"{record.getMessage()}\n")
+                sys.stderr.flush()
+
+    def alone(self) -> bool:
+        """Whether lines of the logger come to no other handler."""
+        logger: logging.Logger | None = _log
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return False
+            logger = logger.parent if logger.propagate else None
+        return True
+
+
+_standard_error = _StandardError(logging.INFO)
+
+
+def install() -> None:
+    """Have lines printed for programs that set up no logging."""
+    _log.addHandler(_standard_error)
+
+
+def _terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # none, or closed
+        return False
+
+
+def _for_terminal(record: logging.LogRecord) -> str:
+    """Wrap a line to the terminal's width, with its code in colour where colours are wanted."""
+    width = max(40, os.get_terminal_size(sys.stderr.fileno()).columns)
+    text = textwrap.fill(
+        record.getMessage(), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    colour = _COLOURS.get(record.levelno, "36")
+    if "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb" and text.startswith("FN-"):
+        code, _, rest = text.partition(" ")
+        text = f"\x1b[{colour}m{code}\x1b[0m {rest}"
+    return f"{text}\n"
+
+
+def tell(message: str, *args: object) -> None:
+    """Log what the policy asks for: only a level of the logger ``funicular`` itself, or a handler's, keeps it back."""
+    _handle(message, args, wanted=True)
+
+
+def progress(message: str, *args: object) -> None:
+    """Log progress: where no logging is set up, it is seen on a terminal."""
+    _handle(message, args, wanted=_standard_error.alone() and _terminal())
+
+
+def note(text: str) -> None:
+    """Log what the core has noted: a warning (``FN-W``), or a fact (``FN-I``)."""
+    if text.startswith("FN-W"):
+        _log.warning("%s", text)
+    else:
+        progress("%s", text)
+
+
+def _handle(message: str, args: tuple[object, ...], *, wanted: bool) -> None:
+    silenced = _log.level != logging.NOTSET or _log.manager.disable >= logging.INFO
+    if _log.isEnabledFor(logging.INFO):
+        _log.info(message, *args, stacklevel=3)
+    elif wanted and not silenced:
+        _log.handle(_log.makeRecord(_log.name, logging.INFO, "funicular", 0, message, args, None))
+
+
+class Progress:
+    """How far something has come that may take long: a line every five seconds."""
+
+    def __init__(self, what: str, *args: object) -> None:
+        self._what, self._args = what, args
+        self._began = self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time since it began."""
+        return time.monotonic() - self._began
+
+    def at(self, done: int, total: int | None = None) -> None:
+        """Tell how many bytes are done, of how many, if that is due."""
+        of = "" if total is None else f" of {total / 1e9:.1f}"
+        self.now(f"{done / 1e9:.1f}{of} GB")
+
+    def now(self, where: str) -> None:
+        """Tell where it is, if that is due."""
+        if time.monotonic() - self._last >= _EVERY:
+            self._last = time.monotonic()
+            progress(f"{self._what}: %s after %.0f s", *self._args, where, self.seconds)
 
 
 class StepLog:
@@ -32,12 +141,23 @@ class StepLog:
         self.step = 1
         self._tracing = self._over = False
         self._last = (time.monotonic(), {name: moved for name, (moved, _) in engine.stats()["links"].items()})
-        _log.setLevel(str(log["level"]).upper() if log["level"] != "off" else logging.CRITICAL + 1)
+        _standard_error.setLevel(str(log["level"]).upper())
+        self._first: Progress | None = None
         self._trace_next()
+
+    def at(self, where: str) -> None:
+        """Note where a step is: of the first one, which learns the order and may read everything from disk, it is told."""
+        if self.step == 1:
+            if self._first is None:
+                self._first = Progress("FN-I303 first step")
+            self._first.now(where)
 
     def stepped(self) -> None:
         """Note the end of an optimizer step. The step is taken: a trace that cannot be written any more is no error of it."""
         step, self.step = self.step, self.step + 1
+        if self._first is not None:
+            progress("FN-I304 the first step took %.1f s; it learned the order of the units", self._first.seconds)
+            self._first = None
         if self._tracing and self.step not in self.traced:
             self._write_trace(step)
         if self.every and step % self.every == 0:
@@ -67,7 +187,7 @@ class StepLog:
     def _write_trace(self, step: int) -> None:
         try:
             events = self.engine.write_trace(self.trace)
-            _log.info("FN-I306 trace of step %d with %d events in %s", step, events, self.trace)
+            tell("FN-I306 trace of step %d with %d events in %s", step, events, self.trace)
         except StorageError as error:
             _log.error("%s", error)
 
@@ -90,12 +210,12 @@ class StepLog:
         )
         # Not this one, on a GPU: the program runs ahead of it.
         last = step_time(raw, "last", min(raw["timed"][0], 1))
-        _log.info(
+        tell(
             "FN-I307 step %d: %.3f s/step; %s; the last that is over: %s",
             step,
             seconds / self.every,
             rates,
-            "none" if last is None else f"{last}; bound by {last.binding}",
+            "none" if last is None else f"{last}; bound by {last.bound}",
         )
         self._last = (now, moved)
 

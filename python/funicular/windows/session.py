@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from funicular import _core
-from funicular._core import BACKWARD
+from funicular._core import BACKWARD, EVAL
 from funicular.errors import Error
 from funicular.gradients.arrival import move_out
 from funicular.gradients.backward import Gradients
@@ -136,6 +136,8 @@ class Session:
         """Bring a unit's parameters to their frames; False if they must be used from their home."""
         if phase == BACKWARD:
             self.ranges.backward(unit.name)
+        if phase != EVAL:
+            self.log.at(unit.name)
         if unit.where is not Where.FRAME:
             self.alive()
         opened = self.windows.open(unit, phase)

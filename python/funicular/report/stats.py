@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from funicular.report.step_time import StepTime, step_time
 from funicular.windows.lookup import offloaded
@@ -121,6 +121,29 @@ class Stats:
         """Name the resource that binds the steps so far; see :attr:`StepTime.binding`. ``compute`` before a step is over."""
         return "compute" if self.step is None else self.step.binding
 
+    def to_dict(self) -> dict[str, int | float | str | None]:
+        """Return the figures under flat names, which docs/stats.md lists: for dashboards, logs and JSON.
+
+        The names are the same at any time; what is not known is ``None``: a step before one is over, a tier without a limit.
+        """
+        figures: dict[str, int | float | str | None] = {"device": self.device, "engine": self.engine}
+        figures |= {"binding": self.binding, "threads": self.threads, "seconds": self.seconds}
+        figures |= {"steps": self.steps, "timed": self.timed, "lost": self.lost}
+        unknown = StepTime(0.0, 0.0, dict.fromkeys(self.stalls, 0.0), dict.fromkeys(self.links, 0.0)).to_dict()
+        for name, step in (("step", self.step), ("last", self.last)):
+            values = dict.fromkeys(unknown) if step is None else step.to_dict()
+            figures |= {f"{name}/{key}": value for key, value in values.items()}
+        for name, link in self.links.items():
+            figures |= {f"links/{name}/bytes": link.bytes, f"links/{name}/seconds": link.seconds}
+        figures |= {f"stalls/{cause}": seconds for cause, seconds in self.stalls.items()}
+        groups: dict[str, Any] = {f"budgets/{tier}": budget for tier, budget in self.budgets.items()}
+        groups |= {"prefetch": self.prefetch, "ahead": self.ahead, "updated": self.updated}
+        groups |= {"activations": self.activations}
+        for name, group in groups.items():
+            figures |= {f"{name}/{key}": value for key, value in asdict(group).items()}
+        figures |= {"home_uses": self.home_uses, "stray_reads": self.stray_reads}
+        return figures | {"unpaged_bytes": sum(self.unpaged.values())}
+
     def __str__(self) -> str:
         lines = [f"funicular on {self.device}, {self.steps} steps, I/O engine {self.engine or 'none'}"]
         lines += [
@@ -131,7 +154,10 @@ class Stats:
         waited = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in self.stalls.items() if seconds >= 0.005)
         lines.append(f"  stalls           {waited or 'none'}")
         if self.step is not None:
-            lines.append(f"  step             {self.step}; bound by {self.binding}")
+            lines.append(f"  step             {self.step}")
+            lines.append(f"  bound by         {self.step.bound}")
+            if self.step.advice:
+                lines.append(f"  to gain          {self.step.advice}")
         p = self.prefetch
         lines.append(f"  windows          {p.hits} hits, {p.late} late, {p.demand} demand, {p.conflicts} from home")
         if self.ahead.used or self.ahead.in_vain:
