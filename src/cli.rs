@@ -4,7 +4,9 @@
 #![expect(clippy::print_stderr, reason = "the command line talks to a person")]
 
 mod look;
+mod errors;
 mod plan;
+mod terminal;
 
 use std::{
     ffi::OsString,
@@ -16,6 +18,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 pub use plan::Loader;
+use terminal::error_for_terminal;
 
 use crate::{
     bench::{self, Interrupt, Outputs, Progress},
@@ -34,6 +37,8 @@ use crate::{
     units::ByteCount,
 };
 
+/// Exit code where there is no answer: an error, or wrong arguments, for which clap ends with the same. 1 is the answer "no".
+const COULD_NOT_TELL: u8 = 2;
 /// Exit code of a run that was interrupted, as shells have it.
 const INTERRUPTED: i32 = 130;
 
@@ -50,12 +55,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure what this machine can do: disks, links, memory, and all at once. Exit code 0; 1 for an error; 3 if --save was asked for
-    /// and nothing was saved, because the figures are not to be relied on.
+    /// Measure what this machine can do: disks, links, memory, and all at once. Exit code 0; 2 for an error; 3 if --save was asked for
+    /// and nothing was saved, because the figures are not to be relied on; 130 after Ctrl-C.
     Bench(Box<BenchArguments>),
-    /// Look at this machine and say what is in the way. Exit code 0, 1 (warnings) or 2 (failures).
+    /// Look at this machine and say what is in the way. Exit code 0, 1 (warnings), 3 (failures) or 2 (an error).
     Doctor(DoctorArguments),
-    /// Say what a model needs and how long a step takes, before it runs. Exit code 0 if it fits, 1 if not.
+    /// Say what a model needs and how long a step takes, before it runs. Exit code 0 if it fits, 1 if not, 2 after an error.
     Plan(Box<plan::PlanArguments>),
     /// Check, show and import policy files.
     #[command(subcommand)]
@@ -63,6 +68,11 @@ enum Command {
     /// List, check and export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Say what a code such as FN-E202 means and what to do; list all codes without one. Exit code 2 if there is no such code.
+    Errors {
+        /// A code of an error, a warning or a fact.
+        code: Option<String>,
+    },
     /// Lock memory for the device until that is refused, and print how many bytes it was.
     #[command(hide = true)]
     PageLock {
@@ -180,12 +190,12 @@ enum PolicyCommand {
 
 #[derive(Subcommand)]
 enum CheckpointCommand {
-    /// List the checkpoints at a path: steps, sizes, whether they are complete. Exit code 1 if one is not.
+    /// List the checkpoints at a path: steps, sizes, whether they are complete. Exit code 1 if one is not, 2 after an error.
     Ls {
         /// A checkpoint, or a directory of checkpoints.
         path: PathBuf,
     },
-    /// Read all of a checkpoint and compare it with its checksums. Exit code 1 if anything differs.
+    /// Read all of a checkpoint and compare it with its checksums. Exit code 1 if anything differs, 2 after an error.
     Verify {
         /// A checkpoint.
         path: PathBuf,
@@ -259,7 +269,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString],
         Err(e) => {
             // Help and version are no errors; clap knows where each belongs.
             let code = e.exit_code();
-            return if e.print().is_ok() { code } else { 1 };
+            return if e.print().is_ok() { code } else { COULD_NOT_TELL.into() };
         }
     };
     match arguments.command {
@@ -268,6 +278,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString],
         Command::Plan(arguments) => said(&plan::run(*arguments, loader)),
         Command::Policy(command) => said(&policy(command)),
         Command::Checkpoint(command) => finish(checkpoints(command)),
+        Command::Errors { code } => said(&errors::run(code.as_deref())),
         Command::PageLock { device, up_to } => finish(
             doctor::page_lock(device, ByteCount(up_to))
                 .and_then(|locked| print(&format!("{}\n", locked.0)).map(|()| 0)),
@@ -278,7 +289,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString],
 fn checkpoints(command: CheckpointCommand) -> Result<i32> {
     let (text, good) = match command {
         CheckpointCommand::Ls { path } => checkpoint::list(&path)?,
-        CheckpointCommand::Verify { path } => checkpoint::verify(&path, &Control::default())?,
+        CheckpointCommand::Verify { path } => match checkpoint::verify(&path, &Control::default()) {
+            // Damage that is seen before a tensor is read.
+            Err(error) if error.code() == Code::CheckpointDamaged => (format!("{error}\n"), false),
+            verified => verified?,
+        },
         CheckpointCommand::Export { path, target, fp32, shard } => {
             (checkpoint::export(&path, &target, fp32, shard.0, &Control::default())?, true)
         }
@@ -297,10 +312,10 @@ fn policy(command: PolicyCommand) -> Output {
 }
 
 fn said(output: &Output) -> i32 {
-    let told = stderr().write_all(printable_lines(&output.err).as_bytes()).is_ok();
+    let told = stderr().write_all(error_for_terminal(&printable_lines(&output.err)).as_bytes()).is_ok();
     match print(&output.out) {
         Ok(()) if told => output.code.into(),
-        _ => 1,
+        _ => COULD_NOT_TELL.into(),
     }
 }
 
@@ -321,8 +336,8 @@ fn print_inked(text: &str) -> Result<()> {
 
 fn finish(result: Result<i32>) -> i32 {
     result.unwrap_or_else(|error| {
-        eprintln!("{error}");
-        if error.code() == Code::Interrupted { INTERRUPTED } else { 1 }
+        eprintln!("{}", error_for_terminal(&error.to_string()));
+        if error.code() == Code::Interrupted { INTERRUPTED } else { COULD_NOT_TELL.into() }
     })
 }
 

@@ -1,104 +1,15 @@
 //! One error type: a stable code, what happened to which thing, and what to do next.
 
+mod codes;
+
 use std::{borrow::Cow, fmt};
+
+pub use codes::{Code, Entry, Family, entries};
 
 use crate::{text::printable_lines, units::ByteCount};
 
 /// Result of everything that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
-
-/// Family of an error: decides the Python exception class it becomes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// A mistake in arguments or policy: `ValueError`.
-    Usage,
-    /// A budget that does not hold what is asked: `MemoryError`.
-    Budget,
-    /// Disk and file trouble: `OSError`.
-    Storage,
-    /// Device trouble or a broken invariant: `RuntimeError`.
-    Runtime,
-}
-
-macro_rules! codes {
-    ($($name:ident = $text:literal, $family:ident, $doc:literal;)*) => {
-        /// Stable error codes. docs/errors.md lists them; a test keeps both in step.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum Code { $(#[doc = $doc] $name,)* }
-        impl Code {
-            /// All codes, in order.
-            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
-            /// `FN-E201` and the like.
-            pub const fn as_str(self) -> &'static str { match self { $(Self::$name => $text,)* } }
-            /// One line of explanation.
-            pub const fn summary(self) -> &'static str { match self { $(Self::$name => $doc,)* } }
-            /// Its family.
-            pub const fn family(self) -> Family { match self { $(Self::$name => Family::$family,)* } }
-        }
-    };
-}
-
-codes! {
-    NoCuda = "FN-E001", Runtime, "no CUDA driver, or no device of that number";
-    Cuda = "FN-E002", Runtime, "a CUDA call failed";
-    NoCompiler = "FN-E003", Runtime, "CUDA's run-time compiler is missing or refuses a kernel";
-    Stale = "FN-E101", Runtime, "bytes of another generation than expected: a bug of funicular";
-    Stuck = "FN-E102", Runtime, "nothing moved for too long; the message says what was waited for";
-    Forked = "FN-E103", Runtime, "used in a forked child; the runtime belongs to its parent";
-    Closed = "FN-E104", Runtime, "used after it was closed, or after an earlier failure";
-    Panicked = "FN-E105", Runtime, "a worker thread panicked: a bug of funicular";
-    Interrupted = "FN-E106", Runtime, "a wait was interrupted by a signal, or a signal handler asked for what it must not";
-    NoThread = "FN-E107", Runtime, "the system refused a thread";
-    Argument = "FN-E108", Usage, "a number or name given to the core is out of range";
-    Wrapped = "FN-E110", Usage, "the model is offloaded already";
-    MetaWeights = "FN-E111", Usage, "a parameter on the meta device has no weights to load";
-    UnsupportedParam = "FN-E112", Usage, "a parameter's type or layout cannot be paged";
-    AliasedParam = "FN-E113", Usage, "parameters share storage in a way that cannot be paged";
-    NotOffloaded = "FN-E114", Usage, "the model is not offloaded";
-    Moved = "FN-E115", Usage, "an offloaded parameter cannot change device, type, shape or memory";
-    SparseGrad = "FN-E116", Usage, "sparse gradients are not supported";
-    OptimizerOption = "FN-E117", Usage, "an optimizer option is not supported";
-    LostEdit = "FN-E118", Usage, "a weight was edited where the edit cannot count";
-    GradInUse = "FN-E119", Runtime, "something looks at an old gradient in a way that cannot be followed";
-    BlockCut = "FN-E120", Usage, "what a block takes or gives cannot be cut along the batch";
-    BlockEffect = "FN-E121", Usage, "a block in micro-batches does more than compute its outputs";
-    BlockTwice = "FN-E122", Usage, "a block in micro-batches cannot be differentiated twice";
-    Scripted = "FN-E123", Usage, "a TorchScript module cannot be paged";
-    Captured = "FN-E126", Usage, "an offloaded model cannot be traced or exported";
-    FullGraph = "FN-E127", Usage, "a function compiled with `fullgraph=True` was given an offloaded parameter or its gradient";
-    OptimizerState = "FN-E130", Usage, "a state of the optimizer cannot be used by a step";
-    OptimizerParam = "FN-E131", Usage, "an optimizer holds parameters without memory";
-    HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small";
-    HostBudget = "FN-E202", Budget, "the host budget is too small";
-    NvmeBudget = "FN-E203", Budget, "the NVMe budget is too small";
-    HostAlloc = "FN-E204", Budget, "the system refused memory";
-    ReadBudget = "FN-E205", Budget, "reading parameters or optimizer states outside of a step needs more host memory than is allowed";
-    IoFailed = "FN-E301", Storage, "a read or write failed";
-    Corrupted = "FN-E302", Storage, "bytes read are not the bytes written";
-    CheckpointSpace = "FN-E401", Storage, "not enough free space for a checkpoint";
-    CheckpointExists = "FN-E402", Usage, "a checkpoint would replace what is there";
-    CheckpointWrite = "FN-E403", Storage, "a checkpoint cannot be written there";
-    CheckpointMissing = "FN-E404", Usage, "there is no checkpoint at that path";
-    CheckpointVersion = "FN-E405", Usage, "a checkpoint of another version of the format";
-    CheckpointDamaged = "FN-E406", Storage, "a checkpoint is not what was written";
-    CheckpointMismatch = "FN-E407", Usage, "a checkpoint of another model or optimizer";
-    CheckpointValue = "FN-E408", Usage, "something cannot be part of a checkpoint";
-    CheckpointMemory = "FN-E409", Budget, "saving or loading needs more host memory than is left of the budget";
-    CheckpointPartial = "FN-E410", Runtime, "a load failed halfway, and the model holds parts of two states";
-    CheckpointChanged = "FN-E411", Runtime, "something was changed while it was being saved";
-    CheckpointCancelled = "FN-E412", Runtime, "a save was given up";
-    PolicySyntax = "FN-E501", Usage, "the policy file cannot be parsed";
-    PolicyKey = "FN-E502", Usage, "unknown key in the policy";
-    PolicyValue = "FN-E503", Usage, "a value in the policy is not of the right kind";
-    PolicyFile = "FN-E504", Usage, "the policy file cannot be read";
-    ImportFormat = "FN-E507", Usage, "a configuration of another system in a format that is not known";
-    EngineUnavailable = "FN-E601", Storage, "the requested I/O engine does not work here";
-    NoDirectIo = "FN-E602", Storage, "direct I/O was required and does not work here";
-    NotADisk = "FN-E603", Usage, "an NVMe path is in memory, not on a disk";
-    PathUnusable = "FN-E604", Usage, "an NVMe path is missing or cannot be written";
-    DiskFull = "FN-E605", Storage, "not enough free space on an NVMe path";
-    OutputFile = "FN-E606", Storage, "a file to be written exists and is not ours, or cannot be written";
-}
 
 /// What went wrong. `Display` gives one line: code, message, next action. Names and values in it come from files and
 /// arguments: control characters are escaped here, once for all messages.
@@ -208,8 +119,8 @@ mod tests {
     #[test]
     fn codes_are_unique() {
         let mut seen = std::collections::HashSet::new();
-        for code in Code::ALL {
-            assert!(seen.insert(code.as_str()), "{} twice", code.as_str());
+        for entry in entries() {
+            assert!(seen.insert(entry.code), "{} twice", entry.code);
         }
     }
 

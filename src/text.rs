@@ -15,6 +15,50 @@ pub fn printable_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| matches!(c, '\n' | '\t'))
 }
 
+/// `text` with lines longer than `width` cut between words, what follows indented by two more. Lines of files that are quoted, with
+/// a bar before them, stay as they are.
+#[must_use]
+pub fn wrapped(text: &str, width: usize) -> String {
+    let mut out = String::with_capacity(text.len() + text.len() / 8);
+    for line in text.split_inclusive('\n') {
+        if line.starts_with(' ') && line.contains(" |") {
+            out += line;
+            continue;
+        }
+        let indent = line.len() - line.trim_start_matches(' ').len();
+        out += &line[..indent];
+        let (mut rest, mut room) = (line[indent..].trim_end(), width.saturating_sub(indent));
+        while rest.chars().count() > room
+            && let Some(cut) = space(rest, room)
+        {
+            out += rest[..cut].trim_end();
+            out += "\n  ";
+            out += &line[..indent];
+            rest = rest[cut..].trim_start();
+            room = width.saturating_sub(indent + 2);
+        }
+        out += rest;
+        out += &line[line.trim_end_matches('\n').len()..];
+    }
+    out
+}
+
+/// The last space before which `room` characters hold all, but for one between a number and its unit; the first one after a word
+/// that is longer.
+fn space(line: &str, room: usize) -> Option<usize> {
+    let end = line.char_indices().nth(room + 1).map_or(line.len(), |(at, _)| at);
+    let unit = |at: usize| {
+        ["GiB", "MiB", "KiB", "TiB", "TB", "GB", "s", "%"].iter().any(|unit| follows(&line[at + 1..], unit))
+    };
+    let cut = line[..end].rmatch_indices(' ').map(|(at, _)| at).find(|at| !unit(*at));
+    cut.or_else(|| line.find(' '))
+}
+
+/// Whether a text begins with this word.
+fn follows(text: &str, word: &str) -> bool {
+    text.strip_prefix(word).is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
+}
+
 fn escaped(text: &str, kept: impl Fn(char) -> bool) -> Cow<'_, str> {
     let hidden = |c: char| misleads(c) && !kept(c);
     if !text.contains(hidden) {
@@ -59,6 +103,22 @@ mod tests {
         assert_eq!(printable("one\ntwo\r\t\0"), r"one\ntwo\r\t\u0000");
         assert_eq!(printable("x\u{202e}y\u{200b}\u{feff}\u{2028}"), r"x\u202ey\u200b\ufeff\u2028");
         assert_eq!(printable_lines("one\n\ttwo\r\x1b]0;x\x07"), "one\n\ttwo\\r\\u001b]0;x\\u0007");
+    }
+
+    #[test]
+    fn lines_are_cut_between_words() {
+        let line = "FN-E202 the host budget is too small: 10 GiB are needed.\n";
+        assert_eq!(wrapped(line, 80), line);
+        assert_eq!(wrapped(line, 24), "FN-E202 the host budget\n  is too small: 10 GiB\n  are needed.\n");
+        assert_eq!(wrapped("a\n  3 | x = 1 and more\nb", 8), "a\n  3 | x = 1 and more\nb");
+        assert_eq!(wrapped("see /a/very/long/path now and then", 10), "see\n  /a/very/long/path\n  now and\n  then");
+        assert_eq!(wrapped("/a/very/long/path", 4), "/a/very/long/path");
+        assert_eq!(wrapped("host needs 72.1 GiB, of 54 GiB", 16), "host needs\n  72.1 GiB, of\n  54 GiB");
+        assert_eq!(wrapped("  or nvme.paths and more", 16), "  or nvme.paths\n    and more");
+        for width in 0..40 {
+            let words = |text: &str| text.split_whitespace().map(ToOwned::to_owned).collect::<Vec<_>>();
+            assert_eq!(words(&wrapped(line, width)), words(line), "{width}");
+        }
     }
 
     #[test]

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Sets, size};
+use super::{Sets, size, terminal::for_terminal};
 use crate::{
     dtype::DType,
     error::{Code, Error, Result},
     model::ParamSpec,
     plan::{
-        self, Compute, Machine, PlannedUnit, Unpaged,
+        self, Activations, Compute, Machine, PlannedUnit, Unpaged,
+        activations::{Blocks, Pass},
         source::{self, Shape, parse_count},
     },
     policy::{
@@ -70,6 +71,12 @@ pub(super) struct PlanArguments {
     /// Tokens of a step.
     #[arg(long, value_name = "N", default_value = "0")]
     tokens: u64,
+    /// Rows of a forward, each of --seq tokens, in place of --tokens.
+    #[arg(long, value_name = "N", requires = "seq", conflicts_with = "tokens", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    batch: Option<u64>,
+    /// Tokens of a row.
+    #[arg(long, value_name = "N", requires = "batch", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    seq: Option<u64>,
     /// Arithmetic that the model sustains there, per second, such as 400e12.
     #[arg(long, value_name = "X", default_value = "0")]
     flops: f64,
@@ -90,7 +97,15 @@ pub(super) struct PlanArguments {
     json: bool,
 }
 
-/// Plans; exit code 0 if the model fits, 1 if not.
+impl PlanArguments {
+    /// The decoder that counts describe, if the model is given so.
+    fn shape(&self) -> Option<Shape> {
+        let (params, layers) = (self.params?, self.layers?);
+        Some(Shape { params, layers, vocab: self.vocab, hidden: self.hidden })
+    }
+}
+
+/// Plans; exit code 0 if the model fits, 1 if not, 2 if that cannot be told.
 pub(super) fn run(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Output {
     planned(arguments, loader).into()
 }
@@ -110,9 +125,13 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
     }
     policy.check_consistent()?;
     let (units, unpaged) = model(&arguments, &policy, loader)?;
+    let tokens = match (arguments.batch, arguments.seq) {
+        (Some(batch), Some(seq)) => batch * seq * u64::from(arguments.passes),
+        _ => arguments.tokens,
+    };
     let compute = Compute {
-        tokens: arguments.tokens,
-        flops: if arguments.tokens > 0 { arguments.flops } else { 0.0 },
+        tokens,
+        flops: if tokens > 0 { arguments.flops } else { 0.0 },
         seconds: arguments.compute_seconds,
         recompute: arguments.recompute,
         passes: arguments.passes,
@@ -120,6 +139,7 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
     let mut plan = plan::plan(&units, &policy, &machine, compute)?;
     plan.params += unpaged.params;
     plan.trained += unpaged.trained;
+    plan.activations = activations(&arguments, &units, &machine, &plan, compute);
     if !unpaged.text.is_empty() {
         plan.notes.push(format!("Not paged, in no budget: {}.", unpaged.text));
     }
@@ -129,9 +149,30 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
             .map(|text| text + "\n")
             .map_err(|e| Error::new(Code::OutputFile, format!("the plan as JSON: {e}.")))?
     } else {
-        plan::text(&plan, arguments.units)
+        for_terminal(plan::text(&plan, arguments.units))
     };
     Ok(Output { out, err: String::new(), code })
+}
+
+/// An estimate of the activations of one forward, where its tokens and the sizes of the blocks are known.
+fn activations(
+    arguments: &PlanArguments,
+    units: &[PlannedUnit],
+    machine: &Machine,
+    plan: &plan::Plan,
+    compute: Compute,
+) -> Option<Activations> {
+    let tokens = compute.tokens / u64::from(compute.passes);
+    let (blocks, from) = match arguments.shape() {
+        Some(shape) => (Blocks::of_shape(&shape), "--params and --layers"),
+        None => (Blocks::read(Path::new(arguments.model.as_deref()?))?, "config.json"),
+    };
+    let params = units.iter().flat_map(|unit| &unit.spec.params);
+    let element = params.max_by_key(|p| p.numel).map_or(2, |p| p.dtype.size() as u64);
+    let hbm = plan.tiers.iter().find(|tier| tier.tier == "hbm").and_then(|tier| tier.budget);
+    let beside = machine.gpu.zip(hbm).map(|(gpu, hbm)| gpu.0.saturating_sub(hbm));
+    let pass = Pass { tokens, recompute: compute.recompute, element };
+    (tokens > 0).then(|| blocks.estimate(pass, from, beside))
 }
 
 /// The machine that the arguments describe, else this one.
@@ -180,8 +221,7 @@ fn model(
         ParamsDtype::Bfloat16 => Some("bf16"),
         ParamsDtype::Float16 => Some("fp16"),
     });
-    if let (Some(params), Some(layers)) = (arguments.params, arguments.layers) {
-        let shape = Shape { params, layers, vocab: arguments.vocab, hidden: arguments.hidden };
+    if let Some(shape) = arguments.shape() {
         return shape.units(dtype(asked.unwrap_or("bf16"))).map(alone);
     }
     let text = arguments.model.as_deref().unwrap_or_default();
@@ -195,8 +235,16 @@ fn model(
         };
         return source::cut(params.into_iter().map(cast).collect(), &policy.units.patterns).map(alone);
     }
+    if !path.exists() && !text.contains(':') {
+        let what = format!("there is no '{text}': a model is a directory, a safetensors file, or module:function.");
+        return Err(Error::new(Code::PlannedModel, what).action(format!(
+            "If it is a name on the Hugging Face hub, fetch what describes it and plan that: `hf download {text} config.json --local-dir \
+             {0}`, then `funicular plan {0}`.",
+            path.file_name().map_or_else(|| "DIR".into(), |name| name.to_string_lossy())
+        )));
+    }
     let Some(loader) = loader else {
-        return Err(Error::new(Code::PolicyFile, format!("{text}: only Python can build this model."))
+        return Err(Error::new(Code::PlannedModel, format!("{text}: only Python can build this model."))
             .action("Use `python -m funicular plan`, a directory with safetensors files, or --params and --layers."));
     };
     let patterns: Vec<String> = policy.units.patterns.iter().map(|p| p.as_str().to_owned()).collect();

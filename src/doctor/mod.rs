@@ -99,10 +99,10 @@ pub fn examine(options: &Options) -> Vec<Check> {
     checks
 }
 
-/// The exit code: 0 all is well, 1 something could be better, 2 something does not work.
+/// The exit code: 0 all is well, 1 something could be better, 3 something does not work. 2 is for what could not be looked at.
 pub fn exit_code(checks: &[Check]) -> i32 {
     match checks.iter().map(|check| check.status).max() {
-        Some(Status::Fail) => 2,
+        Some(Status::Fail) => 3,
         Some(Status::Warn) => 1,
         _ => 0,
     }
@@ -148,7 +148,7 @@ mod tests {
         assert_eq!(exit_code(std::slice::from_ref(&okay)), 0);
         assert_eq!(exit_code(&[okay.clone(), warn.clone()]), 1);
         let all = [okay, warn, fail];
-        assert_eq!(exit_code(&all), 2);
+        assert_eq!(exit_code(&all), 3);
         let text = text(&all);
         assert!(text.contains("kernel ........ [OKAY] 6.1\n"), "{text}");
         assert!(text.contains("huge pages .... [WARN] never\n"), "{text}");

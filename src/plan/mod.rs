@@ -2,11 +2,13 @@
 //!
 //! Q1: the placement is the one that a run on that machine makes. Q2: nothing is allocated, no weights are read.
 
+pub mod activations;
 pub mod source;
 mod text;
 
 use serde::Serialize;
 
+pub use activations::Activations;
 pub use source::{PlannedUnit, Unpaged};
 pub use text::text;
 
@@ -107,6 +109,8 @@ pub struct UnitPlan {
 pub struct StepPlan {
     /// From one step to the next.
     pub seconds: f64,
+    /// Tokens of a step by its time, where they are known.
+    pub tokens_per_second: Option<f64>,
     /// Of those, computing.
     pub compute_seconds: f64,
     /// Per part of the machine: its name, seconds busy, seconds that the training thread waits for it.
@@ -157,6 +161,8 @@ pub struct Plan {
     pub step: Option<StepPlan>,
     /// Writes to the drives.
     pub wear: Wear,
+    /// Memory of activations, where something says how large the model's blocks are.
+    pub activations: Option<Activations>,
     /// What else is worth knowing.
     pub notes: Vec<String>,
 }
@@ -195,7 +201,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let sight = Sight { layout: &layout, config: &config, limits, budgets, placed: &placed };
     let moved = crate::schedule::traffic::of_step(&layout, &placed, &uses);
     let step = match machine.profile.as_ref().and_then(|p| rates(p, machine.gpu.is_some(), config.threads)) {
-        Some(rates) => work(&layout, uses, compute, &config).map(|work| sight.step(&rates, &work)),
+        Some(rates) => work(&layout, uses, compute, &config).map(|work| sight.step(&rates, &work, compute.tokens)),
         None => None,
     };
     let (by_cpu, by_gpu) = sight.updates(moved.update, step.as_ref());
@@ -219,6 +225,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         ],
         wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
         step,
+        activations: None,
         notes,
     })
 }
@@ -309,12 +316,15 @@ impl Sight<'_> {
         self.layout.ids().map(one).collect()
     }
 
-    fn step(&self, rates: &Rates, work: &Work) -> StepPlan {
+    fn step(&self, rates: &Rates, work: &Work, tokens: u64) -> StepPlan {
         let cost = cost::predict(self.layout, self.placed, rates, work);
         let part = |r: Resource| (r.name(), cost.busy[r as usize], cost.waits[r as usize]);
         let gains = cost::gains(self.layout, self.placed, rates, work);
+        #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
+        let rate = tokens as f64 / cost.seconds;
         StepPlan {
             seconds: cost.seconds,
+            tokens_per_second: (tokens > 0).then_some(rate),
             compute_seconds: cost.busy[Resource::Compute as usize],
             parts: Resource::ALL.into_iter().map(part).filter(|(_, busy, _)| *busy > 0.0).collect(),
             binding: cost.binding.name(),

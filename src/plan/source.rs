@@ -75,7 +75,7 @@ impl Shape {
     /// # Errors
     /// `FN-E503` when the embeddings alone have more parameters.
     pub fn units(&self, dtype: DType) -> Result<Vec<PlannedUnit>> {
-        let hidden = self.hidden.unwrap_or_else(|| self.solve());
+        let hidden = self.width();
         let table = hidden * self.vocab;
         let blocks = self.params.checked_sub(2 * table).filter(|&b| b >= self.layers && self.layers > 0);
         let Some(blocks) = blocks else {
@@ -102,6 +102,11 @@ impl Shape {
         Ok(units)
     }
 
+    /// Its width.
+    pub fn width(&self) -> u64 {
+        self.hidden.unwrap_or_else(|| self.solve())
+    }
+
     /// The width at which blocks of twelve squares and two tables have the parameters asked for.
     fn solve(&self) -> u64 {
         #[expect(clippy::cast_precision_loss, reason = "a width has few digits")]
@@ -123,7 +128,7 @@ struct Tensor {
 /// The tensors of all safetensors files of a directory, or of the one file named. None where there are none.
 ///
 /// # Errors
-/// `FN-E504` for a file that is none.
+/// `FN-E505` for a file that is none.
 pub fn safetensors(path: &Path) -> Result<Option<Vec<ParamSpec>>> {
     let is = |file: &Path| file.extension().is_some_and(|e| e == "safetensors");
     let mut files = vec![];
@@ -158,7 +163,7 @@ pub fn safetensors(path: &Path) -> Result<Option<Vec<ParamSpec>>> {
 }
 
 fn unreadable(path: &Path, why: &str) -> Error {
-    Error::new(Code::PolicyFile, format!("{}: {why}.", path.display()))
+    Error::new(Code::PlannedModel, format!("{}: {why}.", path.display()))
         .action("Give a directory with config.json or safetensors files, a factory as module:function, or --params.")
 }
 
@@ -191,7 +196,7 @@ fn dtype(name: &str) -> DType {
 /// holds the most; the rest before and after it.
 ///
 /// # Errors
-/// `FN-E112` when no name matches.
+/// `FN-E506` when no name matches.
 pub fn cut(params: Vec<ParamSpec>, patterns: &[Pattern]) -> Result<Vec<PlannedUnit>> {
     let list = largest_list(&params);
     let block = |name: &str| -> Option<String> {
@@ -218,7 +223,7 @@ pub fn cut(params: Vec<ParamSpec>, patterns: &[Pattern]) -> Result<Vec<PlannedUn
     if blocks.is_empty() && !patterns.is_empty() {
         let names: Vec<&str> = patterns.iter().map(Pattern::as_str).collect();
         let what = format!("no module of the model matches units.match = {names:?}.");
-        return Err(Error::new(Code::UnsupportedParam, what).action("Give patterns of its modules' names."));
+        return Err(Error::new(Code::UnitsMatch, what).action("Give patterns of its modules' names."));
     }
     let mut units = grouped(before, false);
     units.extend(
@@ -294,7 +299,7 @@ mod tests {
         assert_eq!(right[0].numel, 6);
         for wrong in ["[4294967296, 4294967296]", "[9007199254740993]"] {
             let error = safetensors(&write("large.safetensors", &shape(wrong))).expect_err("more than any file holds");
-            assert!(error.code() == Code::PolicyFile && error.to_string().contains("'a' has the shape"), "{error}");
+            assert!(error.code() == Code::PlannedModel && error.to_string().contains("'a' has the shape"), "{error}");
         }
         for (name, target) in [("null.safetensors", "/dev/zero"), ("full.safetensors", "/dev/full")] {
             let link = dir.path().join(name);

@@ -45,6 +45,9 @@ pub fn text(plan: &Plan, units: bool) -> String {
     if let Some(step) = &plan.step {
         out += &times(step);
     }
+    if let Some(activations) = &plan.activations {
+        line(&mut out, format_args!("{activations}"));
+    }
     let wear = &plan.wear;
     if wear.bytes_per_step > 0 {
         let per_day = wear.bytes_per_day.map_or_else(String::new, |b| format!(", {:.1} TB a day", b / 1e12));
@@ -106,9 +109,15 @@ fn times(step: &StepPlan) -> String {
             format!("{name} {busy:.3} s{waited}")
         })
         .collect();
+    let rate = step.tokens_per_second.map_or_else(String::new, |rate| format!(" ({rate:.0} tokens/s)"));
     line(
         &mut out,
-        format_args!("A step takes about {:.3} s, bound by {}: {}.", step.seconds, step.binding, parts.join("; ")),
+        format_args!(
+            "A step takes about {:.3} s{rate}, bound by {}: {}.",
+            step.seconds,
+            step.binding,
+            parts.join("; ")
+        ),
     );
     let gains = &step.twice_as_fast;
     if let Some((name, seconds)) = gains.iter().find(|(name, _)| *name == step.binding).or(gains.first()) {

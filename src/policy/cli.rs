@@ -22,11 +22,7 @@ pub struct Output {
 
 impl From<Result<Self>> for Output {
     fn from(result: Result<Self>) -> Self {
-        result.unwrap_or_else(|error| {
-            // A file that cannot be read says nothing.
-            let code = if error.code() == Code::PolicyFile { 2 } else { 1 };
-            Self { err: format!("{error}\n"), code, ..Self::default() }
-        })
+        result.unwrap_or_else(|error| Self { err: format!("{error}\n"), code: 2, ..Self::default() })
     }
 }
 
@@ -63,7 +59,11 @@ pub fn check(file: &Path, overlay: &Overlay, look: impl Fn(&Policy) -> Obstacles
         let err = certain.iter().chain(&unknown).map(|error| format!("{error}\n")).collect();
         Ok(Output { out: format!("{}: {verdict}\n", file.display()), err, code })
     };
-    checked().into()
+    checked().unwrap_or_else(|error| {
+        // What cannot be read says nothing of what is in it.
+        let code = if error.code() == Code::PolicyFile { 2 } else { 1 };
+        Output { err: format!("{error}\n"), code, ..Output::default() }
+    })
 }
 
 /// The whole policy that results, every key written out; the defaults without a file.

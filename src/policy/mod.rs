@@ -426,7 +426,7 @@ pub(crate) fn open_regular(path: &Path) -> std::io::Result<File> {
 }
 
 /// The text of a file, with limits on its size and kind.
-fn read_text(path: &Path) -> Result<String> {
+pub(crate) fn read_text(path: &Path) -> Result<String> {
     let fault = |e: &std::io::Error| {
         let hint = path.to_str().map_or_else(String::new, |name| suggest::did_you_mean(name, PRESETS.iter().copied()));
         let error = Error::new(Code::PolicyFile, format!("{}: {e}{hint}.", path.display()));

@@ -31,7 +31,7 @@ pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Re
 fn failed(py: Python<'_>, source: &str, e: &PyErr) -> Error {
     let kind = e.get_type(py).name().map_or_else(|_| "Exception".to_owned(), |n| n.to_string());
     let text = e.value(py).to_string();
-    Error::new(Code::PolicyFile, format!("{source}: {kind}: {}", text.trim_end_matches('.').to_owned() + ".")).action(
+    Error::new(Code::PlannedModel, format!("{source}: {kind}: {}", text.trim_end_matches('.').to_owned() + ".")).action(
         "The function has to return a torch.nn.Module, and must not need weights: it runs under torch.device(\"meta\").",
     )
 }

@@ -91,7 +91,7 @@ fn a_full_disk_is_named_with_what_is_needed_and_what_is_free() {
     let refused = |more: &[&str]| {
         let (code, out, err) =
             run(&mut funicular(&[&["bench", "--device", "host", "--quick"], more, &path].concat(), &disk.at));
-        assert_eq!(code, Some(1), "{out}");
+        assert_eq!(code, Some(2), "{out}");
         assert!(err.contains(Code::DiskFull.as_str()) && err.contains(text(&disk.at)) && err.contains("free"), "{err}");
     };
     refused(&[]);
@@ -145,7 +145,7 @@ fn a_path_that_is_mounted_read_only_is_named() {
     let (doctor, checks) =
         examined(&mut funicular(&["doctor", "--json", "--device", "host", "--path", at], dir.path()));
     assert!(well("umount", &[at]));
-    assert_eq!((code, doctor), (Some(1), Some(2)));
+    assert_eq!((code, doctor), (Some(2), Some(3)));
     assert!(err.contains(Code::PathUnusable.as_str()) && err.contains("Read-only file system"), "{err}");
     assert!(err.contains("mounted read-only") && err.contains("Use another path"), "{err}");
     assert_eq!(check(&checks, &format!("path {at}"))["status"], "FAIL");
@@ -248,7 +248,7 @@ fn a_cgroup_that_is_too_small_is_an_error_and_not_a_kill() {
     let Some(group) = Group::limited(96 << 20) else { return };
     let dir = disk();
     let (code, out, err) = run(group.holding(&mut funicular(&["bench", "--device", "host", "--quick"], dir.path())));
-    assert_eq!(code, Some(1), "{out}{err}");
+    assert_eq!(code, Some(2), "{out}{err}");
     assert!(err.contains(Code::HostAlloc.as_str()) && err.contains("384"), "{err}");
     let (code, checks) = examined(group.holding(&mut funicular(&["doctor", "--json", "--device", "host"], dir.path())));
     assert_eq!((code, &check(&checks, "cgroup memory")["status"]), (Some(1), &"WARN".into()));
@@ -269,6 +269,6 @@ fn a_path_of_somebody_else_is_named() {
     std::os::unix::process::CommandExt::uid(&mut command, 65534);
     let Ok(output) = command.output() else { return eprintln!("not run: nobody may not start programs here") };
     let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{err}");
+    assert_eq!(output.status.code(), Some(2), "{err}");
     assert!(err.contains(Code::PathUnusable.as_str()) && err.contains("Permission denied"), "{err}");
 }

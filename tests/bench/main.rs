@@ -194,7 +194,7 @@ fn a_file_of_the_user_is_never_replaced() {
     let dir = disk();
     std::fs::write(dir.path().join("thesis.html"), "three years").expect("writes");
     let (code, _, err) = run(&mut funicular(&small(&["--html", "thesis.html"]), dir.path()));
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(2));
     assert!(err.contains(Code::OutputFile.as_str()) && err.contains("thesis.html"), "{err}");
     assert_eq!(std::fs::read_to_string(dir.path().join("thesis.html")).expect("reads"), "three years");
 }
@@ -204,7 +204,7 @@ fn paths_that_cannot_be_measured_are_errors() {
     let dir = disk();
     let refused = |path: &str, code: Code| {
         let (exit, out, err) = run(&mut funicular(&small(&["--path", path]), dir.path()));
-        assert_eq!(exit, Some(1), "{out}");
+        assert_eq!(exit, Some(2), "{out}");
         assert!(err.contains(code.as_str()) && err.contains(path), "{err}");
     };
     refused("missing", Code::PathUnusable);
@@ -212,7 +212,7 @@ fn paths_that_cannot_be_measured_are_errors() {
     refused("/proc/self", Code::PathUnusable);
     refused("/dev/shm", Code::NotADisk);
     let (exit, _, err) = run(&mut funicular(&["bench", "--device", "host", "--size", "4000TiB"], dir.path()));
-    assert_eq!(exit, Some(1));
+    assert_eq!(exit, Some(2));
     assert!(err.contains(Code::DiskFull.as_str()) && err.contains("--size"), "{err}");
     assert!(entries(dir.path()).is_empty(), "nothing is left");
     let wrong = [("--size", "64"), ("--device", "gpu"), ("--engine", "aio"), ("--depth", "0"), ("--seconds", "0")];
@@ -220,7 +220,7 @@ fn paths_that_cannot_be_measured_are_errors() {
         assert_eq!(run(&mut funicular(&["bench", argument, value], dir.path())).0, Some(2), "{argument} {value}");
     }
     let (exit, _, err) = run(&mut funicular(&["bench", "--size", "1MiB"], dir.path()));
-    assert!(exit == Some(1) && err.contains(Code::PolicyValue.as_str()), "{err}");
+    assert!(exit == Some(2) && err.contains(Code::PolicyValue.as_str()), "{err}");
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn without_io_uring_the_other_engine_is_measured_and_the_reason_given() {
     }
     let forced = small(&["--engine", "io_uring"]);
     let (code, _, err) = run(before(&mut funicular(&forced, dir.path()), no_io_uring));
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(2));
     assert!(err.contains(Code::EngineUnavailable.as_str()) && err.contains("EPERM"), "{err}");
     assert_eq!(entries(dir.path()), ["r.json"]);
 }
@@ -282,7 +282,7 @@ fn a_gpu_that_is_not_there_is_an_error_and_not_the_processor() {
     let dir = disk();
     // No machine has so many.
     let (code, out, err) = run(&mut funicular(&["bench", "--quick", "--device", "cuda:99"], dir.path()));
-    assert!(code == Some(1) && out.is_empty(), "{out}");
+    assert!(code == Some(2) && out.is_empty(), "{out}");
     assert!(err.contains(Code::NoCuda.as_str()), "{err}");
     assert!(entries(dir.path()).is_empty());
     let (code, checks) = examined(&mut funicular(&["doctor", "--json", "--device", "cuda:99"], dir.path()));
@@ -388,7 +388,7 @@ fn the_doctor_names_an_action_for_every_complaint() {
     assert!(ring["action"].as_str().expect("an action").contains("--write-seccomp"), "{ring:#}");
 
     let (code, checks) = examined(&mut funicular(&["doctor", "--json", "--path", "missing"], dir.path()));
-    assert_eq!(code, Some(2));
+    assert_eq!(code, Some(3));
     let missing = format!("path {}", dir.path().join("missing").display());
     assert!(check(&checks, &missing)["found"].as_str().expect("text").starts_with(Code::PathUnusable.as_str()));
 }
@@ -401,5 +401,5 @@ fn the_doctor_writes_a_seccomp_profile_once() {
     let text = std::fs::read_to_string(dir.path().join("seccomp.json")).expect("written");
     assert_eq!(text, funicular::doctor::SECCOMP);
     let (code, _, err) = run(&mut funicular(&arguments, dir.path()));
-    assert!(code == Some(1) && err.contains(Code::OutputFile.as_str()), "{err}");
+    assert!(code == Some(2) && err.contains(Code::OutputFile.as_str()), "{err}");
 }

@@ -66,7 +66,7 @@ def test_ls_and_verify(saved: Path):
     status, text = cli("ls", saved.parent)
     assert status == 1
     assert names[0].name in text
-    assert cli("verify", saved.parent / "nowhere")[0] == 1
+    assert cli("verify", saved.parent / "nowhere")[0] == 2
     assert "FN-E404" in cli("ls", saved.parent / "nowhere")[1]
 
 

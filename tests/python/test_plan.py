@@ -67,6 +67,8 @@ def test_a_factory_is_planned_without_weights(factory: Path) -> None:
     assert [u["name"] for u in built["units"]] == ["embed.weight", *(f"blocks.{i}" for i in range(6)), "head.weight"]
     assert by_file["units"][1]["params"] == built["units"][1]["params"] // 2
     assert plan("mine:tied", cwd=factory)["params"] == built["params"] - 1000 * 256
+    # Biases of 256 elements are padded where they live; a count of parameters has no padding.
+    assert built["trained"] == built["params"]
 
 
 @pytest.mark.parametrize(
@@ -78,12 +80,14 @@ def test_a_factory_is_planned_without_weights(factory: Path) -> None:
         ("nowhere:build", "nowhere"),
         (".", "config.json"),
         ("mine", "module:function"),
+        ("meta-llama/Llama-3.1-8B", "hf download meta-llama/Llama-3.1-8B config.json --local-dir Llama-3.1-8B"),
     ],
 )
 def test_what_cannot_be_built_is_named(factory: Path, source: str, part: str) -> None:
-    said = plan(source, cwd=factory, code=1)
-    assert said.startswith("FN-E504")
+    said = plan(source, cwd=factory, code=2)
+    assert said.startswith("FN-E505")
     assert part in said
+    assert "Traceback" not in said
 
 
 def test_a_hugging_face_directory(tmp_path: Path) -> None:
@@ -105,6 +109,37 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
     by_header = plan(str(tmp_path), "--ram", "8GiB")
     assert (by_header["params"], by_header["tiers"]) == (by_config["params"], by_config["tiers"])
     assert [u["name"] for u in by_header["units"]][1:4] == [f"model.layers.{i}" for i in range(3)]
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 512}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 3, "n_head": 4, "vocab_size": 512, "activation_function": "gelu_new",
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_activations_are_near_what_a_model_keeps(config: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    found = transformers.AutoConfig.from_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.base_model(torch.zeros(2, 128, dtype=torch.long), use_cache=False)
+    size = sum(t.untyped_storage().nbytes() for t in kept.values())
+    planned = plan(str(tmp_path), "--ram", "8GiB", "--batch", "2", "--seq", "128", "--passes", "3")["activations"]
+    assert planned["tokens"] == 256
+    assert planned["from"] == "config.json"
+    assert planned["blocks"] == pytest.approx(size, rel=0.1)
+    assert planned["bytes"] == planned["blocks"] + planned["head"]
+    assert plan(str(tmp_path), "--ram", "8GiB")["activations"] is None
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_helps() -> None:
@@ -132,6 +167,8 @@ def test_times_need_rates_and_name_what_binds(tmp_path: Path) -> None:
     compute = 6 * (7e9 - 4096 * 32000) * 16384 / 100e12
     assert step["compute_seconds"] == pytest.approx(compute, rel=0.02)
     assert step["seconds"] > compute
+    assert step["tokens_per_second"] == pytest.approx(16384 / step["seconds"])
+    assert timed["activations"]["from"] == "--params and --layers"
     assert step["binding"] in {"nvme", "cpu_update"}
     assert timed["wear"]["days"] > 0
     # The planner here is the one for a machine with a GPU; rates of a processor are not its rates.

@@ -109,7 +109,7 @@ POLICIES = {
     "queue depth": Bad("FN-E503", ("queue_depth", "1 to 4096"), {"nvme": {"queue_depth": 0}}),
     "wrong kind": Bad("FN-E503", ("debug.poison",), {"debug": {"poison": "yes"}}),
     "fault": Bad("FN-E503", ("debug.faults", "read:bang@1", "direction:kind"), {"debug": {"faults": "read:bang@1"}}),
-    "no such unit": Bad("FN-E112", ("units.match", "nothing", "layers"), {"units": {"match": ["nothing.*"]}}),
+    "no such unit": Bad("FN-E506", ("units.match", "nothing", "layers"), {"units": {"match": ["nothing.*"]}}),
     "nvme without paths": Bad("FN-E503", ("nvme.paths", "empty", "local disk"), {"nvme": {"paths": []}}),
     "missing path": Bad("FN-E604", ("/var/tmp/none/at/all", "Create"), {"nvme": {"paths": ["/var/tmp/none/at/all"]}}),
     "path is a file": Bad("FN-E604", ("/etc/passwd", "[Dd]irectory"), {"nvme": {"paths": ["/etc/passwd"]}}),

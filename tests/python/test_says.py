@@ -117,7 +117,7 @@ def test_lines_fit_a_terminal(columns: int):
 def test_a_standard_error_that_went_away_stops_nothing():
     assert said("sys.stderr.close()\n" + EVERY + "log.note('FN-W606 one')") == []
     assert said("sys.stderr = None\n" + EVERY) == []
-    # Called from a signal handler, or whatever else a write may meet.
+    # As a write does that a signal handler makes within another one.
     body = "def write(text): raise RuntimeError\nsys.stderr = SimpleNamespace(write=write, isatty=lambda: False, flush=list)\n"
     assert said(body + EVERY) == []
 
@@ -131,11 +131,15 @@ def test_a_standard_error_that_went_away_stops_nothing():
         "--version",
         "plan --params 1B --layers 4 --ram 64GiB",
         "policy schema",
+        "errors FN-E202",
+        "checkpoint ls /proc/self/attr",
     ],
 )
 def test_a_command_does_without_torch(arguments: str):
-    body = "import funicular.__main__ as command\nsys.argv = ['funicular', *{!r}.split()]\nassert command.main() == 0\n"
-    said(body.format(arguments))
+    body = (
+        "import funicular.__main__ as command\nsys.argv = ['funicular', *{!r}.split()]\nassert command.main() == {}\n"
+    )
+    said(body.format(arguments, 2 if "ls" in arguments else 0))
 
 
 def test_the_package_has_its_names_before_torch_is_there():

@@ -189,7 +189,7 @@ def _named_blocks(model: nn.Module, patterns: list[str]) -> list[tuple[str, nn.M
             blocks.append((name, module))
     if not blocks:
         raise UsageError(
-            "FN-E112",
+            "FN-E506",
             f"no module matches units.match = {patterns}. Names of modules look like "
             f"{[n for n, _ in list(model.named_modules())[1:6]]}.",
         )
