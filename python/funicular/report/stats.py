@@ -156,8 +156,9 @@ class Stats:
         if self.step is not None:
             lines.append(f"  step             {self.step}")
             lines.append(f"  bound by         {self.step.bound}")
-            if self.step.advice:
-                lines.append(f"  to gain          {self.step.advice}")
+            gain, _, change = self.step.advice.partition(": ")
+            if gain:
+                lines += [f"  to gain          {gain}:", f"                   {change}"]
         p = self.prefetch
         lines.append(f"  windows          {p.hits} hits, {p.late} late, {p.demand} demand, {p.conflicts} from home")
         if self.ahead.used or self.ahead.in_vain:
