@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from funicular.offloading import offload, unwrap
     from funicular.optim.adamw import AdamW
     from funicular.policy import Policy
-    from funicular.report.stats import Stats, stats
     from funicular.report.step_time import StepTime
+    from funicular.statistics import Stats, stats
 
 __all__ = [
     "AdamW",
@@ -43,12 +43,12 @@ _LATER = {
     "Loaded": "funicular.checkpoint.save_load",
     "Policy": "funicular.policy",
     "SaveHandle": "funicular.checkpoint.save_load",
-    "Stats": "funicular.report.stats",
+    "Stats": "funicular.statistics",
     "StepTime": "funicular.report.step_time",
     "load": "funicular.checkpoint.save_load",
     "offload": "funicular.offloading",
     "save": "funicular.checkpoint.save_load",
-    "stats": "funicular.report.stats",
+    "stats": "funicular.statistics",
     "unwrap": "funicular.offloading",
 }
 
