@@ -8,6 +8,7 @@
 #   make test-hangs          close, unwrap, exit, fork and signal handlers beside each kind of wait
 #   make fmt                 formats Rust and Python
 #   make lint                every check of style, types and spelling; in parts: lint-rust lint-python lint-text
+#   make docs                the pages of docs/ and an API reference as a site in target/site
 #   make deny                licences and security advisories of the crates; needs cargo-deny
 #   make wheel wheel-test    a wheel for PyPI in dist/, then the same wheel tried in an environment of its own; make sdist
 #   make bench gpu-test bench-gpu soak test-oldest clean
@@ -62,7 +63,7 @@ RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help demo test test-rust test-rust-built test-python test-fast test-hangs test-oldest fmt lint lint-rust lint-python lint-text deny bench
-.PHONY: wheel wheel-test sdist gpu-test bench-gpu soak package clean
+.PHONY: wheel wheel-test sdist docs gpu-test bench-gpu soak package clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -200,6 +201,20 @@ deny: need-rust
 	@$(CARGO) deny --version >/dev/null 2>&1 || { echo "error: cargo-deny is not installed. Install it: cargo install --locked cargo-deny" >&2; exit 1; }
 	$(call say,licences and advisories of the crates)
 	@$(CARGO) deny --locked --all-features check
+
+# mkdocs reads the Python files without importing them: no torch, no build, and no network once it is installed.
+DOCS_VENV ?= .venv-docs
+DOCS_LOCK := requirements-docs.lock
+
+$(DOCS_VENV)/.installed: $(DOCS_LOCK) | need-python
+	$(call say,Python environment in $(DOCS_VENV) from $(DOCS_LOCK) (50 MB))
+	@$(PYTHON) -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r $(DOCS_LOCK)
+	@touch $@
+
+docs: $(DOCS_VENV)/.installed
+	$(call say,pages in target/site)
+	@$(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
 
 # Those that need no GPU.
 BENCHES := $(addprefix benches/,adamw_vs_torch.py checkpoint.py host_step.py plan_truth.py)

@@ -1,9 +1,14 @@
-//! docs/plans.md shows what the commands in it print.
+//! Pages of docs/ show what the commands in them print.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::process::Command;
 
-const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/plans.md");
+/// Pages with `$ funicular plan ...` and its output.
+const PAGES: [&str; 2] = ["docs/plans.md", "docs/quickstart.md"];
+
+fn path(page: &str) -> String {
+    format!("{}/{page}", env!("CARGO_MANIFEST_DIR"))
+}
 
 /// What `funicular plan` prints.
 fn plan(arguments: &str) -> String {
@@ -39,15 +44,25 @@ fn remade(text: &str) -> String {
 }
 
 #[test]
-fn the_page_of_plans_is_in_step() {
-    let text = std::fs::read_to_string(FILE).unwrap();
-    let new = remade(&text);
-    if std::env::var_os("FUNICULAR_WRITE_DOCS").is_some() {
-        std::fs::write(FILE, &new).unwrap();
-        return;
+fn pages_with_plans_are_in_step() {
+    for page in PAGES {
+        let text = std::fs::read_to_string(path(page)).unwrap();
+        let new = remade(&text);
+        if std::env::var_os("FUNICULAR_WRITE_DOCS").is_some() {
+            std::fs::write(path(page), &new).unwrap();
+            continue;
+        }
+        assert!(text.contains("$ funicular plan"), "there is something to compare");
+        assert!(new == text, "{page} is old: run the test with FUNICULAR_WRITE_DOCS=1");
     }
-    assert!(text.contains("$ funicular plan"), "there is something to compare");
-    assert!(new == text, "docs/plans.md is old: run the test with FUNICULAR_WRITE_DOCS=1");
+}
+
+#[test]
+fn commands_of_the_readme_run() {
+    let text = std::fs::read_to_string(path("README.md")).unwrap();
+    let commands: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("funicular plan ")).collect();
+    assert_eq!(commands.len(), 1);
+    assert!(plan(commands[0]).contains("It fits."));
 }
 
 #[test]

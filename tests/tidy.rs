@@ -564,7 +564,8 @@ fn wrong_names(text: &str, keys: &BTreeSet<String>, helps: &BTreeMap<String, Str
     }
     let option = |at: usize| {
         let rest = &text[at..];
-        let end = rest[2..].find(|c: char| !(c.is_ascii_lowercase() || c == '-')).map_or(rest.len(), |end| end + 2);
+        let part = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let end = rest[2..].find(|c| !part(c)).map_or(rest.len(), |end| end + 2);
         rest[..end].trim_end_matches('-')
     };
     // In sentences: what is a literal by itself is an argument for another program.
@@ -579,6 +580,17 @@ fn wrong_names(text: &str, keys: &BTreeSet<String>, helps: &BTreeMap<String, Str
         }
     }
     wrong
+}
+
+/// The commands of ours that a page shows: in backquotes within a line, and as lines of blocks.
+fn commands_in(page: &str) -> BTreeSet<&str> {
+    let spans = page.lines().flat_map(|line| line.split('`').skip(1).step_by(2));
+    let blocks = page.split("```").skip(1).step_by(2).flat_map(str::lines);
+    let commands = spans.chain(blocks.map(|line| line.trim_start_matches("$ ")));
+    commands
+        .filter(|text| text.starts_with("funicular "))
+        .map(|text| text.split(['#', '>']).next().unwrap_or(text))
+        .collect()
 }
 
 #[test]
@@ -613,6 +625,12 @@ fn advice_names_what_exists() {
         for (at, text) in literals(product, path.extension().is_some_and(|extension| extension == "py")) {
             let wrong = wrong_names(&text, &keys, &helps);
             findings.extend(wrong.iter().map(|what| format!("{}:{}: {what}", path.display(), line_of(&source, at))));
+        }
+    }
+    for (path, text) in with_extension("md") {
+        for span in commands_in(&text) {
+            let wrong = wrong_names(span, &keys, &helps);
+            findings.extend(wrong.iter().map(|what| format!("{}: `{span}`: {what}", path.display())));
         }
     }
     report(&findings, "texts name keys, commands and options that exist");
@@ -685,4 +703,43 @@ fn code_is_told_from_comments_and_literals() {
         names("use crate::{error::{Code, Result}, io, memory::Slot}; crate::units::x"),
         ["error", "io", "memory", "units"]
     );
+}
+
+/// Names in backquotes that look like files of this project: with an extension of ours, or a folder that ends in `/`.
+fn named_files(text: &str) -> BTreeSet<&str> {
+    let extensions = ["rs", "py", "pyi", "cu", "md", "toml", "json", "txt"];
+    let is_name = |word: &str| !word.is_empty() && word.chars().all(|c| c.is_alphanumeric() || "_-./".contains(c));
+    let quoted = text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)).flat_map(str::split_whitespace);
+    quoted
+        .map(|word| word.split("::").next().unwrap_or(word).trim_end_matches([',', ';']))
+        .filter(|word| is_name(word))
+        .filter(|word| {
+            let known = Path::new(word).extension().is_some_and(|e| extensions.iter().any(|known| e == *known));
+            known || (word.ends_with('/') && word.len() > 1)
+        })
+        .collect()
+}
+
+#[test]
+fn files_that_the_map_names_exist() {
+    assert_eq!(
+        named_files("`a/b.rs`, `c.py::test` and `make x.toml`, `d/`, `e.f`, `fn x()` and g.rs"),
+        ["a/b.rs", "c.py", "d/", "x.toml"].into()
+    );
+    let tracked = files();
+    let names: BTreeSet<_> = tracked.iter().filter_map(|path| path.file_name()).collect();
+    let mut findings = Vec::new();
+    for page in ["docs/architecture.md", "CONTRIBUTING.md"] {
+        let text = read(Path::new(page));
+        let named = named_files(&text);
+        assert!(named.len() > 10, "{page} names files");
+        for name in named {
+            let below = |folder: &str| root().join(folder).join(name).exists();
+            let alone = !name.contains('/') && names.contains(Path::new(name).as_os_str());
+            if !alone && !["", "src", "python/funicular"].into_iter().any(below) {
+                findings.push(format!("{page}: {name}"));
+            }
+        }
+    }
+    report(&findings, "the map names files that exist, from the root, from src or from python/funicular");
 }

@@ -57,7 +57,7 @@ def offload(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
-    """Page a model's parameters, gradients and optimizer states, in place.
+    """Page a model's parameters and optimizer states, in place; gradients go to host memory.
 
     Parameters
     ----------

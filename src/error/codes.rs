@@ -215,6 +215,11 @@ const LINES: &[Entry] = &[
         "Load a checkpoint. Weights in host memory are, element by element, as before or as after the step that failed.",
     ),
     line(
+        "FN-W308",
+        "steps of `log.trace_steps` did not come, or none is named",
+        "Name steps that come. What was traced until then is in the file.",
+    ),
+    line(
         "FN-W402",
         "what a save left behind, or an old checkpoint, could not be removed",
         "The message gives path and reason. Remove it by hand.",

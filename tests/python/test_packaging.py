@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/benchmarks.md",
+    "docs/quickstart.md",
     "docs/releasing.md",
     ".github/workflows/ci.yml",
     ".github/workflows/wheels.yml",

@@ -147,3 +147,19 @@ def test_clipping_leaves_paged_gradients_where_they_are(host_world, monkeypatch)
         opt.step()
         opt.zero_grad()
     funicular.unwrap(model)
+
+
+def test_conversions_reach_residents(host_world):
+    """Parameters of resident units are ordinary ones: `.half()` converts them, and only paged ones refuse it."""
+    model = offloaded(host_world, ROOM["some"])
+    paged = [is_paged(p) for p in model.parameters()]
+    with pytest.raises(funicular.UsageError, match="FN-E115"):
+        model.half()
+    kinds = [torch.float32 if one else torch.float16 for one in paged]
+    assert [p.dtype for p in model.parameters()] == kinds
+    model.float()
+    funicular.unwrap(model)
+    model = offloaded(host_world, ROOM["all"])
+    model.half()
+    assert all(p.dtype == torch.float16 for p in model.parameters())
+    funicular.unwrap(model)

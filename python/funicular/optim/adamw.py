@@ -54,9 +54,19 @@ class AdamW(torch.optim.Optimizer):
     ----------
     params : iterable of parameters or of parameter groups
         As for ``torch.optim.AdamW``; may be given before or after ``funicular.offload``.
-    lr, betas, eps, weight_decay, maximize
-        As for ``torch.optim.AdamW``; may be changed between steps in ``param_groups``.
-    foreach, fused
+    lr : float or torch.Tensor
+        Learning rate. It and the next four may be changed between steps in ``param_groups``.
+    betas : tuple of float
+        Decay of the two moments.
+    eps : float
+        Added to the denominator.
+    weight_decay : float
+        Decay of the weights, times the learning rate.
+    maximize : bool
+        Step upwards.
+    foreach : bool or None
+        Accepted and ignored, as ``fused`` is.
+    fused : bool or None
         Accepted and ignored.
 
     Raises
