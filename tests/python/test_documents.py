@@ -171,7 +171,7 @@ def test_readme(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_quickstart(toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys) -> None:
-    """Trained, killed after some steps, resumed: the losses are those of a run without interruption."""
+    """Trained, ended, resumed from its checkpoint: every weight and state is that of a run without interruption."""
     (policy,) = run_by("test_quickstart", "docs/quickstart.md", "toml")
     (script,) = run_by("test_quickstart", "docs/quickstart.md", "python")
     example = (ROOT / "examples" / "policies" / "quickstart.toml").read_text()
@@ -193,6 +193,8 @@ def test_quickstart(toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert losses(2, "parts") == whole[:2]
     assert losses(4, "parts") == whole[2:]
     assert sorted(os.listdir("parts")) == ["step-2", "step-4"]
+    for name in "model.safetensors", "optimizer.safetensors":
+        assert (toy / "parts" / "step-4" / name).read_bytes() == (toy / "whole" / "step-4" / name).read_bytes(), name
     assert "FN-I307 step 2" in caplog.text
 
 
