@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import funicular
+import toy_model
 from conftest import CUDA, DEVICE
 from funicular.__main__ import main
 from models import Stack
@@ -138,21 +139,10 @@ TOY = {
 @pytest.fixture
 def toy(tmp_path: Path, disk: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory with a toy model as `Qwen2.5-7B`, to work in; policies are given its budgets and its disk."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     for name, value in {**TOY, "FUNICULAR_NVME__PATHS": disk}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, max_position_embeddings=128, tie_word_embeddings=False,
-    )  # fmt: skip
-    transformers.Qwen2ForCausalLM(config).save_pretrained("Qwen2.5-7B")
-    letters = Tokenizer(models.WordLevel({chr(code): code for code in range(1, 256)} | {"?": 0}, unk_token="?"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained("Qwen2.5-7B")
+    toy_model.write_model(tmp_path)
     return tmp_path
 
 
@@ -178,12 +168,12 @@ def test_quickstart(toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert example.partition("\n\n")[2] == policy
     (toy / "policy.toml").write_text(policy.replace("every = 10", "every = 2"))
     (toy / "finetune.py").write_text(script)
-    (toy / "text.txt").write_text("A funicular climbs steep slopes. " * 40)
+    (toy / "text.txt").write_text(toy_model.TEXT)
     caplog.set_level(logging.INFO, logger="funicular")
 
     def losses(steps: int, runs: str) -> list[str]:
-        sizes = "--rows 2 --passes 2 --length 32 --save-every 2"
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *sizes.split(), "--steps", str(steps), "--runs", runs])
+        sizes = [*toy_model.SIZES, "--steps", str(steps), "--runs", runs]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *sizes])
         capsys.readouterr()
         model = runpy.run_path("finetune.py", run_name="__main__")["model"]
         funicular.unwrap(model)
@@ -236,7 +226,8 @@ def test_policy_in_python() -> None:
 
 def test_checkpoints(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, weights = run_by("test_checkpoints", "docs/checkpoints.md", "python")
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained("Qwen2.5-7B")
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(opt)

@@ -154,3 +154,4 @@ def test_the_wheel_in_an_environment_without_rust(tmp_path: Path) -> None:
     done = subprocess.run(tried, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every weight equal to the last bit" in done.stdout
+    assert "resumed from its checkpoint" in done.stdout

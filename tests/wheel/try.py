@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,10 @@ print("trained three steps, every weight equal to the last bit")
 """
 
 
+#: what the toy model of the quick start is given in place of a large model's budgets
+TOY = {"FUNICULAR_DEVICE": "host", "FUNICULAR_BUDGET__HBM": "4MiB", "FUNICULAR_BUDGET__HOST": "1GiB"}
+
+
 class Environment:
     """A virtual environment in which the wheel is installed, and nothing that it does not ask for."""
 
@@ -44,8 +49,10 @@ class Environment:
         self.folder = folder
         self.bin = folder / "environment" / "bin"
         venv.create(self.bin.parent, with_pip=True)
-        pip = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet", *pip_args, str(wheel.resolve())]
-        self.run("python", *pip, *["--no-deps"] * bool(torch_from), env=dict(os.environ))
+        self.bare = {"PATH": str(self.bin), "HOME": str(folder), "LANG": "C.UTF-8"}
+        self.pip = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet", *pip_args]
+        no_deps = ["--no-deps"] * bool(torch_from)
+        self.run("python", *self.pip, *no_deps, str(wheel.resolve()), env=dict(os.environ))
         if torch_from is not None:
             (packages,) = self.bin.parent.glob("lib/python*/site-packages")
             # Searched after the environment's own, and only now: pip must not see what is installed there.
@@ -55,14 +62,28 @@ class Environment:
         self, program: str, *arguments: str, env: dict[str, str] | None = None, status: tuple[int, ...] = (0,)
     ) -> str:
         """Run a program of the environment in an empty folder; return what it prints."""
-        bare = {"PATH": str(self.bin), "HOME": str(self.folder), "LANG": "C.UTF-8"}
         command = [str(self.bin / program), *arguments]
-        done = subprocess.run(command, cwd=self.folder, env=env or bare, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.folder, env=env or self.bare, capture_output=True, text=True, check=False
+        )
         if done.returncode not in status:
             sys.exit(
                 f"error: {program} {shlex.join(arguments)[:80]} ended with {done.returncode}\n{done.stdout}{done.stderr}"
             )
         return done.stdout.strip()
+
+
+def quick_start(clean: Environment, disk: str) -> str:
+    """Run the script of docs/quickstart.md as it is printed there, and again to resume; return what it says of its steps."""
+    toy = Path(__file__).parents[1] / "python" / "toy_model.py"
+    sizes = ["--rows", "2", "--passes", "2", "--length", "32", "--save-every", "2"]
+    env = {**clean.bare, **TOY, "FUNICULAR_NVME__PATHS": disk}
+    clean.run("python", str(toy))
+    told = [clean.run("python", "finetune.py", *sizes, "--steps", steps, env=env) for steps in ("2", "4")]
+    steps = [re.findall(r"^step \d+", text, re.MULTILINE) for text in told]
+    if steps != [["step 1", "step 2"], ["step 3", "step 4"]]:
+        sys.exit(f"error: the quick start's script did other steps than these: {told}")
+    return "the quick start's script trained, and resumed from its checkpoint"
 
 
 def main() -> None:
@@ -85,6 +106,10 @@ def main() -> None:
         # NumPy is not installed with torch, which says so.
         strict = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"]
         print(clean.run("python", *strict, "-c", TRAIN))
+        with tempfile.TemporaryDirectory(prefix="funicular-wheel-", dir="/var/tmp") as disk:
+            if options.torch_from is None:
+                clean.run("python", *clean.pip, f"{options.wheel.resolve()}[hf]", env=dict(os.environ))
+            print(quick_start(clean, disk))
 
 
 if __name__ == "__main__":
