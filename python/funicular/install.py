@@ -21,7 +21,7 @@ def install() -> None:
     saved_hooks.install()
     classes.install()
     log.install()
-    # The last one is the first to be run at the end.
-    under_way.install()
+    # What is registered last runs first at the end: saves that are under way end before the sessions that they read are closed.
     shutdown.install()
+    under_way.install()
     faults.install()
