@@ -21,7 +21,6 @@ import torch
 import funicular
 import toy_model
 from conftest import CUDA, DEVICE
-from funicular.__main__ import main
 from models import Stack
 
 ROOT = Path(__file__).parents[2]
@@ -252,7 +251,9 @@ def test_checkpoints(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words = line.partition("#")[0].split()
         assert words[:2] == ["$", "funicular"]
         monkeypatch.setattr(sys, "argv", words[1:])
-        assert main() == 0, line
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("funicular", run_name="__main__")
+        assert end.value.code == 0, line
     assert (toy / "out" / "model.safetensors").exists()
 
 
