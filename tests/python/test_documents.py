@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import re
 import runpy
 import sys
@@ -265,6 +266,21 @@ def test_what_the_site_is_made_with_is_pinned() -> None:
     assert asked
     assert asked <= pinned
     assert "make docs" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_the_api_page_names_what_exists() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(named) > 10
+    public = {pkgutil.resolve_name(name) for name in named}
+    unnamed = {
+        "Error",
+        "__version__",
+        "BudgetError",
+        "StorageError",
+        "UsageError",
+        "RuntimeFailure",
+    }  # of funicular.errors
+    assert [name for name in funicular.__all__ if name not in unnamed and getattr(funicular, name) not in public] == []
 
 
 def test_every_page_is_in_the_site() -> None:
