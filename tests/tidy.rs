@@ -1,5 +1,8 @@
 //! The rules of the house that no compiler checks, over the files that git would commit (the whole tree without git).
 
+#[path = "tidy/dead_code.rs"]
+mod dead_code;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,

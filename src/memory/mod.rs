@@ -24,6 +24,6 @@ pub use fork::{forked, keep};
 pub use headroom::headroom;
 pub use heap::trim;
 pub use page::page_size;
-pub use region::{HostRegion, HugePages};
+pub use region::HostRegion;
 pub use shadow::{Shadow, ShadowSpace};
 pub use slots::{SlotLease, SlotPool};

@@ -5,7 +5,7 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
     },
 };
 
@@ -18,15 +18,6 @@ use crate::{
 /// Alignment of a region: a huge page.
 const ALIGNMENT: u64 = 2 << 20;
 
-/// What was asked of the kernel for a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HugePages {
-    /// Transparent huge pages were advised and accepted.
-    Advised,
-    /// The kernel refused the advice; 4 KiB pages.
-    Refused,
-}
-
 /// Zero-filled memory at one address for its whole life, page aligned at 2 MiB. Pages are taken at first touch. A forked child has none
 /// of it.
 pub struct HostRegion {
@@ -36,7 +27,6 @@ pub struct HostRegion {
     moved: AtomicBool,
     start: NonNull<u8>,
     len: usize,
-    huge: HugePages,
 }
 
 // SAFETY: the region is plain memory; who may touch which range is decided by leases and by the runtime.
@@ -90,10 +80,10 @@ impl HostRegion {
         let start = unsafe { mapping.add(offset) };
         let len = len_rounded as usize;
         // SAFETY: the range lies in the mapping made above; advice changes no contents.
-        let advised = unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        let huge = if advised == 0 { HugePages::Advised } else { HugePages::Refused };
+        // Refused, the region has small pages.
+        unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         let not_forked = NotForked::new(raw.cast(), total);
-        Ok(Arc::new(Self { mapping, mapping_len: total, not_forked, moved: AtomicBool::new(false), start, len, huge }))
+        Ok(Arc::new(Self { mapping, mapping_len: total, not_forked, moved: AtomicBool::new(false), start, len }))
     }
 
     /// First byte.
@@ -109,11 +99,6 @@ impl HostRegion {
     /// True for a region without bytes; never the case.
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Whether huge pages were accepted.
-    pub fn huge_pages(&self) -> HugePages {
-        self.huge
     }
 
     /// Takes the pages of `[offset, offset + len)` now, keeping their contents.
@@ -132,6 +117,32 @@ impl HostRegion {
 }
 
 impl HostRegion {
+    /// Takes all pages now, on all processors, keeping their contents. A thread that the system refuses leaves its share to the others;
+    /// the calling thread always works.
+    pub fn touch_all(&self) {
+        const PART: usize = 64 << 20;
+        let parts = self.len.div_ceil(PART);
+        let next = AtomicUsize::new(0);
+        let work = || {
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed).saturating_mul(PART);
+                if at >= self.len {
+                    return;
+                }
+                self.touch(at, PART.min(self.len - at));
+            }
+        };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        std::thread::scope(|scope| {
+            for _ in 1..processors.min(parts) {
+                if std::thread::Builder::new().name("funicular-touch".into()).spawn_scoped(scope, work).is_err() {
+                    break;
+                }
+            }
+            work();
+        });
+    }
+
     /// Has the system provide the pages of `[offset, offset + len)` now, where it can (Linux 5.14): the first write to a page costs
     /// more than all later ones, a virtual machine's most. Contents stay, also while other threads use them.
     ///
@@ -219,6 +230,21 @@ mod tests {
             region.touch(8192, 4096);
             assert_eq!(*region.as_ptr().add(12_287), 7);
         }
+    }
+
+    #[test]
+    fn all_pages_are_taken_and_keep_their_contents() {
+        let len = (192 << 20) + page_size();
+        let region = HostRegion::new(ByteCount(len as u64), "a test").expect("maps");
+        // SAFETY: inside the region, and only this test uses it.
+        unsafe { *region.as_ptr().add(len - 1) = 7 };
+        region.touch_all();
+        let mut taken = vec![0; len / page_size()];
+        // SAFETY: the region's own range, and one byte for each of its pages.
+        assert_eq!(unsafe { libc::mincore(region.as_ptr().cast(), len, taken.as_mut_ptr()) }, 0);
+        assert_eq!(taken.iter().position(|page| page & 1 == 0), None);
+        // SAFETY: as above.
+        assert_eq!(unsafe { *region.as_ptr().add(len - 1) }, 7);
     }
 
     #[test]

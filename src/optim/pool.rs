@@ -72,22 +72,12 @@ struct Job {
 // SAFETY: the closure is `Sync`, and P1 keeps it alive while a thread can reach it.
 unsafe impl Send for Job {}
 
-/// What the calling thread does during a run.
-enum Caller<'a> {
-    Sleeps,
-    Works,
-    Does(&'a mut dyn FnMut()),
-}
+/// What the calling thread does during a run, besides waiting for its end.
+type Beside<'a> = Option<&'a mut dyn FnMut()>;
 
-impl Caller<'_> {
-    /// Runs the caller's own work, if it brought any; returns the message of a panic.
-    fn run(self) -> std::result::Result<(), String> {
-        if let Self::Does(beside) = self {
-            catch_unwind(AssertUnwindSafe(beside)).map_err(|p| said(p.as_ref()))
-        } else {
-            Ok(())
-        }
-    }
+/// Runs it; the error is the message of a panic.
+fn do_beside(beside: Beside<'_>) -> std::result::Result<(), String> {
+    beside.map_or(Ok(()), |work| catch_unwind(AssertUnwindSafe(work)).map_err(|p| said(p.as_ref())))
 }
 
 impl Pool {
@@ -136,15 +126,7 @@ impl Pool {
     /// # Errors
     /// `FN-E105` when a task panicked: tasks not started by then are skipped. `FN-E103` in a forked child.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
-        self.run_job(tasks, task, Caller::Sleeps)
-    }
-
-    /// [`Self::run`], with the calling thread working too.
-    ///
-    /// # Errors
-    /// As for [`Self::run`].
-    pub fn run_with_caller(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
-        self.run_job(tasks, task, Caller::Works)
+        self.run_job(tasks, task, None)
     }
 
     /// [`Self::run`], while the calling thread does something else, once; waits for both. Every task runs on the pool's threads.
@@ -152,19 +134,18 @@ impl Pool {
     /// # Errors
     /// As for [`Self::run`], also when `beside` panicked.
     pub fn run_beside(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), beside: &mut dyn FnMut()) -> Result<()> {
-        self.run_job(tasks, task, Caller::Does(beside))
+        self.run_job(tasks, task, Some(beside))
     }
 
-    fn run_job(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), caller: Caller<'_>) -> Result<()> {
+    fn run_job(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), beside: Beside<'_>) -> Result<()> {
         if self.pid != std::process::id() {
             return Err(Error::new(Code::Forked, "the optimizer's threads exist in the parent process only.")
                 .action("Start worker processes by spawn, or build the optimizer in the child."));
         }
         // Inside a task, `turn` may be held by the run that the task belongs to: waiting for it would never end.
-        let beside = matches!(caller, Caller::Does(_));
-        if tasks == 0 || (tasks == 1 && !beside) || IN_TASK.get() {
+        if tasks == 0 || (tasks == 1 && beside.is_none()) || IN_TASK.get() {
             run_here(tasks, task)?;
-            return caller.run().map_err(|what| panicked(&what));
+            return do_beside(beside).map_err(|what| panicked(&what));
         }
         let turn = self.turn.lock();
         // SAFETY: only the lifetime changes. `finish` below returns after the last thread left the job, and no thread
@@ -172,13 +153,9 @@ impl Pool {
         let task = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(task)
         };
-        let job = Job { task, tasks };
-        self.shared.start(job);
-        if matches!(caller, Caller::Works) {
-            self.shared.work_on(job);
-        }
-        // `run` catches a panic: the pool's threads may still use what the caller has lent.
-        let beside = caller.run();
+        self.shared.start(Job { task, tasks });
+        // `do_beside` catches a panic: the pool's threads may still use what the caller has lent.
+        let beside = do_beside(beside);
         let panic = self.shared.finish(tasks);
         drop(turn);
         panic.map_or(beside, Err).map_err(|what| panicked(&what))
@@ -306,12 +283,12 @@ mod tests {
 
     use super::*;
 
-    fn counts(pool: &Pool, tasks: usize, with_caller: bool) -> Vec<usize> {
+    fn counts(pool: &Pool, tasks: usize) -> Vec<usize> {
         let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
         let task = |i: usize| {
             counts[i].fetch_add(1, Ordering::Relaxed);
         };
-        if with_caller { pool.run_with_caller(tasks, &task) } else { pool.run(tasks, &task) }.expect("no panic");
+        pool.run(tasks, &task).expect("no panic");
         counts.into_iter().map(AtomicUsize::into_inner).collect()
     }
 
@@ -322,7 +299,7 @@ mod tests {
             assert_eq!(pool.threads(), threads);
             for round in 0..300 {
                 let tasks = round % 37;
-                assert_eq!(counts(&pool, tasks, round % 2 == 0), vec![1; tasks]);
+                assert_eq!(counts(&pool, tasks), vec![1; tasks]);
             }
         }
     }
@@ -335,7 +312,7 @@ mod tests {
                 let e = pool.run(tasks, &|i| assert!(i != tasks - 1, "task {i} is unwell")).expect_err("panicked");
                 assert_eq!(e.code(), Code::Panicked);
                 assert!(e.to_string().contains("is unwell"), "{e}");
-                assert_eq!(counts(&pool, 9, false), vec![1; 9]);
+                assert_eq!(counts(&pool, 9), vec![1; 9]);
             }
         }
     }
@@ -343,15 +320,13 @@ mod tests {
     #[test]
     fn a_run_ends_after_its_last_task_has_ended() {
         let pool = Pool::new(Some(3)).expect("threads");
-        for with_caller in [false, true] {
-            let ended = AtomicUsize::new(0);
-            let task = |i: usize| {
-                std::thread::sleep(std::time::Duration::from_millis(5 * i as u64));
-                ended.fetch_add(1, Ordering::Relaxed);
-            };
-            if with_caller { pool.run_with_caller(3, &task) } else { pool.run(3, &task) }.expect("no panic");
-            assert_eq!(ended.into_inner(), 3);
-        }
+        let ended = AtomicUsize::new(0);
+        let task = |i: usize| {
+            std::thread::sleep(std::time::Duration::from_millis(5 * i as u64));
+            ended.fetch_add(1, Ordering::Relaxed);
+        };
+        pool.run(3, &task).expect("no panic");
+        assert_eq!(ended.into_inner(), 3);
     }
 
     #[test]
@@ -369,7 +344,7 @@ mod tests {
                 assert_eq!((done.into_inner(), beside), (tasks, 1));
                 let e = pool.run_beside(tasks, &|_| (), &mut || panic!("beside")).expect_err("panicked");
                 assert_eq!(e.code(), Code::Panicked);
-                assert_eq!(counts(&pool, 9, false), vec![1; 9]);
+                assert_eq!(counts(&pool, 9), vec![1; 9]);
             }
         }
     }
@@ -432,7 +407,7 @@ mod tests {
         // SAFETY: the child calls nothing that another thread of the parent could hold a lock for, and leaves by _exit.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let refused = pool.run_job(2, &|_| (), Caller::Sleeps).is_err_and(|e| e.code() == Code::Forked);
+            let refused = pool.run_job(2, &|_| (), None).is_err_and(|e| e.code() == Code::Forked);
             drop(pool);
             // SAFETY: ends the child without running the parent's exit handlers.
             unsafe { libc::_exit(i32::from(!refused)) };

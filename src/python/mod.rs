@@ -27,7 +27,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;
     m.add_function(wrap_pyfunction!(policies::match_names, m)?)?;
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
-    m.add_function(wrap_pyfunction!(policies::error_codes, m)?)?;
     m.add_function(wrap_pyfunction!(completion::complete, m)?)?;
     m.add_function(wrap_pyfunction!(memory::trim, m)?)?;
     m.add_function(wrap_pyfunction!(memory::keep_for_child, m)?)?;

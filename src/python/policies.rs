@@ -8,7 +8,7 @@ use crate::{
     policy::{Pattern, Policy, schema},
 };
 
-/// Reads a policy: `form` is "file", "name" (a preset, else a file), "toml", "json" or "preset". Environment variables and overrides come on top.
+/// Reads a policy: `form` is "file", "name" (a preset, else a file), "json" or "preset". Environment variables and overrides come on top.
 /// Returns resolved JSON.
 #[pyfunction]
 pub(crate) fn resolve_policy(
@@ -24,7 +24,7 @@ pub(crate) fn resolve_policy(
             "name" => Policy::named(source)?,
             "json" => Policy::from_json_str(source, "policy")?,
             "preset" => Policy::preset(source)?,
-            _ => Policy::from_toml_str(source, "policy")?,
+            _ => return Err(Error::argument(format!("there is no policy form '{form}'."))),
         };
         let mut policy = read.with_env(environment)?;
         for (key, value) in overrides {
@@ -49,12 +49,6 @@ pub(crate) fn match_names(py: Python<'_>, patterns: Vec<String>, names: Vec<Stri
 #[pyfunction]
 pub(crate) fn policy_schema() -> String {
     schema::json_schema().to_string()
-}
-
-/// (code, meaning) of every error.
-#[pyfunction]
-pub(crate) fn error_codes() -> Vec<(&'static str, &'static str)> {
-    Code::ALL.iter().map(|c| (c.as_str(), c.summary())).collect()
 }
 
 fn json(policy: &Policy) -> String {

@@ -64,7 +64,8 @@ pub struct OpenedStore {
 }
 
 struct StorePath {
-    run_dir: RunDir,
+    /// Removed as it is dropped.
+    _run_dir: RunDir,
     label: Arc<str>,
 }
 
@@ -217,11 +218,6 @@ impl Store {
     pub fn written(&self, segment: usize, chunk: u32) -> bool {
         self.checksums.is_sealed(self.layout.chunk_index(segment, chunk))
     }
-
-    /// The private directories, one per path, in the order of the paths.
-    pub fn run_dirs(&self) -> impl Iterator<Item = &RunDir> {
-        self.paths.iter().map(|path| &path.run_dir)
-    }
 }
 
 /// A run directory and a file of full size on each path.
@@ -241,7 +237,7 @@ fn make_room(
         let file = scratch_file(run_dir.path(), probe.direct)?;
         let label: Arc<str> = run_dir.path().join("data").to_string_lossy().into();
         files.push(IoFile::new(file, Arc::clone(&label), probe.direct));
-        paths.push(StorePath { run_dir, label });
+        paths.push(StorePath { _run_dir: run_dir, label });
         match devices.iter_mut().find(|(known, ..)| *known == device) {
             Some((_, first, total)) => {
                 notes.push(format!(

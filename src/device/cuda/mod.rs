@@ -20,7 +20,6 @@ use std::{
 
 use cudarc::driver::sys::{CU_MEMHOSTREGISTER_DEVICEMAP, CU_MEMHOSTREGISTER_PORTABLE, CUdevice_attribute};
 use parking_lot::Mutex;
-use rayon::prelude::*;
 
 use self::{
     driver::{Context, Driver},
@@ -200,7 +199,8 @@ impl Device for CudaDevice {
         if regions.iter().any(|known| Arc::ptr_eq(known, region)) {
             return Ok(());
         }
-        touch(region);
+        // The driver would take the pages on one processor.
+        region.touch_all();
         let context = self.context();
         let _entered = context.enter()?;
         let (address, flags) = (region.as_ptr().cast(), CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
@@ -304,15 +304,6 @@ impl Device for CudaDevice {
     fn drain(&self) {
         self.streams.drain();
     }
-}
-
-/// Takes the pages of a region on all cores; the driver would take them on one.
-fn touch(region: &HostRegion) {
-    const PART: usize = 64 << 20;
-    (0..region.len().div_ceil(PART)).into_par_iter().for_each(|part| {
-        let at = part * PART;
-        region.touch(at, PART.min(region.len() - at));
-    });
 }
 
 impl Drop for CudaDevice {
