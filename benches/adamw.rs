@@ -16,7 +16,7 @@ use funicular::{
         AdamWOptions, Hyper, Isa, Pool, Span, Target, Update, adamw_into_parallel, adamw_parallel, adamw_with,
         norm_blocks, norm_sq_parallel,
     },
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 const KINDS: [StateKind; 5] =

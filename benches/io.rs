@@ -18,7 +18,7 @@ use funicular::{
         allocate, open_engine, probe_directory, scratch_file,
     },
     memory::{SlotLease, SlotPool},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 const SLOT: usize = 16 << 20;

@@ -8,9 +8,9 @@ use funicular::{
     dtype::DType,
     io::{DirectIo, EngineOptions},
     model::{Layout, ParamSpec, UnitSpec},
+    quantities::{ByteCount, Tier, UnitId},
     schedule::{Budgets, LaneUse, Limits, Machine, Phase, Tiers, placement},
     store::{SegmentSpec, Store, StoreSpec},
-    units::{ByteCount, Tier, UnitId},
 };
 
 const UNITS: u32 = 128;

@@ -3,10 +3,11 @@
 //! What subcommands say is made in the layers below; printing is done here only.
 #![expect(clippy::print_stderr, reason = "the command line talks to a person")]
 
-mod look;
 mod errors;
+mod look;
 mod plan;
 mod terminal;
+mod values;
 
 use std::{
     ffi::OsString,
@@ -20,6 +21,7 @@ use clap::{Args, Parser, Subcommand};
 pub use plan::Loader;
 use terminal::error_for_terminal;
 
+use self::values::{Sets, device, engine, seconds, size};
 use crate::{
     bench::{self, Interrupt, Outputs, Progress},
     checkpoint::{Control, cli as checkpoint},
@@ -28,13 +30,12 @@ use crate::{
     error::{Code, Error, Result},
     io::EngineChoice,
     policy::{
-        cli::{self as policy_cli, Output, Overlay},
+        cli::{self as policy_cli, Output},
         import::Hints,
-        parse_size,
         profile::Profile,
     },
+    quantities::ByteCount,
     text::{printable, printable_lines},
-    units::ByteCount,
 };
 
 /// Exit code where there is no answer: an error, or wrong arguments, for which clap ends with the same. 1 is the answer "no".
@@ -213,50 +214,6 @@ enum CheckpointCommand {
         #[arg(long, value_name = "SIZE", value_parser = size, default_value = "5GB")]
         shard: ByteCount,
     },
-}
-
-#[derive(Args, Clone)]
-struct Sets {
-    /// Set a key over the file and the environment; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
-}
-
-impl From<Sets> for Overlay {
-    fn from(sets: Sets) -> Self {
-        let text = |s: OsString| s.to_string_lossy().into_owned();
-        Self { env: std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect(), sets: sets.sets }
-    }
-}
-
-fn seconds(text: &str) -> std::result::Result<Duration, String> {
-    let number = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    number.filter(|time| !time.is_zero()).ok_or_else(|| "a number of seconds above 0, such as 7".to_owned())
-}
-
-fn device(text: &str) -> std::result::Result<DeviceChoice, String> {
-    match text.split_once(':') {
-        None if text == "auto" => Ok(DeviceChoice::Auto),
-        None if text == "host" => Ok(DeviceChoice::Host),
-        None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
-        Some(("cuda", ordinal)) => {
-            ordinal.parse().map(DeviceChoice::Cuda).map_err(|_| "cuda:N with a number N".to_owned())
-        }
-        _ => Err("one of auto, host, cuda, cuda:N".to_owned()),
-    }
-}
-
-fn engine(text: &str) -> std::result::Result<EngineChoice, String> {
-    match text {
-        "auto" => Ok(EngineChoice::Auto),
-        "io_uring" => Ok(EngineChoice::IoUring),
-        "threads" => Ok(EngineChoice::Threads),
-        _ => Err("one of auto, io_uring, threads".to_owned()),
-    }
-}
-
-fn size(text: &str) -> std::result::Result<ByteCount, String> {
-    parse_size(text).map_err(|e| e.to_string())
 }
 
 /// Runs the command line. `arguments` are those after the program's name; `relaunch` is the command that starts this

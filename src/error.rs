@@ -6,7 +6,7 @@ use std::{borrow::Cow, fmt};
 
 pub use codes::{Code, Entry, Family, entries};
 
-use crate::{text::printable_lines, units::ByteCount};
+use crate::{quantities::ByteCount, text::printable_lines};
 
 /// Result of everything that can fail.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -4,13 +4,13 @@
 use funicular::{
     dtype::DType,
     model::{Layout, ParamSpec, UnitSpec},
+    quantities::{ByteCount, Tier},
     schedule::{
         Budgets, LaneUse, Limits, Phase, Placement, Tiers,
         cost::{Rates, Resource, Work, gains, predict},
         placement::place,
         traffic::{Uses, of_step, windows},
     },
-    units::{ByteCount, Tier},
 };
 use proptest::prelude::*;
 

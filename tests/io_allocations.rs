@@ -14,7 +14,7 @@ use crossbeam::channel::bounded;
 use funicular::{
     io::{Direction, EngineChoice, EngineOptions, FileId, IoFile, IoPart, IoRequest, open_engine},
     memory::SlotPool,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 struct Counting;

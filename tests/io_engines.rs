@@ -18,7 +18,7 @@ use funicular::{
         IoFile, IoPart, IoRequest, Rule, open_engine, probe_directory, scratch_file,
     },
     memory::{SlotLease, SlotPool},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 use proptest::prelude::*;
 use tempfile::TempDir;

@@ -5,11 +5,11 @@ use funicular::{
     Code, Error,
     dtype::{DType, StateKind},
     model::{Layout, ParamSpec, Section, Unit, UnitSpec},
+    quantities::{ByteCount, Tier, UnitId},
     schedule::{
         Budgets, LaneUse, Limits, Placement, Tiers,
         placement::{place, spare_bytes},
     },
-    units::{ByteCount, Tier, UnitId},
 };
 use proptest::prelude::*;
 

@@ -11,7 +11,7 @@ use funicular::{
         Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsDtype, ParamsTier, Pattern, Policy, Prefetch,
         Pressure, UnderPressure, Units, UpdateOn, schema,
     },
-    units::ByteCount,
+    quantities::ByteCount,
 };
 use proptest::prelude::*;
 

@@ -8,7 +8,7 @@ use funicular::{
         Auto, OptimizerTier, ParamsDtype, ParamsTier, Policy,
         import::{self, Hints, Imported, Item},
     },
-    units::ByteCount,
+    quantities::ByteCount,
 };
 use proptest::prelude::*;
 

@@ -12,9 +12,9 @@ use funicular::{
     model::{Layout, ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
     policy::Policy,
-    runtime::{JobSpan, Runtime, Sharing, StepHyper, UnitUpdate},
+    quantities::{ByteCount, UnitId},
+    runtime::{JobSpan, Runtime, StepHyper, UnitUpdate, UpdateOn},
     schedule::Phase,
-    units::{ByteCount, UnitId},
 };
 
 struct Counting;
@@ -94,7 +94,7 @@ fn steady_steps_allocate_nothing() {
     let hypers = [StepHyper { hyper: Hyper::new(&o, 1, 1.0), clip: None }];
     let span = JobSpan { section: 0, start: 0, len: ELEMS, hyper: 0, reset_master: false };
     let updates: Vec<_> =
-        (0..UNITS).map(|n| UnitUpdate { unit: UnitId(n), spans: vec![span], guessed: false }).collect();
+        (0..UNITS).map(|n| UnitUpdate { unit: UnitId(n), spans: vec![span], speculated: false }).collect();
     let gradient = vec![0x3f80; ELEMS as usize];
     for (params, optimizer, engine, at) in [
         ("host", "host", "threads", "cpu"),
@@ -112,7 +112,7 @@ fn steady_steps_allocate_nothing() {
             Err(e) => panic!("{e}"),
         };
         // Where there are lanes, they take half.
-        assert_eq!(rt.split_updates(Sharing::Halves).unwrap(), at == "gpu");
+        assert_eq!(rt.set_update_on(UpdateOn::Halves).unwrap(), at == "gpu");
         (0..20).for_each(|_| step(&rt, &updates, &hypers, &gradient));
         assert!(COUNT.load(Ordering::Relaxed) > 0, "the allocator counts");
         // A thread that has to wait at a channel for the first time makes what it waits with: on a busy machine that may be late.

@@ -14,8 +14,8 @@ use funicular::{
     Code,
     io::{DirectIo, Direction, EngineChoice, EngineOptions, Fault, IoCompletion, IoRequest, Rule, free_bytes},
     memory::{SlotLease, SlotPool},
+    quantities::ByteCount,
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
-    units::ByteCount,
 };
 use tempfile::TempDir;
 

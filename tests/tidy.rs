@@ -1,8 +1,5 @@
 //! The rules of the house that no compiler checks, over the files that git would commit (the whole tree without git).
 
-#[path = "tidy/dead_code.rs"]
-mod dead_code;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -12,8 +9,14 @@ use std::{
 
 use funicular::Code;
 
+#[path = "tidy/circles.rs"]
+mod circles;
+#[path = "tidy/dead_code.rs"]
+mod dead_code;
 #[path = "tidy/python.rs"]
 mod python;
+#[path = "tidy/riddles.rs"]
+mod riddles;
 
 /// Longest Rust file under src/ and longest Python file, in lines.
 const LONGEST_FILE: usize = 500;
@@ -703,8 +706,8 @@ fn code_is_told_from_comments_and_literals() {
     assert_eq!(code_of(source).lines().count(), source.lines().count());
     let names = |code: &str| crate_paths(code).into_iter().map(|(_, name)| name).collect::<Vec<_>>();
     assert_eq!(
-        names("use crate::{error::{Code, Result}, io, memory::Slot}; crate::units::x"),
-        ["error", "io", "memory", "units"]
+        names("use crate::{error::{Code, Result}, io, memory::Slot}; crate::quantities::x"),
+        ["error", "io", "memory", "quantities"]
     );
 }
 

@@ -29,8 +29,8 @@ use crate::{
         scratch_file,
     },
     memory::{HostRegion, SlotLease, SlotPool},
+    quantities::ByteCount,
     store::RunDir,
-    units::ByteCount,
 };
 
 /// How long the disk may be silent before the benchmark gives up.

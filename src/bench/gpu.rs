@@ -13,14 +13,14 @@ use std::{
 use crate::{
     bench::{
         Exercise,
-        clock::Clock,
+        clock::{Clock, nanos},
         link::{Link, Way},
-        memory::{ADAMW_TRAFFIC, PARAM_BYTES, States, hyper, nanos, span_at},
+        memory::{ADAMW_TRAFFIC, PARAM_BYTES, States, hyper, span_at},
         stats::Round,
     },
     device::{FrameSpan, Frames, Gate, StreamRef},
     error::Result,
-    units::round_up,
+    quantities::round_up,
 };
 
 /// Operations in flight.

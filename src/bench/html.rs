@@ -128,7 +128,7 @@ fn hops(hops: &[Hop]) -> String {
                 format!("{:.0} %", figure.spread * 100.0),
                 micros(figure.p50_us),
                 micros(figure.p99_us),
-                hop.block.map_or_else(String::new, |block| crate::units::ByteCount(block).to_string()),
+                hop.block.map_or_else(String::new, |block| crate::quantities::ByteCount(block).to_string()),
                 hop.depth.map_or_else(String::new, |depth| depth.to_string()),
                 hop.engine.clone().unwrap_or_default(),
                 hop.direct.map_or_else(String::new, |direct| if direct { "yes" } else { "no" }.to_owned()),

@@ -12,11 +12,16 @@ use std::{
 };
 
 use crate::{
-    bench::{Exercise, clock::Clock, disk::fill_with_numbers, memory::nanos, stats::Round},
+    bench::{
+        Exercise,
+        clock::{Clock, nanos},
+        disk::fill_with_numbers,
+        stats::Round,
+    },
     device::{self, Device, DeviceChoice, DeviceKind, FrameSpan, Frames, Gate, StreamRef},
     error::{Code, Error, Result},
     memory::{HostRegion, SlotLease},
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 /// Blocks in flight per direction.

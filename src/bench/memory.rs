@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use crate::{
     bench::{
         Exercise,
-        clock::Clock,
+        clock::{Clock, nanos},
         disk::fill_with_numbers,
         kernels::{self, Five, Kernel},
         link::{LinkHop, PATIENCE},
@@ -26,7 +26,7 @@ use crate::{
     error::Result,
     memory::{HostRegion, SlotLease, SlotPool},
     optim::{self, AdamWOptions, Hyper, Isa, Pool, Span, Update, adamw_parallel},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Bytes that an update of a bf16 parameter moves: parameter, remainder and both moments in and out, the gradient in.
@@ -354,10 +354,6 @@ impl Exercise for AdamwAndCopies {
             }
         }
     }
-}
-
-pub(super) fn nanos(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ use crate::{
     device::DeviceChoice,
     error::{Code, Error, Result},
     io::EngineChoice,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// What to measure, and how.

@@ -14,10 +14,10 @@ use std::{
 use crate::{
     bench::{
         Exercise,
-        clock::Clock,
+        clock::{Clock, nanos},
         disk::Lane,
         link::{HostMemory, Lent, Link, Way},
-        memory::{STATE_BYTES, States, nanos},
+        memory::{STATE_BYTES, States},
         stats::Round,
     },
     device::Gate,

@@ -19,7 +19,7 @@ use crate::{
         trust, verdict,
     },
     device::DeviceKind,
-    doctor::machine,
+    doctor::facts,
     error::Result,
     optim::Pool,
 };
@@ -54,7 +54,7 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
     Ok(Report {
         made_by: MARK,
         version: env!("CARGO_PKG_VERSION"),
-        date: machine::utc_now(),
+        date: facts::utc_now(),
         machine: bench.machine.clone(),
         others_cpus: others,
         hops,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{bench::stats::as_f64, doctor::machine::text};
+use crate::{bench::stats::as_f64, machine::text};
 
 /// Ticks in a second in the files of /proc, on every kernel.
 const TICKS: f64 = 100.0;

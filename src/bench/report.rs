@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::{
     bench::stats::{Round, as_f64, fraction, median_rate, percentile, rates, spread},
-    doctor::machine::Machine,
+    doctor::facts::Machine,
 };
 
 /// What every file of the benchmark contains near its beginning, so that it may be replaced by the next run.

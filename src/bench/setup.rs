@@ -16,11 +16,11 @@ use crate::{
         quiet::{self, Watch},
     },
     device::DeviceKind,
-    doctor::machine::{self, Machine},
+    doctor::facts::{self, Machine},
     error::{Code, Error, Result},
     memory::SlotPool,
     optim::Pool,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Bytes of a piece of a pipeline, where there are few threads: small, so that what is in flight stays near the caches.
@@ -75,7 +75,7 @@ impl<'a> Bench<'a> {
         let began = now.checked_sub(quiet::start_up()).unwrap_or(now);
         check(options)?;
         progress.at(0.0, "looking at the paths");
-        let device = machine::chosen(options.device)?;
+        let device = facts::chosen(options.device)?;
         let machine = Machine::read(device)?;
         has_room(machine.available)?;
         let (mut disk, mut notes) = if options.paths.is_empty() {

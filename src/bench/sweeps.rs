@@ -15,7 +15,7 @@ use crate::{
     error::Result,
     memory::SlotPool,
     optim::Pool,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// How much faster another block and depth has to be before the report advises to change a setting.

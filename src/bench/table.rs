@@ -6,7 +6,7 @@ use crate::{
         report::{FIO, Hop, Report, Sweep},
     },
     policy::format_size,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 const HEADERS: [&str; 6] = ["hop", "where", "GB/s", "spread", "p50", "p99"];

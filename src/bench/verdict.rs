@@ -10,7 +10,7 @@ use crate::{
         sweeps::Settings,
     },
     policy::format_size,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Bytes per parameter of `train_traffic` as it counts them.

@@ -9,22 +9,22 @@ use crate::{
     checkpoint::{
         contents::{Contents, Found},
         control::Control,
-        directory::read_manifest,
         export::export as write_weights,
         leftovers::{PREFIX, leftovers},
         manifest::{MANIFEST, Manifest},
+        manifest_file::read_manifest,
         tensors::verify as read_all,
-        writer::Means,
+        writer::FrameBudget,
     },
     error::{Code, Error, Result},
     io::EngineOptions,
+    quantities::ByteCount,
     schedule::placement::{SAVE_FRAME, SAVE_FRAMES},
     text::printable,
-    units::ByteCount,
 };
 
-fn means() -> Means {
-    Means { engine: EngineOptions::default(), direct: true, frames: SAVE_FRAMES, frame: SAVE_FRAME }
+fn budget() -> FrameBudget {
+    FrameBudget { engine: EngineOptions::default(), direct: true, frames: SAVE_FRAMES, frame: SAVE_FRAME }
 }
 
 /// A table of the checkpoints at `path`: itself one, or a directory of some. The flag says whether all are complete.
@@ -130,7 +130,7 @@ pub fn verify(path: &Path, control: &Control) -> Result<(String, bool)> {
     all.sort_by_key(|f| (f.file, f.start));
     let (count, bytes) = (all.len(), all.iter().map(|f| f.end - f.start).sum());
     control.expect(bytes);
-    let wrong = read_all(&contents, all, &means(), control)?;
+    let wrong = read_all(&contents, all, &budget(), control)?;
     let mut text = String::new();
     for error in &wrong {
         let _ = writeln!(text, "{}", printable(&error.to_string()));
@@ -147,7 +147,7 @@ pub fn verify(path: &Path, control: &Control) -> Result<(String, bool)> {
 /// Those of opening a checkpoint and of saving one.
 pub fn export(path: &Path, target: &Path, fp32: bool, shard: u64, control: &Control) -> Result<String> {
     let contents = Contents::open(path)?;
-    write_weights(&contents, target, fp32, shard, &means(), control)?;
+    write_weights(&contents, target, fp32, shard, &budget(), control)?;
     Ok(format!("{}: {} tensors\n", target.display(), contents.model.len()))
 }
 

@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -14,11 +15,11 @@ use safetensors::{Dtype, tensor::Metadata};
 
 use crate::{
     checkpoint::{
-        directory::manifest_of,
         folder::{Folder, Links, Opened},
         foreign::{INDEX, Indexed, model_files},
         leftovers::PREFIX,
         manifest::{FileFacts, LONGEST_FILE, MANIFEST, Manifest, ShardFacts, hex, sum},
+        manifest_file::manifest_of,
         reader::damaged,
         refused::reading,
     },
@@ -108,7 +109,7 @@ impl Contents {
             contents.add_shard(open_in(&folder, &shard.name, Links::Cache)?, Some(shard))?;
         }
         if let Some(index) = index {
-            index.compare(&contents)?;
+            compare(&index, &contents)?;
         }
         contents.manifest = Some(manifest);
         contents.folder = Some(folder);
@@ -122,7 +123,7 @@ impl Contents {
             contents.add_shard(open_in(&folder, &name, Links::Any)?, None)?;
         }
         if let Some(index) = index {
-            index.compare(&contents)?;
+            compare(&index, &contents)?;
         }
         contents.folder = Some(folder);
         Ok(contents)
@@ -200,6 +201,17 @@ fn look_again(path: &Path, mut e: std::io::Error) -> std::io::Result<Folder> {
         }
     }
     Err(e)
+}
+
+/// Every tensor that an index names is in the file that it says.
+fn compare(index: &Indexed, contents: &Contents) -> Result<()> {
+    for (name, file) in &index.map {
+        let found = contents.model.get(name).map(|f| contents.files[f.file as usize].path.file_name());
+        if found.flatten() != Some(OsStr::new(file)) {
+            return Err(damaged(format!("{}: '{name}' is not in {file}.", index.path.display())));
+        }
+    }
+    Ok(())
 }
 
 /// Reads a small file and compares it with the manifest.

@@ -11,14 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{RenameFlags, renameat_with};
 
 use crate::{
     checkpoint::{
-        folder::{Folder, Links},
+        folder::{Folder, rename},
         leftovers::{Leftover, OWNER, PREFIX, SWAP, Unproved, lock},
-        manifest::{LONGEST, MANIFEST, Manifest},
-        refused::{reading, unwritable},
+        refused::unwritable,
     },
     error::{Code, Error, Result},
     io::random,
@@ -30,7 +29,6 @@ const ATTEMPTS: u32 = 64;
 /// How long other processes that save to the same place are waited for, and how long until the next look.
 const PATIENCE: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(2);
-const LS: &str = "`funicular checkpoint ls` lists the checkpoints in a directory.";
 
 /// A directory in the making; removed when it is dropped unpublished.
 #[derive(Debug)]
@@ -206,34 +204,6 @@ pub(super) fn private_path(parent: &Path) -> PathBuf {
     parent.join(PrivateName::make(PREFIX, random()))
 }
 
-pub(super) fn rename(from: &Path, to: &Path, flags: RenameFlags) -> std::result::Result<(), OsError> {
-    Ok(renameat_with(CWD, from, CWD, to, flags)?)
-}
-
-/// Reads and checks the manifest of the checkpoint at `path`.
-///
-/// # Errors
-/// `FN-E404` if there is none, `FN-E405`, `FN-E406`.
-pub fn read_manifest(path: &Path) -> Result<Manifest> {
-    let none = |why: String, e: &OsError| {
-        Error::new(Code::CheckpointMissing, format!("{}: {why}.", path.display()))
-            .errno(e.raw_os_error().unwrap_or(0))
-            .action(reading(e, LS))
-    };
-    let folder = Folder::open(path).map_err(|e| none(e.to_string(), &e))?;
-    manifest_of(&folder, Links::Cache)
-}
-
-/// Reads and checks the manifest in an open directory.
-pub(super) fn manifest_of(folder: &Folder, links: Links) -> Result<Manifest> {
-    let read = folder.open_file(MANIFEST, links).and_then(|file| file.read_all(LONGEST));
-    let bytes = read.map_err(|e| {
-        let text = format!("{}: no readable {MANIFEST} in it: {e}.", folder.path().display());
-        Error::new(Code::CheckpointMissing, text).errno(e.raw_os_error().unwrap_or(0)).action(reading(&e, LS))
-    })?;
-    Manifest::decode(&bytes, &folder.path().join(MANIFEST))
-}
-
 /// Writes a small file and makes it durable.
 pub(super) fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let path = dir.join(name);
@@ -286,8 +256,10 @@ pub(super) mod tests {
 
     use super::*;
     use crate::checkpoint::{
+        folder::Links,
         leftovers::{leftovers, sweep},
-        manifest::FileFacts,
+        manifest::{FileFacts, MANIFEST, Manifest},
+        manifest_file::{manifest_of, read_manifest},
     };
 
     /// A checkpoint with a file; its manifest names it.

@@ -8,6 +8,7 @@ use serde_json::value::to_raw_value;
 
 use crate::{
     checkpoint::{
+        GRAIN,
         contents::{Contents, Found},
         control::Control,
         convert::{Conversion, master},
@@ -15,9 +16,9 @@ use crate::{
         layout::TensorSpec,
         manifest::{LONGEST_FILE, MANIFEST},
         reader::damaged,
-        save::{GRAIN, Job, Request, Tiers},
+        save::{Request, Save, SaveSource},
         tensors::TensorReader,
-        writer::Means,
+        writer::FrameBudget,
     },
     dtype::DType,
     error::{Code, Error, Result},
@@ -37,7 +38,7 @@ pub(super) fn export(
     target: &Path,
     fp32: bool,
     shard: u64,
-    means: &Means,
+    budget: &FrameBudget,
     control: &Control,
 ) -> Result<()> {
     let said = Said::of(contents)?;
@@ -65,21 +66,21 @@ pub(super) fn export(
         shard,
         tensors,
     };
-    let job = Job::new(request)?;
-    let order: Vec<usize> = job.order().collect();
+    let save = Save::new(request)?;
+    let order: Vec<usize> = save.order().collect();
     let rest = |f: &Found| contents.optimizer.get(&format!("{}.master", f.name)).filter(|_| fp32 && half(f).is_some());
     // Tensors without elements are never asked for.
     let params: Vec<&Found> = order.iter().map(|&i| found[i]).filter(|f| f.start < f.end).collect();
     let rests = params.iter().filter_map(|f| rest(f)).collect();
-    let mut tiers = Tensors {
-        specs: job.tensors().iter().map(|t| t.dtype).collect(),
+    let mut source = Tensors {
+        specs: save.tensors().iter().map(|t| t.dtype).collect(),
         found: found.clone(),
         joined: found.iter().map(|f| rest(f).is_some()).collect(),
-        params: TensorReader::open(contents, params, means, control)?,
-        rests: TensorReader::open(contents, rests, means, control)?,
+        params: TensorReader::open(contents, params, budget, control)?,
+        rests: TensorReader::open(contents, rests, budget, control)?,
         read: false,
     };
-    job.run(&mut tiers, means, control).map(|_| ())
+    save.run(&mut source, budget, control).map(|_| ())
 }
 
 fn widened(dtype: Dtype) -> Dtype {
@@ -152,7 +153,7 @@ struct Tensors<'a> {
     read: bool,
 }
 
-impl Tiers for Tensors<'_> {
+impl SaveSource for Tensors<'_> {
     fn next(&mut self, control: &Control) -> Result<Option<u32>> {
         control.check()?;
         Ok(if std::mem::replace(&mut self.read, true) { None } else { Some(0) })

@@ -20,7 +20,8 @@ use std::{
 };
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, fcntl_setfl, openat, readlinkat, seek, statat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom, fcntl_setfl, openat, readlinkat,
+    renameat_with, seek, statat, unlinkat,
 };
 
 type Result<T> = std::result::Result<T, OsError>;
@@ -230,6 +231,11 @@ fn regular(file: File) -> Result<File> {
     }
     fcntl_setfl(&file, OFlags::empty())?;
     Ok(file)
+}
+
+/// Renames a path as the flags say.
+pub(super) fn rename(from: &Path, to: &Path, flags: RenameFlags) -> Result<()> {
+    Ok(renameat_with(CWD, from, CWD, to, flags)?)
 }
 
 #[cfg(test)]

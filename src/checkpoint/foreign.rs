@@ -10,7 +10,6 @@ use serde::Deserialize;
 
 use crate::{
     checkpoint::{
-        contents::Contents,
         folder::{Folder, Links, is_plain},
         manifest::{LONGEST_FILE, complete},
         reader::damaged,
@@ -23,8 +22,9 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// An index: the file of each tensor.
 pub(super) struct Indexed {
-    path: PathBuf,
-    map: BTreeMap<String, String>,
+    pub(super) path: PathBuf,
+    /// The file of each tensor.
+    pub(super) map: BTreeMap<String, String>,
 }
 
 impl Indexed {
@@ -51,17 +51,6 @@ impl Indexed {
     /// The files that it names.
     pub(super) fn files(&self) -> BTreeSet<String> {
         self.map.values().cloned().collect()
-    }
-
-    /// Every tensor that it names is in the file that it says.
-    pub(super) fn compare(&self, contents: &Contents) -> Result<()> {
-        for (name, file) in &self.map {
-            let found = contents.model.get(name).map(|f| contents.files[f.file as usize].path.file_name());
-            if found.flatten() != Some(OsStr::new(file)) {
-                return Err(damaged(format!("{}: '{name}' is not in {file}.", self.path.display())));
-            }
-        }
-        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     checkpoint::manifest::LONGEST_FILE,
     error::{Code, Error, Result},
     io::ALIGNMENT,
-    units::round_up,
+    quantities::round_up,
 };
 
 /// The key under which the format keeps metadata, not a tensor.

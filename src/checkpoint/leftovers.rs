@@ -14,9 +14,9 @@ use rustix::fs::RenameFlags;
 
 use crate::{
     checkpoint::{
-        directory::{manifest_of, rename},
-        folder::{Folder, Links},
+        folder::{Folder, Links, rename},
         manifest::{LONGEST, MANIFEST, Manifest},
+        manifest_file::manifest_of,
     },
     error::Error,
     io::FileSystem,

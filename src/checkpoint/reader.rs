@@ -14,7 +14,7 @@ use crate::{
         control::Control,
         folder::Opened,
         refused::reading,
-        writer::{Means, frames, next_done},
+        writer::{FrameBudget, frames, next_done},
     },
     error::{Code, Error, Result},
     io::{
@@ -37,7 +37,8 @@ pub struct Range {
     pub end: u64,
 }
 
-struct Window {
+/// A range whose read was begun.
+struct Begun {
     range: Range,
     /// None while it is being read.
     lease: Option<SlotLease>,
@@ -52,9 +53,9 @@ pub struct Reader<'a> {
     /// The same files through the page cache, for the blocks in which they end, and their sizes.
     files: Vec<(&'a Opened, u64)>,
     ranges: VecDeque<Range>,
-    ahead: VecDeque<Window>,
+    ahead: VecDeque<Begun>,
     first: u64,
-    /// Bytes taken of the first window.
+    /// Bytes taken of the first one.
     used: u64,
     control: &'a Control,
 }
@@ -64,8 +65,8 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// `FN-E404` for a file that cannot be opened, `FN-E409` without memory.
-    pub fn open(files: &'a [Opened], ranges: Vec<Range>, means: &Means, control: &'a Control) -> Result<Self> {
-        let direct = means.direct && files.iter().all(|f| reads_direct(&f.again()));
+    pub fn open(files: &'a [Opened], ranges: Vec<Range>, budget: &FrameBudget, control: &'a Control) -> Result<Self> {
+        let direct = budget.direct && files.iter().all(|f| reads_direct(&f.again()));
         let mut plain = Vec::with_capacity(files.len());
         let mut opened = Vec::with_capacity(files.len());
         for file in files {
@@ -79,13 +80,13 @@ impl<'a> Reader<'a> {
             opened.push(IoFile::new(handle, file.path.display().to_string(), direct));
             plain.push((file, bytes));
         }
-        let pool = frames(means)?;
+        let pool = frames(budget)?;
         let (sender, done) = unbounded();
         let sink = move |completion| {
             // The receiver is gone only after the reader gave up.
             let _ = sender.send(completion);
         };
-        let OpenedEngine { engine, .. } = open_engine(&means.engine, opened, &[pool.region().clone()], sink)?;
+        let OpenedEngine { engine, .. } = open_engine(&budget.engine, opened, &[pool.region().clone()], sink)?;
         let ranges = merged(ranges);
         let (ahead, first, used) = (VecDeque::new(), 0, 0);
         let mut reader = Self { engine, done, pool, files: plain, ranges, ahead, first, used, control };
@@ -140,14 +141,14 @@ impl<'a> Reader<'a> {
             }
             let len = (whole - base) as usize;
             if len == 0 {
-                self.ahead.push_back(Window { range, lease: Some(lease) });
+                self.ahead.push_back(Begun { range, lease: Some(lease) });
                 continue;
             }
             let part = IoPart { direction: Direction::Read, file: FileId(file), offset: base, start: 0, len };
             let ticket = self.first + self.ahead.len() as u64;
             let request = IoRequest { ticket, lease, parts: vec![part] };
             self.engine.submit(request).map_err(|rejected| rejected.error)?;
-            self.ahead.push_back(Window { range, lease: None });
+            self.ahead.push_back(Begun { range, lease: None });
         }
         Ok(())
     }
@@ -156,8 +157,8 @@ impl<'a> Reader<'a> {
         let done = next_done(&self.done, self.control)?;
         done.result.map_err(|e| damaged(e.message().to_owned()).errno(e.os_error().unwrap_or(0)))?;
         let index = (done.ticket - self.first) as usize;
-        if let Some(window) = self.ahead.get_mut(index) {
-            window.lease = Some(done.lease);
+        if let Some(begun) = self.ahead.get_mut(index) {
+            begun.lease = Some(done.lease);
         }
         Ok(())
     }
@@ -198,8 +199,8 @@ mod tests {
     use super::*;
     use crate::io::EngineOptions;
 
-    fn means(direct: bool) -> Means {
-        Means { engine: EngineOptions::default(), direct, frames: 2, frame: 3 * BLOCK }
+    fn budget(direct: bool) -> FrameBudget {
+        FrameBudget { engine: EngineOptions::default(), direct, frames: 2, frame: 3 * BLOCK }
     }
 
     proptest! {
@@ -226,7 +227,7 @@ mod tests {
             let expected: Vec<u8> =
                 ranges.iter().flat_map(|r| content[r.start as usize..r.end as usize].iter().copied()).collect();
             let control = Control::default();
-            let mut reader = Reader::open(&files, ranges, &means(direct), &control).expect("opens");
+            let mut reader = Reader::open(&files, ranges, &budget(direct), &control).expect("opens");
             let mut found = Vec::new();
             loop {
                 let bytes = reader.take(most).expect("reads");
@@ -248,7 +249,7 @@ mod tests {
         let control = Control::default();
         let range = Range { file: 0, start: 0, end: 6000 };
         let files = [Opened::by_path(&path).expect("opens")];
-        let error = Reader::open(&files, vec![range], &means(true), &control).err().expect("too short");
+        let error = Reader::open(&files, vec![range], &budget(true), &control).err().expect("too short");
         assert_eq!(error.code(), Code::CheckpointDamaged);
     }
 }

@@ -14,11 +14,11 @@ use crate::{
         manifest::{FileFacts, LONGEST, LONGEST_FILE, MANIFEST, Manifest, PIECE, ShardFacts, hex, sum},
         series::prune,
         tensors::Pieces,
-        writer::{Means, Writer},
+        writer::{FrameBudget, Writer},
     },
     error::{Code, Error, Result},
     io::free_bytes,
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 /// What shall be saved, and where.
@@ -42,11 +42,8 @@ pub struct Request {
     pub shard: u64,
 }
 
-/// Bytes that are copied and then summed: they stay in a core's own cache.
-pub const GRAIN: usize = 256 << 10;
-
 /// Where the bytes come from. Tensors are asked for group by group, each tensor from its begin to its end.
-pub trait Tiers {
+pub trait SaveSource {
     /// The group to be written next, once it may be read; none when all were.
     ///
     /// # Errors
@@ -79,13 +76,13 @@ pub trait Tiers {
 
 /// A save that has its place.
 #[derive(Debug)]
-pub struct Job {
+pub struct Save {
     request: Request,
     workspace: Workspace,
     shards: Vec<Shard>,
 }
 
-impl Job {
+impl Save {
     /// Lays the files out, looks whether there is room, and takes a private directory.
     ///
     /// # Errors
@@ -129,13 +126,13 @@ impl Job {
     /// Writes everything and gives the checkpoint its name. Returns notes for the user.
     ///
     /// # Errors
-    /// `FN-E401`, `FN-E403`, `FN-E412`, or what `tiers` fails with; nothing stays behind.
-    pub fn run(self, tiers: &mut dyn Tiers, means: &Means, control: &Control) -> Result<Vec<String>> {
+    /// `FN-E401`, `FN-E403`, `FN-E412`, or what `source` fails with; nothing stays behind.
+    pub fn run(self, source: &mut dyn SaveSource, budget: &FrameBudget, control: &Control) -> Result<Vec<String>> {
         let Self { request, workspace, shards } = self;
         let mut notes = sweep(workspace.target());
         control.expect(shards.iter().map(|s| s.bytes).sum());
         let mut manifest = Manifest::new(request.training);
-        let sums = write_shards(&shards, &request.tensors, &workspace, tiers, means, control)?;
+        let sums = write_shards(&shards, &request.tensors, &workspace, source, budget, control)?;
         let mut files = request.files;
         files.extend(indices(&shards, &request.tensors));
         for (name, bytes) in files {
@@ -183,12 +180,12 @@ fn write_shards(
     shards: &[Shard],
     tensors: &[TensorSpec],
     workspace: &Workspace,
-    tiers: &mut dyn Tiers,
-    means: &Means,
+    source: &mut dyn SaveSource,
+    budget: &FrameBudget,
     control: &Control,
 ) -> Result<Vec<Vec<u64>>> {
     let files: Vec<(&str, u64)> = shards.iter().map(|s| (s.name.as_str(), s.bytes)).collect();
-    let mut writer = Writer::create(workspace.path(), &files, means, control)?;
+    let mut writer = Writer::create(workspace.path(), &files, budget, control)?;
     for (k, shard) in shards.iter().enumerate() {
         writer.seek(k as u32, 0)?;
         writer.put(&shard.header)?;
@@ -201,13 +198,13 @@ fn write_shards(
         }
     }
     let mut sums = vec![Vec::new(); tensors.len()];
-    while let Some(group) = tiers.next(control)? {
+    while let Some(group) = source.next(control)? {
         let places = places.get(group as usize).map_or(&[][..], |of_group| of_group);
-        tiers.expect(&mut places.iter().map(|&(_, tensor, _)| (tensor, tensors[tensor].bytes())))?;
+        source.expect(&mut places.iter().map(|&(_, tensor, _)| (tensor, tensors[tensor].bytes())))?;
         for &(file, tensor, offset) in places {
-            sums[tensor] = write_tensor(&mut writer, tiers, (file, offset), tensor, tensors[tensor].bytes())?;
+            sums[tensor] = write_tensor(&mut writer, source, (file, offset), tensor, tensors[tensor].bytes())?;
         }
-        tiers.copied(group)?;
+        source.copied(group)?;
     }
     writer.finish()?;
     Ok(sums)
@@ -215,18 +212,18 @@ fn write_shards(
 
 fn write_tensor(
     writer: &mut Writer<'_>,
-    tiers: &mut dyn Tiers,
+    source: &mut dyn SaveSource,
     (file, offset): (u32, u64),
     tensor: usize,
     bytes: u64,
 ) -> Result<Vec<u64>> {
     let mut pieces = Pieces::new(PIECE);
     writer.seek(file, offset)?;
-    let (mut at, grain) = (0, tiers.grain(tensor));
+    let (mut at, grain) = (0, source.grain(tensor));
     while at < bytes {
         let room = writer.room()?;
         let n = room.len().min((bytes - at) as usize).min(grain);
-        tiers.fetch(tensor, at, &mut room[..n])?;
+        source.fetch(tensor, at, &mut room[..n])?;
         pieces.feed(&room[..n]);
         writer.advance(n);
         at += n as u64;

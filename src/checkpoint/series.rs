@@ -9,9 +9,10 @@ use std::{
 use rustix::fs::RenameFlags;
 
 use crate::checkpoint::{
-    directory::{manifest_of, private_path, rename},
-    folder::{Folder, Links},
+    directory::private_path,
+    folder::{Folder, Links, rename},
     leftovers::{Leftover, listed},
+    manifest_file::manifest_of,
 };
 
 /// What a name is before and after its last number, and that number.

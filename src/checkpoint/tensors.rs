@@ -6,12 +6,12 @@ use std::hash::Hasher;
 
 use crate::{
     checkpoint::{
+        GRAIN,
         contents::{Contents, Found},
         control::Control,
         convert::Conversion,
         reader::{Range, Reader, damaged},
-        save::GRAIN,
-        writer::Means,
+        writer::FrameBudget,
     },
     error::{Code, Error, Result},
 };
@@ -76,9 +76,14 @@ impl<'a> TensorReader<'a> {
     ///
     /// # Errors
     /// Those of [`Reader::open`].
-    pub fn open(contents: &'a Contents, tensors: Vec<&'a Found>, means: &Means, control: &'a Control) -> Result<Self> {
+    pub fn open(
+        contents: &'a Contents,
+        tensors: Vec<&'a Found>,
+        budget: &FrameBudget,
+        control: &'a Control,
+    ) -> Result<Self> {
         let ranges = tensors.iter().map(|t| Range { file: t.file, start: t.start, end: t.end }).collect();
-        let reader = Reader::open(&contents.files, ranges, means, control)?;
+        let reader = Reader::open(&contents.files, ranges, budget, control)?;
         let pieces = Pieces::new(contents.piece);
         Ok(Self { reader, contents, tensors, next: 0, read: 0, pieces, scratch: Vec::new() })
     }
@@ -180,11 +185,16 @@ impl<'a> TensorReader<'a> {
 ///
 /// # Errors
 /// Those of [`TensorReader::open`], `FN-E412`.
-pub fn verify(contents: &Contents, tensors: Vec<&Found>, means: &Means, control: &Control) -> Result<Vec<Error>> {
+pub fn verify(
+    contents: &Contents,
+    tensors: Vec<&Found>,
+    budget: &FrameBudget,
+    control: &Control,
+) -> Result<Vec<Error>> {
     let mut wrong = Vec::new();
     let mut left = tensors;
     while !left.is_empty() {
-        let mut reader = TensorReader::open(contents, left.clone(), means, control)?;
+        let mut reader = TensorReader::open(contents, left.clone(), budget, control)?;
         let mut good = 0;
         let error = loop {
             match reader.skim() {

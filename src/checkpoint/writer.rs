@@ -24,14 +24,14 @@ use crate::{
         allocate, open_engine, takes_direct,
     },
     memory::{SlotLease, SlotPool},
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 const BLOCK: u64 = ALIGNMENT as u64;
 
-/// How a writer or a reader works.
+/// How a writer or a reader works: its I/O engine, and the memory that it may take.
 #[derive(Clone, Debug)]
-pub struct Means {
+pub struct FrameBudget {
     /// The I/O engine.
     pub engine: EngineOptions,
     /// Whether to go around the page cache where that works.
@@ -42,7 +42,7 @@ pub struct Means {
     pub frame: u64,
 }
 
-impl Means {
+impl FrameBudget {
     /// Bytes of all frames.
     pub fn bytes(&self) -> u64 {
         u64::from(self.frames) * self.frame
@@ -56,7 +56,7 @@ struct Target {
 }
 
 /// What is being filled: bytes `start..end` of a frame, which begins at byte `base` of a file.
-struct Window {
+struct Filling {
     lease: SlotLease,
     file: u32,
     base: u64,
@@ -71,7 +71,7 @@ pub struct Writer<'a> {
     done: Receiver<IoCompletion>,
     pool: SlotPool,
     files: Vec<Target>,
-    window: Option<Window>,
+    filling: Option<Filling>,
     next: (u32, u64),
     edges: Edges,
     in_flight: u32,
@@ -83,8 +83,8 @@ impl<'a> Writer<'a> {
     ///
     /// # Errors
     /// `FN-E401` without room, `FN-E403` when the system refuses, `FN-E409` without memory.
-    pub fn create(dir: &Path, files: &[(&str, u64)], means: &Means, control: &'a Control) -> Result<Self> {
-        let direct = means.direct && takes_direct(dir);
+    pub fn create(dir: &Path, files: &[(&str, u64)], budget: &FrameBudget, control: &'a Control) -> Result<Self> {
+        let direct = budget.direct && takes_direct(dir);
         let mut targets = Vec::with_capacity(files.len());
         let mut opened = Vec::with_capacity(files.len());
         for &(name, bytes) in files {
@@ -97,15 +97,15 @@ impl<'a> Writer<'a> {
             opened.push(IoFile::new(file.try_clone().map_err(|e| unwritable(&path, &e))?, label.as_str(), direct));
             targets.push(Target { file, bytes, label });
         }
-        let pool = frames(means)?;
+        let pool = frames(budget)?;
         let (sender, done) = unbounded();
         let sink = move |completion| {
             // The receiver is gone only after the writer gave up.
             let _ = sender.send(completion);
         };
-        let OpenedEngine { engine, .. } = open_engine(&means.engine, opened, &[pool.region().clone()], sink)?;
-        let (window, edges) = (None, Edges::default());
-        Ok(Self { engine, done, pool, files: targets, window, next: (0, 0), edges, in_flight: 0, control })
+        let OpenedEngine { engine, .. } = open_engine(&budget.engine, opened, &[pool.region().clone()], sink)?;
+        let (filling, edges) = (None, Edges::default());
+        Ok(Self { engine, done, pool, files: targets, filling, next: (0, 0), edges, in_flight: 0, control })
     }
 
     /// What is given next goes to this place.
@@ -125,26 +125,26 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// Those of a write begun earlier; `FN-E412` once an end was asked for.
     pub fn room(&mut self) -> Result<&mut [u8]> {
-        if self.window.as_ref().is_some_and(|w| w.end == w.lease.len()) {
+        if self.filling.as_ref().is_some_and(|w| w.end == w.lease.len()) {
             self.flush()?;
         }
         let (file, offset) = self.next;
-        if self.window.is_none() {
+        if self.filling.is_none() {
             let base = offset / BLOCK * BLOCK;
             let start = (offset - base) as usize;
-            self.window = Some(Window { lease: self.frame()?, file, base, start, end: start });
+            self.filling = Some(Filling { lease: self.frame()?, file, base, start, end: start });
         }
         let left = (self.files[file as usize].bytes - offset) as usize;
         let lost = || Error::new(Code::Stale, "a checkpoint's frame is lost.");
-        let window = self.window.as_mut().ok_or_else(lost)?;
-        let (end, most) = (window.end, window.lease.len().min(window.end + left));
-        Ok(&mut window.lease.bytes()[end..most])
+        let filling = self.filling.as_mut().ok_or_else(lost)?;
+        let (end, most) = (filling.end, filling.lease.len().min(filling.end + left));
+        Ok(&mut filling.lease.bytes()[end..most])
     }
 
     /// So many bytes of [`Self::room`] were filled.
     pub fn advance(&mut self, bytes: usize) {
-        if let Some(window) = &mut self.window {
-            window.end += bytes;
+        if let Some(filling) = &mut self.filling {
+            filling.end += bytes;
         }
         self.next.1 += bytes as u64;
         self.control.moved(bytes as u64);
@@ -165,9 +165,9 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Hands the window at hand to the engine: whole blocks of it, and what completes a seam.
+    /// Hands the frame at hand to the engine: whole blocks of it, and what completes a seam.
     fn flush(&mut self) -> Result<()> {
-        let Some(Window { mut lease, file, base, start, end }) = self.window.take() else { return Ok(()) };
+        let Some(Filling { mut lease, file, base, start, end }) = self.filling.take() else { return Ok(()) };
         let file_bytes = self.files[file as usize].bytes;
         let needed = |block: usize| BLOCK.min(file_bytes - (base + block as u64 * BLOCK)) as usize;
         let (mut from, mut to) = (start.div_ceil(ALIGNMENT), end / ALIGNMENT);
@@ -242,9 +242,9 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// The frames that these means allow.
-pub(super) fn frames(means: &Means) -> Result<SlotPool> {
-    SlotPool::new(means.frames, ByteCount(means.frame), "checkpoints")
+/// The frames that a budget allows.
+pub(super) fn frames(budget: &FrameBudget) -> Result<SlotPool> {
+    SlotPool::new(budget.frames, ByteCount(budget.frame), "checkpoints")
 }
 
 /// The next completion, as long as no end was asked for.
@@ -266,8 +266,8 @@ mod tests {
 
     use super::*;
 
-    fn means(direct: bool) -> Means {
-        Means { engine: EngineOptions::default(), direct, frames: 2, frame: 3 * BLOCK }
+    fn budget(direct: bool) -> FrameBudget {
+        FrameBudget { engine: EngineOptions::default(), direct, frames: 2, frame: 3 * BLOCK }
     }
 
     fn byte(file: usize, at: usize) -> u8 {
@@ -296,7 +296,7 @@ mod tests {
             pieces.sort_by_key(|&(f, at, _)| (f as u64 * 31 + at as u64 * 17).wrapping_mul(seed | 1) >> 7);
             let control = Control::default();
             let files = [("a", total as u64), ("b", total as u64)];
-            let mut writer = Writer::create(dir.path(), &files, &means(direct), &control).expect("makes");
+            let mut writer = Writer::create(dir.path(), &files, &budget(direct), &control).expect("makes");
             for (file, at, n) in pieces {
                 writer.seek(file as u32, at as u64).expect("seeks");
                 let bytes: Vec<u8> = (at..at + n).map(|i| byte(file, i)).collect();
@@ -315,7 +315,7 @@ mod tests {
     fn what_was_never_given_is_noticed() {
         let dir = tempfile::tempdir_in(".").expect("a directory");
         let control = Control::default();
-        let mut writer = Writer::create(dir.path(), &[("a", 10_000)], &means(true), &control).expect("makes");
+        let mut writer = Writer::create(dir.path(), &[("a", 10_000)], &budget(true), &control).expect("makes");
         writer.put(&[1; 100]).expect("writes");
         assert_eq!(writer.finish().expect_err("a hole").code(), Code::Stale);
     }
@@ -326,8 +326,8 @@ mod tests {
         let control = Control::default();
         for (rule, code) in [("write:eio@1x100", Code::CheckpointWrite), ("write:enospc@1", Code::CheckpointSpace)] {
             let faults = std::sync::Arc::new(crate::io::Faults::parse(rule).expect("a rule"));
-            let means = Means { engine: EngineOptions { faults, ..EngineOptions::default() }, ..means(true) };
-            let mut writer = Writer::create(dir.path(), &[(rule, 100_000)], &means, &control).expect("makes");
+            let budget = FrameBudget { engine: EngineOptions { faults, ..EngineOptions::default() }, ..budget(true) };
+            let mut writer = Writer::create(dir.path(), &[(rule, 100_000)], &budget, &control).expect("makes");
             let error = writer.put(&vec![0; 100_000]).and_then(|()| writer.finish()).expect_err("fails");
             assert_eq!(error.code(), code, "{error}");
             assert!(error.to_string().contains(rule), "{error}");

@@ -4,10 +4,14 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Sets, size, terminal::for_terminal};
+use super::{
+    terminal::for_terminal,
+    values::{Sets, size},
+};
 use crate::{
     dtype::DType,
     error::{Code, Error, Result},
+    machine::HostLimits,
     model::ParamSpec,
     plan::{
         self, Activations, Compute, Machine, PlannedUnit, Unpaged,
@@ -17,10 +21,9 @@ use crate::{
     policy::{
         ParamsDtype, Policy,
         cli::{Output, Overlay, resolve},
-        limits::HostLimits,
         profile::Profile,
     },
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Builds a model that only Python can: `module:function`, or a directory with a config.json. The text, the patterns of

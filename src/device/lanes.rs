@@ -9,18 +9,11 @@ use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     optim::{Hyper, Span, Target, unsupported},
-    units::round_up,
+    quantities::round_up,
 };
 
 /// Arrays start so in the staging memory: whole vectors of any kernel, whole cache lines.
 const ALIGN: u64 = 256;
-/// The widest element with all that belongs to it: fp32 with gradient and moments, or fp16 with its master too.
-const BYTES_PER_ELEM: u64 = 16;
-
-/// Bytes of staging memory that `elems` elements of any type take; `elems` is a multiple of 128.
-pub const fn staging_bytes(elems: u64) -> u64 {
-    elems * BYTES_PER_ELEM
-}
 
 /// A fixed number of lanes of one device.
 ///

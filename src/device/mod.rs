@@ -10,20 +10,24 @@ pub mod cuda;
 pub mod host;
 mod lanes;
 mod marks;
+mod open;
 
 use std::{sync::Arc, time::Duration};
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
-pub use lanes::{Lanes, staging_bytes};
+pub use lanes::Lanes;
 pub use marks::{Elapsed, MARKS, Mark};
+pub use open::open;
+
+pub use crate::model::{FrameSpan, staging_bytes};
 
 use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{Hyper, Span},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Which kind of device, as messages and statistics call it.
@@ -45,40 +49,6 @@ pub enum DeviceChoice {
     Host,
     /// The CUDA device of this ordinal.
     Cuda(u32),
-}
-
-/// Opens a device.
-///
-/// # Errors
-/// `FN-E001` without a CUDA driver or a device of that number, `FN-E002` when the driver fails, `FN-E204` from the host.
-pub fn open(choice: DeviceChoice) -> Result<Arc<dyn Device>> {
-    match choice {
-        DeviceChoice::Auto if cuda_count()? > 0 => open_cuda(0),
-        DeviceChoice::Auto | DeviceChoice::Host => Ok(Arc::new(HostDevice::new()?)),
-        DeviceChoice::Cuda(ordinal) => open_cuda(ordinal),
-    }
-}
-
-#[cfg(feature = "cuda")]
-fn cuda_count() -> Result<u32> {
-    cuda::count()
-}
-
-#[cfg(feature = "cuda")]
-fn open_cuda(ordinal: u32) -> Result<Arc<dyn Device>> {
-    Ok(Arc::new(CudaDevice::new(ordinal)?))
-}
-
-#[cfg(not(feature = "cuda"))]
-#[expect(clippy::unnecessary_wraps, reason = "the build with CUDA can fail here")]
-fn cuda_count() -> Result<u32> {
-    Ok(0)
-}
-
-#[cfg(not(feature = "cuda"))]
-fn open_cuda(ordinal: u32) -> Result<Arc<dyn Device>> {
-    Err(Error::new(Code::NoCuda, format!("CUDA device {ordinal} was asked for; this build has no CUDA."))
-        .action("Build with the feature `cuda`, or choose the host device."))
 }
 
 /// A stream of the runtime's own.
@@ -126,15 +96,6 @@ pub struct Gate {
 impl Gate {
     /// A gate that has always been open.
     pub const OPEN: Self = Self { role: Role::Compute, seq: 0 };
-}
-
-/// A unit's place in the ring of frames, in chunks; it may wrap around the end. No chunks: it has no frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FrameSpan {
-    /// First chunk of the ring.
-    pub first_chunk: u32,
-    /// How many chunks.
-    pub chunks: u32,
 }
 
 /// Address ranges mapped once onto a ring of physical chunks.

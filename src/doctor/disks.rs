@@ -5,7 +5,7 @@ use std::{path::Path, process::Command, time::Duration};
 use crate::{
     doctor::{Check, child, drive},
     io::{DirectIo, EngineChoice, EngineOptions, FileSystem, free_bytes, open_engine, probe_directory},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Less than this is hardly room for any model's states.

@@ -7,7 +7,7 @@ use std::{
 
 use serde::Serialize;
 
-use crate::doctor::machine;
+use crate::doctor::facts;
 
 /// A block device. Empty where the kernel does not tell: layered and network file systems have none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -94,7 +94,7 @@ fn described(disk: &Path, file_system: String) -> Drive {
         line_rate: read("device/device/current_link_width")
             .parse()
             .ok()
-            .and_then(|width| machine::line_rate(&read("device/device/current_link_speed"), width)),
+            .and_then(|width| facts::line_rate(&read("device/device/current_link_speed"), width)),
         max_transfer: number("queue/max_sectors_kb") << 10,
         name,
     }

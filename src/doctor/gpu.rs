@@ -4,11 +4,11 @@ use std::{process::Command, sync::Arc, time::Duration};
 
 use crate::{
     device::{self, DeviceChoice, DeviceKind},
-    doctor::{Check, Options, child, machine},
+    doctor::{Check, Options, Status, child, facts},
     error::Result,
+    machine::HostLimits,
     memory::HostRegion,
-    policy::limits::HostLimits,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// How much is locked at a time.
@@ -19,7 +19,7 @@ const ENOUGH: ByteCount = ByteCount::gib(4);
 const LITTLE: ByteCount = ByteCount::gib(1);
 
 pub(super) fn checks(options: &Options) -> Vec<Check> {
-    let kind = match machine::chosen(options.device) {
+    let kind = match facts::chosen(options.device) {
         Ok(kind) => kind,
         Err(e) => return vec![Check::failed("CUDA driver", &e)],
     };
@@ -32,7 +32,7 @@ pub(super) fn checks(options: &Options) -> Vec<Check> {
             "Install NVIDIA's driver (in a container: docker run --gpus all); without a GPU everything runs on the processor.",
         )],
     };
-    if checks.iter().all(|check| check.status != super::Status::Fail) {
+    if checks.iter().all(|check| check.status != Status::Fail) {
         checks.push(page_lock_limit(options, kind));
     }
     checks
@@ -46,7 +46,7 @@ fn described(ordinal: u32) -> Vec<Check> {
     };
     let mut checks = vec![
         Check::okay(format!("GPU {ordinal}"), format!("{}, {} of {} free", info.name, info.free, info.total)),
-        driver(info.driver, &machine::text("/proc/driver/nvidia/version")),
+        driver(info.driver, &crate::machine::text("/proc/driver/nvidia/version")),
         kernels(ordinal),
     ];
     let Some(link) = info.pcie else {
@@ -63,7 +63,7 @@ fn described(ordinal: u32) -> Vec<Check> {
         Check::okay("  PCIe", found)
     });
     if let Some(node) = link.numa_node {
-        checks.push(near(node, &machine::text(format!("/sys/devices/system/node/node{node}/cpulist"))));
+        checks.push(near(node, &crate::machine::text(format!("/sys/devices/system/node/node{node}/cpulist"))));
     }
     checks
 }
@@ -98,7 +98,7 @@ fn described(ordinal: u32) -> Vec<Check> {
 /// Whether this process may run on the CPUs next to the device.
 #[cfg(feature = "cuda")]
 fn near(node: u32, cpus: &str) -> Check {
-    use super::host::{allowed_cpus, cpu_list};
+    use crate::machine::{allowed_cpus, cpu_list};
     let (near, allowed) = (cpu_list(cpus), allowed_cpus());
     if near.is_empty() || near.iter().any(|cpu| allowed.contains(cpu)) {
         return Check::okay("  NUMA node", node.to_string());

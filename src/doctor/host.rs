@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use crate::{
-    doctor::{Check, machine::text},
-    policy::limits::HostLimits,
-    units::ByteCount,
+    doctor::Check,
+    machine::{HostLimits, allowed_cpus, cpu_list, may_lock_anything, online_cpus, text},
+    quantities::ByteCount,
 };
 
 /// Below this, registered buffers and locked rings do not fit.
@@ -53,11 +53,11 @@ fn limited(limits: &HostLimits) -> Vec<Check> {
         Check::okay("memory", memory)
     };
     vec![
-        cpus(limits.cpus, online()),
+        cpus(limits.cpus, online_cpus()),
         threads(limits.cpus, &allowed_cpus(), &openmp()),
         memory,
         cgroup,
-        memlock(limits.memlock, can_lock_anything()),
+        memlock(limits.memlock, may_lock_anything()),
     ]
 }
 
@@ -97,32 +97,6 @@ fn ranges(cpus: &[u32]) -> String {
     }
     let text = |&(first, last): &(u32, u32)| if first == last { first.to_string() } else { format!("{first}-{last}") };
     parts.iter().map(text).collect::<Vec<_>>().join(",")
-}
-
-fn online() -> u32 {
-    cpu_list(&text("/sys/devices/system/cpu/online")).len() as u32
-}
-
-/// The numbers in `0-3,8`.
-pub(super) fn cpu_list(text: &str) -> Vec<u32> {
-    let range = |part: &str| {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
-    };
-    text.split(',').filter_map(range).flatten().collect()
-}
-
-/// CPUs this process may run on.
-pub(super) fn allowed_cpus() -> Vec<u32> {
-    let status = text("/proc/self/status");
-    status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(cpu_list).unwrap_or_default()
-}
-
-fn can_lock_anything() -> bool {
-    const CAP_IPC_LOCK: u64 = 1 << 14;
-    let status = text("/proc/self/status");
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|caps| caps & CAP_IPC_LOCK != 0)
 }
 
 fn memlock(limit: Option<ByteCount>, privileged: bool) -> Check {

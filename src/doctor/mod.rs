@@ -3,89 +3,22 @@
 //! C1: everything is found out by doing it, where that is possible. C2: every WARN and FAIL names the next action.
 //! C3: what could take this process down is tried in a child process, and every child has a time limit.
 
+mod check;
 pub mod child;
 mod disks;
 pub mod drive;
+pub mod facts;
 mod gpu;
 mod host;
-pub mod machine;
 mod policy;
 mod python;
 
-use std::{ffi::OsString, path::PathBuf};
-
-use serde::Serialize;
-
+pub use check::{Check, Options, Status};
 pub use gpu::page_lock;
 pub use policy::obstacles;
 
-use crate::{device::DeviceChoice, error::Error};
-
 /// A seccomp profile for containers that allows io_uring and denies what Docker's own profile is known for denying.
 pub const SECCOMP: &str = include_str!("seccomp.json");
-
-/// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub enum Status {
-    /// As it should be.
-    Okay,
-    /// It works, less well than it could.
-    Warn,
-    /// It does not work.
-    Fail,
-}
-
-impl Status {
-    const fn tag(self) -> &'static str {
-        match self {
-            Self::Okay => "[OKAY]",
-            Self::Warn => "[WARN]",
-            Self::Fail => "[FAIL]",
-        }
-    }
-}
-
-/// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// What.
-    pub name: String,
-    /// How it is.
-    pub status: Status,
-    /// What was found.
-    pub found: String,
-    /// What to do about it; always there for WARN and FAIL.
-    pub action: Option<String>,
-}
-
-impl Check {
-    fn okay(name: impl Into<String>, found: impl Into<String>) -> Self {
-        Self { name: name.into(), status: Status::Okay, found: found.into(), action: None }
-    }
-
-    fn warn(name: impl Into<String>, found: impl Into<String>, action: impl Into<String>) -> Self {
-        let (name, found, action) = (name.into(), found.into(), Some(action.into()));
-        Self { name, status: Status::Warn, found, action }
-    }
-
-    fn failed(name: impl Into<String>, error: &Error) -> Self {
-        let action = error.next_action().unwrap_or("See docs/errors.md for this code.").to_owned();
-        let found = format!("{} {}", error.code().as_str(), error.message());
-        Self { name: name.into(), status: Status::Fail, found, action: Some(action) }
-    }
-}
-
-/// What to look at.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Directories that are to be paged to.
-    pub paths: Vec<PathBuf>,
-    /// The device that is to be used.
-    pub device: DeviceChoice,
-    /// The command that starts this program again.
-    pub relaunch: Vec<OsString>,
-}
 
 /// All checks, in the order in which they are shown.
 pub fn examine(options: &Options) -> Vec<Check> {
@@ -128,7 +61,7 @@ pub fn json(checks: &[Check]) -> String {
     let report = serde_json::json!({
         "made_by": "funicular doctor",
         "version": env!("CARGO_PKG_VERSION"),
-        "date": machine::utc_now(),
+        "date": facts::utc_now(),
         "exit": exit_code(checks),
         "checks": checks,
     });
@@ -138,7 +71,7 @@ pub fn json(checks: &[Check]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Code;
+    use crate::error::{Code, Error};
 
     #[test]
     fn the_worst_check_decides_and_every_complaint_has_an_action() {

@@ -1,10 +1,11 @@
 //! Whether this machine can run a policy: what it names is looked for by doing it, as a run would.
 
-use super::machine::cuda_count;
+use super::facts::cuda_count;
 use crate::{
     error::{Code, Error},
     io::{DirectIo, EngineChoice, EngineOptions, open_engine, probe_directory},
-    policy::{DeviceChoice, Direct, Engine, Policy, cli::Obstacles, limits::HostLimits},
+    machine::HostLimits,
+    policy::{DeviceChoice, Direct, Engine, Policy, cli::Obstacles},
 };
 
 /// What keeps this machine from running the policy.

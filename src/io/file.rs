@@ -23,7 +23,7 @@ use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
     os_error,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// How much is written and read back to see whether direct I/O works.

@@ -10,7 +10,6 @@ use super::{
 use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
-    units::ByteCount,
 };
 
 /// An engine at work, and what its user should know.
@@ -107,39 +106,6 @@ fn errno_name(errno: i32) -> String {
 
 fn io_uring_disabled() -> Option<u32> {
     std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok()?.trim().parse().ok()
-}
-
-/// How much this thread may lock: everything with the capability for it, else the soft RLIMIT_MEMLOCK less what the
-/// process has locked.
-pub(super) fn lockable_bytes() -> u64 {
-    const CAP_IPC_LOCK: u64 = 1 << 14;
-    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-    let capabilities = field("CapEff:").and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0);
-    if capabilities & CAP_IPC_LOCK != 0 {
-        return u64::MAX;
-    }
-    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let soft = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max locked memory"))
-        .and_then(|rest| rest.split_whitespace().next())
-        .map_or(0, |soft| if soft == "unlimited" { u64::MAX } else { soft.parse().unwrap_or(0) });
-    let kib = |name: &str| {
-        field(name).and_then(|v| v.split_whitespace().next()).and_then(|v| v.parse::<u64>().ok()).unwrap_or(0)
-    };
-    soft.saturating_sub((kib("VmLck:") + kib("VmPin:")) << 10)
-}
-
-/// The note about buffers that were not registered.
-pub(super) fn memlock_note(limit: u64, wanted: u64, registered: u64) -> String {
-    format!(
-        "FN-I602 {} of memory may be locked, I/O buffers are {}: {} registered, the others used without (a little slower). \
-         To enable: ulimit -l unlimited, docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity.",
-        ByteCount(limit),
-        ByteCount(wanted),
-        ByteCount(registered)
-    )
 }
 
 #[cfg(test)]

@@ -23,7 +23,9 @@ use super::{
 };
 use crate::{
     error::{Code, Error},
+    machine::lockable_bytes,
     memory::HostRegion,
+    quantities::ByteCount,
 };
 
 /// The kernel's limit for one registered buffer.
@@ -440,7 +442,7 @@ fn run_one(ring: &mut IoUring, entry: &squeue::Entry, call: &'static str) -> std
 
 /// Registers as many whole regions as the system lets us lock, in the order given.
 fn register_buffers(ring: &IoUring, regions: &[Arc<HostRegion>]) -> (Vec<Registered>, Vec<String>) {
-    let limit = super::probe::lockable_bytes();
+    let limit = lockable_bytes();
     let wanted: u64 = regions.iter().map(|region| region.len() as u64).sum();
     let (mut registered, mut buffers, mut bytes) = (Vec::new(), Vec::new(), 0u64);
     for region in regions {
@@ -458,7 +460,7 @@ fn register_buffers(ring: &IoUring, regions: &[Arc<HostRegion>]) -> (Vec<Registe
     }
     let mut notes = Vec::new();
     if bytes < wanted {
-        notes.push(super::probe::memlock_note(limit, wanted, bytes));
+        notes.push(memlock_note(limit, wanted, bytes));
     }
     if buffers.is_empty() {
         return (registered, notes);
@@ -469,4 +471,15 @@ fn register_buffers(ring: &IoUring, regions: &[Arc<HostRegion>]) -> (Vec<Registe
         registered.clear();
     }
     (registered, notes)
+}
+
+/// The note about buffers that were not registered.
+fn memlock_note(limit: u64, wanted: u64, registered: u64) -> String {
+    format!(
+        "FN-I602 {} of memory may be locked, I/O buffers are {}: {} registered, the others used without (a little slower). \
+         To enable: ulimit -l unlimited, docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity.",
+        ByteCount(limit),
+        ByteCount(wanted),
+        ByteCount(registered)
+    )
 }

@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use super::{fault::Table, page_size};
+use super::{fault_table::Table, page_size};
 
 /// One place of the list.
 pub(super) struct Node {

@@ -3,7 +3,7 @@
 
 use crate::{
     error::{Code, Error, Result},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Looks whether the system would give so many bytes of address space now. The heap ends the process where it is refused memory,

@@ -6,6 +6,7 @@
 mod ballast;
 mod copy;
 mod fault;
+mod fault_table;
 mod fork;
 mod headroom;
 mod heap;

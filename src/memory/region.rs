@@ -12,7 +12,7 @@ use std::{
 use super::{fork::NotForked, page_size};
 use crate::{
     error::{Code, Error, Result},
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 /// Alignment of a region: a huge page.

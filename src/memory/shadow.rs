@@ -12,14 +12,15 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    fault::{self, EMPTY, FILLED, REFUSED, Table},
+    fault,
+    fault_table::{EMPTY, FILLED, REFUSED, Table},
     fork::NotForked,
     page_size,
     region::HostRegion,
 };
 use crate::{
     error::{Code, Error, Result},
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 /// What has to be undone before a range may be unmapped: a device's registration of it.

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use crate::{
     error::Result,
     memory::{HostRegion, page_size},
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 #[derive(Debug)]

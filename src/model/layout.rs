@@ -3,7 +3,7 @@
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
-    units::{UnitId, round_up},
+    quantities::{UnitId, round_up},
 };
 
 /// Parameters start at multiples of this many elements: 256 bytes for 2-byte types, so that kernels see the alignment

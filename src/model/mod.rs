@@ -6,5 +6,7 @@
 //! stays zero under AdamW.
 
 mod layout;
+mod sizes;
 
 pub use layout::{ALIGN_ELEMS, Layout, ParamPlace, ParamSpec, SECTION_ALIGN, Section, Unit, UnitSpec};
+pub use sizes::{FrameSpan, PIECE, staging_bytes};

@@ -20,15 +20,11 @@ use crate::{
     dtype::DType,
     error::{Code, Error, Result},
     optim::{
-        Hyper, Pool,
+        Hyper, PIECE, Pool,
         half::{bf16_to_f32, canonical, f16_to_f32, f32_to_bf16, f32_to_f16, join_master, split_master},
         isa::{FloatMode, Isa, per_isa, prefetch},
     },
 };
-
-/// Elements per task of a parallel update: long enough for the prefetchers, short enough to balance the threads, and a
-/// multiple of the elements of a cache line, so that threads share none where the arrays start on one.
-pub const PIECE: usize = 32 * 1024;
 
 /// `len` elements of one parameter and everything that belongs to them. The five arrays are disjoint; each is aligned
 /// to its element, better to 64 bytes.
@@ -379,7 +375,7 @@ fn each<W: Weight>(
 }
 
 /// Elements between two rounds of prefetching: whole cache lines of every array.
-const CHUNK: usize = 64;
+const BLOCK: usize = 64;
 /// How many elements ahead to prefetch, where there are five streams, some of them narrow.
 const AHEAD: usize = 512;
 
@@ -392,11 +388,11 @@ fn step_all<W: Weight>(
     v: &mut [f32],
     h: Hyper,
 ) {
-    let (params, param) = param.as_chunks_mut::<CHUNK>();
-    let (grads, grad) = grad.as_chunks::<CHUNK>();
-    let (masters, master) = master.as_chunks_mut::<CHUNK>();
-    let (ms, m) = m.as_chunks_mut::<CHUNK>();
-    let (vs, v) = v.as_chunks_mut::<CHUNK>();
+    let (params, param) = param.as_chunks_mut::<BLOCK>();
+    let (grads, grad) = grad.as_chunks::<BLOCK>();
+    let (masters, master) = master.as_chunks_mut::<BLOCK>();
+    let (ms, m) = m.as_chunks_mut::<BLOCK>();
+    let (vs, v) = v.as_chunks_mut::<BLOCK>();
     for ((((param, grad), master), m), v) in params.iter_mut().zip(grads).zip(masters).zip(ms).zip(vs) {
         prefetch_next::<W>(param, grad, master, m, v);
         if W::IN_REGISTERS {
@@ -426,7 +422,7 @@ fn prefetch_next<W: Weight>(param: &[W::Param], grad: &[W::Param], master: &[W::
 #[inline(always)]
 fn prefetch_after<T>(chunk: &[T]) {
     let start = chunk.as_ptr().wrapping_add(AHEAD).cast::<u8>();
-    for line in 0..CHUNK * size_of::<T>() / 64 {
+    for line in 0..BLOCK * size_of::<T>() / 64 {
         prefetch(start.wrapping_add(line * 64));
     }
 }

@@ -5,7 +5,7 @@
 
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
-use super::{Bf16, CHUNK, F16, F32, PIECE, Span, Update, Weight, prefetch_next, step_few, unsupported};
+use super::{BLOCK, Bf16, F16, F32, PIECE, Span, Update, Weight, prefetch_next, step_few, unsupported};
 use crate::{
     dtype::{DType, StateKind},
     error::Result,
@@ -168,15 +168,15 @@ per_isa! {
 #[inline(always)]
 fn into_all<W: Weight>(old: Old<'_, W>, new: New<'_, W>, h: Hyper) {
     // Whole arrays at compile time: element by element, each copy would end in a loop without vectors.
-    let (params, param) = old.param.as_chunks::<CHUNK>();
-    let (grads, grad) = old.grad.as_chunks::<CHUNK>();
-    let (masters, master) = old.master.as_chunks::<CHUNK>();
-    let (ms, m) = old.m.as_chunks::<CHUNK>();
-    let (vs, v) = old.v.as_chunks::<CHUNK>();
-    let (new_params, new_param) = new.param.as_chunks_mut::<CHUNK>();
-    let (new_masters, new_master) = new.master.as_chunks_mut::<CHUNK>();
-    let (new_ms, new_m) = new.m.as_chunks_mut::<CHUNK>();
-    let (new_vs, new_v) = new.v.as_chunks_mut::<CHUNK>();
+    let (params, param) = old.param.as_chunks::<BLOCK>();
+    let (grads, grad) = old.grad.as_chunks::<BLOCK>();
+    let (masters, master) = old.master.as_chunks::<BLOCK>();
+    let (ms, m) = old.m.as_chunks::<BLOCK>();
+    let (vs, v) = old.v.as_chunks::<BLOCK>();
+    let (new_params, new_param) = new.param.as_chunks_mut::<BLOCK>();
+    let (new_masters, new_master) = new.master.as_chunks_mut::<BLOCK>();
+    let (new_ms, new_m) = new.m.as_chunks_mut::<BLOCK>();
+    let (new_vs, new_v) = new.v.as_chunks_mut::<BLOCK>();
     let from = params.iter().zip(grads).zip(masters).zip(ms).zip(vs);
     let to = new_params.iter_mut().zip(new_masters).zip(new_ms).zip(new_vs);
     for (((((old_param, grad), old_master), old_m), old_v), (((to_param, to_master), to_m), to_v)) in from.zip(to) {
@@ -201,7 +201,7 @@ fn into_all<W: Weight>(old: Old<'_, W>, new: New<'_, W>, h: Hyper) {
 
 /// Copies a chunk past the caches where its place is aligned for that.
 #[inline(always)]
-fn stream<T: Copy>(to: &mut [T; CHUNK], from: &[T; CHUNK]) {
+fn stream<T: Copy>(to: &mut [T; BLOCK], from: &[T; BLOCK]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
@@ -209,7 +209,7 @@ fn stream<T: Copy>(to: &mut [T; CHUNK], from: &[T; CHUNK]) {
         if at.is_aligned() {
             let source = from.as_ptr().cast::<__m128i>();
             for i in 0..size_of_val(from) / size_of::<__m128i>() {
-                // SAFETY: SSE2 is part of x86-64; both hold CHUNK elements, a whole number of vectors, and the target is aligned.
+                // SAFETY: SSE2 is part of x86-64; both hold BLOCK elements, a whole number of vectors, and the target is aligned.
                 unsafe { _mm_stream_si128(at.add(i), _mm_loadu_si128(source.add(i))) };
             }
             return;

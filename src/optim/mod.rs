@@ -13,13 +13,15 @@ mod norm;
 mod pool;
 
 pub(crate) use adamw::unsupported;
-pub use adamw::{PIECE, Span, Target, Update, adamw, adamw_into_parallel, adamw_into_with, adamw_parallel, adamw_with};
+pub use adamw::{Span, Target, Update, adamw, adamw_into_parallel, adamw_into_with, adamw_parallel, adamw_with};
 pub use half::{f16_to_f32, f32_to_f16, join_master, split_master};
 pub use hyper::{AdamWOptions, Hyper};
 pub use isa::Isa;
 pub(crate) use isa::{Level, per_isa, prefetch};
-pub use norm::{NORM_BLOCK, NORM_LANES, norm_blocks, norm_sq, norm_sq_parallel, norm_sq_with};
+pub use norm::{NORM_BLOCK, NORM_SUMS, norm_blocks, norm_sq, norm_sq_parallel, norm_sq_with};
 pub use pool::Pool;
+
+pub use crate::model::PIECE;
 
 /// Name of the instruction set that updates and norms use on this machine.
 pub fn isa() -> &'static str {

@@ -1,8 +1,8 @@
 //! Sums of squares in fp64, in one order of summation for any number of threads and any processor.
 //!
-//! The elements are cut into blocks of [`NORM_BLOCK`]. In a block, element `j` is added to lane `j % NORM_LANES` in
-//! ascending order, and the lanes are summed by halving (lane `i` takes lane `i + 16`, then `i + 8`, ..). The blocks'
-//! sums are summed the same way: block `b` to lane `b % NORM_LANES`, then by halving. The square of an fp32 value is
+//! The elements are cut into blocks of [`NORM_BLOCK`]. In a block, element `j` is added to sum `j % NORM_SUMS` in
+//! ascending order, and the sums are summed by halving (sum `i` takes sum `i + 16`, then `i + 8`, ..). The blocks'
+//! sums are summed the same way: block `b` to sum `b % NORM_SUMS`, then by halving. The square of an fp32 value is
 //! exact in fp64 and cannot overflow, so the sum is finite exactly where every element is.
 #![expect(unsafe_code, reason = "makes slices of raw pointers")]
 
@@ -21,11 +21,11 @@ use crate::{
 /// Elements per partial sum.
 pub const NORM_BLOCK: usize = 8192;
 /// Interleaved sums in a block.
-pub const NORM_LANES: usize = 32;
+pub const NORM_SUMS: usize = 32;
 /// Blocks per task of a parallel sum.
 const BLOCKS_PER_TASK: usize = 16;
 
-type Lanes = [f64; NORM_LANES];
+type Sums = [f64; NORM_SUMS];
 
 /// Partial sums that [`norm_sq_parallel`] needs room for.
 pub const fn norm_blocks(len: usize) -> usize {
@@ -54,12 +54,12 @@ pub unsafe fn norm_sq(data: *const u8, len: usize, dtype: DType) -> Result<f64> 
 pub unsafe fn norm_sq_with(isa: Isa, data: *const u8, len: usize, dtype: DType) -> Result<f64> {
     check(dtype)?;
     let _mode = FloatMode::ieee();
-    let mut lanes = [0.0; NORM_LANES];
+    let mut sums = [0.0; NORM_SUMS];
     for block in 0..norm_blocks(len) {
         // SAFETY: the caller's contract.
-        lanes[block % NORM_LANES] += unsafe { block_sum(isa, data, len, dtype, block) };
+        sums[block % NORM_SUMS] += unsafe { block_sum(isa, data, len, dtype, block) };
     }
-    Ok(halve(lanes))
+    Ok(halve(sums))
 }
 
 /// [`norm_sq`] on the threads of `pool`: the same bits. `partials` is scratch.
@@ -92,11 +92,11 @@ pub unsafe fn norm_sq_parallel(
         }
     })?;
     let _mode = FloatMode::ieee();
-    let mut lanes = [0.0; NORM_LANES];
+    let mut sums = [0.0; NORM_SUMS];
     for (block, partial) in partials[..blocks].iter().enumerate() {
-        lanes[block % NORM_LANES] += partial;
+        sums[block % NORM_SUMS] += partial;
     }
-    Ok(halve(lanes))
+    Ok(halve(sums))
 }
 
 /// Pointers that tasks share; see the uses.
@@ -126,68 +126,68 @@ unsafe fn block_sum(isa: Isa, data: *const u8, len: usize, dtype: DType, block: 
     let count = NORM_BLOCK.min(len - start);
     let at = data.wrapping_add(start * dtype.size());
     // SAFETY: the caller vouches for `len` elements, of which these are a part.
-    let lanes = unsafe {
+    let sums = unsafe {
         match dtype {
-            DType::F32 => lanes_f32(isa, from_raw_parts(at.cast(), count)),
-            DType::Bf16 => lanes_bf16(isa, from_raw_parts(at.cast(), count)),
-            DType::F16 => lanes_f16(isa, from_raw_parts(at.cast(), count)),
+            DType::F32 => sums_f32(isa, from_raw_parts(at.cast(), count)),
+            DType::Bf16 => sums_bf16(isa, from_raw_parts(at.cast(), count)),
+            DType::F16 => sums_f16(isa, from_raw_parts(at.cast(), count)),
             DType::Opaque { .. } => return f64::NAN,
         }
     };
-    halve(lanes)
+    halve(sums)
 }
 
-fn halve(mut lanes: Lanes) -> f64 {
-    let mut width = NORM_LANES / 2;
+fn halve(mut sums: Sums) -> f64 {
+    let mut width = NORM_SUMS / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            sums[i] += sums[i + width];
         }
         width /= 2;
     }
-    lanes[0]
+    sums[0]
 }
 
 per_isa! {
-    fn lanes_f32(block: &[f32]) -> Lanes = lanes_f32_body;
+    fn sums_f32(block: &[f32]) -> Sums = sums_f32_body;
 }
 per_isa! {
-    fn lanes_bf16(block: &[u16]) -> Lanes = lanes_bf16_body;
+    fn sums_bf16(block: &[u16]) -> Sums = sums_bf16_body;
 }
 per_isa! {
-    fn lanes_f16(block: &[u16]) -> Lanes = lanes_f16_body;
+    fn sums_f16(block: &[u16]) -> Sums = sums_f16_body;
 }
 
 #[inline(always)]
-fn lanes_body<T: Copy>(block: &[T], value: impl Fn(T) -> f32) -> Lanes {
-    let mut lanes = [0.0; NORM_LANES];
-    let (rows, rest) = block.as_chunks::<NORM_LANES>();
+fn sums_body<T: Copy>(block: &[T], value: impl Fn(T) -> f32) -> Sums {
+    let mut sums = [0.0; NORM_SUMS];
+    let (rows, rest) = block.as_chunks::<NORM_SUMS>();
     for row in rows {
-        for (lane, x) in lanes.iter_mut().zip(row) {
+        for (sum, x) in sums.iter_mut().zip(row) {
             let x = f64::from(value(*x));
-            *lane += x * x;
+            *sum += x * x;
         }
     }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
+    for (sum, x) in sums.iter_mut().zip(rest) {
         let x = f64::from(value(*x));
-        *lane += x * x;
+        *sum += x * x;
     }
-    lanes
+    sums
 }
 
 #[inline(always)]
-fn lanes_f32_body(block: &[f32]) -> Lanes {
-    lanes_body(block, |x| x)
+fn sums_f32_body(block: &[f32]) -> Sums {
+    sums_body(block, |x| x)
 }
 
 #[inline(always)]
-fn lanes_bf16_body(block: &[u16]) -> Lanes {
-    lanes_body(block, bf16_to_f32)
+fn sums_bf16_body(block: &[u16]) -> Sums {
+    sums_body(block, bf16_to_f32)
 }
 
 #[inline(always)]
-fn lanes_f16_body(block: &[u16]) -> Lanes {
-    lanes_body(block, f16_to_f32)
+fn sums_f16_body(block: &[u16]) -> Sums {
+    sums_body(block, f16_to_f32)
 }
 
 #[cfg(test)]
@@ -205,13 +205,13 @@ mod tests {
 
     /// The order of summation as the module's text says it, element by element.
     fn by_the_text(x: &[f32]) -> f64 {
-        let mut total = [0.0; NORM_LANES];
+        let mut total = [0.0; NORM_SUMS];
         for (b, block) in x.chunks(NORM_BLOCK).enumerate() {
-            let mut lanes = [0.0; NORM_LANES];
+            let mut sums = [0.0; NORM_SUMS];
             for (j, x) in block.iter().enumerate() {
-                lanes[j % NORM_LANES] += f64::from(*x) * f64::from(*x);
+                sums[j % NORM_SUMS] += f64::from(*x) * f64::from(*x);
             }
-            total[b % NORM_LANES] += halve(lanes);
+            total[b % NORM_SUMS] += halve(sums);
         }
         halve(total)
     }

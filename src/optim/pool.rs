@@ -43,9 +43,9 @@ pub struct Pool {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// Notified when there is a job, or when the pool closes.
+    /// Notified when there is a run, or when the pool closes.
     work: Condvar,
-    /// Notified when the last thread has left a job.
+    /// Notified when the last thread has left a run.
     done: Condvar,
     /// The next task to claim; the number of tasks or more once all are claimed.
     next: CachePadded<AtomicUsize>,
@@ -53,10 +53,10 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    job: Option<Job>,
+    run: Option<Run>,
     /// Counts jobs, so that a thread enters each once.
     number: u64,
-    /// Threads inside the job.
+    /// Threads inside the run.
     active: usize,
     /// Message of the first panic.
     panic: Option<String>,
@@ -64,13 +64,13 @@ struct State {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Job {
+struct Run {
     task: *const (dyn Fn(usize) + Sync),
     tasks: usize,
 }
 
 // SAFETY: the closure is `Sync`, and P1 keeps it alive while a thread can reach it.
-unsafe impl Send for Job {}
+unsafe impl Send for Run {}
 
 /// What the calling thread does during a run, besides waiting for its end.
 type Beside<'a> = Option<&'a mut dyn FnMut()>;
@@ -126,7 +126,7 @@ impl Pool {
     /// # Errors
     /// `FN-E105` when a task panicked: tasks not started by then are skipped. `FN-E103` in a forked child.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
-        self.run_job(tasks, task, None)
+        self.run_all(tasks, task, None)
     }
 
     /// [`Self::run`], while the calling thread does something else, once; waits for both. Every task runs on the pool's threads.
@@ -134,10 +134,10 @@ impl Pool {
     /// # Errors
     /// As for [`Self::run`], also when `beside` panicked.
     pub fn run_beside(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), beside: &mut dyn FnMut()) -> Result<()> {
-        self.run_job(tasks, task, Some(beside))
+        self.run_all(tasks, task, Some(beside))
     }
 
-    fn run_job(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), beside: Beside<'_>) -> Result<()> {
+    fn run_all(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), beside: Beside<'_>) -> Result<()> {
         if self.pid != std::process::id() {
             return Err(Error::new(Code::Forked, "the optimizer's threads exist in the parent process only.")
                 .action("Start worker processes by spawn, or build the optimizer in the child."));
@@ -148,12 +148,12 @@ impl Pool {
             return do_beside(beside).map_err(|what| panicked(&what));
         }
         let turn = self.turn.lock();
-        // SAFETY: only the lifetime changes. `finish` below returns after the last thread left the job, and no thread
+        // SAFETY: only the lifetime changes. `finish` below returns after the last thread left the run, and no thread
         // can enter it later, because `finish` also takes it out of the state.
         let task = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(task)
         };
-        self.shared.start(Job { task, tasks });
+        self.shared.start(Run { task, tasks });
         // `do_beside` catches a panic: the pool's threads may still use what the caller has lent.
         let beside = do_beside(beside);
         let panic = self.shared.finish(tasks);
@@ -185,23 +185,23 @@ impl Shared {
         FloatMode::ieee().keep();
         let mut last = 0;
         loop {
-            let job = {
+            let run = {
                 let mut state = self.state.lock();
                 loop {
                     if state.closing {
                         return;
                     }
-                    match state.job {
-                        Some(job) if state.number != last => {
+                    match state.run {
+                        Some(run) if state.number != last => {
                             last = state.number;
                             state.active += 1;
-                            break job;
+                            break run;
                         }
                         _ => self.work.wait(&mut state),
                     }
                 }
             };
-            self.work_on(job);
+            self.work_on(run);
             let mut state = self.state.lock();
             state.active -= 1;
             if state.active == 0 {
@@ -210,40 +210,40 @@ impl Shared {
         }
     }
 
-    fn start(&self, job: Job) {
+    fn start(&self, run: Run) {
         let mut state = self.state.lock();
         self.next.store(0, Ordering::Relaxed);
         state.number += 1;
         state.panic = None;
-        state.job = Some(job);
+        state.run = Some(run);
         drop(state);
         self.work.notify_all();
     }
 
     /// Claims and runs tasks until none is left.
-    fn work_on(&self, job: Job) {
-        // SAFETY: P1, see `run_job`.
-        let task = unsafe { &*job.task };
+    fn work_on(&self, run: Run) {
+        // SAFETY: P1, see `run_all`.
+        let task = unsafe { &*run.task };
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= job.tasks {
+            if index >= run.tasks {
                 return;
             }
             if let Err(what) = catch(|| task(index)) {
                 self.state.lock().panic.get_or_insert(what);
-                self.next.store(job.tasks, Ordering::Relaxed);
+                self.next.store(run.tasks, Ordering::Relaxed);
             }
         }
     }
 
-    /// Waits for the end of the job and removes it; returns the message of its first panic.
+    /// Waits for the end of the run and removes it; returns the message of its first panic.
     fn finish(&self, tasks: usize) -> Option<String> {
         let mut state = self.state.lock();
-        // The last thread that leaves the job notifies `done`; a thread leaves when no task is left to claim.
+        // The last thread that leaves the run notifies `done`; a thread leaves when no task is left to claim.
         while state.active > 0 || self.next.load(Ordering::Relaxed) < tasks {
             self.done.wait(&mut state);
         }
-        state.job = None;
+        state.run = None;
         state.panic.take()
     }
 }
@@ -407,7 +407,7 @@ mod tests {
         // SAFETY: the child calls nothing that another thread of the parent could hold a lock for, and leaves by _exit.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let refused = pool.run_job(2, &|_| (), None).is_err_and(|e| e.code() == Code::Forked);
+            let refused = pool.run_all(2, &|_| (), None).is_err_and(|e| e.code() == Code::Forked);
             drop(pool);
             // SAFETY: ends the child without running the parent's exit handlers.
             unsafe { libc::_exit(i32::from(!refused)) };

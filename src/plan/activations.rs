@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::source::Shape;
-use crate::{policy::read_text, units::ByteCount};
+use crate::{policy::read_text, quantities::ByteCount};
 
 /// Bytes per token and entry of the vocabulary at the start of the backward, beside the logits themselves: logits in fp32, what
 /// the loss keeps, and its gradient.

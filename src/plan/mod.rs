@@ -15,16 +15,17 @@ pub use text::text;
 use crate::{
     device::DeviceChoice,
     error::{Error, Result},
+    machine::HostLimits,
     model::Layout,
-    policy::{Policy, limits::HostLimits, profile::Profile},
-    runtime::{Config, Sharing},
+    policy::{Policy, profile::Profile},
+    quantities::{ByteCount, Tier, UnitId},
+    runtime::{Config, UpdateOn},
     schedule::{
         Budgets, Limits, Placement, advice,
         cost::{self, Rates, Resource, Work},
         placement,
         traffic::Uses,
     },
-    units::{ByteCount, Tier, UnitId},
 };
 
 /// Chunks of a ring on a GPU.
@@ -100,7 +101,7 @@ pub struct UnitPlan {
     pub params_tier: &'static str,
     /// Home of its states.
     pub states_tier: &'static str,
-    /// Whether its update may run ahead of the step.
+    /// Whether it has a spare copy, for speculative updates.
     pub spare: bool,
 }
 
@@ -372,7 +373,7 @@ impl Sight<'_> {
 
 /// Whether the GPU is to make all updates.
 fn lanes_alone(config: &Config) -> bool {
-    config.updates.0 == Sharing::Lanes
+    config.updates.0 == UpdateOn::Gpu
 }
 
 /// The rates of a profile, or none if it was not measured for such a device.

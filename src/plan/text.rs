@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::{Plan, StepPlan, TierPlan};
-use crate::units::ByteCount;
+use crate::quantities::ByteCount;
 
 /// The whole plan; `units` adds a line for each unit.
 pub fn text(plan: &Plan, units: bool) -> String {

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use super::{
     Policy,
     import::{self, Hints, Imported},
-    read_text, schema,
+    read::read_text,
+    schema,
 };
 use crate::error::{Code, Error, Result};
 

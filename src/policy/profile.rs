@@ -107,7 +107,7 @@ impl Profile {
     /// # Errors
     /// `FN-E504` when the file cannot be read, `FN-E501` when it is no profile of this version.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = super::read_text(path).map_err(|e| e.action("Measure with funicular bench --save."))?;
+        let text = super::read::read_text(path).map_err(|e| e.action("Measure with funicular bench --save."))?;
         let wrong = |why: String| {
             Error::new(Code::PolicySyntax, format!("{}: {why}.", path.display()))
                 .action("Measure again with funicular bench --save.")

@@ -5,7 +5,7 @@ use std::{fmt, marker::PhantomData, path::PathBuf};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::suggest;
-use crate::units::ByteCount;
+use crate::quantities::ByteCount;
 
 /// Units of size and their bytes, the larger first within each family.
 const UNITS: &[(&str, u64)] = &[

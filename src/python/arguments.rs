@@ -9,9 +9,9 @@ use crate::{
     error::{Code, Error, Result},
     model::{ParamSpec, Unit, UnitSpec},
     optim::{AdamWOptions, Hyper, Span, Update},
-    runtime::{JobSpan, Runtime, Sharing, StepHyper, UnitUpdate},
+    quantities::UnitId,
+    runtime::{JobSpan, Runtime, StepHyper, UnitUpdate, UpdateOn},
     schedule::Phase,
-    units::UnitId,
 };
 
 /// (section, first element, elements, byte offset in the parameter segment)
@@ -100,7 +100,7 @@ pub(super) fn unit_update(rt: &Runtime, update: &records::UnitUpdate, hypers: us
     if spans.is_empty() {
         return Err(Error::argument(format!("a step of '{}' has no elements.", packed.name)));
     }
-    Ok(UnitUpdate { unit: id, spans, guessed: update.untouched })
+    Ok(UnitUpdate { unit: id, spans, speculated: update.untouched })
 }
 
 pub(super) fn step_hypers(given: &[records::Hyper]) -> Result<Vec<StepHyper>> {
@@ -140,12 +140,12 @@ pub(super) fn phase(n: u8) -> Result<Phase> {
     }
 }
 
-pub(super) fn split(name: &str) -> Result<Sharing> {
+pub(super) fn split(name: &str) -> Result<UpdateOn> {
     match name {
-        "processor" => Ok(Sharing::Processor),
-        "lanes" => Ok(Sharing::Lanes),
-        "rates" => Ok(Sharing::Rates),
-        "halves" => Ok(Sharing::Halves),
+        "processor" => Ok(UpdateOn::Cpu),
+        "lanes" => Ok(UpdateOn::Gpu),
+        "rates" => Ok(UpdateOn::Both),
+        "halves" => Ok(UpdateOn::Halves),
         other => Err(Error::argument(format!("there is no split '{other}'."))),
     }
 }

@@ -13,13 +13,13 @@ use super::{
     records::{ReadBuffer, RestoredState, SaveRequest, SavedPlace, SavedTensor},
 };
 use crate::{
-    checkpoint::{self, Contents, Control, Dtype, Found, Means, Request, TensorSpec},
+    checkpoint::{self, Contents, Control, Dtype, Found, FrameBudget, Request, TensorSpec},
     dtype::StateKind,
     error::{Code, Error, Result},
     io::EngineOptions,
     memory::set_aside,
+    quantities::UnitId,
     runtime::{Buffer, Item, Place, Runtime, Source, Unchanged, check_process, read_buffers, save_plain},
-    units::UnitId,
 };
 
 fn stored(name: &str) -> Result<Dtype> {
@@ -160,11 +160,11 @@ impl Checkpoint {
     /// Reads everything and compares it with the checksums.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         let control = Control::default();
-        let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
+        let budget = FrameBudget { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
         waiting(py, |i| {
             crate::runtime::aside(&control, i, || {
                 let all: Vec<&Found> = self.contents.model.values().chain(self.contents.optimizer.values()).collect();
-                let wrong = checkpoint::verify(&self.contents, in_file_order(all), &means, &control)?;
+                let wrong = checkpoint::verify(&self.contents, in_file_order(all), &budget, &control)?;
                 wrong.into_iter().next().map_or(Ok(()), Err)
             })
         })

@@ -34,8 +34,8 @@ use crate::{
     memory::set_aside,
     model::Layout,
     policy::Policy,
+    quantities::ByteCount,
     runtime::{Interrupted, Runtime, check_process, closed, shares_processor},
-    units::ByteCount,
 };
 
 thread_local! {
@@ -117,7 +117,7 @@ impl Engine {
                     // What the call changed is half done.
                     runtime.fail(error.clone());
                 }
-                runtime.told(error);
+                runtime.failure_seen(error);
             })
         })
     }
@@ -290,13 +290,13 @@ impl Engine {
     fn speculate(&self, py: Python<'_>, update: UnitUpdate, hypers: Vec<Hyper>, stream: u64) -> PyResult<bool> {
         self.call(py, |rt, _| {
             let hypers = step_hypers(&hypers)?;
-            rt.update_ahead(&unit_update(rt, &update, hypers.len())?, &hypers, stream)
+            rt.update_speculatively(&unit_update(rt, &update, hypers.len())?, &hypers, stream)
         })
     }
 
     /// Drops the unit's speculative update, if there is one.
     fn drop_speculation(&self, py: Python<'_>, unit: u32) -> PyResult<()> {
-        self.call(py, |rt, _| rt.drop_ahead(known(rt, unit)?))
+        self.call(py, |rt, _| rt.drop_speculation(known(rt, unit)?))
     }
 
     /// Brings a factor of gradients (an fp32 value on the device) down; returns its slot.
@@ -409,7 +409,7 @@ impl Engine {
     /// Chooses what makes updates from now on: `processor`, `lanes`, `rates` or `halves`; false where there are no lanes. For
     /// measurements and tests: the bits do not depend on it.
     fn split_updates(&self, py: Python<'_>, split: &str) -> PyResult<bool> {
-        self.call(py, |rt, _| rt.split_updates(self::split(split)?))
+        self.call(py, |rt, _| rt.set_update_on(self::split(split)?))
     }
 
     /// Everything counted so far.

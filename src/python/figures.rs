@@ -4,6 +4,7 @@ use pyo3::{prelude::*, types::PyDict};
 
 use crate::{
     error::Result,
+    quantities::Tier,
     runtime::{
         Runtime,
         measure::{
@@ -12,7 +13,6 @@ use crate::{
         },
     },
     schedule::machine::Prefetches,
-    units::Tier,
 };
 
 const TIERS: [Tier; 3] = [Tier::Hbm, Tier::Host, Tier::Nvme];
@@ -55,7 +55,7 @@ impl Figures {
             prefetches: rt.prefetches()?,
             steps: stats.steps(),
             home_uses: stats.home_uses(),
-            ahead: stats.guesses(),
+            ahead: stats.speculations(),
             updated: stats.updates(),
             engine: rt.engine_name()?,
             threads: rt.pool_threads()?,

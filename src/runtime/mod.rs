@@ -1,16 +1,21 @@
-//! The runtime: one model's memory, threads and state, and the operations that the Python wrapper calls.
+//! The runtime: one model's memory, threads and state, and the operations that the Python wrapper calls. Here stands each call; what it does
+//! stands in the folders.
 //!
 //! | folder | what it holds |
 //! |---|---|
-//! | `setup` | what a run is told, whether it may begin, how it starts |
-//! | `shared` | the lock, the machine's commands performed, waiting, the end |
-//! | `paging` | where parameters live, and what happens when they are touched where they are not |
-//! | `update` | AdamW: a step, updates begun in backward, who does which part |
-//! | `disk` | the map of the files, requests on their way, the threads that take completions, what is not part of a step |
+//! | `setup` | the configuration of a run, whether it may begin, how it starts |
+//! | `shared` | what the threads share, its locks and their order, waiting, waiting for updates |
+//! | `paging` | where parameters live, windows, gradients, shadows, what happens when parameters are touched where they are not |
+//! | `update` | AdamW: a step, speculative updates, which part the processor and the lanes do |
+//! | `disk` | the map of the files, requests on their way, the thread that takes completions, I/O that is not part of a step |
 //! | `saving` | checkpoints: saving beside training, loading |
 //! | `measure` | counters, the time of a step, the trace, slow requests |
+//!
+//! `handle` has the type [`Runtime`] and its end. A file defines types that [`Shared`] is made of, or it operates on [`Shared`]; none does
+//! both, so that files import each other in one direction.
 
 pub mod disk;
+mod handle;
 pub mod measure;
 pub mod paging;
 mod saving;
@@ -20,63 +25,38 @@ mod shared;
 mod tests;
 mod update;
 
-use std::{sync::Arc, thread::JoinHandle};
+use std::sync::Arc;
 
+pub use handle::Runtime;
 pub use saving::{
     restore::{Buffer, Item, aside, read_buffers},
     save::{Place, Source, Unchanged, save_plain},
 };
 pub use setup::config::Config;
-pub use shared::end::{check_process, closed};
+pub use shared::{
+    closed::{check_process, closed},
+    waits::Interrupted,
+};
 pub use update::{
     factors::FACTORS_PER_STEP,
-    run::{Job, JobSpan, StepHyper},
-    share::Sharing,
+    job::{JobSpan, StepHyper, UnitUpdate},
+    update_on::{UpdateOn, shares_processor},
 };
 
 use crate::{
-    device::{self, Device, DeviceKind, Frames, Gate, StreamRef},
+    device::{Device, Frames},
     dtype::StateKind,
-    error::{Code, Error, Result},
+    error::{Error, Result},
     io::Direction,
     memory::HostRegion,
     model::Layout,
     policy::Policy,
+    quantities::{ByteCount, Tier, UnitId},
     runtime::{
-        disk::threads::Ended,
-        measure::stats::{Cause, Stats},
-        paging::homes::Homes,
-        setup::{admission::Running, start::Started},
-        shared::{Disk, Landing, Shared},
+        disk::files::Disk, measure::stats::Stats, paging::homes::Homes, setup::start::Started, shared::settle::Until,
     },
-    schedule::{Budgets, Phase, Placement, machine::Prefetches},
-    units::{ByteCount, Tier, UnitId},
+    schedule::{Phase, Placement, machine::Prefetches},
 };
-
-/// Asked about twenty times a second during a wait; true ends the wait with `FN-E106`.
-pub type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
-
-/// A unit's part of an optimizer step.
-#[derive(Clone, Debug)]
-pub struct UnitUpdate {
-    /// The unit.
-    pub unit: UnitId,
-    /// Its spans.
-    pub spans: Vec<JobSpan>,
-    /// Nothing has touched the gradients and parameters from which [`Runtime::update_ahead`] began.
-    pub guessed: bool,
-}
-
-/// One model's runtime.
-pub struct Runtime {
-    shared: Option<Arc<Shared>>,
-    threads: Vec<JoinHandle<()>>,
-    pid: u32,
-    budgets: Budgets,
-    notes: Vec<String>,
-    /// What other processes of this machine are told of this one.
-    running: Option<Running>,
-}
 
 impl Runtime {
     /// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model
@@ -90,11 +70,6 @@ impl Runtime {
         }
         let Started { shared, threads, budgets, notes, running } = setup::start::start(layout, policy, freed)?;
         Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes, running: Some(running) })
-    }
-
-    fn shared(&self) -> Result<&Shared> {
-        check_process(self.pid)?;
-        self.shared.as_deref().ok_or_else(closed)
     }
 
     /// Things worth knowing about how it was set up.
@@ -158,13 +133,7 @@ impl Runtime {
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<bool> {
-        let shared = self.shared()?;
-        let opened = shared.open(unit, phase.into(), stream, interrupted)?;
-        if shared.sync {
-            let gate = shared.lock()?.gates[unit.index()].fill;
-            shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
-        }
-        Ok(opened)
+        self.shared()?.open_window(unit, phase.into(), stream, interrupted)
     }
 
     /// Ends a window. Under `debug.sync` waits for its kernels; interrupted there, it has ended all the same.
@@ -172,14 +141,7 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn release(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let shared = self.shared()?;
-        shared.release(unit, stream)?;
-        if shared.sync {
-            // A fault of the window's own kernels shows here, not somewhere later.
-            let gate = shared.lock()?.gates[unit.index()].release;
-            shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
-        }
-        Ok(())
+        self.shared()?.end_window(unit, stream, interrupted)
     }
 
     /// The home was edited by work enqueued on `stream`: the frames are out of date.
@@ -187,11 +149,7 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure.
     pub fn invalidate(&self, unit: UnitId, stream: u64) -> Result<()> {
-        let shared = self.shared()?;
-        shared.drop_ahead(unit);
-        let mut inner = shared.lock()?;
-        inner.gates[unit.index()].home = shared.device.record(StreamRef::Compute(stream))?;
-        shared.happened(&mut inner, |m, _| m.invalidate(unit))
+        self.shared()?.invalidate(unit, stream)
     }
 
     /// Brings edits made inside a window home.
@@ -220,30 +178,8 @@ impl Runtime {
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
-        let shared = self.shared()?;
-        shared.settle_update(unit, stream, interrupted)?;
-        shared.drop_ahead(unit);
-        let home = shared.homes.unit(unit).grads;
-        if home == 0 || offset.checked_add(len).is_none_or(|end| end > shared.layout.unit(unit).grad_bytes()) {
-            return Err(Error::argument(format!("'{}' has no such gradient.", shared.layout.unit(unit).name)));
-        }
-        let mut inner = shared.lock()?;
-        let gate = shared.device.record(StreamRef::Compute(stream))?;
-        shared.device.wait(StreamRef::Down, gate)?;
-        let before = shared.mark(StreamRef::Down);
-        for _ in 0..shared.slow.down {
-            // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is over.
-            unsafe { shared.device.copy(StreamRef::Down, home + offset, src, len as usize)? };
-        }
-        let marks = (before, shared.mark(StreamRef::Down));
-        let gate = shared.device.record(StreamRef::Down)?;
-        inner.last_down = gate;
-        shared.send(&shared.to_down, Ended::Copy(Landing { gate, unit, lease: None, marks, bytes: len }))?;
-        drop(inner);
-        if shared.sync {
-            shared.block_gate(Some(stream), gate, Cause::Grads, interrupted)?;
-        }
-        Ok(gate.seq)
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.shared()?.gradient(unit, offset, src, len, stream, interrupted) }
     }
 
     /// True if the gradient copy of that number is over.
@@ -251,8 +187,7 @@ impl Runtime {
     /// # Errors
     /// A failure of the device.
     pub fn landed(&self, seq: u64) -> Result<bool> {
-        let shared = self.shared()?;
-        shared.device.passed(Gate { role: device::Role::Down, seq }).map_err(|e| unknown_copy(e, seq))
+        self.shared()?.landed(seq)
     }
 
     /// Makes `stream` (on the host: the caller) wait for the gradient copy of that number.
@@ -260,9 +195,7 @@ impl Runtime {
     /// # Errors
     /// A failure of the device, or an interruption.
     pub fn wait_landed(&self, seq: u64, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let gate = Gate { role: device::Role::Down, seq };
-        self.landed(seq)?;
-        self.shared()?.wait_gate(stream, gate, Cause::Grads, interrupted)
+        self.shared()?.wait_landed(seq, stream, interrupted)
     }
 
     /// Makes `stream` (on the host: the caller) wait for all gradient copies so far.
@@ -270,9 +203,7 @@ impl Runtime {
     /// # Errors
     /// A failure of the device, or an interruption.
     pub fn wait_gradients(&self, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let shared = self.shared()?;
-        let gate = shared.inner.lock().last_down;
-        shared.wait_gate(stream, gate, Cause::Grads, interrupted)
+        self.shared()?.wait_gradients(stream, interrupted)
     }
 
     /// True if the unit's home is not yet that of its last update.
@@ -289,10 +220,7 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        let shared = self.shared()?;
-        shared.settle_home(unit, stream, interrupted)?;
-        let gate = shared.inner.lock().gates[unit.index()].home;
-        shared.wait_gate(stream, gate, Cause::Copy, interrupted)
+        self.shared()?.settle_for(unit, stream, interrupted)
     }
 
     /// Waits until no update is under way and all homes are current.
@@ -300,7 +228,7 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_all(None, shared::settle::Until::Home, interrupted)
+        self.shared()?.settle_all(None, Until::Home, interrupted)
     }
 
     /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older. Once the
@@ -443,14 +371,4 @@ impl Runtime {
     pub fn activation_region(&self, least: u64, wanted: u64) -> Result<Arc<HostRegion>> {
         self.shared()?.activation_region(least, wanted)
     }
-}
-
-/// What a device says of a gate that it never recorded, for a number that the caller has made up.
-fn unknown_copy(error: Error, seq: u64) -> Error {
-    if error.code() == Code::Stuck { Error::argument(format!("there is no copy of number {seq}.")) } else { error }
-}
-
-/// True where the processor that computes is also the one that updates.
-pub fn shares_processor(kind: DeviceKind) -> bool {
-    kind == DeviceKind::Host
 }

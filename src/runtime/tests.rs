@@ -6,12 +6,19 @@ use std::{thread::sleep, time::Duration};
 
 use super::*;
 use crate::{
+    device::{self, StreamRef},
     dtype::DType,
+    error::Code,
     model::{ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
-    runtime::measure::stats::Link,
+    runtime::{
+        measure::{
+            stats::{Cause, Link},
+            step_time,
+        },
+        setup::start,
+    },
     schedule::LaneUse,
-    units::ByteCount,
 };
 
 const ELEMS: u64 = 1024;
@@ -47,11 +54,11 @@ fn without_a_compiler_the_processor_updates_alone_and_says_so() {
     let open = |wish, code| {
         let (mut plan, mut notes) = (planned.clone(), Vec::new());
         let create = |_: usize, _: u64| Err(Error::new(code, "libnvrtc is not to be found."));
-        start::open_share(create, (Sharing::Rates, wish), &mut plan, &mut notes)
-            .map(|share| (share.shares(), plan, notes))
+        start::open_share(create, (UpdateOn::Both, wish), &mut plan, &mut notes)
+            .map(|share| (share.uses_lanes(), plan, notes))
     };
     let (shares, plan, notes) = open(LaneUse::IfRoom, Code::NoCompiler).unwrap();
-    assert!(!shares, "there is nobody to share with");
+    assert!(!shares, "there are no lanes to share with");
     assert_eq!((plan.lane_elems, plan.lane_bytes), (0, 0));
     assert_eq!(plan.hbm_bytes, planned.hbm_bytes - planned.lane_bytes);
     assert_eq!(notes, ["FN-W210 the GPU takes no part in updates: libnvrtc is not to be found."]);
@@ -71,7 +78,7 @@ fn state(rt: &Runtime, unit: u32, values: &mut [f32], direction: Direction) -> R
 
 fn whole(unit: u32) -> UnitUpdate {
     let span = JobSpan { section: 0, start: 0, len: ELEMS, hyper: 0, reset_master: true };
-    UnitUpdate { unit: UnitId(unit), spans: vec![span], guessed: false }
+    UnitUpdate { unit: UnitId(unit), spans: vec![span], speculated: false }
 }
 
 fn step(rt: &Runtime, updates: &[UnitUpdate], wait: bool, interrupted: Interrupted<'_>) -> Result<()> {
@@ -89,7 +96,7 @@ fn hyper() -> StepHyper {
 }
 
 #[test]
-fn an_answer_that_comes_too_late_is_nobody_s() {
+fn an_answer_that_comes_too_late_is_not_the_next_one_s() {
     let dir = disk();
     let rt = runtime(&dir, "host", "read:delay=2500ms@1");
     let mut ones = vec![1.0; ELEMS as usize];
@@ -139,7 +146,7 @@ fn homes_in_host_memory_can_be_read_after_a_failure_that_was_seen() {
     let rt = runtime(&dir, "host", "write:eio@1x1000000");
     step(&rt, &[whole(0)], false, &mut never).unwrap();
     sleep(Duration::from_millis(300));
-    step(&rt, &[whole(1)], false, &mut never).map_err(|e| rt.told(&e)).unwrap_err();
+    step(&rt, &[whole(1)], false, &mut never).map_err(|e| rt.failure_seen(&e)).unwrap_err();
     assert!(rt.failed().unwrap());
     for unit in 0..3 {
         rt.settle(UnitId(unit), 0, &mut never).unwrap();
@@ -157,7 +164,7 @@ fn nothing_old_is_shown_before_the_failure_is() {
     step(&rt, &[whole(0)], false, &mut never).unwrap();
     let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
     assert_eq!(error.code(), Code::IoFailed);
-    rt.told(&error);
+    rt.failure_seen(&error);
     rt.settle(UnitId(0), 0, &mut never).unwrap();
 }
 
@@ -170,7 +177,7 @@ fn on_disk_stays_on_disk_after_a_failure() {
     rt.discard_shadow(UnitId(0)).unwrap();
     step(&rt, &[whole(0)], false, &mut never).unwrap();
     let error = rt.settle(UnitId(0), 0, &mut never).unwrap_err();
-    rt.told(&error);
+    rt.failure_seen(&error);
     assert!(rt.settle(UnitId(0), 0, &mut never).is_err());
     assert!(rt.fault_in(UnitId(0), 0, &mut never).is_err());
 }
@@ -198,19 +205,19 @@ fn what_is_on_its_way_home_when_the_runtime_fails_gets_there() {
     let policy = Policy::from_json_str(policy, "test").unwrap();
     let rt = Runtime::open(Layout::new(&units).unwrap(), &policy, ByteCount(0)).unwrap();
     let shared = rt.shared().unwrap();
-    // SAFETY: the gradients of the unit, which nobody else touches yet.
+    // SAFETY: the gradients of the unit, which no other thread touches yet.
     let fill = |unit| unsafe {
         std::slice::from_raw_parts_mut(shared.homes.unit(unit).grads as *mut f32, ELEMS as usize).fill(1.0);
     };
     // SAFETY: the unit's home, once it is settled.
     let first = |unit| unsafe { *(shared.homes.unit(unit).params as *const f32) };
-    let guessed: Vec<UnitUpdate> = (0..3).map(|unit| UnitUpdate { guessed: true, ..whole(unit) }).collect();
-    for update in &guessed {
+    let speculated: Vec<UnitUpdate> = (0..3).map(|unit| UnitUpdate { speculated: true, ..whole(unit) }).collect();
+    for update in &speculated {
         fill(update.unit);
-        assert!(rt.update_ahead(update, &[hyper()], 0).unwrap());
+        assert!(rt.update_speculatively(update, &[hyper()], 0).unwrap());
     }
     sleep(Duration::from_millis(100));
-    step(&rt, &guessed, false, &mut never).unwrap();
+    step(&rt, &speculated, false, &mut never).unwrap();
     // Its new parameters are in its frames long before they are home.
     assert!(rt.open_window(UnitId(2), Phase::Forward, 0, &mut never).unwrap());
     // SAFETY: the window is open, and on this device its copy is awaited.
@@ -218,7 +225,7 @@ fn what_is_on_its_way_home_when_the_runtime_fails_gets_there() {
     assert!((in_frames + 0.1).abs() < 1e-3, "{in_frames}");
     assert_eq!((first(UnitId(2)), rt.update_pending(UnitId(2)).unwrap()), (0.0, true));
     shared.fail(Error::new(Code::Stuck, "a test."));
-    rt.told(&rt.settle(UnitId(2), 0, &mut never).unwrap_err());
+    rt.failure_seen(&rt.settle(UnitId(2), 0, &mut never).unwrap_err());
     for unit in (0..3).map(UnitId) {
         rt.settle(unit, 0, &mut never).unwrap();
         assert_eq!(first(unit).to_bits(), in_frames.to_bits());
@@ -226,14 +233,14 @@ fn what_is_on_its_way_home_when_the_runtime_fails_gets_there() {
 }
 
 /// Two steps with `between` in the second; what the second one took.
-fn second_step(rt: &Runtime, between: impl FnOnce()) -> split::Times {
+fn second_step(rt: &Runtime, between: impl FnOnce()) -> step_time::Times {
     step(rt, &[], false, &mut never).unwrap();
     between();
     step(rt, &[], false, &mut never).unwrap();
     rt.times().unwrap()
 }
 
-fn accounted(step: &split::StepTime) -> u64 {
+fn accounted(step: &step_time::StepTime) -> u64 {
     step.compute + step.stalls.iter().sum::<u64>()
 }
 

@@ -3,11 +3,11 @@
 use crate::{
     error::{Code, Error},
     model::Layout,
+    quantities::{ByteCount, Tier},
     schedule::{
         Budgets, Limits, Placement, Tiers,
         placement::{Homes, at_least, place},
     },
-    units::{ByteCount, Tier},
 };
 
 /// A change that makes a model fit, and what it needs then.

@@ -4,12 +4,12 @@
 
 use crate::{
     model::Layout,
+    quantities::{Tier, UnitId},
     schedule::{
         Placement,
         order::Phase,
         traffic::{self, Traffic, UnitTraffic, Uses, Window},
     },
-    units::{Tier, UnitId},
 };
 
 /// How fast things go: bytes, or parameters, per second.

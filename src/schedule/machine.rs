@@ -5,7 +5,7 @@
 //! R1: a chunk of the ring has one owner. R2: a held unit keeps its frames. R3: a copy into frames is commanded only
 //! after [`Command::WaitReleased`] for every unit whose bytes it overwrites. R4: a unit is filled only when its update,
 //! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once. R6: a home counts as current
-//! only when the result of the last update is in it; frames may be filled from the spare place before.
+//! only when the result of the last update is in it; frames may be filled from the spare copy before.
 
 mod pump;
 #[cfg(test)]
@@ -14,11 +14,11 @@ mod tests;
 use std::collections::VecDeque;
 
 use crate::{
+    quantities::{Tier, UnitId},
     schedule::{
         order::{Order, Phase},
         placement::Placement,
     },
-    units::{Tier, UnitId},
 };
 
 /// Something to be done, in order.
@@ -31,14 +31,14 @@ pub enum Command {
     /// Make the up stream wait until the unit's last window is over on the compute stream.
     WaitReleased(UnitId),
     /// Enqueue the copy into the unit's frames, from its page slot if its parameters live on NVMe, else from its home, or while
-    /// [`Machine::in_spare`] from its spare place.
+    /// [`Machine::in_spare`] from its spare copy.
     /// With a slot: answer with [`Machine::copied`] once the copy is over and the slot given back.
     CopyUp(UnitId),
     /// Read the states of one chunk into an update slot; answer with [`Machine::chunk_read`].
     ReadChunk(UnitId, u32),
-    /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::turned`].
+    /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::swapped`].
     RunChunk(UnitId, u32),
-    /// Copy the parameters from the spare place to their home; answer with [`Machine::homed`].
+    /// Copy the parameters from the spare copy to their home; answer with [`Machine::homed`].
     CopyHome(UnitId),
     /// Write one chunk's states back, then give the slot back; answer with [`Machine::chunk_written`].
     WriteChunk(UnitId, u32),
@@ -96,7 +96,7 @@ struct UnitState {
     streamed: bool,
     chunks: u32,
     update: Update,
-    /// The parameters are in the spare place; their home is older.
+    /// The parameters are in the spare copy; their home is older.
     spare: bool,
     /// A caller waits for the home to be current.
     home_wanted: bool,
@@ -144,7 +144,7 @@ pub struct Machine {
     order: Order,
     upcoming: Vec<UnitId>,
     queue: VecDeque<UnitId>,
-    /// Units in their spare place that are to be copied home, as a caller waits for their home.
+    /// Units in their spare copy that are to be copied home, as a caller waits for their home.
     homeward: VecDeque<UnitId>,
     /// The unit that is being copied home.
     homing: Option<UnitId>,
@@ -269,7 +269,7 @@ impl Machine {
         self.units[unit.index()].wanted = false;
     }
 
-    /// True while updates are queued or running; their results may be in spare places, and their writes to NVMe may trail.
+    /// True while updates are queued or running; their results may be in spare copies, and their writes to NVMe may trail.
     pub fn updating(&self) -> bool {
         self.units.iter().any(|s| s.update != Update::None)
     }
@@ -328,7 +328,7 @@ impl Machine {
         self.update_queued(unit) || self.in_spare(unit)
     }
 
-    /// True until the last submitted update is made; its result may be in the spare place.
+    /// True until the last submitted update is made; its result may be in the spare copy.
     pub fn update_queued(&self, unit: UnitId) -> bool {
         matches!(self.units[unit.index()].update, Update::Queued { .. })
     }
@@ -425,8 +425,8 @@ impl Machine {
     }
 
     /// A [`Command::RunChunk`] made all of its unit's update, or found it made ahead, in the other of the unit's two places: in the
-    /// spare place if the parameters were at home, else at home.
-    pub fn turned(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+    /// spare copy if the parameters were at home, else at home.
+    pub fn swapped(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.running -= 1;
         let s = &mut self.units[unit.index()];
         s.update = Update::None;
@@ -439,7 +439,7 @@ impl Machine {
         self.pump(out);
     }
 
-    /// True while the parameters are in the spare place, and their home is older. It changes only when an update of the unit, or a
+    /// True while the parameters are in the spare copy, and their home is older. It changes only when an update of the unit, or a
     /// [`Command::CopyHome`], has finished.
     pub fn in_spare(&self, unit: UnitId) -> bool {
         self.units[unit.index()].spare

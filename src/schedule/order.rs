@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::units::UnitId;
+use crate::quantities::UnitId;
 
 /// In which part of a step a unit is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

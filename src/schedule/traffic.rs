@@ -3,8 +3,8 @@
 use crate::{
     dtype::StateKind,
     model::{Layout, Unit},
+    quantities::{Tier, UnitId},
     schedule::{Placement, order::Phase},
-    units::{Tier, UnitId},
 };
 
 /// Bytes of one unit's part of a step.

@@ -1,6 +1,6 @@
 //! Where each chunk lies. Pure arithmetic, done once.
 
-use crate::{io::ALIGNMENT, units::round_up};
+use crate::{io::ALIGNMENT, quantities::round_up};
 
 /// A chunk's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

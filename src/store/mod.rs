@@ -22,8 +22,8 @@ use crate::{
         OpenedEngine, Rejected, allocate, device_number, open_engine, probe_directory, scratch_file,
     },
     memory::HostRegion,
+    quantities::{ByteCount, round_up},
     store::{checksums::Checksums, layout::Layout},
-    units::{ByteCount, round_up},
 };
 
 /// A segment to make room for.

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use funicular::{
     device::{Device, FrameSpan, Frames, StreamRef},
     memory::HostRegion,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Long enough that only a hang reaches it.

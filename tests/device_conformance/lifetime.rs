@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use funicular::{device::Frames, memory::HostRegion, units::ByteCount};
+use funicular::{device::Frames, memory::HostRegion, quantities::ByteCount};
 
 use crate::{
     bench::{Bench, DOWN, PATIENCE, UP, pattern, round_to},

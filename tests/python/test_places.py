@@ -183,7 +183,7 @@ def test_nothing_is_copied_home_that_nobody_needs(host_world, tmp_path):
     run.model.layers[2].up.weight.detach().sum()
     step()
     events = json.loads(path.read_text())["traceEvents"]
-    assert any(e["name"].startswith("adamw ahead") for e in events)
+    assert any(e["name"].startswith("adamw speculative") for e in events)
     homed = [e for e in events if e["name"].startswith("copy home")]
     assert len(homed) <= 1
     assert funicular.stats(run.model).ahead.in_vain == 0
@@ -202,7 +202,7 @@ def test_who_looks_at_gradients_needs_no_home(host_world, tmp_path, micro, to_no
         run.opt.step()
         run.opt.zero_grad(set_to_none=to_none)
     names = [e["name"] for e in json.loads(path.read_text())["traceEvents"]]
-    assert sum(name.startswith("adamw ahead") for name in names) >= 5
+    assert sum(name.startswith("adamw speculative") for name in names) >= 5
     assert not any(name.startswith("copy home") for name in names)
 
 

@@ -40,10 +40,10 @@
 //! | Waiters take each other's frames | 0 | `two_who_wait` |
 //! | submit pages in | 0 | `submitting_does_not` |
 //! | The window of prefetch is ignored (wasted -> 6,040) | 0 | `prefetch_reaches` |
-//! | What is in the spare place counts as home | 1266 | `parameters_change_places` |
-//! | What went home again counts as in the spare place | 424 |  |
-//! | An update in place leaves the spare place current | 423 |  |
-//! | A copy home leaves the spare place current | 1056 |  |
+//! | What is in the spare copy counts as home | 1266 | `parameters_change_places` |
+//! | What went home again counts as in the spare copy | 424 |  |
+//! | An update in place leaves the spare copy current | 423 |  |
+//! | A copy home leaves the spare copy current | 1056 |  |
 //! | A conflict uses a home that is older | 196 |  |
 //! | A unit is never copied home | 1067 | `parameters_change_places` |
 //! | Frames wait for homes | 1196 |  |
@@ -52,7 +52,7 @@
 //! | A home that is wanted is forgotten as the update is made | 46 |  |
 //! | A copy home forgets who wants the next result | 0 | `who_wants_the_next_result` |
 //! | A unit is copied home while its update is queued | 1 |  |
-//! | An update ahead writes what is being copied up (here, not in the machine) | 337 |  |
+//! | A speculative update writes what is being copied up (here, not in the machine) | 337 |  |
 //!
 //! Not caught, because another check covers it: a refill claimed while a read to be discarded is under way.
 

@@ -4,9 +4,9 @@ use funicular::{
     Code,
     dtype::DType,
     model::{Layout, ParamSpec, Unit, UnitSpec},
+    quantities::{ByteCount, Tier, UnitId},
     runtime::disk::map::Map,
     schedule::{Budgets, LaneUse, Limits, Placement, Tiers, placement},
-    units::{ByteCount, Tier, UnitId},
 };
 
 use crate::chance::Chance;

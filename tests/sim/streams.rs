@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use funicular::units::UnitId;
+use funicular::quantities::UnitId;
 
 use crate::model::Model;
 
@@ -73,7 +73,7 @@ pub(crate) struct Device {
     places: Vec<Vec<usize>>,
     /// Per unit and piece of its update: the home, or what lies on NVMe.
     pub(crate) params: Vec<Vec<u64>>,
-    /// Per unit, what its spare place holds.
+    /// Per unit, what its spare copy holds.
     pub(crate) spare: Vec<u64>,
 }
 

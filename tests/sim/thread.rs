@@ -5,8 +5,8 @@ mod homes;
 use std::collections::VecDeque;
 
 use funicular::{
+    quantities::UnitId,
     schedule::{Opening, Phase},
-    units::UnitId,
 };
 
 use crate::{
@@ -44,7 +44,7 @@ enum Act {
     BeginWrite(UnitId, Option<u64>),
     AwaitRead(UnitId, u64),
     EndWrite(UnitId),
-    AwaitService(UnitId, Option<u64>),
+    AwaitOffStep(UnitId, Option<u64>),
     /// An optimizer step begins: what its updates have to wait for.
     BeginStep,
     Submit(UnitId),

@@ -6,8 +6,8 @@ mod actors;
 use std::collections::VecDeque;
 
 use funicular::{
+    quantities::UnitId,
     schedule::{Command, Machine, Opening, Phase},
-    units::UnitId,
 };
 
 use crate::{
@@ -108,7 +108,7 @@ pub(crate) struct World {
     pub(crate) events: u64,
     /// A digest of all that happened.
     pub(crate) trace: u64,
-    pub(crate) service_done: Option<Vec<u64>>,
+    pub(crate) off_step_done: Option<Vec<u64>>,
     commands: Vec<Command>,
     states: Vec<Vec<u64>>,
     jobs: Vec<Job>,
@@ -144,14 +144,14 @@ impl World {
             failed: false,
             events: 0,
             trace: 0,
-            service_done: None,
+            off_step_done: None,
             commands: Vec::new(),
             states: (0..n).map(|u| vec![state(0); pieces(u)]).collect(),
             jobs: vec![Job::default(); n],
             disk: Vec::new(),
             pages: vec![None; n],
             page_free: model.plan.page_slots.0,
-            // One is the service's.
+            // One is for requests outside of steps.
             update_free: model.plan.update_slots.0.saturating_sub(1),
             parked: Vec::new(),
             tasks: VecDeque::new(),
@@ -221,7 +221,7 @@ impl World {
                 let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
                 let slot = at.map(|i| self.parked.swap_remove(i).2);
                 assert_eq!(slot.is_some(), self.model.chunks[unit.index()] > 0, "R5: {unit}'s update and its slot");
-                // Some units with spare frames change places; which of their steps is decided by chance.
+                // Some units with a spare copy swap places; which of their steps is decided by chance.
                 let spare = self.model.plan.spare[unit.index()] && self.model.chunks[unit.index()] == 0;
                 let number = self.jobs[unit.index()].number;
                 let ahead = spare && !mix(number, u64::from(unit.0)).is_multiple_of(4);
@@ -302,7 +302,7 @@ impl World {
     }
 
     /// Starts a read or a write of a unit's parameters by the runtime itself.
-    pub(crate) fn service(&mut self, unit: UnitId, write: Option<u64>) {
+    pub(crate) fn begin_off_step(&mut self, unit: UnitId, write: Option<u64>) {
         assert!(!self.machine.update_pending(unit), "S2: {unit} is being updated");
         assert!(!self.writing(unit, None), "S2: {unit} is being written");
         self.submit(unit, Purpose::Service { write }, Slot::default());

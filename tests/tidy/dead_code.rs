@@ -24,11 +24,13 @@ const STUB_FOR_TESTS: &[(&str, &str)] = &[
 /// What may follow `pub` and its scope, before the name of an item.
 const KINDS: &[&str] = &["fn", "struct", "enum", "const", "type", "static", "trait", "union"];
 
-/// Rust code without the items under `#[cfg(test)]`; lines stay where they are.
+/// Rust code without the items under `#[cfg(test)]` and `#[cfg(all(test, ...))]`; lines stay where they are.
 pub(crate) fn without_tests(code: &str) -> String {
     let mut out = String::with_capacity(code.len());
     let mut rest = code;
-    while let Some(at) = rest.find("#[cfg(test)]") {
+    let next =
+        |rest: &str| ["#[cfg(test)]", "#[cfg(all(test"].iter().filter_map(|attribute| rest.find(attribute)).min();
+    while let Some(at) = next(rest) {
         out.push_str(&rest[..at]);
         let item = &rest[at..];
         let end = item_end(item);

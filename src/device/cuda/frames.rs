@@ -19,7 +19,7 @@ use super::{
 use crate::{
     device::{FrameSpan, Frames},
     error::{Code, Error, Result},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Where frames live: this device's own memory.

@@ -34,7 +34,7 @@ use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{Hyper, Span},
-    units::{ByteCount, round_up},
+    quantities::{ByteCount, round_up},
 };
 
 pub use nvrtc::search as search_compiler;

@@ -17,7 +17,7 @@ use crate::{
     device::{FrameSpan, Frames},
     error::{Code, Error, Result},
     memory::{NotForked, page_size},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// One reservation that holds every unit's range.

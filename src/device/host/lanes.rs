@@ -18,7 +18,7 @@ use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
     optim::{Hyper, Span, Target, adamw},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Launches that one lane holds before the caller has to wait for room.

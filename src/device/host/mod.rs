@@ -26,7 +26,7 @@ use crate::{
     error::Result,
     memory::{HostRegion, page_size},
     optim::{self, Hyper, Span},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// The processor and its memory.
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn a_panic_wakes_a_stream_that_waits_for_the_dead_one() {
         let device = HostDevice::with_caps(Some(1e6), None).expect("starts");
-        let region = HostRegion::new(crate::units::ByteCount(200_000), "a test").expect("maps");
+        let region = HostRegion::new(crate::quantities::ByteCount(200_000), "a test").expect("maps");
         let (src, dst) = (region.as_ptr() as u64, region.as_ptr() as u64 + 100_000);
         // SAFETY: both halves lie in the region, which outlives the device's work by `drop` order.
         unsafe { device.copy(StreamRef::Up, dst, src, 100_000).expect("enqueued") };

@@ -60,7 +60,7 @@ struct Queue {
 }
 
 /// One stream: what is enqueued, and how far it is.
-struct Lane {
+struct CopyStream {
     name: &'static str,
     bytes_per_second: Option<f64>,
     queue: Mutex<Queue>,
@@ -74,7 +74,7 @@ struct Lane {
     done: AtomicU64,
 }
 
-impl Lane {
+impl CopyStream {
     fn new(name: &'static str, bytes_per_second: Option<f64>) -> Self {
         let queue = Queue { ops: VecDeque::with_capacity(CAPACITY), running: false, closing: false };
         Self {
@@ -94,8 +94,8 @@ unsafe impl Send for Op {}
 
 /// Both copy streams and the threads' meeting point.
 pub(super) struct Streams {
-    up: Lane,
-    down: Lane,
+    up: CopyStream,
+    down: CopyStream,
     pub(super) marks: Marks,
     failure: OnceLock<Error>,
     /// A worker that opens a gate locks this for a moment before it notifies, so that no waiter misses the gate.
@@ -106,8 +106,8 @@ pub(super) struct Streams {
 impl Streams {
     pub(super) fn new(up_cap: Option<f64>, down_cap: Option<f64>) -> Arc<Self> {
         Arc::new(Self {
-            up: Lane::new("funicular-up", up_cap),
-            down: Lane::new("funicular-down", down_cap),
+            up: CopyStream::new("funicular-up", up_cap),
+            down: CopyStream::new("funicular-down", down_cap),
             marks: Marks::new(),
             failure: OnceLock::new(),
             progress: Mutex::new(()),
@@ -117,8 +117,8 @@ impl Streams {
 
     /// Starts the worker of `role`; it ends when the streams are closed and empty, or failed.
     pub(super) fn start(self: &Arc<Self>, role: Role) -> Result<Option<thread::JoinHandle<()>>> {
-        let Some(lane) = self.lane(role) else { return Ok(None) };
-        let name = lane.name;
+        let Some(copy_stream) = self.copy_stream(role) else { return Ok(None) };
+        let name = copy_stream.name;
         let streams = Arc::clone(self);
         let worker = move || {
             if catch_unwind(AssertUnwindSafe(|| streams.work(role))).is_err() {
@@ -129,7 +129,7 @@ impl Streams {
         started.map(Some).map_err(|e| crate::os_error::no_thread(name, &e, ""))
     }
 
-    fn lane(&self, role: Role) -> Option<&Lane> {
+    fn copy_stream(&self, role: Role) -> Option<&CopyStream> {
         match role {
             Role::Up => Some(&self.up),
             Role::Down => Some(&self.down),
@@ -144,18 +144,18 @@ impl Streams {
 
     /// Enqueues. Waits only when the queue is full, which S2 ends.
     pub(super) fn push(&self, role: Role, op: Op) -> Result<()> {
-        self.lane(role).map_or(Ok(()), |lane| self.push_with(lane, |_| op))
+        self.copy_stream(role).map_or(Ok(()), |copy_stream| self.push_with(copy_stream, |_| op))
     }
 
     /// Enqueues the next gate of a stream. Compute is the calling thread: what it did before is done.
     pub(super) fn record(&self, role: Role) -> Result<Gate> {
-        let Some(lane) = self.lane(role) else {
+        let Some(copy_stream) = self.copy_stream(role) else {
             return self.check().map(|()| Gate::OPEN);
         };
         let mut seq = 0;
-        self.push_with(lane, |lane| {
-            seq = lane.recorded.load(Ordering::Relaxed) + 1;
-            lane.recorded.store(seq, Ordering::Release);
+        self.push_with(copy_stream, |copy_stream| {
+            seq = copy_stream.recorded.load(Ordering::Relaxed) + 1;
+            copy_stream.recorded.store(seq, Ordering::Release);
             Op::Record(seq)
         })?;
         Ok(Gate { role, seq })
@@ -166,10 +166,10 @@ impl Streams {
     pub(super) fn mark(&self, role: Role) -> Result<Mark> {
         self.check()?;
         let mark = self.marks.make();
-        if let Some(lane) = self.lane(role) {
-            let mut queue = lane.queue.lock();
+        if let Some(copy_stream) = self.copy_stream(role) {
+            let mut queue = copy_stream.queue.lock();
             while queue.ops.len() >= CAPACITY {
-                lane.room.wait(&mut queue);
+                copy_stream.room.wait(&mut queue);
                 self.check()?;
             }
             if queue.running || !queue.ops.is_empty() {
@@ -182,32 +182,35 @@ impl Streams {
     }
 
     /// Makes `op` under the lock of the queue, so that numbers and places agree.
-    fn push_with(&self, lane: &Lane, op: impl FnOnce(&Lane) -> Op) -> Result<()> {
-        let mut queue = lane.queue.lock();
+    fn push_with(&self, copy_stream: &CopyStream, op: impl FnOnce(&CopyStream) -> Op) -> Result<()> {
+        let mut queue = copy_stream.queue.lock();
         loop {
             self.check()?;
             if queue.closing {
-                return Err(Error::new(Code::Closed, format!("{} was used after its device was closed.", lane.name)));
+                return Err(Error::new(
+                    Code::Closed,
+                    format!("{} was used after its device was closed.", copy_stream.name),
+                ));
             }
             if queue.ops.len() < CAPACITY {
                 break;
             }
-            lane.room.wait(&mut queue);
+            copy_stream.room.wait(&mut queue);
         }
-        queue.ops.push_back(op(lane));
+        queue.ops.push_back(op(copy_stream));
         drop(queue);
-        lane.work.notify_one();
+        copy_stream.work.notify_one();
         Ok(())
     }
 
     /// True if the gate has passed.
     pub(super) fn passed(&self, gate: Gate) -> Result<bool> {
         self.check()?;
-        let Some(lane) = self.lane(gate.role) else { return Ok(true) };
-        if lane.done.load(Ordering::Acquire) >= gate.seq {
+        let Some(copy_stream) = self.copy_stream(gate.role) else { return Ok(true) };
+        if copy_stream.done.load(Ordering::Acquire) >= gate.seq {
             return Ok(true);
         }
-        let recorded = lane.recorded.load(Ordering::Acquire);
+        let recorded = copy_stream.recorded.load(Ordering::Acquire);
         if gate.seq > recorded { Err(unrecorded(gate, recorded)) } else { Ok(false) }
     }
 
@@ -231,20 +234,20 @@ impl Streams {
 
     /// Waits until both streams are empty and at rest.
     pub(super) fn drain(&self) {
-        for lane in [&self.up, &self.down] {
-            let mut queue = lane.queue.lock();
+        for copy_stream in [&self.up, &self.down] {
+            let mut queue = copy_stream.queue.lock();
             while queue.running || !queue.ops.is_empty() {
-                lane.room.wait(&mut queue);
+                copy_stream.room.wait(&mut queue);
             }
         }
     }
 
     /// Lets the workers end once their queues are empty.
     pub(super) fn close(&self) {
-        for lane in [&self.up, &self.down] {
-            lane.queue.lock().closing = true;
-            lane.work.notify_all();
-            lane.room.notify_all();
+        for copy_stream in [&self.up, &self.down] {
+            copy_stream.queue.lock().closing = true;
+            copy_stream.work.notify_all();
+            copy_stream.room.notify_all();
         }
     }
 
@@ -254,22 +257,22 @@ impl Streams {
             .action("Please report it with that message; training has to be restarted from its last checkpoint.");
         // Only the first failure is kept.
         let _ = self.failure.set(error);
-        for lane in [&self.up, &self.down] {
-            let mut queue = lane.queue.lock();
+        for copy_stream in [&self.up, &self.down] {
+            let mut queue = copy_stream.queue.lock();
             queue.ops.clear();
-            queue.running &= lane.name != name;
+            queue.running &= copy_stream.name != name;
             drop(queue);
-            lane.work.notify_all();
-            lane.room.notify_all();
+            copy_stream.work.notify_all();
+            copy_stream.room.notify_all();
         }
         drop(self.progress.lock());
         self.opened.notify_all();
     }
 
     fn work(&self, role: Role) {
-        let Some(lane) = self.lane(role) else { return };
-        let mut pace = Pace { bytes_per_second: lane.bytes_per_second, due: Instant::now() };
-        while let Some(op) = self.next(lane) {
+        let Some(copy_stream) = self.copy_stream(role) else { return };
+        let mut pace = Pace { bytes_per_second: copy_stream.bytes_per_second, due: Instant::now() };
+        while let Some(op) = self.next(copy_stream) {
             match op {
                 // SAFETY: the caller that enqueued it vouched for both ranges until a later gate has passed.
                 Op::Copy { dst, src, len } => unsafe { copy(dst, src, len, &mut pace) },
@@ -278,7 +281,7 @@ impl Streams {
                 // SAFETY: as above. A type without a kernel was refused before it was enqueued.
                 Op::AdamW(span, hyper) => drop(unsafe { adamw(&span, &hyper) }),
                 Op::Record(seq) => {
-                    lane.done.store(seq, Ordering::Release);
+                    copy_stream.done.store(seq, Ordering::Release);
                     drop(self.progress.lock());
                     self.opened.notify_all();
                 }
@@ -292,10 +295,10 @@ impl Streams {
     }
 
     /// Ends the operation taken last and takes the next one; none at the end.
-    fn next(&self, lane: &Lane) -> Option<Op> {
-        let mut queue = lane.queue.lock();
+    fn next(&self, copy_stream: &CopyStream) -> Option<Op> {
+        let mut queue = copy_stream.queue.lock();
         queue.running = false;
-        lane.room.notify_all();
+        copy_stream.room.notify_all();
         loop {
             if self.failure.get().is_some() {
                 return None;
@@ -307,7 +310,7 @@ impl Streams {
             if queue.closing {
                 return None;
             }
-            lane.work.wait(&mut queue);
+            copy_stream.work.wait(&mut queue);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{
         source::{Entry, Node, Value},
         suggest,
     },
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// Threads per operation, as DeepSpeed's code names it; then as its documentation, its tuner and its benchmark do.

@@ -17,7 +17,7 @@ use crate::{
         source::{Entry, Node, Source, Value},
         suggest,
     },
-    units::{ByteCount, Tier},
+    quantities::{ByteCount, Tier},
 };
 
 /// An import under way.

@@ -2,7 +2,7 @@
 
 use crate::{
     policy::source::{Node, Value},
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// A value read, and a remark if it was written in an odd way.

@@ -7,9 +7,9 @@ use crate::{
     error::Result,
     io::{Direction, IoPart},
     model::Layout,
+    quantities::{Tier, UnitId},
     schedule::Placement,
     store::Store,
-    units::{Tier, UnitId},
 };
 
 /// The kinds that may lie on NVMe, in the order of an update slot.
@@ -17,7 +17,7 @@ pub const KINDS: [StateKind; 4] = [StateKind::Param, StateKind::Master, StateKin
 
 /// A piece of an update that is streamed: elements of one section.
 #[derive(Clone, Copy, Debug)]
-pub struct Chunk {
+pub struct UpdateChunk {
     /// Section of the unit.
     pub section: usize,
     /// First element.
@@ -30,7 +30,7 @@ pub struct Chunk {
 #[derive(Debug)]
 pub struct Map {
     segments: Vec<Vec<[Option<usize>; 4]>>,
-    chunks: Vec<Vec<Chunk>>,
+    chunks: Vec<Vec<UpdateChunk>>,
     /// Bytes and label of each segment, in the order of their numbers.
     pub specs: Vec<(u64, String)>,
     update_elems: u64,
@@ -57,7 +57,7 @@ impl Map {
                 }
                 if section.trainable && ids.iter().any(Option::is_some) {
                     let step = placement.update_elems;
-                    cuts.extend((0..section.elems).step_by(step as usize).map(|start| Chunk {
+                    cuts.extend((0..section.elems).step_by(step as usize).map(|start| UpdateChunk {
                         section: index,
                         start,
                         len: step.min(section.elems - start),
@@ -83,7 +83,7 @@ impl Map {
     }
 
     /// One piece.
-    pub fn chunk(&self, unit: UnitId, index: u32) -> Chunk {
+    pub fn chunk(&self, unit: UnitId, index: u32) -> UpdateChunk {
         self.chunks[unit.index()][index as usize]
     }
 
@@ -106,7 +106,7 @@ impl Map {
         store: &Store,
         layout: &Layout,
         unit: UnitId,
-        chunk: Chunk,
+        chunk: UpdateChunk,
         direction: Direction,
         parts: &mut Vec<IoPart>,
     ) -> bool {
@@ -134,7 +134,7 @@ impl Map {
         store: &Store,
         layout: &Layout,
         unit: UnitId,
-        chunk: Chunk,
+        chunk: UpdateChunk,
         direction: Direction,
         slot: &[u8],
     ) -> Result<()> {
@@ -154,7 +154,13 @@ impl Map {
         result
     }
 
-    fn for_each(&self, layout: &Layout, unit: UnitId, chunk: Chunk, mut f: impl FnMut(usize, StateKind, Range<u64>)) {
+    fn for_each(
+        &self,
+        layout: &Layout,
+        unit: UnitId,
+        chunk: UpdateChunk,
+        mut f: impl FnMut(usize, StateKind, Range<u64>),
+    ) {
         let section = &layout.unit(unit).sections[chunk.section];
         for kind in KINDS {
             if let Some(segment) = self.segment(unit, chunk.section, kind) {

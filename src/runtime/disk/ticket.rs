@@ -1,6 +1,6 @@
 //! The names of disk requests: what each was for, in one number.
 
-use crate::units::UnitId;
+use crate::quantities::UnitId;
 
 /// What a request was for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,13 +8,13 @@ pub(crate) enum Ticket {
     Params(UnitId),
     ReadChunk(UnitId, u32),
     WriteChunk(UnitId, u32),
-    /// Of what is not part of a step; numbered, so that one that was given up is not taken for a later one.
-    Service(u32),
-    /// Of a save that reads ahead; numbered through all saves.
+    /// A request that is not part of a step; numbered, so that one that was given up is not taken for a later one.
+    OffStep(u32),
+    /// A read of a save; numbered through all saves.
     Save(u32),
-    /// Of a load that writes behind; likewise.
+    /// A write of a load; likewise.
     Load(u32),
-    /// Of parameters that somebody touched where they were not; likewise.
+    /// A read of parameters that a thread touched where they were not; likewise.
     Fault(u32),
 }
 
@@ -25,21 +25,22 @@ impl Ticket {
             Self::Params(u) => pack(0, u, 0),
             Self::ReadChunk(u, c) => pack(1, u, c),
             Self::WriteChunk(u, c) => pack(2, u, c),
-            Self::Service(n) => 3 << 62 | u64::from(n),
+            Self::OffStep(n) => 3 << 62 | u64::from(n),
             Self::Save(n) => 3 << 62 | 1 << 32 | u64::from(n),
             Self::Load(n) => 3 << 62 | 2 << 32 | u64::from(n),
             Self::Fault(n) => 3 << 62 | 3 << 32 | u64::from(n),
         }
     }
+
     pub(crate) const fn decode(n: u64) -> Self {
         let unit = UnitId((n << 2 >> 34) as u32);
-        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk, or the number of the service")]
+        #[expect(clippy::cast_possible_truncation, reason = "the low half is the chunk, or a number")]
         let chunk = n as u32;
         match n >> 62 {
             0 => Self::Params(unit),
             1 => Self::ReadChunk(unit, chunk),
             2 => Self::WriteChunk(unit, chunk),
-            _ if unit.0 == 0 => Self::Service(chunk),
+            _ if unit.0 == 0 => Self::OffStep(chunk),
             _ if unit.0 == 1 => Self::Save(chunk),
             _ if unit.0 == 2 => Self::Load(chunk),
             _ => Self::Fault(chunk),
@@ -57,8 +58,8 @@ mod tests {
             Ticket::Params(UnitId(7)),
             Ticket::ReadChunk(UnitId((1 << 30) - 1), u32::MAX),
             Ticket::WriteChunk(UnitId(3), 0),
-            Ticket::Service(0),
-            Ticket::Service(u32::MAX),
+            Ticket::OffStep(0),
+            Ticket::OffStep(u32::MAX),
             Ticket::Save(0),
             Ticket::Save(u32::MAX),
             Ticket::Load(0),

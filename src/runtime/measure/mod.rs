@@ -1,5 +1,6 @@
-//! What a run tells of itself: counters, the time of a step and what it is bound by, the trace, slow requests.
+//! What is measured of a run: counters, the time of a step and what it is bound by, the trace, slow requests.
 
+pub(super) mod intervals;
 pub(super) mod slow;
 pub mod stats;
 pub mod step_time;

@@ -13,7 +13,7 @@ pub struct Slow {
     pub down: u32,
     /// Pieces of updates.
     pub update: Duration,
-    /// Copies home of parameters that were updated ahead.
+    /// Copies home of parameters that were updated speculatively.
     pub home: Duration,
 }
 

@@ -94,7 +94,7 @@ pub struct Stats {
     shadow_bytes: AtomicU64,
     shadow_peak: AtomicU64,
     home_uses: AtomicU64,
-    guesses: [AtomicU64; 2],
+    speculations: [AtomicU64; 2],
     updated: [AtomicU64; 2],
 }
 
@@ -135,14 +135,14 @@ impl Stats {
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Notes that an update ahead of a step was used, or made in vain.
-    pub fn guessed(&self, used: bool) {
-        self.guesses[usize::from(used)].fetch_add(1, Ordering::Relaxed);
+    /// Notes that a speculative update was used, or made in vain.
+    pub fn speculated(&self, used: bool) {
+        self.speculations[usize::from(used)].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Updates ahead of steps: used, and made in vain.
-    pub fn guesses(&self) -> (u64, u64) {
-        (self.guesses[1].load(Ordering::Relaxed), self.guesses[0].load(Ordering::Relaxed))
+    /// Speculative updates: used, and made in vain.
+    pub fn speculations(&self) -> (u64, u64) {
+        (self.speculations[1].load(Ordering::Relaxed), self.speculations[0].load(Ordering::Relaxed))
     }
 
     /// Notes parameters of paged units that the processor and the device updated.

@@ -13,8 +13,8 @@ use crate::{
     error::Result,
     memory::{self, HostRegion, Shadow, ShadowSpace, page_size},
     model::Layout,
+    quantities::{ByteCount, Tier, UnitId, round_up},
     schedule::Placement,
-    units::{ByteCount, Tier, UnitId, round_up},
 };
 
 /// Host addresses of one unit's segments.
@@ -25,11 +25,11 @@ pub struct UnitHome {
     /// The gradient segment; 0 where nothing is trained.
     pub grads: u64,
     /// Per section, master, exp_avg and exp_avg_sq; 0 where there is none or it lives elsewhere. The second set is there for
-    /// units with spare frames.
+    /// units with a spare copy.
     sets: [Vec<[u64; 3]>; 2],
     /// The second set is the current one.
-    turned: AtomicBool,
-    /// Where an update ahead of the step puts the new parameters; 0 without spare frames.
+    swapped: AtomicBool,
+    /// Where a speculative update puts the new parameters; 0 without a spare copy.
     pub spare_params: u64,
     /// Set where the parameters live on NVMe.
     pub shadow: Option<Arc<Shadow>>,
@@ -40,21 +40,21 @@ pub struct UnitHome {
 pub enum Set {
     /// What the unit's states are.
     Current,
-    /// Where an update ahead of the step puts the next ones.
+    /// Where a speculative update puts the next ones.
     Spare,
 }
 
 impl UnitHome {
     /// Addresses of master, exp_avg and exp_avg_sq of a section; 0 where there is none or it lives elsewhere. They change with
-    /// [`Self::turn`], so they are asked for when the unit's update is known not to be under way, or by the runner itself.
+    /// [`Self::swap`], so they are asked for when the unit's update is known not to be under way, or by the runner itself.
     pub fn states(&self, section: usize, set: Set) -> [u64; 3] {
-        let index = usize::from(self.turned.load(Ordering::Acquire) != (set == Set::Spare));
+        let index = usize::from(self.swapped.load(Ordering::Acquire) != (set == Set::Spare));
         self.sets[index][section]
     }
 
     /// Makes the spare set the current one.
-    pub fn turn(&self) {
-        self.turned.fetch_xor(true, Ordering::AcqRel);
+    pub fn swap(&self) {
+        self.swapped.fetch_xor(true, Ordering::AcqRel);
     }
 }
 
@@ -67,7 +67,7 @@ pub struct Homes {
     pub grads: Arc<HostRegion>,
     /// Optimizer states that live on the host.
     pub states: Arc<HostRegion>,
-    /// Spare frames.
+    /// Spare copies of parameters and states.
     pub spare: Arc<HostRegion>,
     /// Where what lives on NVMe can be read outside of windows; none if nothing does.
     pub shadows: Option<Arc<ShadowSpace>>,
@@ -81,7 +81,7 @@ impl Homes {
     /// # Errors
     /// `FN-E204` when the system refuses.
     pub fn new(layout: &Layout, placement: &Placement) -> Result<Self> {
-        // A forked child that touches any of it is told so.
+        // A forked child that touches any of it ends with a message.
         memory::watch_faults()?;
         let mut units = Vec::with_capacity(layout.units.len());
         let on_nvme = || {
@@ -101,7 +101,7 @@ impl Homes {
         let (mut params, mut grads, mut states, mut spare) = (0, 0, 0, 0);
         let take = |total: &mut u64, bytes: u64| {
             let at = *total;
-            // Whole pages, so that a unit's part can be told apart from others by the system.
+            // Whole pages, so that advice to the kernel about one unit's part touches no other unit.
             *total += round_up(bytes, page_size() as u64);
             at
         };
@@ -122,7 +122,7 @@ impl Homes {
                 params: if on_host { take(&mut params, unit.param_bytes()) + 1 } else { 0 },
                 grads: if unit.trainable() && !resident { take(&mut grads, unit.grad_bytes()) + 1 } else { 0 },
                 sets: [set(&mut states, home.optimizer == Tier::Host), set(&mut spare, has_spare)],
-                turned: AtomicBool::new(false),
+                swapped: AtomicBool::new(false),
                 spare_params: if has_spare { take(&mut spare, unit.param_bytes()) + 1 } else { 0 },
                 shadow: if on_host || resident { None } else { parts.next() },
             });
@@ -131,7 +131,7 @@ impl Homes {
         let params = HostRegion::new(ByteCount(params), "parameters")?;
         let grads = HostRegion::new(ByteCount(grads), "gradients")?;
         let states = HostRegion::new(ByteCount(states), "optimizer states")?;
-        let spare = HostRegion::new(ByteCount(spare), "spare frames")?;
+        let spare = HostRegion::new(ByteCount(spare), "spare copies")?;
         let absolute = |at: &mut u64, region: &HostRegion| {
             if *at > 0 {
                 *at = region.as_ptr() as u64 + (*at - 1);
@@ -176,7 +176,7 @@ impl Homes {
         }
     }
 
-    /// Lets forks copy what is left of it when the runtime is closed: tensors that somebody kept.
+    /// Lets forks copy what is left of it when the runtime is closed: tensors that the user kept.
     pub fn let_fork(&self) {
         [&self.params, &self.grads, &self.states, &self.spare].into_iter().for_each(|region| region.let_fork());
         if let Some(shadows) = &self.shadows {

@@ -1,27 +1,28 @@
-//! Copy on update: who still needs the bytes of a unit as they were when a save was asked for.
+//! Copy on update: which units' bytes a save still needs as they were when it was asked for.
 //!
-//! A save reads each unit once. Whatever is about to overwrite a unit's parameters or states (an update, an edit) calls
+//! A save reads each unit once. What is about to overwrite a unit's parameters or states (an update, an edit) calls
 //! [`Saves::preserve`] first, and waits there until that unit has been read: no second copy of the state is ever made.
 
 use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::Condvar;
 
 use crate::{
     checkpoint::Control,
     error::{Code, Error, Result},
-    io::IoCompletion,
-    runtime::shared::Shared,
-    units::UnitId,
+    quantities::UnitId,
+    runtime::{
+        disk::ends::Ends,
+        shared::lock_order::{Line, Ordered},
+    },
 };
 
 const SLICE: Duration = Duration::from_millis(50);
@@ -62,60 +63,26 @@ pub(crate) enum Next {
 }
 
 /// The save under way, if there is one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Saves {
     active: AtomicBool,
-    state: Mutex<State>,
+    state: Ordered<State>,
     changed: Condvar,
-    running: Mutex<Option<(Arc<Control>, JoinHandle<()>)>>,
+    running: Ordered<Option<(Arc<Control>, JoinHandle<()>)>>,
     /// Where the reads of the save under way end, and the writes of a load.
     pub(crate) reads: Ends,
     pub(crate) writes: Ends,
 }
 
-/// Where requests end that neither steps nor a single wait have begun.
-#[derive(Debug, Default)]
-pub(crate) struct Ends {
-    to: Mutex<Option<Sender<IoCompletion>>>,
-    number: AtomicU32,
-}
-
-impl Ends {
-    /// Takes the ends of requests from whoever had them before.
-    pub(crate) fn open(&self) -> Receiver<IoCompletion> {
-        let (sender, receiver) = unbounded();
-        *self.to.lock() = Some(sender);
-        receiver
-    }
-
-    /// A number that no other request has used.
-    pub(crate) fn number(&self) -> u32 {
-        self.number.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// A request has ended.
-    pub(crate) fn ended(&self, done: IoCompletion) {
-        if let Some(to) = &*self.to.lock() {
-            // Of somebody who has given up: its memory goes with it.
-            let _ = to.send(done);
-        }
-    }
-}
-
-impl Shared {
-    /// The next end of a request from [`Ends`], as long as no end was asked for and the runtime has not failed.
-    pub(crate) fn next_end(&self, ends: &Receiver<IoCompletion>, control: &Control) -> Result<IoCompletion> {
-        loop {
-            match ends.recv_timeout(SLICE) {
-                Ok(done) => return Ok(done),
-                Err(RecvTimeoutError::Timeout) => {
-                    control.check()?;
-                    drop(self.lock()?);
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::new(Code::Stale, "another save or load has taken this one's requests."));
-                }
-            }
+impl Default for Saves {
+    fn default() -> Self {
+        Self {
+            active: AtomicBool::new(false),
+            state: Ordered::new(Line::Moment, State::default()),
+            changed: Condvar::new(),
+            running: Ordered::new(Line::Moment, None),
+            reads: Ends::default(),
+            writes: Ends::default(),
         }
     }
 }
@@ -173,8 +140,8 @@ impl Saves {
                 state.urgent.push_back(group);
                 self.changed.notify_all();
             }
-            self.changed.wait_for(&mut state, SLICE);
-            if MutexGuard::unlocked(&mut state, &mut *interrupted) {
+            state.wait_for(&self.changed, SLICE);
+            if state.unlocked(&mut *interrupted) {
                 return Err(Error::new(Code::Interrupted, "interrupted while waiting for a save to have read a unit."));
             }
         }
@@ -188,7 +155,7 @@ impl Saves {
         self.active() && self.state.lock().groups.get(group as usize).is_some_and(wanted)
     }
 
-    /// Takes the group to be read next: first those that somebody waits for. Waits a moment if there is none yet.
+    /// Takes the group to be read next: first those that a thread waits for. Waits a moment if there is none yet.
     pub(crate) fn next(&self) -> Next {
         let mut state = self.state.lock();
         let State { groups, urgent } = &mut *state;
@@ -202,7 +169,7 @@ impl Saves {
             return Next::Group(group);
         }
         if groups.contains(&Progress::Updating) {
-            self.changed.wait_for(&mut state, SLICE);
+            state.wait_for(&self.changed, SLICE);
             return Next::Later;
         }
         Next::Nothing
@@ -329,10 +296,10 @@ mod tests {
     }
 
     #[test]
-    fn the_end_releases_everybody() {
+    fn the_end_releases_all_who_wait() {
         let saves = begun(&[(true, false)]);
         saves.end();
-        saves.preserve(0, &mut || true).expect("nobody needs it");
+        saves.preserve(0, &mut || true).expect("no save needs it");
         assert_eq!(saves.next(), Next::Nothing);
     }
 }

@@ -11,15 +11,15 @@ use crate::{
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     memory::{SlotLease, SlotPool},
+    quantities::ByteCount,
     runtime::{
         disk::{map::Map, ticket::Ticket},
         shared::Shared,
     },
-    units::ByteCount,
 };
 
 /// A chunk of a segment that was asked for.
-struct Chunk {
+struct Asked {
     segment: usize,
     index: u32,
     number: u32,
@@ -36,7 +36,7 @@ pub(super) struct ReadAhead {
     /// Chunks of segments that no read was begun of.
     runs: VecDeque<(usize, Range<u32>)>,
     /// The next bytes may begin in the first: it stays until others are wanted.
-    ahead: VecDeque<Chunk>,
+    ahead: VecDeque<Asked>,
     last: Option<(usize, u32)>,
 }
 
@@ -113,7 +113,7 @@ impl ReadAhead {
                 self.runs.pop_front();
             }
             let number = self.shared.saves.reads.number();
-            let mut chunk = Chunk { segment, index, number, lease: None };
+            let mut chunk = Asked { segment, index, number, lease: None };
             if store.written(segment, index) {
                 let mut parts = Vec::with_capacity(1);
                 store.parts(segment, index..index + 1, Direction::Read, 0, &mut parts);
@@ -128,7 +128,7 @@ impl ReadAhead {
     }
 
     /// The first chunk, once it is there.
-    fn first(&mut self) -> Result<&mut Chunk> {
+    fn first(&mut self) -> Result<&mut Asked> {
         while self.ahead.front().is_some_and(|chunk| chunk.lease.is_none()) {
             self.wait_one()?;
         }

@@ -1,4 +1,4 @@
-//! Loading: from files through frames into the tiers, whatever they are now.
+//! Loading: from files through frames into the tiers, wherever states live now.
 #![expect(unsafe_code, reason = "fills homes, and memory of the caller")]
 
 use std::{
@@ -7,20 +7,20 @@ use std::{
 };
 
 use crate::{
-    checkpoint::{Contents, Control, Conversion, Dtype, Found, Means, TensorReader},
+    checkpoint::{Contents, Control, Conversion, Dtype, Found, FrameBudget, TensorReader},
     device::StreamRef,
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     io::{Direction, EngineOptions},
     model::Section,
+    quantities::UnitId,
     runtime::{
-        Interrupted, Runtime,
-        disk::map::Map,
+        disk::{files::Disk, map::Map},
+        handle::Runtime,
         measure::stats::Cause,
         saving::{copy_on_update::group_of, write_behind::WriteBehind},
-        shared::{Disk, Shared},
+        shared::{Shared, waits::Interrupted},
     },
-    units::UnitId,
 };
 
 /// Elements written at a time where what is around them is kept.
@@ -77,13 +77,13 @@ struct Fill<'a> {
 struct Work<'a> {
     contents: &'a Contents,
     fills: &'a [Fill<'a>],
-    means: &'a Means,
+    budget: &'a FrameBudget,
     chunks: u64,
     control: &'a Control,
 }
 
 impl Runtime {
-    /// Loads states, after the work on `stream`; the units' windows are closed. `control` tells how far it is.
+    /// Loads states, after the work on `stream`; the units' windows are closed. `control` has the progress.
     ///
     /// # Errors
     /// `FN-E407` before anything is touched; later `FN-E406`, the runtime's first failure, or an interruption: then some
@@ -102,7 +102,7 @@ impl Runtime {
         for &unit in &units {
             shared.settle(unit, Some(stream), interrupted)?;
             shared.saves.preserve(group_of(unit), interrupted)?;
-            shared.drop_ahead(unit);
+            shared.drop_speculation(unit);
         }
         // Kernels may still read a home, and copies up and down may be on their way.
         for on in [StreamRef::Compute(stream), StreamRef::Down, StreamRef::Up] {
@@ -110,10 +110,10 @@ impl Runtime {
             shared.block_gate(Some(stream), gate, Cause::Copy, interrupted)?;
         }
         let (chunks, kept) = shared.chunks_kept();
-        let means = shared.means(kept)?;
-        let work = Work { contents, fills: &fills, means: &means, chunks, control };
+        let budget = shared.frame_budget(kept)?;
+        let work = Work { contents, fills: &fills, budget: &budget, chunks, control };
         let result = aside(control, interrupted, || shared.fill(&work));
-        shared.stats.returned(means.bytes() + kept);
+        shared.stats.returned(budget.bytes() + kept);
         result
     }
 }
@@ -131,7 +131,7 @@ pub unsafe fn read_buffers(
     control: &Control,
     interrupted: Interrupted<'_>,
 ) -> Result<()> {
-    let means = Means { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
+    let budget = FrameBudget { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
     let mut work = Vec::new();
     for buffer in buffers {
         let found = find(contents, &buffer.tensor, buffer.optimizer)?;
@@ -149,7 +149,7 @@ pub unsafe fn read_buffers(
     }
     aside(control, interrupted, || {
         let tensors = work.iter().map(|(_, found, _)| *found).collect();
-        let mut reader = TensorReader::open(contents, tensors, &means, control)?;
+        let mut reader = TensorReader::open(contents, tensors, &budget, control)?;
         for (buffer, _, conversion) in &work {
             let out = match buffer.bytes {
                 // A tensor without elements has no address.
@@ -164,7 +164,8 @@ pub unsafe fn read_buffers(
     })
 }
 
-/// Runs `work` on a thread of its own, so that the caller can be interrupted; then the work is told to stop, and waited for.
+/// Runs `work` on a thread of its own, so that the caller can be interrupted: it then cancels the work through `control`, and waits for its end.
+///
 /// # Errors
 /// What `work` fails with; `FN-E106`.
 pub fn aside(control: &Control, interrupted: Interrupted<'_>, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
@@ -277,9 +278,9 @@ impl Shared {
         }
     }
 
-    fn fill_all(&self, &Work { contents, fills, means, chunks, control }: &Work<'_>) -> Result<()> {
+    fn fill_all(&self, &Work { contents, fills, budget, chunks, control }: &Work<'_>) -> Result<()> {
         let tensors = fills.iter().filter_map(|f| f.found).collect();
-        let mut reader = TensorReader::open(contents, tensors, means, control)?;
+        let mut reader = TensorReader::open(contents, tensors, budget, control)?;
         let writer = self.disk.as_ref().map(|disk| WriteBehind::new(self, disk, chunks, control));
         let mut writer = writer.transpose()?;
         for segment in fills.chunk_by(|a, b| key(a) == key(b)) {
@@ -295,7 +296,7 @@ impl Shared {
                 Ok((!i.machine.reading(unit)).then_some(()))
             });
             let filled = quiet.and_then(|()| self.fill_segment(segment, &mut reader, writer.as_mut(), control));
-            // Before anybody reads them again.
+            // Before any thread reads them again.
             let filled = filled.and(writer.as_mut().map_or(Ok(()), WriteBehind::finish));
             self.event(|m, out| {
                 // A copy out of the home that was enqueued before is of no use.

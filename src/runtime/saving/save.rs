@@ -4,21 +4,21 @@
 use std::{collections::HashSet, sync::Arc};
 
 use crate::{
-    checkpoint::{Control, GRAIN, Job, Means, Request, Tiers, master},
+    checkpoint::{Control, FrameBudget, GRAIN, Request, Save, SaveSource, master},
     device::{Gate, StreamRef},
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     io::{Direction, EngineOptions},
+    quantities::UnitId,
     runtime::{
-        Interrupted, Runtime,
+        handle::Runtime,
         saving::{
+            budget::frame_budget,
             copy_on_update::{Next, PLAIN, group_of},
             read_ahead::ReadAhead,
         },
-        shared::Shared,
+        shared::{Shared, closed::closed, waits::Interrupted},
     },
-    schedule::placement::{SAVE_FRAME, SAVE_FRAMES, SMALLEST_SAVE_FRAME},
-    units::{ByteCount, UnitId},
 };
 
 /// Between two looks at whether a save is still wanted.
@@ -75,7 +75,7 @@ impl Runtime {
     /// Begins a save of the state as it is now, the updates submitted so far included. Waits for an earlier save first.
     ///
     /// # Errors
-    /// `FN-E401` to `FN-E403`, `FN-E408`, `FN-E409`, with nothing begun; an interruption. What happens later is told by
+    /// `FN-E401` to `FN-E403`, `FN-E408`, `FN-E409`, with nothing begun; an interruption. What happens later is in
     /// the control.
     ///
     /// # Safety
@@ -89,15 +89,15 @@ impl Runtime {
         interrupted: Interrupted<'_>,
     ) -> Result<Arc<Control>> {
         self.shared()?.saves.wait(interrupted)?;
-        let shared = self.shared.as_ref().ok_or_else(|| Error::new(Code::Closed, "the runtime is closed."))?;
+        let shared = self.shared.as_ref().ok_or_else(closed)?;
         shared.saves.stop();
         for (tensor, source) in request.tensors.iter_mut().zip(&sources) {
             tensor.group = source.group();
         }
         let (chunks, kept) = shared.chunks_kept();
-        let means = shared.means(kept)?;
-        let memory = means.bytes() + kept;
-        begin(shared, request, sources, unchanged, (means, chunks), memory, stream).inspect_err(|_| {
+        let budget = shared.frame_budget(kept)?;
+        let memory = budget.bytes() + kept;
+        begin(shared, request, sources, unchanged, (budget, chunks), memory, stream).inspect_err(|_| {
             shared.saves.end();
             shared.stats.returned(memory);
         })
@@ -126,11 +126,11 @@ fn begin(
     request: Request,
     sources: Vec<Source>,
     unchanged: Unchanged,
-    (means, chunks): (Means, u64),
+    (budget, chunks): (FrameBudget, u64),
     memory: u64,
     stream: u64,
 ) -> Result<Arc<Control>> {
-    let job = Job::new(request)?;
+    let save = Save::new(request)?;
     let control = Arc::new(Control::default());
     // Masters are put together from two places, chunk by chunk as they are wanted.
     let in_order = chunks > 0 && sources.iter().all(|source| source.master.is_none());
@@ -150,7 +150,7 @@ fn begin(
             let chunks = Vec::new();
             let control = &*watched;
             let snapshot = &mut Snapshot { shared: &worker, control, sources, homes, after, unchanged, ahead, chunks };
-            job.run(snapshot, &means, &watched)
+            save.run(snapshot, &budget, &watched)
         };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
         worker.saves.end();
@@ -171,12 +171,12 @@ fn begin(
 /// # Safety
 /// As [`Runtime::save`].
 pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unchanged) -> Result<Arc<Control>> {
-    let means = means(u64::MAX, &(EngineOptions::default(), true))?;
-    let job = Job::new(request)?;
+    let budget = frame_budget(u64::MAX, &(EngineOptions::default(), true))?;
+    let save = Save::new(request)?;
     let control = Arc::new(Control::default());
     let watched = Arc::clone(&control);
     let work = move || {
-        let run = || job.run(&mut Plain { sources, unchanged, read: false }, &means, &watched);
+        let run = || save.run(&mut Plain { sources, unchanged, read: false }, &budget, &watched);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
         watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
     };
@@ -185,24 +185,13 @@ pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unch
     Ok(control)
 }
 
-/// How a save or a load works within `slack` bytes of memory: half of it at most, so that others find some too.
-fn means(slack: u64, io: &(EngineOptions, bool)) -> Result<Means> {
-    let frame = (slack / 2 / u64::from(SAVE_FRAMES)).min(SAVE_FRAME) / 4096 * 4096;
-    if frame < SMALLEST_SAVE_FRAME {
-        let need = ByteCount(2 * u64::from(SAVE_FRAMES) * SMALLEST_SAVE_FRAME);
-        let text = format!("a save or load needs {need} of host memory, {} are left of budget.host.", ByteCount(slack));
-        return Err(Error::new(Code::CheckpointMemory, text).action("Raise budget.host by that much."));
-    }
-    Ok(Means { engine: io.0.clone(), direct: io.1, frames: SAVE_FRAMES, frame })
-}
-
 struct Plain {
     sources: Vec<Source>,
     unchanged: Unchanged,
     read: bool,
 }
 
-impl Tiers for Plain {
+impl SaveSource for Plain {
     fn next(&mut self, control: &Control) -> Result<Option<u32>> {
         control.check()?;
         Ok(if std::mem::replace(&mut self.read, true) { None } else { Some(PLAIN) })
@@ -254,7 +243,7 @@ fn fetch(source: &Source, at: u64, out: &mut [u8], read: &mut ReadPlace<'_>) -> 
 }
 
 /// A chunk of a segment on NVMe, kept because the next bytes asked for begin in it.
-struct Chunk {
+struct KeptChunk {
     segment: usize,
     start: u64,
     bytes: Vec<u8>,
@@ -290,13 +279,13 @@ struct Snapshot<'a> {
     after: Gate,
     unchanged: Unchanged,
     ahead: Option<ReadAhead>,
-    chunks: Vec<Chunk>,
+    chunks: Vec<KeptChunk>,
 }
 
 impl Snapshot<'_> {
     fn read(
         (shared, control): (&Shared, &Control),
-        chunks: &mut Vec<Chunk>,
+        chunks: &mut Vec<KeptChunk>,
         place: Place,
         at: u64,
         out: &mut [u8],
@@ -311,7 +300,7 @@ impl Snapshot<'_> {
             Place::Memory { address, on_device: true } => {
                 // What is on the stream already may wait for anything, and the save be given up meanwhile.
                 block(shared, shared.device.record(StreamRef::Down)?, control)?;
-                // SAFETY: as above; the copy is waited for, whatever happens: the frame is the device's until then.
+                // SAFETY: as above; the copy is waited for in every case: the frame is the device's until then.
                 unsafe { shared.device.copy(StreamRef::Down, out.as_mut_ptr() as u64, address + at, out.len())? };
                 let gate = shared.device.record(StreamRef::Down)?;
                 while !shared.device.block(gate, LOOK)? {}
@@ -329,7 +318,7 @@ impl Snapshot<'_> {
             let text = format!("'{}' has no {}.", shared.layout.unit(unit).name, kind.name());
             return Err(Error::new(Code::Stale, text));
         }
-        // SAFETY: the range lies in the state's home; nobody writes it before the save has read the unit.
+        // SAFETY: the range lies in the state's home; no thread writes it before the save has read the unit.
         unsafe { std::ptr::copy_nonoverlapping((home + first) as *const u8, out.as_mut_ptr(), out.len()) };
         Ok(())
     }
@@ -337,7 +326,7 @@ impl Snapshot<'_> {
     /// Bytes of a segment on NVMe; the last chunk is kept, since that is where the next read begins.
     fn read_segment(
         (shared, control): (&Shared, &Control),
-        chunks: &mut Vec<Chunk>,
+        chunks: &mut Vec<KeptChunk>,
         segment: usize,
         first: u64,
         out: &mut [u8],
@@ -355,7 +344,7 @@ impl Snapshot<'_> {
         }
         let (first, out) = (first + done as u64, &mut out[done..]);
         let end = first + out.len() as u64;
-        let mut last = Chunk { segment, start: 0, bytes: Vec::new() };
+        let mut last = KeptChunk { segment, start: 0, bytes: Vec::new() };
         if let Some(at) = chunks.iter().position(|c| c.segment == segment) {
             last.bytes = chunks.swap_remove(at).bytes;
         } else if chunks.len() > 1 {
@@ -379,29 +368,6 @@ impl Snapshot<'_> {
 }
 
 impl Shared {
-    /// What is left of the host budget now.
-    fn host_left(&self) -> u64 {
-        self.placement.shadow_bytes.saturating_sub(self.stats.shadows().0)
-    }
-
-    /// How many chunks a save reads ahead, or a load writes behind, and their bytes.
-    pub(crate) fn chunks_kept(&self) -> (u64, u64) {
-        let Some(disk) = &self.disk else { return (0, 0) };
-        let chunks = self.placement.chunks_ahead(self.host_left());
-        (chunks, chunks * disk.store.chunk_bytes())
-    }
-
-    /// How a save or a load works within what is left of the host budget, its frames and `more` bytes counted there; to be given back
-    /// with [`crate::runtime::measure::stats::Stats::returned`].
-    pub(crate) fn means(&self, more: u64) -> Result<Means> {
-        let found = means(self.host_left().saturating_sub(more), &self.checkpoint_io)?;
-        if self.stats.lent(found.bytes() + more, self.placement.shadow_bytes) {
-            Ok(found)
-        } else {
-            means(0, &self.checkpoint_io)
-        }
-    }
-
     /// Waits until what was updated of a unit is on NVMe. Its next update may be queued, or wait for this save.
     fn wait_written(&self, unit: UnitId, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
         let what = || format!("writes of '{}'", self.layout.unit(unit).name);
@@ -409,7 +375,7 @@ impl Shared {
     }
 }
 
-impl Tiers for Snapshot<'_> {
+impl SaveSource for Snapshot<'_> {
     fn next(&mut self, control: &Control) -> Result<Option<u32>> {
         let group = loop {
             control.check()?;
@@ -449,7 +415,7 @@ impl Tiers for Snapshot<'_> {
             (Some(ahead), Some((segment, first))) => ahead.read(segment, first + at, out)?,
             _ => fetch(source, at, out, &mut |place, at, out| Self::read((shared, control), chunks, place, at, out))?,
         }
-        // Whoever waits for an update that waits for this save sees that something moves.
+        // A thread that waits for an update, which waits for this save, sees that something moves.
         shared.inner.lock().events += 1;
         Ok(())
     }

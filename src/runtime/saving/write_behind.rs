@@ -15,11 +15,11 @@ use crate::{
     error::{Code, Error, Result},
     io::{Direction, IoCompletion},
     memory::{SlotLease, SlotPool},
+    quantities::ByteCount,
     runtime::{
-        disk::ticket::Ticket,
-        shared::{Disk, Shared},
+        disk::{files::Disk, ticket::Ticket},
+        shared::Shared,
     },
-    units::ByteCount,
 };
 
 /// A disk that takes longer for what was begun has failed.
@@ -103,7 +103,8 @@ impl<'a> WriteBehind<'a> {
 }
 
 impl Drop for WriteBehind<'_> {
-    /// After a failure too (B2), which is what is told; but what never ends must not be overtaken.
+    /// After a failure too (B2), which the load reports. If writes are still in flight then, this fails the runtime: later writes to the same
+    /// place must not race them.
     fn drop(&mut self) {
         if let Err(error) = self.finish()
             && !self.out.is_empty()

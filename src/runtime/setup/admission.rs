@@ -8,12 +8,12 @@ use std::path::Path;
 use crate::{
     error::{Code, Error, Result},
     model::Layout,
+    quantities::ByteCount,
     runtime::setup::{
         config::Config,
         running_notes::{Folder, Note, Other},
     },
     schedule::{Placement, advice},
-    units::ByteCount,
 };
 
 /// Where notes lie: in memory, gone with the machine, shared by the containers that share this folder.
@@ -90,16 +90,16 @@ fn short(need: u64, available: u64) -> Error {
 }
 
 impl Running {
-    /// Leaves this run's note in `folder`, and reads those of others. Without such a folder nobody knows of anybody.
+    /// Leaves this run's note in `folder`, and reads those of others. Without such a folder runs do not know of each other.
     fn begin(folder: &Path, mine: u64, available: u64, freed: u64) -> Self {
-        let nobody = Self { _note: None, others: Vec::new(), mine, available, demoted: None, unknown: None };
+        let alone = Self { _note: None, others: Vec::new(), mine, available, demoted: None, unknown: None };
         match Folder::open(folder) {
             Ok(Some(folder)) => {
                 let others = folder.others();
-                Self { others, _note: folder.leave(mine, freed), ..nobody }
+                Self { others, _note: folder.leave(mine, freed), ..alone }
             }
-            Ok(None) => nobody,
-            Err(reason) => Self { unknown: Some(format!("FN-W211 {reason}")), ..nobody },
+            Ok(None) => alone,
+            Err(reason) => Self { unknown: Some(format!("FN-W211 {reason}")), ..alone },
         }
     }
 

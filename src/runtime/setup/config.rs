@@ -6,14 +6,12 @@ use crate::{
     device::DeviceChoice,
     error::Result,
     io::{DirectIo, EngineChoice, Faults},
+    machine::HostLimits,
     model::Layout,
-    policy::{
-        self, Auto, Direct, OptimizerTier, ParamsTier, Policy, UpdateOn,
-        limits::{self, HostLimits},
-    },
-    runtime::{measure::slow::Slow, update::share::Sharing},
+    policy::{self, Auto, Direct, OptimizerTier, ParamsTier, Policy, automatic},
+    quantities::{ByteCount, Tier},
+    runtime::{measure::slow::Slow, update::update_on::UpdateOn},
     schedule::{Budgets, LaneUse, Limits, Tiers},
-    units::{ByteCount, Tier},
 };
 
 /// What a runtime is made from; budgets are resolved numbers.
@@ -38,9 +36,9 @@ pub struct Config {
     /// Threads of the update pool.
     pub threads: u32,
     /// Who updates, and whether lanes of the device are made for it.
-    pub updates: (Sharing, LaneUse),
+    pub updates: (UpdateOn, LaneUse),
     /// Bytes paged in ahead at most; `None`: a ring.
-    pub window: Option<ByteCount>,
+    pub prefetch_window: Option<ByteCount>,
     /// Fill released frames with NaN.
     pub poison: bool,
     /// Nothing runs ahead.
@@ -89,14 +87,14 @@ impl Config {
         device_free: Option<ByteCount>,
         machine: &HostLimits,
     ) -> Result<Self> {
-        let host = limits::resolve_host_budget(machine, policy);
+        let host = automatic::resolve_host_budget(machine, policy);
         if let Auto::Set(asked) = policy.budget.host {
             machine.admit_budget(asked)?;
         }
         let (slow, faults) = Slow::parse(&policy.debug.faults)?;
         let largest = layout.units.iter().map(|u| u.param_bytes()).max().unwrap_or(0);
         let hbm = policy.budget.hbm.given().or_else(|| {
-            // Never less than two of the largest units, whatever the share.
+            // At least two of the largest units, even if the share is smaller.
             device_free.map(|free| ByteCount((free.0 / 100 * AUTO_HBM_SHARE).max(2 * largest + (64 << 20))))
         });
         Ok(Self {
@@ -104,7 +102,7 @@ impl Config {
                 hbm,
                 host,
                 nvme: policy.budget.nvme.or(ByteCount(u64::MAX)),
-                // Where updates and compute share a processor, an update ahead of the step only takes its time.
+                // Where updates and compute share a processor, a speculative update only takes its time.
                 spare: policy
                     .optimizer
                     .spare
@@ -129,12 +127,12 @@ impl Config {
             checksums: policy.nvme.checksums,
             threads: threads(machine, policy, device_free.is_some()),
             updates: match policy.optimizer.update_on {
-                UpdateOn::Gpu => (Sharing::Lanes, LaneUse::Always),
+                policy::UpdateOn::Gpu => (UpdateOn::Gpu, LaneUse::Always),
                 // A device that is the processor itself has nothing to add.
-                UpdateOn::Auto if device_free.is_some() => (Sharing::Rates, LaneUse::IfRoom),
-                UpdateOn::Auto | UpdateOn::Cpu => (Sharing::Processor, LaneUse::Never),
+                policy::UpdateOn::Auto if device_free.is_some() => (UpdateOn::Both, LaneUse::IfRoom),
+                policy::UpdateOn::Auto | policy::UpdateOn::Cpu => (UpdateOn::Cpu, LaneUse::Never),
             },
-            window: policy
+            prefetch_window: policy
                 .prefetch
                 .window
                 .given()
@@ -159,7 +157,7 @@ impl Config {
 
 /// Threads of the update pool. The thread that feeds a GPU, and the one that runs its backward, need processors of their own.
 fn threads(machine: &HostLimits, policy: &Policy, gpu: bool) -> u32 {
-    let all = limits::resolve_threads(machine, policy);
+    let all = automatic::resolve_threads(machine, policy);
     let spare = if gpu && policy.budget.threads.given().is_none() { 2.min(all / 4) } else { 0 };
     all - spare
 }

@@ -1,4 +1,4 @@
-//! What a run is told, whether it may begin on this machine, and how its parts are made and started.
+//! The configuration of a run, whether it may begin on this machine, and how its parts are made and started.
 
 pub(super) mod admission;
 pub(super) mod config;

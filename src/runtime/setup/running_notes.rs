@@ -1,13 +1,13 @@
 //! What the runs of one user on one machine tell each other: a folder of notes, each locked as long as its run lives.
 //!
 //! N1: the folder lies where everybody may write, so nothing in it is believed by its name. It is used only if it is this user's own and
-//! nobody else's to write, and held open: what its name leads to later does not matter.
+//! writable for no other user, and held open: what its name leads to later does not matter.
 //! N2: what is opened in it, read or removed is a regular file of this user with one name; nothing that can block is opened.
 //! N3: a file is removed only when its lock was free and its contents are a note.
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs::File,
     io::{Read, Write},
     path::Path,
 };
@@ -18,7 +18,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::{io::random, memory::page_size};
+use crate::{io::random, machine::resident};
 
 /// No note is as long.
 const LONGEST: u64 = 64;
@@ -150,16 +150,10 @@ impl Drop for Note {
     }
 }
 
-/// Memory that a process has now.
-fn resident(pid: u32) -> u64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    let pages: u64 = text.split(' ').nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
-    pages * page_size() as u64
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
+        fs,
         os::unix::fs::{MetadataExt, PermissionsExt, symlink},
         path::PathBuf,
     };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Condvar;
 
 use crate::{
     device::{self, DeviceKind, Lanes},
@@ -16,37 +16,31 @@ use crate::{
     model::Layout,
     optim::Pool,
     policy::Policy,
+    quantities::{ByteCount, Tier, UnitId},
     runtime::{
-        disk::{
-            map::Map,
-            threads::{self, Ended},
-        },
+        disk::{driver, files::Disk, map::Map},
         measure::{
             stats::{Link, Stats},
-            step_time::Split,
+            step_time::StepTimes,
             trace::Trace,
         },
-        paging::{
-            faults::{self, Faults},
-            homes::Homes,
-        },
+        paging::{fault_server, faults::Faults, homes::Homes, landing::Ended, reapers},
         saving::copy_on_update::Saves,
         setup::{
             admission::{self, Running},
             config::Config,
         },
-        shared::{Disk, Shared, Task, locked::Inner},
+        shared::{
+            Shared,
+            lock_order::{Line, Ordered},
+            locked::Inner,
+        },
         update::{
-            ahead::Clipped,
-            factors::Factors,
-            run::Job,
-            runner,
-            share::{Share, Sharing},
+            factors::Factors, job::Job, runner, share::Share, speculation::Clipped, task::Task, update_on::UpdateOn,
         },
     },
     schedule::{Budgets, LaneUse, Machine, Placement, placement},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
-    units::{ByteCount, Tier, UnitId},
 };
 
 /// A runtime that has just been set up.
@@ -68,7 +62,7 @@ const THREADS: u64 = 5 + 16 + 4;
 struct Channels {
     done: (Sender<IoCompletion>, Receiver<IoCompletion>),
     run: (Sender<Task>, Receiver<Task>),
-    ahead: (Sender<UnitId>, Receiver<UnitId>),
+    speculate: (Sender<UnitId>, Receiver<UnitId>),
     up: (Sender<Ended>, Receiver<Ended>),
     down: (Sender<Ended>, Receiver<Ended>),
 }
@@ -91,7 +85,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     let channels = Channels {
         done: bounded(4096),
         run: bounded(4096),
-        ahead: bounded(1 << 14),
+        speculate: bounded(1 << 14),
         up: bounded(1 << 14),
         down: bounded(1 << 16),
     };
@@ -114,38 +108,39 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
             device.register(pool.region())?;
         }
     }
-    let window = config.window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
+    let window =
+        config.prefetch_window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
     let machine = Machine::new(&plan, &counts, window);
     let units = layout.units.len();
     let shared = Arc::new(Shared {
-        jobs: (0..units).map(|_| Mutex::new(Job::default())).collect(),
+        jobs: (0..units).map(|_| Ordered::new(Line::Job, Job::default())).collect(),
         clipped: Clipped::default(),
-        paging: Mutex::new(None),
-        guesses: (0..units).map(|_| Mutex::new(None)).collect(),
-        inner: Mutex::new(Inner::new(machine, units)),
+        paging: Ordered::new(Line::Moment, None),
+        speculations: (0..units).map(|_| Ordered::new(Line::Speculation, None)).collect(),
+        inner: Ordered::new(Line::Inner, Inner::new(machine, units)),
         placement: plan,
         layout,
         factors: Factors::new(&*device)?,
         homes,
-        share: Mutex::new(share),
+        share: Ordered::new(Line::Share, share),
         device,
         frames,
         disk,
         pool: Pool::new(Some(config.threads as usize))?,
         stats: Stats::default(),
         trace: Trace::default(),
-        split: Split::default(),
+        step_times: StepTimes::default(),
         slow: config.slow,
         poison: config.poison,
         sync: config.sync,
         changed: Condvar::new(),
-        service: Mutex::new(()),
+        off_step_io: Ordered::new(Line::OffStepIo, ()),
         reads: (0..units).map(|_| AtomicU32::new(0)).collect(),
         saves: Saves::default(),
         faults: Faults::default(),
         checkpoint_io: (engine_options(config), config.direct != DirectIo::Off),
         to_runner: channels.run.0.clone(),
-        to_ahead: channels.ahead.0.clone(),
+        to_speculate: channels.speculate.0.clone(),
         to_up: channels.up.0.clone(),
         to_down: channels.down.0.clone(),
     });
@@ -153,30 +148,23 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     Ok(Started { shared, threads, budgets: config.budgets, notes, running })
 }
 
-impl Disk {
-    pub(crate) fn staging_bytes(&self) -> u64 {
-        let page = self.page_pool.as_ref().map_or(0, |p| p.region().len());
-        (page + self.update_pool.region().len()) as u64
-    }
-}
-
-/// Makes the lanes that the plan has room for. Where nobody insists on them, there are none without a compiler for their kernels.
+/// Makes the lanes that the plan has room for. Where the policy does not insist on them, there are none without a compiler for their kernels.
 pub(super) fn open_share(
     create: impl FnOnce(usize, u64) -> Result<Arc<dyn Lanes>>,
-    (split, wish): (Sharing, LaneUse),
+    (update_on, wish): (UpdateOn, LaneUse),
     plan: &mut Placement,
     notes: &mut Vec<String>,
 ) -> Result<Share> {
     if plan.lane_elems == 0 {
-        return Ok(Share::new(None, Sharing::Processor));
+        return Ok(Share::new(None, UpdateOn::Cpu));
     }
     let lanes = placement::lanes::COUNT;
     match create(lanes as usize, plan.lane_bytes / lanes) {
-        Ok(lanes) => Ok(Share::new(Some((lanes, plan.lane_elems)), split)),
+        Ok(lanes) => Ok(Share::new(Some((lanes, plan.lane_elems)), update_on)),
         Err(error) if wish == LaneUse::IfRoom && error.code() == Code::NoCompiler => {
             notes.push(format!("FN-W210 the GPU takes no part in updates: {}", error.message()));
             plan.without_lanes();
-            Ok(Share::new(None, Sharing::Processor))
+            Ok(Share::new(None, UpdateOn::Cpu))
         }
         Err(error) => Err(error),
     }
@@ -226,12 +214,12 @@ fn open_disk(
 
 fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>> {
     let mut threads = vec![
-        threads::spawn("funicular-driver", shared, channels.done.1, threads::completed)?,
-        runner::spawn(shared, channels.run.1, channels.ahead.1)?,
-        threads::spawn("funicular-up-end", shared, channels.up.1, |s, m| threads::ended(s, Link::Up, m))?,
-        threads::spawn("funicular-dn-end", shared, channels.down.1, |s, m| threads::ended(s, Link::Down, m))?,
+        driver::spawn("funicular-driver", shared, channels.done.1, driver::completed)?,
+        runner::spawn(shared, channels.run.1, channels.speculate.1)?,
+        driver::spawn("funicular-up-end", shared, channels.up.1, |s, m| reapers::ended(s, Link::Up, m))?,
+        driver::spawn("funicular-dn-end", shared, channels.down.1, |s, m| reapers::ended(s, Link::Down, m))?,
     ];
-    // Last: it has to be told of its end, which only a runtime that has started does.
-    threads.extend(faults::spawn(shared)?);
+    // Last: only the end of a runtime that has started ends this thread.
+    threads.extend(fault_server::spawn(shared)?);
     Ok(threads)
 }

@@ -5,9 +5,9 @@ use crate::{
     error::{Error, Result},
     io::{IoCompletion, IoPart},
     memory::SlotLease,
-    runtime::measure::stats::Busy,
+    quantities::UnitId,
+    runtime::{measure::stats::Busy, shared::closed::closed},
     schedule::{Command, Machine},
-    units::UnitId,
 };
 
 /// The gates of one unit.
@@ -23,14 +23,14 @@ pub(crate) struct Gates {
     pub(crate) update: [Gate; 3],
 }
 
-/// The one request at a time of what is not part of a step.
+/// The one request at a time that is not part of a step.
 #[derive(Debug, Default)]
-pub(crate) struct Service {
+pub(crate) struct OffStep {
     /// Number of the last request.
     pub(crate) last: u32,
     /// It has not come back.
     pub(crate) out: bool,
-    /// It came back, for whoever waits for it.
+    /// It came back, for the thread that waits for it.
     pub(crate) done: Option<IoCompletion>,
 }
 
@@ -43,12 +43,12 @@ pub(crate) struct Inner {
     pub(crate) pages: Vec<Option<SlotLease>>,
     pub(crate) chunks: Vec<(UnitId, u32, SlotLease)>,
     pub(crate) spare_parts: Vec<Vec<IoPart>>,
-    pub(crate) service: Service,
+    pub(crate) off_step: OffStep,
     /// The unit whose home the runner writes now.
     pub(crate) at_work: Option<UnitId>,
     pub(crate) failed: Option<Error>,
     /// The caller has seen the failure.
-    pub(crate) told: bool,
+    pub(crate) failure_seen: bool,
     pub(crate) closing: bool,
     pub(crate) events: u64,
     pub(crate) busy_read: Busy,
@@ -66,10 +66,10 @@ impl Inner {
             pages: (0..units).map(|_| None).collect(),
             chunks: Vec::with_capacity(16),
             spare_parts: (0..16).map(|_| Vec::with_capacity(64)).collect(),
-            service: Service::default(),
+            off_step: OffStep::default(),
             at_work: None,
             failed: None,
-            told: false,
+            failure_seen: false,
             closing: false,
             events: 0,
             busy_read: Busy::default(),
@@ -80,7 +80,7 @@ impl Inner {
     pub(crate) fn usable(&self) -> Result<()> {
         match &self.failed {
             Some(error) => Err(error.clone()),
-            None if self.closing => Err(crate::runtime::closed()),
+            None if self.closing => Err(closed()),
             None => Ok(()),
         }
     }

@@ -1,20 +1,21 @@
 //! Waits for updates: until they are made, or their results at home; after a failure, until nothing is written any more.
 
-use parking_lot::MutexGuard;
-
 use crate::{
     error::{Code, Error, Result},
+    quantities::{Tier, UnitId},
     runtime::{
         measure::stats::Cause,
-        shared::{SLICE, Shared, locked::Inner},
+        shared::{
+            Shared,
+            lock_order::OrderedGuard,
+            locked::Inner,
+            waits::{Interrupted, SLICE},
+        },
     },
     schedule::Machine,
-    units::{Tier, UnitId},
 };
 
-type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
-
-/// What somebody who waits for an update needs.
+/// What a caller that waits for an update needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Until {
     /// That it is made: its inputs are free, and frames can be filled.
@@ -33,12 +34,19 @@ impl Until {
 }
 
 impl Shared {
+    /// As [`Shared::settle_home`]; then makes `stream` wait for what streams write to the home.
+    pub(crate) fn settle_for(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.settle_home(unit, stream, interrupted)?;
+        let gate = self.inner.lock().gates[unit.index()].home;
+        self.wait_gate(stream, gate, Cause::Copy, interrupted)
+    }
+
     /// Waits until the unit's home holds the result of its last update.
     pub(crate) fn settle(&self, unit: UnitId, stream: Option<u64>, interrupted: Interrupted<'_>) -> Result<()> {
         self.await_update(unit, stream, Until::Home, interrupted)
     }
 
-    /// Waits until the unit's last update is made: it has read its gradients, and its result may be in the spare place.
+    /// Waits until the unit's last update is made: it has read its gradients, and its result may be in the spare copy.
     pub(crate) fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         self.await_update(unit, Some(stream), Until::Made, interrupted)
     }
@@ -68,8 +76,8 @@ impl Shared {
             return self.settle(unit, Some(stream), interrupted);
         };
         if inner.machine.in_spare(unit) {
-            // The runner does nothing more, once it has ended its piece ahead; the lock keeps others from doing this, too.
-            self.drop_ahead(unit);
+            // The runner does nothing more once its speculative piece has ended; the lock keeps other threads from doing this too.
+            self.drop_speculation(unit);
             self.copy_home(unit)?;
             inner.machine.homed(unit, &mut Vec::new());
         }
@@ -86,15 +94,15 @@ impl Shared {
 
     /// After a failure that the caller has seen, and where the unit's parameters are in host memory: waits until the runner has come to
     /// its end there.
-    fn stopped(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<Option<MutexGuard<'_, Inner>>> {
+    fn stopped(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<Option<OrderedGuard<'_, Inner>>> {
         let mut inner = self.inner.lock();
         let on_host = self.placement.homes[unit.index()].params == Tier::Host;
-        if inner.failed.is_none() || !inner.told || !on_host {
+        if inner.failed.is_none() || !inner.failure_seen || !on_host {
             return Ok(None);
         }
         while inner.at_work == Some(unit) && !inner.closing {
-            self.changed.wait_for(&mut inner, SLICE);
-            if MutexGuard::unlocked(&mut inner, &mut *interrupted) {
+            inner.wait_for(&self.changed, SLICE);
+            if inner.unlocked(&mut *interrupted) {
                 return Err(Error::new(Code::Interrupted, "interrupted while waiting for an update."));
             }
         }

@@ -1,4 +1,4 @@
-//! Factors of gradients that the device computes and the update needs: they come down by themselves, nobody waits for them.
+//! Factors of gradients that the device computes and the update needs: they come down in the order of the stream, no thread waits for them.
 //!
 //! F1: a slot is read only by updates whose gates cover the copy into it. F2: slots are used in turn; a step takes a few, and its
 //! updates have run before the next step but one begins.
@@ -13,7 +13,7 @@ use crate::{
     device::{Device, StreamRef},
     error::Result,
     memory::HostRegion,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// One page.

@@ -1,8 +1,14 @@
-//! The optimizer's update: steps, updates begun in backward, who does which part, AdamW over one piece.
+//! The optimizer's update: steps, speculative updates made in backward, which part the processor and the lanes do, AdamW over one piece.
 
-pub(super) mod ahead;
+mod claims;
 pub(super) mod factors;
+pub(super) mod job;
+mod pace;
 pub(super) mod run;
 pub(super) mod runner;
 pub(super) mod share;
+pub(super) mod speculate;
+pub(super) mod speculation;
 pub(super) mod step;
+pub(super) mod task;
+pub(super) mod update_on;

@@ -1,78 +1,25 @@
-//! An update of one unit: which elements, with which hyperparameters, and the kernel over one piece of it.
+//! Submitting the updates of a step, and the kernel over one piece of a unit's update.
 #![expect(unsafe_code, reason = "hands raw spans of homes and leased slots to the kernel")]
 
 use crate::{
-    device::StreamRef,
+    device::{Elapsed, StreamRef},
     dtype::StateKind,
     error::Result,
+    io::Direction,
     memory::SlotLease,
     optim::{Hyper, Span},
+    quantities::UnitId,
     runtime::{
-        UnitUpdate,
-        disk::map::Chunk,
+        disk::map::UpdateChunk,
+        measure::stats::Link,
         paging::homes::Set,
-        shared::{Shared, settle::Until},
+        shared::{Shared, settle::Until, waits::Interrupted},
+        update::{
+            job::{Arrays, JobSpan, Outcome, StepHyper, UnitUpdate},
+            share::Share,
+        },
     },
-    units::UnitId,
 };
-
-/// Elements of one section that share hyperparameters and have gradients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct JobSpan {
-    /// Section of the unit.
-    pub section: usize,
-    /// First element.
-    pub start: u64,
-    /// Elements.
-    pub len: u64,
-    /// Which of the job's hyperparameters.
-    pub hyper: usize,
-    /// The parameter was edited: its master starts anew from it.
-    pub reset_master: bool,
-}
-
-/// The scalars of a step, and where the device put what clipping multiplies the gradient by.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepHyper {
-    /// The scalars; their `clip` is 1 where a slot tells it.
-    pub hyper: Hyper,
-    /// The slot, from [`crate::runtime::Runtime::factor`].
-    pub clip: Option<u32>,
-}
-
-impl StepHyper {
-    /// Slots have numbers below this.
-    pub const SLOTS: u32 = crate::runtime::update::factors::SLOTS;
-}
-
-/// What the runner needs to know about a unit's update.
-#[derive(Debug, Default)]
-pub struct Job {
-    /// The spans, in order.
-    pub spans: Vec<JobSpan>,
-    /// Hyperparameters the spans refer to.
-    pub hypers: Vec<StepHyper>,
-    /// Gradients and parameters are those from which an update ahead of the step was begun.
-    pub guessed: bool,
-}
-
-/// Where the arrays of a span are.
-#[derive(Debug)]
-pub(crate) enum Source<'a> {
-    /// In host memory, in one of the two places; `spare` tells that the parameters are in their spare place now.
-    Places { set: Set, spare: bool },
-    /// What lives on NVMe is in a slot, for one piece of the update.
-    Slot(&'a SlotLease, Chunk),
-}
-
-/// How a piece of an update ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// The home is current.
-    Ran,
-    /// All of the unit was updated into the other of its two places.
-    Turned,
-}
 
 impl Shared {
     /// Submits the updates of a step, all or none of them.
@@ -81,7 +28,7 @@ impl Shared {
         updates: &[UnitUpdate],
         hypers: &[StepHyper],
         stream: u64,
-        interrupted: &mut dyn FnMut() -> bool,
+        interrupted: Interrupted<'_>,
     ) -> Result<()> {
         // A save that waits for an update to be home has to see that one.
         let until = || if self.saves.active() { Until::Home } else { Until::Made };
@@ -111,10 +58,10 @@ impl Shared {
             job.spans.extend_from_slice(&update.spans);
             job.hypers.clear();
             job.hypers.extend_from_slice(hypers);
-            job.guessed = update.guessed;
+            job.speculated = update.speculated;
         }
         self.clipped.next_step();
-        self.happened(&mut inner, |m, out| updates.iter().for_each(|u| m.submit(u.unit, out)))?;
+        self.apply_event(&mut inner, |m, out| updates.iter().for_each(|u| m.submit(u.unit, out)))?;
         self.stats.stepped();
         self.trace.counter("updates queued", updates.len() as u64);
         Ok(())
@@ -125,7 +72,7 @@ impl Shared {
         let spare = self.lock()?.machine.in_spare(unit);
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
-        if let Some(outcome) = self.change_places(unit, job, spare)? {
+        if let Some(outcome) = self.finish_speculation(unit, job, spare)? {
             return Ok(outcome);
         }
         let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
@@ -136,8 +83,8 @@ impl Shared {
             let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else {
                 continue;
             };
-            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| Source::Slot(lease, c));
-            let source = slot.unwrap_or(Source::Places { set: Set::Current, spare: false });
+            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| Arrays::Slot(lease, c));
+            let source = slot.unwrap_or(Arrays::Places { set: Set::Current, spare: false });
             let span_of = self.span_of(unit, span, start, len, &source);
             share.add(span_of, self.hyper_of(job.hypers[span.hyper]), None)?;
         }
@@ -145,7 +92,7 @@ impl Shared {
         // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
         unsafe { self.run_share(&mut share, unit, "adamw") }?;
         if let (Some((disk, lease)), Some(chunk)) = (streamed, chunk) {
-            disk.map.check(&disk.store, &self.layout, unit, chunk, crate::io::Direction::Write, lease.bytes())?;
+            disk.map.check(&disk.store, &self.layout, unit, chunk, Direction::Write, lease.bytes())?;
         }
         Ok(Outcome::Ran)
     }
@@ -156,7 +103,7 @@ impl Shared {
     }
 
     /// The addresses of a piece of a span.
-    pub(crate) fn span_of(&self, unit: UnitId, span: &JobSpan, start: u64, len: u64, source: &Source<'_>) -> Span {
+    pub(crate) fn span_of(&self, unit: UnitId, span: &JobSpan, start: u64, len: u64, source: &Arrays<'_>) -> Span {
         let section = &self.layout.unit(unit).sections[span.section];
         let home = self.homes.unit(unit);
         let size = |kind: StateKind| kind.element_size(section.dtype) as u64;
@@ -164,14 +111,14 @@ impl Shared {
             if size(kind) == 0 {
                 return 0;
             }
-            if let Source::Slot(lease, chunk) = source
+            if let Arrays::Slot(lease, chunk) = source
                 && let Some(disk) = &self.disk
                 && disk.map.segment(unit, span.section, kind).is_some()
             {
                 return lease.as_ptr() as u64 + disk.map.slot_offset(kind) as u64 + (start - chunk.start) * size(kind);
             }
             let (set, spare) =
-                if let Source::Places { set, spare } = source { (*set, *spare) } else { (Set::Current, false) };
+                if let Arrays::Places { set, spare } = source { (*set, *spare) } else { (Set::Current, false) };
             let [master, exp_avg, exp_avg_sq] = home.states(span.section, set);
             let base = match kind {
                 StateKind::Param if spare == (set == Set::Current) => home.spare_params + section.offset,
@@ -194,10 +141,32 @@ impl Shared {
             reset_master: span.reset_master,
         }
     }
+
+    /// Whether a unit is on its way up: the copy that the reaper waits for has begun.
+    fn paging(&self) -> Result<bool> {
+        let Some(began) = *self.paging.lock() else { return Ok(false) };
+        Ok(matches!(self.device.elapsed(began, began)?, Elapsed::Nanos(_)))
+    }
+
+    /// Updates a set of parts of one unit, and notes what the processor and the lanes did.
+    ///
+    /// # Safety
+    /// As for [`Share::run`].
+    pub(crate) unsafe fn run_share(&self, share: &mut Share, unit: UnitId, name: &'static str) -> Result<()> {
+        // SAFETY: passed on.
+        let done = unsafe { share.run(&self.pool, &|| self.trace.now(), &|| self.paging()) }?;
+        self.stats.updated(done.map(|work| work.elems));
+        let sides = [(Link::Update, "cpu update"), (Link::GpuUpdate, "gpu update")];
+        for ((link, track), work) in sides.into_iter().zip(done).filter(|(_, work)| work.elems > 0) {
+            self.stats.moved(link, work.bytes, work.time.1.saturating_sub(work.time.0));
+            self.trace.span_until(track, name, u64::from(unit.0), work.time, work.bytes);
+        }
+        Ok(())
+    }
 }
 
 /// The elements that a span and a chunk have in common.
-fn intersect(span: &JobSpan, chunk: Chunk) -> Option<(u64, u64)> {
+fn intersect(span: &JobSpan, chunk: UpdateChunk) -> Option<(u64, u64)> {
     if span.section != chunk.section {
         return None;
     }
@@ -213,7 +182,7 @@ mod tests {
     #[test]
     fn spans_and_chunks_intersect_within_a_section() {
         let span = JobSpan { section: 1, start: 10, len: 20, hyper: 0, reset_master: false };
-        let chunk = |section, start, len| Chunk { section, start, len };
+        let chunk = |section, start, len| UpdateChunk { section, start, len };
         assert_eq!(intersect(&span, chunk(1, 0, 15)), Some((10, 5)));
         assert_eq!(intersect(&span, chunk(1, 15, 100)), Some((15, 15)));
         assert_eq!(intersect(&span, chunk(1, 30, 5)), None);

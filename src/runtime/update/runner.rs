@@ -1,4 +1,4 @@
-//! The thread that updates: what steps ask for, in the order of the machine; ahead of steps, whenever those have to wait.
+//! The thread that updates: what steps ask for, in the order of the machine; speculative updates while a step has to wait.
 
 use std::{sync::Arc, thread::JoinHandle, time::Duration};
 
@@ -7,13 +7,13 @@ use crossbeam::channel::{Receiver, TryRecvError, select};
 use crate::{
     error::{Code, Error, Result},
     memory::SlotLease,
+    quantities::UnitId,
     runtime::{
         measure::stats::Link,
         saving::copy_on_update::group_of,
-        shared::{Shared, Task},
-        update::run::Outcome,
+        shared::Shared,
+        update::{job::Outcome, task::Task},
     },
-    units::UnitId,
 };
 
 /// Between two looks at a gate that has not passed.
@@ -22,13 +22,13 @@ const NAP: Duration = Duration::from_micros(100);
 /// What the runner has taken and not done.
 struct Runner {
     tasks: Receiver<Task>,
-    ahead: Receiver<UnitId>,
-    /// Of a step's update. The program runs ahead of the device: the step may be submitted long before its inputs are there.
+    speculations: Receiver<UnitId>,
+    /// A piece of a step's update. The program is faster than the device: the step may be submitted long before its inputs are there.
     step: Option<Task>,
     waiting: Waiting,
 }
 
-/// Units to be updated ahead, in the order in which backward passed them.
+/// Units with a speculative update to make, in the order in which backward passed them.
 #[derive(Debug, Default)]
 struct Waiting {
     units: Vec<UnitId>,
@@ -37,8 +37,9 @@ struct Waiting {
 }
 
 impl Waiting {
-    /// Has one piece made, of what was begun, else of what backward passed last: the next forward needs that first, and what is
-    /// left over when the step comes late. `work` says whether a unit has more to do, or has to wait, or is done; false if all wait.
+    /// Makes one piece: of the unit that was begun, else of the one that backward passed last. The next forward needs that one first, and
+    /// it is what is left over when the step comes late. `work` says whether a unit has more to do, or has to wait, or is done; false if
+    /// all wait.
     fn piece(&mut self, mut work: impl FnMut(UnitId) -> Result<Option<bool>>) -> Result<bool> {
         let begun = self.begun.take().and_then(|unit| self.units.iter().position(|&u| u == unit));
         for at in begun.into_iter().chain((0..self.units.len()).rev()) {
@@ -55,9 +56,13 @@ impl Waiting {
 }
 
 /// Starts the runner; it ends when the runtime is gone.
-pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<Task>, ahead: Receiver<UnitId>) -> Result<JoinHandle<()>> {
+pub(crate) fn spawn(
+    shared: &Arc<Shared>,
+    tasks: Receiver<Task>,
+    speculations: Receiver<UnitId>,
+) -> Result<JoinHandle<()>> {
     let shared = Arc::downgrade(shared);
-    let mut runner = Runner { tasks, ahead, step: None, waiting: Waiting::default() };
+    let mut runner = Runner { tasks, speculations, step: None, waiting: Waiting::default() };
     std::thread::Builder::new()
         .name("funicular-run".to_owned())
         .spawn(move || {
@@ -74,9 +79,9 @@ pub(crate) fn spawn(shared: &Arc<Shared>, tasks: Receiver<Task>, ahead: Receiver
 }
 
 impl Runner {
-    /// Takes what there is to do, and waits for it where there is nothing; false when the runtime is gone.
+    /// Takes what there is to do, and waits for it if there is nothing; false when the runtime is gone.
     fn take(&mut self) -> bool {
-        while let Ok(unit) = self.ahead.try_recv() {
+        while let Ok(unit) = self.speculations.try_recv() {
             self.waiting.units.push(unit);
         }
         if self.step.is_none() && !self.waiting.units.is_empty() {
@@ -91,7 +96,7 @@ impl Runner {
                     Ok(task) => self.step = Some(task),
                     Err(_) => return false,
                 },
-                recv(self.ahead) -> unit => match unit {
+                recv(self.speculations) -> unit => match unit {
                     Ok(unit) => self.waiting.units.push(unit),
                     Err(_) => return false,
                 },
@@ -100,7 +105,7 @@ impl Runner {
         true
     }
 
-    /// Does the step's piece if its inputs are there, else a piece ahead; at the least it naps.
+    /// Runs the step's next piece if its inputs have landed, else one speculative piece, else sleeps for [`NAP`].
     fn work(&mut self, shared: &Shared) -> Result<()> {
         if let Some(task) = self.step.take() {
             match task {
@@ -113,7 +118,7 @@ impl Runner {
                 later @ Task::Update { .. } => self.step = Some(later),
             }
         }
-        match self.waiting.piece(|unit| shared.work_ahead(unit)) {
+        match self.waiting.piece(|unit| shared.speculate(unit)) {
             Ok(true) => {}
             Ok(false) => std::thread::sleep(NAP),
             Err(error) => {
@@ -126,7 +131,7 @@ impl Runner {
 }
 
 impl Shared {
-    /// True if what a unit's update waits for has happened.
+    /// True if the gates that a unit's update waits for have passed.
     fn inputs_there(&self, unit: UnitId) -> Result<bool> {
         let gates = self.lock()?.gates[unit.index()].update;
         for gate in gates {
@@ -162,9 +167,9 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
     if let Some(lease) = lease {
         Shared::park_chunk(&mut inner, unit, chunk, lease);
     }
-    shared.happened(&mut inner, |m, out| match outcome {
+    shared.apply_event(&mut inner, |m, out| match outcome {
         Outcome::Ran => m.chunk_ran(unit, chunk, out),
-        Outcome::Turned => m.turned(unit, out),
+        Outcome::Swapped => m.swapped(unit, out),
     })?;
     if !inner.machine.update_pending(unit) {
         shared.saves.updated(unit);
@@ -172,17 +177,17 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
     Ok(())
 }
 
-/// Copies parameters home from their spare place: somebody needs them there.
+/// Copies parameters home from their spare copy: a caller needs them there.
 fn home(shared: &Shared, unit: UnitId) -> Result<()> {
     shared.lock()?.at_work = Some(unit);
     {
         let _at_work = AtWork(shared);
         std::thread::sleep(shared.slow.home);
-        shared.restart_ahead(unit);
+        shared.restart_speculation(unit);
         shared.copy_home(unit)?;
     }
     let mut inner = shared.lock()?;
-    shared.happened(&mut inner, |m, out| m.homed(unit, out))?;
+    shared.apply_event(&mut inner, |m, out| m.homed(unit, out))?;
     // An update that was submitted meanwhile belongs to a save that began after it.
     if !inner.machine.update_pending(unit) {
         shared.saves.updated(unit);

@@ -2,8 +2,8 @@
 //!
 //! H1: every element is updated once: pieces are claimed from one word, the processor's from the front, the lanes' in groups from
 //! the back. H2: when a run is over, be it by an error, nothing touches the arrays any more. H3: in steady state nothing
-//! allocates. H4: a lane takes no group for which the processor would have to wait, and none while the link brings a unit that
-//! somebody computes with next.
+//! allocates. H4: a lane takes no group for which the processor would have to wait, and none while the link brings up a unit, which a
+//! window waits for.
 #![expect(unsafe_code, reason = "hands raw spans to the kernel and to lanes")]
 
 use std::{
@@ -16,31 +16,17 @@ use std::{
 };
 
 use crate::{
-    device::{Elapsed, Lanes},
+    device::Lanes,
     error::{Code, Error, Result},
     optim::{Hyper, Isa, PIECE, Pool, Span, Target, adamw, adamw_into_with, unsupported},
-    runtime::{measure::stats::Link, shared::Shared},
-    units::UnitId,
+    runtime::update::{claims::Claims, pace::Pace, update_on::UpdateOn},
 };
 
-/// A wait for a lane looks this often at the clock, and gives up after so many looks.
+/// How long a wait for a lane lasts before it is counted, and how many of them there are before it is given up.
 const SLICE: Duration = Duration::from_millis(100);
 const SLICES: u32 = 1200;
 /// Between two looks whether the link is free again.
 const NAP: Duration = Duration::from_micros(50);
-
-/// Who updates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sharing {
-    /// The processor alone.
-    Processor,
-    /// The lanes alone.
-    Lanes,
-    /// Both, as fast as they are seen to be.
-    Rates,
-    /// Half of the pieces each; for tests.
-    Halves,
-}
 
 /// A span to update, in place or into another place.
 struct Part {
@@ -51,7 +37,7 @@ struct Part {
     to: Option<Target>,
 }
 
-// SAFETY: addresses and numbers; whoever runs the share vouches for the bytes.
+// SAFETY: only addresses and numbers; the caller of `Share::run` vouches for the bytes.
 unsafe impl Send for Part {}
 // SAFETY: as above.
 unsafe impl Sync for Part {}
@@ -75,10 +61,10 @@ struct Flight {
     bytes: u64,
 }
 
-/// Updates to be shared, and what is known about who is how fast.
+/// Updates to be shared, and what is known of how fast each side is.
 pub(crate) struct Share {
     lanes: Option<Arc<dyn Lanes>>,
-    split: Sharing,
+    update_on: UpdateOn,
     /// Most pieces of one launch.
     group: u32,
     pace: Pace,
@@ -89,22 +75,22 @@ pub(crate) struct Share {
 
 impl Share {
     /// Lanes take groups of at most `group` elements, a multiple of [`PIECE`].
-    pub(crate) fn new(lanes: Option<(Arc<dyn Lanes>, u64)>, split: Sharing) -> Self {
+    pub(crate) fn new(lanes: Option<(Arc<dyn Lanes>, u64)>, update_on: UpdateOn) -> Self {
         let group = lanes.as_ref().map_or(1, |(_, elems)| u32::try_from(elems / PIECE as u64).unwrap_or(u32::MAX));
         let lanes = lanes.map(|(lanes, _)| lanes);
         let flights = vec![None; lanes.as_ref().map_or(0, |lanes| lanes.count())];
-        Self { lanes, split, group: group.max(1), pace: Pace::default(), parts: Vec::new(), pieces: 0, flights }
+        Self { lanes, update_on, group: group.max(1), pace: Pace::default(), parts: Vec::new(), pieces: 0, flights }
     }
 
-    /// Says who updates from now on; false where there is no choice.
-    pub(crate) fn set_split(&mut self, split: Sharing) -> bool {
-        self.split = split;
+    /// Sets who updates from now on; false where there are no lanes.
+    pub(crate) fn set_update_on(&mut self, update_on: UpdateOn) -> bool {
+        self.update_on = update_on;
         self.lanes.is_some()
     }
 
     /// True if there are lanes to share with.
-    pub(crate) fn shares(&self) -> bool {
-        self.lanes.is_some() && self.split != Sharing::Processor
+    pub(crate) fn uses_lanes(&self) -> bool {
+        self.lanes.is_some() && self.update_on != UpdateOn::Cpu
     }
 
     /// Begins a new set.
@@ -143,8 +129,8 @@ impl Share {
         paging: &dyn Fn() -> Result<bool>,
     ) -> Result<[Work; 2]> {
         let Self { lanes, group, pace, parts, pieces, flights, .. } = self;
-        let lanes = lanes.as_deref().filter(|_| self.split != Sharing::Processor);
-        let claims = Claims::new(*pieces, if lanes.is_some() { self.split } else { Sharing::Processor });
+        let lanes = lanes.as_deref().filter(|_| self.update_on != UpdateOn::Cpu);
+        let claims = Claims::new(*pieces, if lanes.is_some() { self.update_on } else { UpdateOn::Cpu });
         let (elems, bytes, begun, ended) = (AtomicU64::new(0), AtomicU64::new(0), now(), AtomicU64::new(0));
         let task = |_| {
             let Some(piece) = claims.first() else { return };
@@ -166,13 +152,13 @@ impl Share {
         match lanes {
             None => pool.run(tasks, &task)?,
             Some(lanes) => {
-                let rates = self.split == Sharing::Rates;
+                let by_pace = self.update_on == UpdateOn::Both;
                 let mut feeder = Feeder {
                     lanes,
                     claims: &claims,
                     parts,
                     group: *group,
-                    rates,
+                    by_pace,
                     pace,
                     flights,
                     now,
@@ -206,105 +192,6 @@ fn holder(parts: &[Part], piece: u32) -> usize {
     parts.partition_point(|part| part.first <= piece).saturating_sub(1)
 }
 
-/// Which pieces are still to be had: from `front` to `back`, both in one word.
-struct Claims {
-    left: AtomicU64,
-    /// The processor takes none from here on.
-    processors: u32,
-    /// Lanes take none before this.
-    lanes: u32,
-}
-
-impl Claims {
-    fn new(pieces: u32, split: Sharing) -> Self {
-        let (processors, lanes) = match split {
-            Sharing::Processor => (pieces, pieces),
-            Sharing::Lanes => (0, 0),
-            Sharing::Rates => (pieces, 0),
-            Sharing::Halves => (pieces / 2, pieces / 2),
-        };
-        Self { left: AtomicU64::new(Self::pack(0, pieces)), processors, lanes }
-    }
-
-    fn pack(front: u32, back: u32) -> u64 {
-        u64::from(front) << 32 | u64::from(back)
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "the two halves of a word")]
-    fn unpack(word: u64) -> (u32, u32) {
-        ((word >> 32) as u32, word as u32)
-    }
-
-    fn left(&self) -> u32 {
-        let (front, back) = Self::unpack(self.left.load(Ordering::Relaxed));
-        back - front
-    }
-
-    /// Claims the first piece for the processor.
-    fn first(&self) -> Option<u32> {
-        let claim = |word| {
-            let (front, back) = Self::unpack(word);
-            (front < back.min(self.processors)).then(|| Self::pack(front + 1, back))
-        };
-        let before = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim);
-        before.ok().map(|word| Self::unpack(word).0)
-    }
-
-    /// Claims the last pieces for a lane, from the one that `start` says for an end, or from the first that is left.
-    fn last(&self, start: impl Fn(u32) -> u32) -> Option<Range<u32>> {
-        let of = |word| {
-            let (front, back) = Self::unpack(word);
-            let least = front.max(self.lanes);
-            (least < back).then(|| (front, start(back).max(least)..back))
-        };
-        let claim = |word| of(word).map(|(front, pieces)| Self::pack(front, pieces.start));
-        let before = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claim);
-        before.ok().and_then(of).map(|(_, pieces)| pieces)
-    }
-}
-
-/// How fast both sides were lately.
-#[derive(Debug)]
-struct Pace {
-    /// Elements that the processor updated, and the nanoseconds it took.
-    elems: f64,
-    nanos: f64,
-    /// Nanoseconds from the launch of a whole group to its end.
-    flight: f64,
-}
-
-impl Default for Pace {
-    fn default() -> Self {
-        Self { elems: 0.0, nanos: 0.0, flight: 2e6 }
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "rates are no bookkeeping")]
-impl Pace {
-    /// The processor's rate is that of so many elements.
-    const MEMORY: f64 = (256 << 20) as f64;
-
-    /// True if a group that is launched now ends before the processor would be through with all that is left.
-    fn worth_it(&self, left: u64) -> bool {
-        self.nanos > 0.0 && left as f64 * self.nanos > self.flight * self.elems
-    }
-
-    fn ran(&mut self, elems: u64, nanos: u64) {
-        (self.elems, self.nanos) = (self.elems + elems as f64, self.nanos + nanos as f64);
-        let keep = (Self::MEMORY / self.elems).min(1.0);
-        (self.elems, self.nanos) = (self.elems * keep, self.nanos * keep);
-    }
-
-    fn flew(&mut self, nanos: u64) {
-        self.flight += (nanos as f64 - self.flight) / 8.0;
-    }
-
-    /// Nothing was launched: one slow group must not keep the lanes away for good.
-    fn declined(&mut self) {
-        self.flight *= 0.98;
-    }
-}
-
 /// Keeps the lanes busy, on one thread.
 struct Feeder<'a> {
     lanes: &'a dyn Lanes,
@@ -312,7 +199,7 @@ struct Feeder<'a> {
     parts: &'a [Part],
     group: u32,
     /// Whether lanes leave to the processor what it would be through with sooner.
-    rates: bool,
+    by_pace: bool,
     pace: &'a mut Pace,
     flights: &'a mut [Option<Flight>],
     now: &'a (dyn Fn() -> u64 + Sync),
@@ -329,10 +216,10 @@ impl Feeder<'_> {
     }
 
     fn launch_all(&mut self) -> Result<()> {
-        for turn in 0.. {
-            let lane = turn % self.flights.len();
+        for round in 0.. {
+            let lane = round % self.flights.len();
             self.land(lane)?;
-            if self.rates && !self.worth_it(turn)? {
+            if self.by_pace && !self.worth_it(round)? {
                 break;
             }
             let start = |back: u32| self.parts[holder(self.parts, back - 1)].first.max(back.saturating_sub(self.group));
@@ -347,11 +234,11 @@ impl Feeder<'_> {
     }
 
     /// Whether a group should be launched, now that the link is free; false when the processor would be through sooner.
-    fn worth_it(&mut self, turn: usize) -> Result<bool> {
+    fn worth_it(&mut self, round: usize) -> Result<bool> {
         loop {
             let left = self.claims.left();
             if !self.pace.worth_it(u64::from(left) * PIECE as u64) {
-                if turn == 0 && left >= self.group {
+                if round == 0 && left >= self.group {
                     self.pace.declined();
                 }
                 return Ok(false);
@@ -393,33 +280,9 @@ impl Drop for Feeder<'_> {
     /// After a panic too nothing is under way (H2).
     fn drop(&mut self) {
         for lane in 0..self.flights.len() {
-            // The panic is what is told.
+            // The panic is what is reported.
             let _ = self.land(lane);
         }
-    }
-}
-
-impl Shared {
-    /// Whether a unit is on its way up: the copy that the reaper waits for has begun.
-    fn paging(&self) -> Result<bool> {
-        let Some(began) = *self.paging.lock() else { return Ok(false) };
-        Ok(matches!(self.device.elapsed(began, began)?, Elapsed::Nanos(_)))
-    }
-
-    /// Updates a set of a unit's, and notes who did how much.
-    ///
-    /// # Safety
-    /// As for [`Share::run`].
-    pub(crate) unsafe fn run_share(&self, share: &mut Share, unit: UnitId, name: &'static str) -> Result<()> {
-        // SAFETY: passed on.
-        let done = unsafe { share.run(&self.pool, &|| self.trace.now(), &|| self.paging()) }?;
-        self.stats.updated(done.map(|work| work.elems));
-        let sides = [(Link::Update, "cpu update"), (Link::GpuUpdate, "gpu update")];
-        for ((link, track), work) in sides.into_iter().zip(done).filter(|(_, work)| work.elems > 0) {
-            self.stats.moved(link, work.bytes, work.time.1.saturating_sub(work.time.0));
-            self.trace.span_until(track, name, u64::from(unit.0), work.time, work.bytes);
-        }
-        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! Every element once, whoever takes it; the bits of one update in place; errors and panics leave nothing under way.
+//! Every element once, by the processor or by a lane; the bits of one update in place; errors and panics leave nothing under way.
 #![expect(unsafe_code, reason = "updates arrays of its own")]
 
 use std::{
@@ -21,7 +21,7 @@ fn hyper(step: u64) -> Hyper {
 
 /// Spans whose addresses are not looked at.
 fn parts_of(lens: &[usize]) -> Share {
-    let mut share = Share::new(None, Sharing::Processor);
+    let mut share = Share::new(None, UpdateOn::Cpu);
     let none = std::ptr::null_mut::<u8>();
     for &len in lens {
         let span = Span {
@@ -40,7 +40,7 @@ fn parts_of(lens: &[usize]) -> Share {
 }
 
 /// Claims everything from several threads; the pieces that each side took.
-fn claimed(share: &Share, split: Sharing, group: u32) -> [Vec<u32>; 2] {
+fn claimed(share: &Share, split: UpdateOn, group: u32) -> [Vec<u32>; 2] {
     let claims = Claims::new(share.pieces, split);
     let taken = [Mutex::new(Vec::new()), Mutex::new(Vec::new())];
     thread::scope(|scope| {
@@ -65,7 +65,7 @@ fn claimed(share: &Share, split: Sharing, group: u32) -> [Vec<u32>; 2] {
 fn every_piece_is_claimed_once() {
     for lens in [vec![1], vec![0, 5 * PIECE + 1, 0, PIECE, 7], vec![1000; 50], vec![400 * PIECE - 1], vec![]] {
         let share = parts_of(&lens);
-        for split in [Sharing::Processor, Sharing::Lanes, Sharing::Rates, Sharing::Halves] {
+        for split in [UpdateOn::Cpu, UpdateOn::Gpu, UpdateOn::Both, UpdateOn::Halves] {
             for group in [1, 3, 64] {
                 let [processor, lanes] = claimed(&share, split, group);
                 let mut all: Vec<u32> = processor.iter().chain(&lanes).copied().collect();
@@ -73,10 +73,10 @@ fn every_piece_is_claimed_once() {
                 assert!(all.into_iter().eq(0..share.pieces), "{lens:?}, {split:?}, groups of {group}");
                 let half = share.pieces as usize / 2;
                 match split {
-                    Sharing::Processor => assert!(lanes.is_empty()),
-                    Sharing::Lanes => assert!(processor.is_empty()),
-                    Sharing::Halves => assert_eq!(processor.len(), half),
-                    Sharing::Rates => {}
+                    UpdateOn::Cpu => assert!(lanes.is_empty()),
+                    UpdateOn::Gpu => assert!(processor.is_empty()),
+                    UpdateOn::Halves => assert_eq!(processor.len(), half),
+                    UpdateOn::Both => {}
                 }
             }
         }
@@ -186,7 +186,7 @@ fn run(share: &mut Share, pool: &Pool, arrays: &mut [Arrays], aside: bool) -> Re
 fn the_bits_do_not_depend_on_who_updates() {
     let pool = Pool::new(Some(2)).expect("threads");
     let elems = 2 * PIECE as u64;
-    let mut share = Share::new(Some((host_lanes(elems), elems)), Sharing::Rates);
+    let mut share = Share::new(Some((host_lanes(elems), elems)), UpdateOn::Both);
     let all: u64 = LENS.iter().map(|(_, len)| *len as u64).sum();
     let fresh = || LENS.map(|(dtype, len)| Arrays::new(dtype, len));
     for aside in [false, true] {
@@ -203,17 +203,17 @@ fn the_bits_do_not_depend_on_who_updates() {
             };
             done.expect("trainable");
         }
-        for split in [Sharing::Processor, Sharing::Lanes, Sharing::Halves, Sharing::Rates] {
-            assert!(share.set_split(split));
+        for split in [UpdateOn::Cpu, UpdateOn::Gpu, UpdateOn::Halves, UpdateOn::Both] {
+            assert!(share.set_update_on(split));
             for round in 0..4 {
                 let mut arrays = fresh();
                 let [processor, lanes] = run(&mut share, &pool, &mut arrays, aside).expect("works");
                 assert_eq!(processor.elems + lanes.elems, all, "{split:?}");
                 match split {
-                    Sharing::Processor => assert_eq!(lanes, Work::default()),
-                    Sharing::Lanes => assert_eq!(processor.elems, 0),
-                    Sharing::Halves => assert!(processor.elems > 0 && lanes.elems > 0),
-                    Sharing::Rates => {}
+                    UpdateOn::Cpu => assert_eq!(lanes, Work::default()),
+                    UpdateOn::Gpu => assert_eq!(processor.elems, 0),
+                    UpdateOn::Halves => assert!(processor.elems > 0 && lanes.elems > 0),
+                    UpdateOn::Both => {}
                 }
                 for (n, (a, b)) in expected.iter().zip(&arrays).enumerate() {
                     assert!(a.bytes == b.bytes, "span {n}, {split:?}, aside {aside}, round {round}");
@@ -227,7 +227,7 @@ fn the_bits_do_not_depend_on_who_updates() {
 fn lanes_leave_the_link_to_a_unit_on_its_way_up() {
     let pool = Pool::new(Some(2)).expect("threads");
     let elems = 2 * PIECE as u64;
-    let mut share = Share::new(Some((host_lanes(elems), elems)), Sharing::Rates);
+    let mut share = Share::new(Some((host_lanes(elems), elems)), UpdateOn::Both);
     let mut array = Arrays::new(DType::F32, 64 * PIECE);
     let mut lanes_with = |paging: bool| {
         share.pace.ran(1_000_000, 1_000_000_000);
@@ -245,11 +245,11 @@ fn lanes_leave_the_link_to_a_unit_on_its_way_up() {
 
 #[test]
 fn nothing_is_added_without_a_kernel_and_nothing_is_nothing() {
-    let mut share = Share::new(None, Sharing::Lanes);
+    let mut share = Share::new(None, UpdateOn::Gpu);
     let mut array = Arrays::new(DType::F32, 8);
     let opaque = Span { dtype: DType::Opaque { size: 4 }, ..array.span() };
     assert_eq!(share.add(opaque, hyper(1), None).expect_err("no kernel").code(), Code::UnsupportedParam);
-    assert!(!share.set_split(Sharing::Lanes) && !share.shares());
+    assert!(!share.set_update_on(UpdateOn::Gpu) && !share.uses_lanes());
     let pool = Pool::new(Some(1)).expect("threads");
     // SAFETY: there is nothing in the set.
     let done = unsafe { share.run(&pool, &clock(), &|| Ok(false)) }.expect("works");
@@ -314,7 +314,7 @@ fn a_failure_leaves_nothing_under_way() {
         let failing =
             Arc::new(Failing { inner, at, panics, launches: AtomicUsize::new(0), flying: Mutex::new([false; 3]) });
         let lanes: Arc<dyn Lanes> = Arc::<Failing>::clone(&failing);
-        let mut share = Share::new(Some((lanes, elems)), Sharing::Lanes);
+        let mut share = Share::new(Some((lanes, elems)), UpdateOn::Gpu);
         let mut arrays = LENS.map(|(dtype, len)| Arrays::new(dtype, len));
         let error = run(&mut share, &pool, &mut arrays, false).expect_err("fails");
         assert_eq!(error.code(), if panics { Code::Panicked } else { Code::Cuda }, "{error}");

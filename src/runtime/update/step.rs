@@ -1,13 +1,20 @@
-//! What an optimizer's step asks of a runtime: updates of paged units, now or ahead, and of parameters that are not paged.
+//! What an optimizer's step asks of a runtime: updates of paged units, at the step or speculatively before it, and of parameters that are not
+//! paged.
 
 use crate::{
     device::StreamRef,
     error::Result,
     optim::{Update, adamw_parallel},
+    quantities::{Tier, UnitId},
     runtime::{
-        Interrupted, Runtime, Sharing, StepHyper, UnitUpdate, shared::settle::Until, shares_processor, update::ahead,
+        handle::Runtime,
+        shared::{settle::Until, waits::Interrupted},
+        update::{
+            job::{StepHyper, UnitUpdate},
+            speculation::covers,
+            update_on::{UpdateOn, shares_processor},
+        },
     },
-    units::{Tier, UnitId},
 };
 
 impl Runtime {
@@ -42,23 +49,23 @@ impl Runtime {
     }
 
     /// Begins a unit's update before its step, from gradients that are enqueued on `stream` or on their way down, where the
-    /// unit has spare frames and all that is trained of it is in the spans; true if it was begun. The step that asks for the same
-    /// (see [`UnitUpdate::guessed`]) finds it done; any other takes no notice of it.
+    /// unit has a spare copy and all that is trained of it is in the spans; true if it was begun. The step that asks for the same
+    /// (see [`UnitUpdate::speculated`]) finds it made; any other step ignores it.
     ///
     /// # Errors
     /// The runtime's first failure.
-    pub fn update_ahead(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
+    pub fn update_speculatively(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
         let shared = self.shared()?;
-        let whole = ahead::covers(shared.layout.unit(update.unit), &update.spans);
-        if whole { shared.begin_ahead(update, hypers, stream) } else { Ok(false) }
+        let whole = covers(shared.layout.unit(update.unit), &update.spans);
+        if whole { shared.begin_speculation(update, hypers, stream) } else { Ok(false) }
     }
 
-    /// Drops what [`Runtime::update_ahead`] began: an input changes.
+    /// Drops what [`Runtime::update_speculatively`] began: an input changes.
     ///
     /// # Errors
     /// When closed.
-    pub fn drop_ahead(&self, unit: UnitId) -> Result<()> {
-        self.shared()?.drop_ahead(unit);
+    pub fn drop_speculation(&self, unit: UnitId) -> Result<()> {
+        self.shared()?.drop_speculation(unit);
         Ok(())
     }
 
@@ -66,8 +73,8 @@ impl Runtime {
     ///
     /// # Errors
     /// When closed.
-    pub fn split_updates(&self, split: Sharing) -> Result<bool> {
-        Ok(self.shared()?.share.lock().set_split(split))
+    pub fn set_update_on(&self, update_on: UpdateOn) -> Result<bool> {
+        Ok(self.shared()?.share.lock().set_update_on(update_on))
     }
 
     /// Brings a factor of gradients down, an fp32 value on the device, after the work on `stream`; returns the slot that

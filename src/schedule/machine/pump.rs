@@ -1,7 +1,7 @@
 //! What the machine starts by itself after every event: updates, page-ins of pending openings, prefetches.
 
 use super::{Command, Frame, Machine, Update};
-use crate::units::UnitId;
+use crate::quantities::UnitId;
 
 /// Updates handed to the runner at a time: one at work, one waiting, so that a demand can still overtake.
 const RUN_AHEAD: u32 = 2;

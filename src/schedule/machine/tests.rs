@@ -1,7 +1,7 @@
 //! What the machine does in the cases that decide how fast a step is, and in those that were once wrong.
 
 use super::*;
-use crate::{device::FrameSpan, schedule::placement::Homes};
+use crate::{model::FrameSpan, schedule::placement::Homes};
 
 const HOST: Homes = Homes { params: Tier::Host, optimizer: Tier::Host };
 const NVME: Homes = Homes { params: Tier::Nvme, optimizer: Tier::Nvme };
@@ -241,7 +241,7 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     (0..6).for_each(|n| rig.submit(n));
     rig.take();
     for n in 0..3 {
-        rig.machine.turned(u(n), &mut rig.out);
+        rig.machine.swapped(u(n), &mut rig.out);
     }
     assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "no caller waits for a home");
     rig.machine.promote(u(2), false, &mut rig.out);
@@ -258,7 +258,7 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     assert!(rig.machine.in_spare(u(1)) && rig.machine.update_pending(u(1)), "its home is older");
     // 3 shares frames with 1, which is held: 3 is to be used from its home.
     assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
-    rig.machine.turned(u(3), &mut rig.out);
+    rig.machine.swapped(u(3), &mut rig.out);
     assert_eq!(rig.take(), [Command::RunChunk(u(5), 0), Command::CopyHome(u(3))], "the pending opening waits for it");
     rig.machine.homed(u(3), &mut rig.out);
     assert_eq!(rig.again(3), Opening::Conflict);
@@ -271,9 +271,9 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     rig.machine.promote(u(1), true, &mut rig.out);
     rig.machine.promote(u(2), true, &mut rig.out);
     rig.take();
-    rig.machine.turned(u(1), &mut rig.out);
+    rig.machine.swapped(u(1), &mut rig.out);
     assert!(!rig.machine.update_pending(u(1)));
-    rig.machine.turned(u(2), &mut rig.out);
+    rig.machine.swapped(u(2), &mut rig.out);
     assert!(rig.take().contains(&Command::CopyHome(u(2))), "it was wanted before it was made");
 }
 
@@ -281,7 +281,7 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
 fn who_wants_the_next_result_at_home_is_not_served_with_this_one() {
     let mut rig = Rig::on_host(1, 0, 1);
     rig.submit(0);
-    rig.machine.turned(u(0), &mut rig.out);
+    rig.machine.swapped(u(0), &mut rig.out);
     rig.machine.promote(u(0), true, &mut rig.out);
     rig.take();
     // A save that is given up leaves its copy on the way.
@@ -290,7 +290,7 @@ fn who_wants_the_next_result_at_home_is_not_served_with_this_one() {
     rig.take();
     rig.machine.homed(u(0), &mut rig.out);
     assert!(rig.machine.update_pending(u(0)) && !rig.machine.in_spare(u(0)));
-    rig.machine.turned(u(0), &mut rig.out);
+    rig.machine.swapped(u(0), &mut rig.out);
     assert_eq!(rig.take(), [Command::CopyHome(u(0))]);
     rig.machine.homed(u(0), &mut rig.out);
     assert!(!rig.machine.update_pending(u(0)));

@@ -1,17 +1,17 @@
 //! The compute tier: which units live there for good, and the ring through which the others pass.
 
-use super::{Budgets, Limits, Tiers, at_least, lanes};
+use super::{
+    lanes,
+    plan::{Budgets, FAIR_FRAMES, Limits, Tiers, at_least},
+};
 use crate::{
-    device::FrameSpan,
     error::{Code, Error, Result},
-    model::{Layout, Unit},
-    units::{ByteCount, Tier, round_up},
+    model::{FrameSpan, Layout, Unit},
+    quantities::{ByteCount, Tier, round_up},
 };
 
 /// What a resident unit's tensors are rounded up to: the allocator of the device hands out no less.
 const TENSOR_ALIGN: u64 = 2 << 20;
-/// A ring of so many of the largest units streams at full speed: one computes, one comes, one goes.
-pub(super) const FAIR_FRAMES: u64 = 3;
 /// With one more, a late unit does not hold the next one up.
 const AMPLE_FRAMES: u64 = 4;
 

@@ -1,9 +1,12 @@
 //! The host's memory: homes, gradients and staging, from the least that works to as much as the budget has room for.
 
-use super::{Budgets, Homes, SAVE_FRAMES, SMALLEST_SAVE_FRAME, chunk_on_nvme, device::Device, nvme_bytes};
+use super::{
+    device::Device,
+    plan::{Budgets, Homes, SAVE_FRAMES, SMALLEST_SAVE_FRAME, chunk_on_nvme, nvme_bytes},
+};
 use crate::{
     model::{Layout, SECTION_ALIGN},
-    units::Tier,
+    quantities::Tier,
 };
 
 const MAX_UPDATE_ELEMS: u64 = 1 << 20;

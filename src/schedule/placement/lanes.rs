@@ -1,6 +1,9 @@
 //! Lanes of the compute device: how many, and what their staging memory takes.
 
-use crate::{device::staging_bytes, model::Layout, optim::PIECE, units::round_up};
+use crate::{
+    model::{Layout, PIECE, staging_bytes},
+    quantities::round_up,
+};
 
 /// One copies up, one down, and one is ready.
 pub const COUNT: u64 = 3;

@@ -1,6 +1,6 @@
-//! Reads and edits of homes, and of frames that are brought home at once: as the runtime's service and the wrapper do them.
+//! Reads and edits of homes, and of frames that are brought home at once: as the runtime, outside of steps, and the wrapper do them.
 
-use funicular::units::UnitId;
+use funicular::quantities::UnitId;
 
 use super::{Act, Thread};
 use crate::{
@@ -22,7 +22,7 @@ impl Thread {
         match act {
             Act::UseHome(unit) | Act::ReadHome(unit) => {
                 if world.model.params_on_nvme(unit) {
-                    return self.then(&[Act::Settle(unit), Act::SettleDisk(unit), Act::AwaitService(unit, None)]);
+                    return self.then(&[Act::Settle(unit), Act::SettleDisk(unit), Act::AwaitOffStep(unit, None)]);
                 }
                 if world.machine.update_pending(unit) {
                     return self.then(&[Act::Settle(unit), act]);
@@ -88,25 +88,25 @@ impl Thread {
                 if world.machine.reading(unit) {
                     return false;
                 }
-                world.service(unit, Some(content));
-                self.then(&[Act::AwaitService(unit, Some(content))])
+                world.begin_off_step(unit, Some(content));
+                self.then(&[Act::AwaitOffStep(unit, Some(content))])
             }
             Act::EndWrite(unit) => {
                 world.step(|m, out| m.end_write(unit, out));
                 world.step(|m, _| m.invalidate(unit));
                 self.then(&[])
             }
-            Act::AwaitService(unit, written) => self.await_service(unit, written, world),
+            Act::AwaitOffStep(unit, written) => self.await_off_step(unit, written, world),
             _ => unreachable!("done above"),
         }
     }
 
-    fn await_service(&mut self, unit: UnitId, written: Option<u64>, world: &mut World) -> bool {
-        if written.is_none() && !self.waited && !world.serving() && world.service_done.is_none() {
-            world.service(unit, None);
+    fn await_off_step(&mut self, unit: UnitId, written: Option<u64>, world: &mut World) -> bool {
+        if written.is_none() && !self.waited && !world.serving() && world.off_step_done.is_none() {
+            world.begin_off_step(unit, None);
             return false;
         }
-        let Some(seen) = world.service_done.take() else { return false };
+        let Some(seen) = world.off_step_done.take() else { return false };
         let expected = world.content[unit.index()];
         assert!(seen.iter().all(|&p| p == expected), "S2: a read of {unit}'s home saw {seen:x?}, not {expected:x}");
         self.then(&[])

@@ -1,6 +1,6 @@
 //! Who acts beside the training thread: streams, disk, runner and reaper, one step at a time.
 
-use funicular::units::UnitId;
+use funicular::quantities::UnitId;
 
 use super::{Actor, Io, Purpose, Work, World, state};
 use crate::{
@@ -127,7 +127,7 @@ impl World {
                 assert!(self.update_free < self.model.plan.update_slots.0, "R5: more update slots than there are");
                 self.step(|m, out| m.chunk_written(unit, chunk, out));
             }
-            Purpose::Service { .. } => self.service_done = Some(seen),
+            Purpose::Service { .. } => self.off_step_done = Some(seen),
         }
     }
 
@@ -153,7 +153,7 @@ impl World {
             && self.device.passed(self.gates[u].fill)
     }
 
-    /// Begins a unit's update into its other place, ahead of the step.
+    /// Begins a unit's update into its other place, speculatively.
     fn begin_ahead(&mut self, unit: UnitId) {
         self.note(mix(22, u64::from(unit.0)));
         self.tell(&("ahead", unit));
@@ -171,7 +171,7 @@ impl World {
         let u = unit.index();
         let job = &mut self.jobs[u];
         if self.machine.in_spare(unit) {
-            assert_eq!(self.device.spare[u], job.from, "R6: {unit}'s spare place was not what it was");
+            assert_eq!(self.device.spare[u], job.from, "R6: {unit}'s spare copy was not what it was");
             self.device.params[u].fill(job.to);
         } else {
             assert!(self.device.params[u].iter().all(|&p| p == job.from), "R6: {unit}'s home was not what it was");
@@ -179,7 +179,7 @@ impl World {
         }
         job.ran[0] = true;
         self.states[u][0] = state(job.number);
-        self.step(|m, out| m.turned(unit, out));
+        self.step(|m, out| m.swapped(unit, out));
     }
 
     fn copy_home(&mut self) {
@@ -205,7 +205,7 @@ impl World {
         if !task.started && self.machine.in_spare(task.unit) {
             // Not all that is trained of it: the rest has to be there too.
             self.device.params[u][c] = self.device.spare[u];
-            assert_eq!(self.device.spare[u], job.from, "R6: the update of {} finds another spare place", task.unit);
+            assert_eq!(self.device.spare[u], job.from, "R6: the update of {} finds another spare copy", task.unit);
         } else if !task.started {
             assert_eq!(param, Some(job.from), "R4: the update of {} finds other parameters", task.unit);
             assert_eq!(moments, Some(state(job.number - 1)), "R4: the update of {} finds other states", task.unit);

@@ -1,12 +1,38 @@
-//! How a runtime ends: by a failure, by being closed, in a forked child.
+//! One model's runtime as its owner holds it, and how it ends: by a failure, by being closed, in a forked child.
 
-use crate::runtime::Runtime;
+use std::{sync::Arc, thread::JoinHandle};
+
 use crate::{
     device::DeviceKind,
-    error::{Code, Error, Result},
+    error::{Error, Result},
+    runtime::{
+        setup::admission::Running,
+        shared::{
+            Shared,
+            closed::{check_process, closed},
+        },
+    },
+    schedule::Budgets,
 };
 
+/// One model's runtime.
+pub struct Runtime {
+    pub(super) shared: Option<Arc<Shared>>,
+    pub(super) threads: Vec<JoinHandle<()>>,
+    pub(super) pid: u32,
+    pub(super) budgets: Budgets,
+    pub(super) notes: Vec<String>,
+    /// The note by which other processes of this machine know of this one.
+    pub(super) running: Option<Running>,
+}
+
 impl Runtime {
+    /// What its threads share with it.
+    pub(super) fn shared(&self) -> Result<&Shared> {
+        check_process(self.pid)?;
+        self.shared.as_deref().ok_or_else(closed)
+    }
+
     /// Makes every later call fail with this error, unless an earlier one does already.
     pub fn fail(&self, error: Error) {
         if let Ok(shared) = self.shared() {
@@ -14,21 +40,21 @@ impl Runtime {
         }
     }
 
-    /// Notes that the caller sees this error: once it was the runtime's failure, what is intact may be read.
-    pub fn told(&self, error: &Error) {
+    /// Records that the caller saw this error. If it is the runtime's failure, intact homes may be read from then on.
+    pub fn failure_seen(&self, error: &Error) {
         if let Ok(shared) = self.shared() {
             let mut inner = shared.inner.lock();
-            inner.told |= inner.failed.as_ref().is_some_and(|failed| failed.same(error));
+            inner.failure_seen |= inner.failed.as_ref().is_some_and(|failed| failed.same(error));
         }
     }
 
-    /// True once it has failed and the caller has been told.
+    /// True once it has failed and the caller has seen the failure.
     ///
     /// # Errors
     /// In a forked child, or when closed.
     pub fn failed(&self) -> Result<bool> {
         let inner = self.shared()?.inner.lock();
-        Ok(inner.failed.is_some() && inner.told)
+        Ok(inner.failed.is_some() && inner.failure_seen)
     }
 
     /// Ends the waits of calls under way in other threads, and of later ones, with `FN-E104`; a save under way is given up.
@@ -73,21 +99,4 @@ impl Drop for Runtime {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-/// Fails in a process that was forked from the one of this number.
-///
-/// # Errors
-/// `FN-E103`.
-pub fn check_process(pid: u32) -> Result<()> {
-    if std::process::id() == pid {
-        return Ok(());
-    }
-    Err(Error::new(Code::Forked, "the model was offloaded by the parent of this process.")
-        .action("Use the model in the process that offloaded it; in a child, load a copy."))
-}
-
-/// The error of a call after the end.
-pub fn closed() -> Error {
-    Error::new(Code::Closed, "the runtime is closed.").action("Offload the model again.")
 }

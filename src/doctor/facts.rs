@@ -1,19 +1,14 @@
-//! The machine in a few facts, from the kernel's texts.
+//! The machine and its device in a few facts, for the head of a report.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use crate::{
     device::{DeviceChoice, DeviceKind},
     error::Result,
-    policy::limits::HostLimits,
-    units::ByteCount,
+    machine::{self, HostLimits, text},
+    quantities::ByteCount,
 };
 
 /// What stands at the top of every report.
@@ -49,11 +44,11 @@ impl Machine {
         let (device, link_line_rate) = described(device);
         Ok(Self {
             host: text("/proc/sys/kernel/hostname"),
-            cpu: cpu_model(&text("/proc/cpuinfo")),
+            cpu: machine::cpu_model(),
             cpus: limits.cpus,
             memory: limits.mem_total.0,
             available: limits.available().0,
-            cache: last_caches(Path::new("/sys/devices/system/cpu")),
+            cache: machine::last_caches(),
             kernel: text("/proc/sys/kernel/osrelease"),
             device,
             link_line_rate,
@@ -115,42 +110,6 @@ pub(super) fn cuda_count() -> Result<u32> {
     Ok(0)
 }
 
-/// A file of the kernel's, trimmed; empty if it cannot be read.
-pub(crate) fn text(path: impl AsRef<Path>) -> String {
-    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
-}
-
-fn cpu_model(cpuinfo: &str) -> String {
-    let of =
-        |key: &str| cpuinfo.lines().find_map(|line| line.strip_prefix(key)?.split_once(':').map(|(_, v)| v.trim()));
-    of("model name").or_else(|| of("Model")).unwrap_or(std::env::consts::ARCH).to_owned()
-}
-
-/// Bytes of the caches of the last level: each counts once, however many CPUs share it.
-fn last_caches(cpus: &Path) -> u64 {
-    let mut caches: BTreeMap<(u32, String), u64> = BTreeMap::new();
-    let folders = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
-    for cpu in folders(cpus) {
-        for cache in folders(&cpu.join("cache")) {
-            let level = text(cache.join("level")).parse();
-            if let (Ok(level), Some(size)) = (level, parse_cache_size(&text(cache.join("size")))) {
-                caches.insert((level, text(cache.join("shared_cpu_list"))), size);
-            }
-        }
-    }
-    let last = caches.keys().map(|(level, _)| *level).max();
-    caches.iter().filter(|((level, _), _)| Some(*level) == last).map(|(_, size)| size).sum()
-}
-
-/// `32768K` and the like, in bytes.
-fn parse_cache_size(text: &str) -> Option<u64> {
-    let (number, shift) = match text.strip_suffix('K') {
-        Some(number) => (number, 10),
-        None => (text.strip_suffix('M')?, 20),
-    };
-    number.parse::<u64>().ok().map(|n| n << shift)
-}
-
 /// The moment in UTC: `2026-01-31T08:05:09Z`.
 pub fn utc_now() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -189,29 +148,5 @@ mod tests {
         assert_eq!(line_rate("5.0 GT/s PCIe", 4), Some(2_000_000_000));
         assert_eq!(line_rate("Unknown", 16), None);
         assert_eq!(line_rate("8.0 GT/s", 0), None);
-    }
-
-    #[test]
-    fn texts_of_the_kernel_are_read() {
-        assert_eq!(cpu_model("processor\t: 0\nmodel name\t: ACME CPU @ 2GHz\n"), "ACME CPU @ 2GHz");
-        assert_eq!(parse_cache_size("32768K"), Some(32 << 20));
-        assert_eq!(parse_cache_size("1M"), Some(1 << 20));
-        assert_eq!(parse_cache_size(""), None);
-    }
-
-    #[test]
-    fn caches_of_the_last_level_are_added_up() {
-        let dir = tempfile::tempdir().expect("a directory");
-        for (cpu, shared) in [("cpu0", "0-1"), ("cpu1", "0-1"), ("cpu2", "2-3"), ("cpu3", "2-3")] {
-            for (index, level, size, of) in [("index0", "1", "32K", cpu), ("index3", "3", "16M", shared)] {
-                let folder = dir.path().join(cpu).join("cache").join(index);
-                fs::create_dir_all(&folder).expect("makes");
-                for (file, text) in [("level", level), ("size", size), ("shared_cpu_list", of)] {
-                    fs::write(folder.join(file), text).expect("writes");
-                }
-            }
-        }
-        assert_eq!(last_caches(dir.path()), 32 << 20);
-        assert_eq!(last_caches(&dir.path().join("none")), 0);
     }
 }

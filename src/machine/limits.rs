@@ -1,15 +1,15 @@
-//! What the machine and the cgroup allow this process: pure readers of the kernel's texts, and what `"auto"` becomes.
+//! What the machine and the cgroup allow this process.
 //!
 //! L1: the memory a process may use is the least over the machine and every cgroup from its own up to the root.
 //! L2: file cache that the kernel can give back counts as free.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::{Auto, Policy};
+use super::cgroups::{CgroupLimit, Cgroups};
 use crate::{
     error::{Code, Error, Result},
     os_error,
-    units::ByteCount,
+    quantities::ByteCount,
 };
 
 /// What this process may use.
@@ -25,17 +25,6 @@ pub struct HostLimits {
     pub cpus: u32,
     /// How much may be locked by `mlock` and io_uring (`RLIMIT_MEMLOCK`); `None`: no limit.
     pub memlock: Option<ByteCount>,
-}
-
-/// A cgroup with a memory limit.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CgroupLimit {
-    /// Its directory.
-    pub path: PathBuf,
-    /// The limit.
-    pub limit: ByteCount,
-    /// The limit less what is used and cannot be given back.
-    pub headroom: ByteCount,
 }
 
 impl HostLimits {
@@ -148,29 +137,8 @@ fn rounded_down(size: ByteCount) -> ByteCount {
     if size < ByteCount::gib(1) { size } else { ByteCount(size.0 / TENTH * TENTH) }
 }
 
-/// Host memory for the runtime: what the policy gives, or what is available less the reserve.
-pub fn resolve_host_budget(limits: &HostLimits, policy: &Policy) -> ByteCount {
-    policy.budget.host.or(ByteCount(limits.available().0.saturating_sub(resolve_reserve(limits, policy).0)))
-}
-
-/// Host memory left to others: what the policy gives, or 8 % of what is available, at least 512 MiB (but no more than
-/// half), at most 16 GiB: on large machines others do not need in proportion.
-pub fn resolve_reserve(limits: &HostLimits, policy: &Policy) -> ByteCount {
-    let available = limits.available().0;
-    let share = (available / 100 * 8).min(ByteCount::gib(16).0).max(ByteCount::mib(512).0.min(available / 2));
-    policy.budget.reserve.or(ByteCount(share))
-}
-
-/// Threads of the CPU optimizer: what the policy gives, or the CPUs this process may use.
-pub fn resolve_threads(limits: &HostLimits, policy: &Policy) -> u32 {
-    match policy.budget.threads {
-        Auto::Set(threads) => threads,
-        Auto::Auto => limits.cpus,
-    }
-}
-
 /// `MemTotal` and `MemAvailable` of `/proc/meminfo`.
-pub fn parse_meminfo(text: &str) -> Option<(ByteCount, ByteCount)> {
+fn parse_meminfo(text: &str) -> Option<(ByteCount, ByteCount)> {
     let kib = |name: &str| {
         let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
         line.trim().strip_suffix("kB")?.trim().parse().ok().map(ByteCount::kib)
@@ -179,7 +147,7 @@ pub fn parse_meminfo(text: &str) -> Option<(ByteCount, ByteCount)> {
 }
 
 /// How many CPUs `Cpus_allowed_list` of `/proc/self/status` names: the affinity mask.
-pub fn parse_cpus_allowed(text: &str) -> Option<u32> {
+fn parse_cpus_allowed(text: &str) -> Option<u32> {
     let list = text.lines().find_map(|l| l.strip_prefix("Cpus_allowed_list:"))?.trim();
     list.split(',').try_fold(0_u32, |sum, range| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
@@ -189,130 +157,9 @@ pub fn parse_cpus_allowed(text: &str) -> Option<u32> {
 }
 
 /// The soft limit of `Max locked memory` in `/proc/self/limits`; `None`: no limit is known.
-pub fn parse_memlock(text: &str) -> Option<ByteCount> {
+fn parse_memlock(text: &str) -> Option<ByteCount> {
     let line = text.lines().find_map(|l| l.strip_prefix("Max locked memory"))?;
     line.split_whitespace().next()?.parse().ok().map(ByteCount)
-}
-
-/// A limit in a cgroup file: `max` (v2) and numbers near the end of the range (v1) mean none.
-pub fn parse_cgroup_limit(text: &str) -> Option<ByteCount> {
-    text.trim().parse().ok().filter(|&n: &u64| n < 1 << 60).map(ByteCount)
-}
-
-/// File cache in `memory.stat` that the kernel can give back. `prefix` is `total_` for v1, where plain names leave
-/// out the children.
-pub fn parse_reclaimable(text: &str, prefix: &str) -> ByteCount {
-    let of = |name: &str| {
-        let line = text.lines().find_map(|l| l.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
-        line.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0)
-    };
-    ByteCount(of("inactive_file").saturating_add(of("active_file")))
-}
-
-/// CPUs of a quota, rounded up: `quota` and `period` as in `cpu.max` (v2) or the two v1 files.
-pub fn parse_cpu_quota(quota: &str, period: &str) -> Option<u32> {
-    let (quota, period): (u64, u64) = (quota.trim().parse().ok()?, period.trim().parse().ok()?);
-    (quota > 0 && period > 0).then(|| u32::try_from(quota.div_ceil(period)).unwrap_or(u32::MAX))
-}
-
-/// A directory of a cgroup hierarchy and where that hierarchy is mounted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
-    mount: PathBuf,
-    group: PathBuf,
-}
-
-impl Place {
-    /// The group and its parents, up to the mount.
-    fn upward(&self) -> impl Iterator<Item = &Path> {
-        self.group.ancestors().take_while(|path| path.starts_with(&self.mount))
-    }
-}
-
-/// Where this process is in the hierarchies that matter.
-#[derive(Debug, Default)]
-struct Cgroups {
-    unified: Option<Place>,
-    memory: Option<Place>,
-    cpu: Option<Place>,
-}
-
-impl Cgroups {
-    /// From `/proc/self/cgroup` and `/proc/self/mountinfo`.
-    fn parse(cgroup: &str, mountinfo: &str, root: &Path) -> Self {
-        let mut found = Self::default();
-        for line in cgroup.lines() {
-            let mut parts = line.splitn(3, ':').skip(1);
-            let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { continue };
-            let place = |fs, controller| place(mountinfo, fs, controller, path, root);
-            if controllers.is_empty() {
-                found.unified = place("cgroup2", "");
-            }
-            for controller in controllers.split(',') {
-                match controller {
-                    "memory" => found.memory = place("cgroup", "memory"),
-                    "cpu" => found.cpu = place("cgroup", "cpu"),
-                    _ => {}
-                }
-            }
-        }
-        found
-    }
-
-    /// The group with the least headroom.
-    fn memory(&self) -> Option<CgroupLimit> {
-        let read = |place: &Option<Place>, files: [&str; 2], prefix: &str| {
-            let dirs = place.iter().flat_map(Place::upward);
-            let of = |dir: &Path| {
-                let text = |file: &str| std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-                let limit = parse_cgroup_limit(&text(files[0]))?;
-                let used = text(files[1]).trim().parse::<u64>().unwrap_or(0);
-                let pinned = used.saturating_sub(parse_reclaimable(&text("memory.stat"), prefix).0);
-                let headroom = ByteCount(limit.0.saturating_sub(pinned));
-                Some(CgroupLimit { path: dir.to_path_buf(), limit, headroom })
-            };
-            dirs.filter_map(of).min_by_key(|c| c.headroom)
-        };
-        let two = read(&self.unified, ["memory.max", "memory.current"], "");
-        let one = read(&self.memory, ["memory.limit_in_bytes", "memory.usage_in_bytes"], "total_");
-        two.into_iter().chain(one).min_by_key(|c| c.headroom)
-    }
-
-    /// The least CPU quota.
-    fn cpu_quota(&self) -> Option<u32> {
-        let text = |dir: &Path, file: &str| std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-        let two = self.unified.iter().flat_map(Place::upward).filter_map(|dir| {
-            let max = text(dir, "cpu.max");
-            let (quota, period) = max.split_once(' ')?;
-            parse_cpu_quota(quota, period)
-        });
-        let one = self
-            .cpu
-            .iter()
-            .flat_map(Place::upward)
-            .filter_map(|dir| parse_cpu_quota(&text(dir, "cpu.cfs_quota_us"), &text(dir, "cpu.cfs_period_us")));
-        two.chain(one).min()
-    }
-}
-
-/// The mount of a hierarchy and the directory of `path` in it. A container may see only a part of the hierarchy: the
-/// mount's own root is then a prefix of the path, or, from within a namespace, the path leads nowhere and the mount is
-/// as near as one gets.
-fn place(mountinfo: &str, fs: &str, controller: &str, path: &str, root: &Path) -> Option<Place> {
-    let (seen, mount) = mountinfo.lines().find_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        let mut left = left.split(' ').skip(3);
-        let (seen, mount) = (left.next()?, left.next()?);
-        let mut right = right.split(' ');
-        let options = (right.next()? == fs).then(|| right.nth(1))?.unwrap_or_default();
-        (controller.is_empty() || options.split(',').any(|o| o == controller)).then_some((seen, mount))
-    })?;
-    let mount = root.join(mount.trim_start_matches('/'));
-    let inside = Path::new(path).strip_prefix(seen).unwrap_or(Path::new(path));
-    let inside = inside.strip_prefix("/").unwrap_or(inside);
-    let group = mount.join(inside);
-    let reachable = !path.contains("..") && group.is_dir();
-    Some(Place { group: if reachable { group } else { mount.clone() }, mount })
 }
 
 #[cfg(test)]
@@ -367,15 +214,6 @@ mod tests {
         let limits = "Limit  Soft Limit  Hard Limit  Units\nMax locked memory         8388608              unlimited            bytes\n";
         assert_eq!(parse_memlock(limits), Some(ByteCount::mib(8)));
         assert_eq!(parse_memlock("Max locked memory         unlimited            unlimited            bytes\n"), None);
-        assert_eq!(parse_cgroup_limit("max\n"), None);
-        assert_eq!(parse_cgroup_limit("9223372036854771712\n"), None);
-        assert_eq!(parse_cgroup_limit("4294967296\n"), Some(ByteCount::gib(4)));
-        assert_eq!(parse_cpu_quota("150000", "100000"), Some(2));
-        assert_eq!(parse_cpu_quota("max", "100000"), None);
-        assert_eq!(parse_cpu_quota("-1", "100000"), None);
-        let stat = "anon 5\ninactive_file 10\nactive_file 7\ntotal_inactive_file 100\ntotal_active_file 70\n";
-        assert_eq!(parse_reclaimable(stat, ""), ByteCount(17));
-        assert_eq!(parse_reclaimable(stat, "total_"), ByteCount(170));
     }
 
     #[test]
@@ -442,28 +280,6 @@ mod tests {
         let limits = HostLimits::read().unwrap();
         assert!(limits.mem_available > ByteCount(0) && limits.mem_available <= limits.mem_total);
         assert!(limits.cpus >= 1);
-    }
-
-    #[test]
-    fn auto_leaves_a_reserve() {
-        let auto = Policy::default();
-        for (available, reserve) in
-            [(50 * GIB, 4 * GIB), (10 * GIB, GIB / 10 * 8), (GIB, GIB / 2), (1000 * GIB, 16 * GIB)]
-        {
-            let limits = limits(available, None);
-            let budget = resolve_host_budget(&limits, &auto);
-            assert!(resolve_reserve(&limits, &auto).0.abs_diff(reserve) < 1024, "{available}");
-            assert_eq!(budget.0 + resolve_reserve(&limits, &auto).0, available);
-        }
-        assert_eq!(resolve_host_budget(&limits(0, None), &auto), ByteCount(0));
-        let mut given = Policy::default();
-        given.budget.reserve = Auto::Set(ByteCount::gib(1));
-        assert_eq!(resolve_host_budget(&limits(50 * GIB, Some(4 * GIB)), &given), ByteCount::gib(3));
-        given.budget.host = Auto::Set(ByteCount::gib(9));
-        assert_eq!(resolve_host_budget(&limits(50 * GIB, Some(4 * GIB)), &given), ByteCount::gib(9));
-        assert_eq!(resolve_threads(&limits(GIB, None), &given), 6);
-        given.budget.threads = Auto::Set(2);
-        assert_eq!(resolve_threads(&limits(GIB, None), &given), 2);
     }
 
     #[test]

@@ -1,0 +1,75 @@
+//! Gradients on their way down.
+#![expect(unsafe_code, reason = "enqueues copies from raw addresses that the caller vouches for")]
+
+use crate::{
+    device::{Gate, Role, StreamRef},
+    error::{Code, Error, Result},
+    quantities::UnitId,
+    runtime::{
+        measure::stats::Cause,
+        paging::landing::{Ended, Landing},
+        shared::{Shared, waits::Interrupted},
+    },
+};
+
+impl Shared {
+    /// Copies a gradient down to byte `offset` of the unit's gradient segment, after the work on `stream`; returns the number of the copy.
+    ///
+    /// # Safety
+    /// `src` must be a valid address of `len` bytes on the device, and the bytes must stay as they are until the copy is over.
+    pub(crate) unsafe fn gradient(
+        &self,
+        unit: UnitId,
+        offset: u64,
+        src: u64,
+        len: u64,
+        stream: u64,
+        interrupted: Interrupted<'_>,
+    ) -> Result<u64> {
+        self.settle_update(unit, stream, interrupted)?;
+        self.drop_speculation(unit);
+        let home = self.homes.unit(unit).grads;
+        if home == 0 || offset.checked_add(len).is_none_or(|end| end > self.layout.unit(unit).grad_bytes()) {
+            return Err(Error::argument(format!("'{}' has no such gradient.", self.layout.unit(unit).name)));
+        }
+        let mut inner = self.lock()?;
+        let gate = self.device.record(StreamRef::Compute(stream))?;
+        self.device.wait(StreamRef::Down, gate)?;
+        let before = self.mark(StreamRef::Down);
+        for _ in 0..self.slow.down {
+            // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is over.
+            unsafe { self.device.copy(StreamRef::Down, home + offset, src, len as usize)? };
+        }
+        let marks = (before, self.mark(StreamRef::Down));
+        let gate = self.device.record(StreamRef::Down)?;
+        inner.last_down = gate;
+        self.send(&self.to_down, Ended::Copy(Landing { gate, unit, lease: None, marks, bytes: len }))?;
+        drop(inner);
+        if self.sync {
+            self.block_gate(Some(stream), gate, Cause::Grads, interrupted)?;
+        }
+        Ok(gate.seq)
+    }
+
+    /// True if the gradient copy of that number is over.
+    pub(crate) fn landed(&self, seq: u64) -> Result<bool> {
+        self.device.passed(Gate { role: Role::Down, seq }).map_err(|e| unknown_copy(e, seq))
+    }
+
+    /// Makes `stream` (on the host: the caller) wait for the gradient copy of that number.
+    pub(crate) fn wait_landed(&self, seq: u64, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.landed(seq)?;
+        self.wait_gate(stream, Gate { role: Role::Down, seq }, Cause::Grads, interrupted)
+    }
+
+    /// Makes `stream` (on the host: the caller) wait for all gradient copies so far.
+    pub(crate) fn wait_gradients(&self, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        let gate = self.inner.lock().last_down;
+        self.wait_gate(stream, gate, Cause::Grads, interrupted)
+    }
+}
+
+/// What a device says of a gate that it never recorded, for a number that the caller has made up.
+fn unknown_copy(error: Error, seq: u64) -> Error {
+    if error.code() == Code::Stuck { Error::argument(format!("there is no copy of number {seq}.")) } else { error }
+}
