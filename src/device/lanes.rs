@@ -114,6 +114,7 @@ impl Staged {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::staging_bytes;
 
     fn span(dtype: DType, len: usize) -> Span {
         let at = |n: usize| (0x10_0000 * n) as *mut u8;
