@@ -149,7 +149,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
 }
 
 /// Makes the lanes that the plan has room for. Where the policy does not insist on them, there are none without a compiler for their kernels.
-pub(super) fn open_share(
+pub(crate) fn open_share(
     create: impl FnOnce(usize, u64) -> Result<Arc<dyn Lanes>>,
     (update_on, wish): (UpdateOn, LaneUse),
     plan: &mut Placement,

@@ -4,8 +4,8 @@
 #[derive(Debug)]
 pub(super) struct Pace {
     /// Elements that the processor updated, and the nanoseconds it took.
-    elems: f64,
-    nanos: f64,
+    pub(super) elems: f64,
+    pub(super) nanos: f64,
     /// Nanoseconds from the launch of a whole group to its end.
     pub(super) flight: f64,
 }
