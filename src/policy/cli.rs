@@ -36,6 +36,14 @@ pub struct Overlay {
     pub sets: Vec<String>,
 }
 
+/// What is wrong with a file is a "no"; a file that cannot be read says nothing of what is in it.
+fn answer(result: Result<Output>) -> Output {
+    result.unwrap_or_else(|error| {
+        let code = if error.code() == Code::PolicyFile { 2 } else { 1 };
+        Output { err: format!("{error}\n"), code, ..Output::default() }
+    })
+}
+
 /// What keeps a machine from running a policy.
 #[derive(Debug, Default)]
 pub struct Obstacles {
@@ -60,11 +68,7 @@ pub fn check(file: &Path, overlay: &Overlay, look: impl Fn(&Policy) -> Obstacles
         let err = certain.iter().chain(&unknown).map(|error| format!("{error}\n")).collect();
         Ok(Output { out: format!("{}: {verdict}\n", file.display()), err, code })
     };
-    checked().unwrap_or_else(|error| {
-        // What cannot be read says nothing of what is in it.
-        let code = if error.code() == Code::PolicyFile { 2 } else { 1 };
-        Output { err: format!("{error}\n"), code, ..Output::default() }
-    })
+    answer(checked())
 }
 
 /// The whole policy that results, every key written out; the defaults without a file.
@@ -99,7 +103,7 @@ pub fn import(file: &Path, hints: Hints) -> Output {
         let sums = format!("{} mapped, {} ignored, {} to decide", mapped.len(), ignored.len(), undecided.len());
         Ok(Output { out: imported.to_string(), err: format!("{note}{name}: {sums}\n"), code: 0 })
     };
-    imported().into()
+    answer(imported())
 }
 
 /// Where a path leads that a file names.
