@@ -72,7 +72,7 @@ class Board:
 
 def recipes() -> dict[str, str]:
     page = (DOCS / "dashboards.md").read_text()
-    return dict(re.findall(r"\n## ([^\n]+)\n\n```python\n(.*?)```", page, flags=re.DOTALL))
+    return dict(re.findall(r"\n## ([^\n]+)\n\n<!-- tested by: [^\n]*\n```python\n(.*?)```", page, flags=re.DOTALL))
 
 
 @pytest.mark.parametrize("name", ["TensorBoard", "Weights & Biases", "CSV", "Prometheus"])
