@@ -4,6 +4,7 @@
 #![expect(clippy::print_stderr, reason = "the command line talks to a person")]
 
 mod errors;
+mod exit;
 mod look;
 mod plan;
 mod terminal;
@@ -21,7 +22,10 @@ use clap::{Args, Parser, Subcommand};
 pub use plan::Loader;
 use terminal::error_for_terminal;
 
-use self::values::{Sets, device, engine, seconds, size};
+use self::{
+    exit::{COULD_NOT_TELL, IN_DOUBT, INTERRUPTED},
+    values::{Sets, device, engine, seconds, size},
+};
 use crate::{
     bench::{self, Interrupt, Outputs, Progress},
     checkpoint::{Control, cli as checkpoint},
@@ -37,14 +41,6 @@ use crate::{
     quantities::ByteCount,
     text::{printable, printable_lines},
 };
-
-/// Exit code where there is no answer: an error, or wrong arguments, for which clap ends with the same. 1 is the answer "no".
-const COULD_NOT_TELL: u8 = 2;
-/// Exit code of a run that was interrupted, as shells have it.
-const INTERRUPTED: i32 = 130;
-
-/// Exit code of a benchmark whose figures were to be saved and are not to be relied on.
-const IN_DOUBT: i32 = 3;
 
 /// Train models larger than the GPU's memory.
 #[derive(Parser)]

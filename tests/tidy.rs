@@ -620,6 +620,7 @@ fn advice_names_what_exists() {
         }
         helps.insert(command.to_owned(), text);
     }
+    helps.insert(String::new(), top);
     // Hidden from the list, and there.
     helps.insert("page-lock".to_owned(), help(&["page-lock"]));
     let mut findings = Vec::new();

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{COULD_NOT_TELL, terminal::for_terminal};
+use super::{exit::COULD_NOT_TELL, terminal::for_terminal};
 use crate::{
     error::{Entry, entries},
     policy::cli::Output,

@@ -4,10 +4,7 @@
 //! people paste from their scripts: `True`, single quotes, a call such as `DeepSpeedStrategy(stage=3, ...)` or `dict(...)`
 //! as a table (a call's name is its entry [`CALLEE`]), and what only running it would tell as [`Value::Code`].
 
-use super::{
-    parse_python::CALLEE,
-    source::{Entry, MAX_KEYS, Node, Source, Value},
-};
+use super::source::{CALLEE, Entry, MAX_KEYS, Node, Source, Value};
 use crate::error::{Code, Error, Result};
 
 /// Deepest nesting that is read.

@@ -2,15 +2,12 @@
 
 use super::{
     parse_json::{Dialect, MAX_DEPTH, Parser},
-    source::{Entry, Node, Source, Value},
+    source::{CALLEE, Entry, Node, Source, Value},
 };
 use crate::error::Result;
 
 /// How much of an expression is kept, in characters.
 const MAX_CODE: usize = 200;
-
-/// The key under which a table that was a call has the name that was called; Hydra's files write the same.
-pub(crate) const CALLEE: &str = "_target_";
 
 /// Parses the expression of Python that begins at a byte, up to the end of its logical line: what it is, and where it ends.
 ///

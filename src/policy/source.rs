@@ -14,6 +14,9 @@ const MAX_ITEMS: usize = 4_096;
 const MAX_VALUES: usize = 32_768;
 const MAX_TEXT: usize = 4_096;
 
+/// The key under which a table that was a call has the name that was called; Hydra's files write the same.
+pub(crate) const CALLEE: &str = "_target_";
+
 /// Bytes between two places whose line and column are known.
 const MARK: usize = 4_096;
 

@@ -10,7 +10,6 @@ use super::{code_of, line_of, report, with_extension};
 /// Items of src/ whose name stands nowhere else in the product, with the reason.
 const FOR_TESTS: &[(&str, &str)] = &[
     ("directories", "serde is told its name in a string"),
-    ("markdown", "a test writes the table of docs/policy.md with it"),
     ("policy_schema", "Python's tests compare docs/policy.schema.json with it"),
 ];
 

@@ -8,8 +8,7 @@ use super::{
 };
 use crate::policy::{
     ParamsDtype,
-    parse_python::CALLEE,
-    source::{Entry, Node, Value},
+    source::{CALLEE, Entry, Node, Value},
     suggest,
 };
 

@@ -12,10 +12,7 @@ use super::{
 };
 use crate::{
     error::{Code, Error, Result},
-    policy::{
-        parse_python::CALLEE,
-        source::{Entry, Node, Source, Value},
-    },
+    policy::source::{CALLEE, Entry, Node, Source, Value},
     text::printable,
 };
 
@@ -283,6 +280,7 @@ fn unknown(source: &Source<'_>, roots: &[(String, &Node)]) -> Error {
     if !speaking.is_empty() {
         error += &format!(" It does speak of offloading: {}.", speaking.join(", "));
     }
-    let known = format!("Known are {KNOWN}. Or write a policy: params.tier and optimizer.tier say where things live.");
+    let known =
+        ["Known are ", KNOWN, ". Or write a policy: params.tier and optimizer.tier say where things live."].concat();
     Error::new(Code::ImportFormat, error).action(known)
 }

@@ -7,8 +7,7 @@ use super::{
 };
 use crate::policy::{
     OptimizerTier, ParamsTier,
-    parse_python::CALLEE,
-    source::{Entry, Node, Value},
+    source::{CALLEE, Entry, Node, Value},
 };
 
 const RANKS: &str = "about sharding over ranks";

@@ -1,10 +1,7 @@
 //! Which format a table is of, by its keys.
 
 use super::rules::{PARAM, ROOT, ROOT_LOOP, ZERO};
-use crate::policy::{
-    parse_python::CALLEE,
-    source::{Node, Value},
-};
+use crate::policy::source::{CALLEE, Node, Value};
 
 /// A format that can be imported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

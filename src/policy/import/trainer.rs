@@ -8,8 +8,7 @@ use super::{
 };
 use crate::policy::{
     ParamsDtype,
-    parse_python::CALLEE,
-    source::{Entry, Node, Value},
+    source::{CALLEE, Entry, Node, Value},
 };
 
 /// Keys whose value is DeepSpeed's file, or what would be in it.

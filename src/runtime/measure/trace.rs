@@ -8,7 +8,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-pub(in crate::runtime) use super::trace_file::check;
+pub(crate) use super::trace_file::check;
 use super::trace_file::{self, CAPACITY, Event, STEPS};
 use crate::{
     device::{Device, Elapsed, Mark},

@@ -24,7 +24,7 @@ const FIRST_THREAD: usize = 2;
 ///
 /// # Errors
 /// `FN-E606` for a file that is not a trace of ours, and where none can be written.
-pub(in crate::runtime) fn check(path: &Path) -> Result<()> {
+pub(crate) fn check(path: &Path) -> Result<()> {
     let refused = |why: String| {
         let text = format!("the trace '{}': {why}.", path.display());
         Err(Error::new(Code::OutputFile, text).action("Name another file in log.trace, or remove that one."))
