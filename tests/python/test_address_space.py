@@ -11,8 +11,6 @@ from models import CUDA
 #: The limit is so much above what the process has when it begins to offload; the largest is enough.
 LIMITED = """
 import resource
-
-pytestmark = pytest.mark.io_engines
 MIB = 1 << 20
 def build(): return Stack(depth=16)
 def train(model, opt):
