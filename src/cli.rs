@@ -5,7 +5,6 @@
 
 mod errors;
 mod exit;
-mod look;
 mod plan;
 mod terminal;
 mod values;
@@ -20,7 +19,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 pub use plan::Loader;
-use terminal::error_for_terminal;
+use terminal::{columns, error_for_terminal, look_of_stdout};
 
 use self::{
     exit::{COULD_NOT_TELL, IN_DOUBT, INTERRUPTED},
@@ -352,7 +351,7 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
     let report = bench::run(&options, &interrupt, &mut progress);
     progress.clear();
     let report = report?;
-    print_inked(&bench::text(&report, look::of_stdout()))?;
+    print_inked(&bench::text(&report, look_of_stdout()))?;
     let in_doubt = !report.doubts.is_empty() && !arguments.force;
     let not_saved = outputs.profile.take_if(|_| in_doubt);
     for file in outputs.write(&report)? {
@@ -410,7 +409,8 @@ impl Progress for OnStderr {
         // A closed terminal is no reason to stop measuring.
         let _ = if self.terminal {
             // A line that breaks cannot be written over.
-            let line: String = line.chars().take(look::columns(stderr()).saturating_sub(1)).collect();
+            let line: String =
+                line.chars().take(columns(&stderr()).map_or(usize::MAX, |columns| columns - 1)).collect();
             write!(stderr(), "\r\x1b[K{line}")
         } else {
             writeln!(stderr(), "{line}")

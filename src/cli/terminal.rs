@@ -1,24 +1,37 @@
-//! Text as a terminal shows it best: lines cut between words, codes of errors in colour. Elsewhere nothing is changed.
+//! Text as a terminal shows it best: its width, lines cut between words, colours. Elsewhere nothing is changed.
 
 use std::{
+    ffi::OsString,
     io::{IsTerminal, stderr, stdout},
     os::fd::AsFd,
 };
 
-use crate::text::wrapped;
+use crate::{bench::Look, text::wrapped};
 
-/// Columns of the terminal that a stream goes to, or none if it goes elsewhere.
-fn columns(stream: &(impl AsFd + IsTerminal)) -> Option<usize> {
+/// As narrow as figures get.
+const NARROWEST: usize = 60;
+/// Prose is not cut for a terminal that is narrower.
+const NARROWEST_FOR_PROSE: usize = 40;
+
+/// How figures look on standard output: in the terminal's width, up to that of pipes.
+pub(super) fn look_of_stdout() -> Look {
+    let columns =
+        columns(&stdout()).map_or(Look::PLAIN.columns, |columns| columns.clamp(NARROWEST, Look::PLAIN.columns));
+    Look { columns, colour: colour(stdout().is_terminal(), |name| std::env::var_os(name)) }
+}
+
+/// Columns of the terminal that a stream goes to; none if it goes elsewhere, or the terminal does not say.
+pub(super) fn columns(stream: &(impl AsFd + IsTerminal)) -> Option<usize> {
     if !stream.is_terminal() {
         return None;
     }
     let size = rustix::termios::tcgetwinsize(stream).ok()?;
-    Some(usize::from(size.ws_col)).filter(|&columns| columns >= 40)
+    Some(usize::from(size.ws_col)).filter(|&columns| columns > 0)
 }
 
 /// Prose for the standard output.
 pub(super) fn for_terminal(text: String) -> String {
-    match columns(&stdout()) {
+    match columns(&stdout()).filter(|&columns| columns >= NARROWEST_FOR_PROSE) {
         Some(columns) => wrapped(&text, columns),
         None => text,
     }
@@ -26,22 +39,51 @@ pub(super) fn for_terminal(text: String) -> String {
 
 /// An error, without controls, for the standard error.
 pub(super) fn error_for_terminal(text: &str) -> String {
-    let set = |name: &str| std::env::var_os(name);
-    let coloured = set("NO_COLOR").is_none() && set("TERM").is_none_or(|term| term != "dumb");
-    columns(&stderr()).map_or_else(|| text.to_owned(), |columns| shown(text, columns, coloured))
+    let coloured = colour(stderr().is_terminal(), |name| std::env::var_os(name));
+    let columns = columns(&stderr()).filter(|&columns| columns >= NARROWEST_FOR_PROSE);
+    shown(text, columns.unwrap_or(usize::MAX), coloured)
 }
 
 fn shown(text: &str, columns: usize, coloured: bool) -> String {
-    let text = wrapped(text, columns);
+    let text = if columns == usize::MAX { text.to_owned() } else { wrapped(text, columns) };
     match text.split_once(' ') {
         Some((code, rest)) if coloured && code.starts_with("FN-") => format!("\x1b[31m{code}\x1b[0m {rest}"),
         _ => text,
     }
 }
 
+/// Whether to colour: on a terminal that can, unless `NO_COLOR` is set or `CLICOLOR` is 0; elsewhere if `CLICOLOR_FORCE` is set.
+fn colour(terminal: bool, variable: impl Fn(&str) -> Option<OsString>) -> bool {
+    let set = |name| variable(name).filter(|value| !value.is_empty());
+    let off = |name| set(name).is_some_and(|value| value == "0");
+    if set("NO_COLOR").is_some() {
+        return false;
+    }
+    if set("CLICOLOR_FORCE").is_some() && !off("CLICOLOR_FORCE") {
+        return true;
+    }
+    terminal && !off("CLICOLOR") && set("TERM").is_none_or(|term| term != "dumb")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_and_can_be_switched_off() {
+        let with = |terminal, set: &[(&str, &str)]| {
+            let find =
+                |name: &str| set.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value));
+            colour(terminal, find)
+        };
+        assert!(with(true, &[]) && with(true, &[("TERM", "xterm"), ("CLICOLOR", "1"), ("NO_COLOR", "")]));
+        assert!(!with(false, &[]) && !with(false, &[("CLICOLOR", "1")]));
+        for off in [("NO_COLOR", "1"), ("CLICOLOR", "0"), ("TERM", "dumb")] {
+            assert!(!with(true, &[off]), "{off:?}");
+        }
+        assert!(with(false, &[("CLICOLOR_FORCE", "1")]) && !with(false, &[("CLICOLOR_FORCE", "0")]));
+        assert!(!with(true, &[("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")]));
+    }
 
     #[test]
     fn colour_changes_nothing_but_colour() {
