@@ -16,7 +16,7 @@
 # Options:
 #   PYTHON=python3.12        the interpreter that .venv is made from
 #   VENV=system              use PYTHON as it is, with torch, maturin, pytest, ... installed there; nothing is installed
-#   PROFILE=dev              builds with the checks of debug builds, and sooner; the default is release
+#   PROFILE=checked          builds with the checks of debug builds, and sooner; the default is release
 #   PIP_ARGS=...             more options for pip, such as an index of CPU-only torch wheels
 #   DEMO_ARGS=...            options of examples/demo.py, such as "--steps 20"; also GPU_TEST_ARGS, SOAK_ARGS, BENCH_GPU_ARGS
 
