@@ -27,7 +27,8 @@ def use():
     funicular.save(model, opt, disk + f"/saved-{{os.getpid()}}")
     funicular.load(disk + f"/saved-{{os.getpid()}}", model, opt)
     funicular.unwrap(model)
-# What torch needs for itself.
+# What torch and the imports of both need for themselves.
+funicular.offload
 plain = build()
 train(plain, torch.optim.SGD(plain.parameters()))
 size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
