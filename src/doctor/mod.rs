@@ -90,7 +90,7 @@ mod tests {
         assert!(text.ends_with("1 okay, 1 to improve, 1 failed\n"));
         let json: serde_json::Value = serde_json::from_str(&json(&all)).expect("JSON");
         assert_eq!(json["checks"][1]["status"], "WARN");
-        assert_eq!(json["exit"], 2);
+        assert_eq!(json["exit"], 3);
     }
 
     #[test]

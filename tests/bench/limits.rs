@@ -103,7 +103,7 @@ fn a_full_disk_is_named_with_what_is_needed_and_what_is_free() {
     let (code, checks) =
         examined(&mut funicular(&[&["doctor", "--json", "--device", "host"], &path[..]].concat(), &disk.at));
     let path = check(&checks, &format!("path {}", disk.at.display()));
-    assert_eq!((code, &path["status"]), (Some(2), &"FAIL".into()));
+    assert_eq!((code, &path["status"]), (Some(3), &"FAIL".into()));
     assert!(path["found"].as_str().expect("text").starts_with(Code::DiskFull.as_str()), "{path:#}");
     assert_eq!(disk.left(), ["hog"]);
 }

@@ -286,7 +286,7 @@ fn a_gpu_that_is_not_there_is_an_error_and_not_the_processor() {
     assert!(err.contains(Code::NoCuda.as_str()), "{err}");
     assert!(entries(dir.path()).is_empty());
     let (code, checks) = examined(&mut funicular(&["doctor", "--json", "--device", "cuda:99"], dir.path()));
-    assert_eq!(code, Some(2));
+    assert_eq!(code, Some(3));
     assert_eq!(check(&checks, "GPU 99")["status"], "FAIL");
 }
 
