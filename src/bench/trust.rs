@@ -54,7 +54,8 @@ mod tests {
 
     fn doubts_of(hops: &[Hop], deciding: &str) -> Vec<String> {
         let load = Load { hop: deciding.to_owned(), bytes: 20, params_per_second: 1.0 };
-        doubts(hops, [&[load.clone()], &[load]])
+        let loads = std::slice::from_ref(&load);
+        doubts(hops, [loads, loads])
     }
 
     #[test]

@@ -121,8 +121,11 @@ fn module_of(file: &str) -> String {
     dotted.strip_suffix(".__init__").map_or(dotted.clone(), str::to_owned)
 }
 
+/// A file's path in the package, its code, and the modules that it imports with their offsets.
+type Module = (String, String, Vec<(usize, String)>);
+
 /// Each file of the package with the modules that it imports.
-fn package() -> Vec<(String, String, Vec<(usize, String)>)> {
+fn package() -> Vec<Module> {
     let files = sources("python/funicular");
     assert!(files.len() > 50, "only {} files in python/funicular", files.len());
     let modules: BTreeSet<String> = files.iter().map(|(file, _)| module_of(file)).chain(["_core".to_owned()]).collect();
