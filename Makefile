@@ -176,7 +176,6 @@ lint: lint-rust lint-python lint-text
 lint-rust: need-rust
 	$(call say,Rust lints)
 	@$(CARGO) fmt --all --check
-	@$(CARGO) clippy --locked --all-targets --quiet -- -D warnings
 	@$(CARGO) clippy --locked --all-targets --quiet --features python -- -D warnings
 	@$(CARGO) clippy --locked --all-targets --quiet --no-default-features -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --quiet

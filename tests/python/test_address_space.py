@@ -49,7 +49,7 @@ for above in {above}:
     if status:
         print(above, "ended", status, flush=True)
 """
-ABOVE = [*range(0, 64, 3), *range(64, 160, 8), *range(160, 400, 30), 4096]
+ABOVE = [*range(0, 64, 5), *range(64, 160, 12), *range(160, 400, 40), 4096]
 
 
 @pytest.mark.slow
