@@ -108,10 +108,11 @@ impl HostRegion {
     pub fn touch(&self, offset: usize, len: usize) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len), "touch outside the region");
         for at in (offset..offset + len).step_by(page_size()) {
-            // SAFETY: `at` is inside the region; an atomic add of zero keeps what another thread may have written.
-            unsafe {
-                (*self.start.as_ptr().add(at).cast::<AtomicU8>()).fetch_add(0, Ordering::Relaxed);
-            }
+            // SAFETY: `at` is inside the region; the exchange writes what it found, and nothing where another thread writes.
+            let first = unsafe { &*self.start.as_ptr().add(at).cast::<AtomicU8>() };
+            let found = first.load(Ordering::Relaxed);
+            // Not an addition of zero: compilers make a load of that, or nothing.
+            let _ = first.compare_exchange(found, found, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 }
