@@ -125,8 +125,7 @@ class Homes:
             look_at_home(unit)
             unit.fill_shadow(unit.home_seen)
         except BaseException:
-            unit.empty_shadow()
-            self.engine.discard_shadow(unit.engine_id)
+            unit.discard_shadow(self.engine)
             raise
 
     def make_room(self, units: Iterable[Unit]) -> None:
@@ -146,5 +145,4 @@ class Homes:
 
     def _retire_shadow(self, unit: Unit) -> None:
         if unit.shadow_filled and not unit.is_read() and not unit.home_aliased():
-            unit.empty_shadow()
-            self.engine.discard_shadow(unit.engine_id)
+            unit.discard_shadow(self.engine)

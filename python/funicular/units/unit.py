@@ -18,6 +18,7 @@ from funicular.torch_internals.overrides import unguarded
 if TYPE_CHECKING:
     import torch
 
+    from funicular._core import Engine
     from funicular.units.owner import Owner
     from funicular.units.param import PagedParam
 
@@ -229,9 +230,10 @@ class Unit:
         """Take note that weights on NVMe are in memory, with these digests if they are to be remembered."""
         self.shadow_filled, self.home_seen = True, digests
 
-    def empty_shadow(self) -> None:
-        """Take note that weights on NVMe are in memory no longer."""
+    def discard_shadow(self, engine: Engine) -> None:
+        """Give back the memory of weights on NVMe, and take note of it: no signal handler runs between the two."""
         self.shadow_filled, self.home_seen = False, None
+        engine.discard_shadow(self.engine_id)
 
     def begin_from(self, inputs: list[tuple[bool, int, int]] | None) -> None:
         """Remember what a speculative update began from; None: there is none."""
