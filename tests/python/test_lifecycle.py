@@ -204,6 +204,30 @@ def test_weights_outlive_their_model(world):
     assert torch.equal(grad, grad_copy)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_goes_amid_the_modes_of_an_export(world):
+    """The last reference goes where it goes: torch.export's modes must see nothing of how a model ends."""
+
+    class Forgetting(nn.Module):
+        def forward(self, x):
+            kept.clear()
+            return x + 1
+
+    kept = [Stack()]
+    funicular.offload(kept[0], world.policy(kept[0]))
+    opt = funicular.AdamW(kept[0].parameters())
+    kept[0](torch.randn(4, WIDTH, device=world.torch_device)).square().mean().backward()
+    opt.step()
+    weight = kept[0].layers[0].up.weight
+    expected, moment = weight.detach().clone(), opt.state[weight]["exp_avg"].clone()
+    gone = weakref.ref(kept[0])
+    torch.export.export(Forgetting(), (torch.ones(2),), strict=False)
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(weight, expected)
+    assert torch.equal(opt.state[weight]["exp_avg"], moment)
+
+
 def test_optimizer_outlives_its_model(host_world):
     run = Run(host_world, True)
     run.model = run.wrap(Stack())

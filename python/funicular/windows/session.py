@@ -27,6 +27,7 @@ from funicular.report.log import StepLog
 from funicular.report.nvtx import ranges
 from funicular.torch_internals.autograd import at_end_of_backward, backward_task, in_backward
 from funicular.torch_internals.memory import stream_of
+from funicular.torch_internals.modes import no_modes
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.param import PagedParam, ref_of
 from funicular.units.unit import Access, Unit, Where
@@ -109,9 +110,11 @@ class Session:
                 _core.saved(self.engine)
             if self.log.step > 1:  # not where offload failed
                 self.log.ended()
-            for unit in self.units:
-                with contextlib.suppress(Error):
-                    leave(self, unit)
+            # The garbage collector may come amid torch.export, whose modes would see what is done here.
+            with no_modes():
+                for unit in self.units:
+                    with contextlib.suppress(Error):
+                        leave(self, unit)
         for unit in self.units:
             unit.params.clear()
             unit.neighbours.clear()
