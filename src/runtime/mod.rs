@@ -11,7 +11,7 @@
 //! | `saving` | checkpoints: saving beside training, loading |
 //! | `measure` | counters, the time of a step, the trace, slow requests |
 //!
-//! `handle` has the type [`Runtime`] and its end. A file defines types that [`Shared`] is made of, or it operates on [`Shared`]; none does
+//! `handle` has the type [`Runtime`] and its end. A file defines types that `Shared` is made of, or it operates on `Shared`; none does
 //! both, so that files import each other in one direction.
 
 pub mod disk;

@@ -28,7 +28,7 @@ def use():
     funicular.load(disk + f"/saved-{{os.getpid()}}", model, opt)
     funicular.unwrap(model)
 # What torch and the imports of both need for themselves.
-funicular.offload
+for name in funicular.__all__: getattr(funicular, name)
 plain = build()
 train(plain, torch.optim.SGD(plain.parameters()))
 size = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
