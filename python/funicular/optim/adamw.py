@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
+    #: a parameter of a step: its place, its states, its group
+    _Member = tuple[PagedParam, ParamStates, dict[str, Any]]
+
 __all__ = ["AdamW"]
 
 #: options of groups that states saved by older versions of torch lack
@@ -318,7 +321,10 @@ def _made(p: torch.nn.Parameter, given: Any) -> ParamStates:
 
 
 def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
-    return runs.setdefault(id(session), _SessionStep(session))
+    run = runs.get(id(session))
+    if run is None:
+        run = runs[id(session)] = _SessionStep(session)
+    return run
 
 
 def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> Hyper:
@@ -335,7 +341,7 @@ def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> Hype
     )
 
 
-def _described(members: list[tuple[PagedParam, ParamStates, dict[str, Any]]]) -> tuple[list[Span], list[Hyper]]:
+def _described(members: list[_Member]) -> tuple[list[Span], list[Hyper]]:
     """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone."""
     hypers: dict[Hyper, int] = {}
     found = []
@@ -353,14 +359,12 @@ class _SessionStep:
         self.hypers: dict[Hyper, int] = {}
         #: slots of factors that clipping left pending, by factor and element type
         self.slots: dict[tuple[int, torch.dtype], int] = {}
-        self.units: dict[Unit, list[tuple[PagedParam, ParamStates]]] = {}
-        self.groups: dict[PagedParam, dict[str, Any]] = {}
+        self.units: dict[Unit, list[_Member]] = {}
         self.residents: list[tuple[torch.nn.Parameter, ParamStates]] = []
         self.resident_updates: list[ResidentUpdate] = []
 
     def add(self, ref: PagedParam, group: dict[str, Any], states: ParamStates) -> None:
-        self.units.setdefault(ref.unit, []).append((ref, states))
-        self.groups[ref] = group
+        self.units.setdefault(ref.unit, []).append((ref, states, group))
 
     def add_resident(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> bool:
         """Add a parameter that is not paged; False if it has to be stepped in plain torch."""
@@ -371,9 +375,9 @@ class _SessionStep:
             self.resident_updates.append(update)
         return update is not None
 
-    def _index(self, ref: PagedParam, states: ParamStates) -> int:
+    def _index(self, ref: PagedParam, states: ParamStates, group: dict[str, Any]) -> int:
         """Return which hyperparameters a parameter is updated with, the factor of its gradient among them."""
-        return self.hypers.setdefault(_hyper(self.groups[ref], states, self._slot(ref)), len(self.hypers))
+        return self.hypers.setdefault(_hyper(group, states, self._slot(ref)), len(self.hypers))
 
     def _slot(self, ref: PagedParam) -> int | None:
         if ref.factor is None or ref.param.grad is not ref.grad:
@@ -387,9 +391,8 @@ class _SessionStep:
 
     def next_updates(self) -> dict[Unit, Callable[[], tuple[list[Span], list[Hyper]]]]:
         """Return what describes the next updates, of units with a spare copy that are stepped as a whole."""
-        whole = {u: members for u, members in self.units.items() if u.spare_copy and len(members) == u.trained}
-        described = {u: [(ref, states, self.groups[ref]) for ref, states in members] for u, members in whole.items()}
-        return {unit: functools.partial(_described, members) for unit, members in described.items()}
+        whole = ((u, members) for u, members in self.units.items() if u.spare_copy and len(members) == u.trained)
+        return {unit: functools.partial(_described, members) for unit, members in whole}
 
     def go(self) -> None:
         refuse(self.session, "a step")
@@ -411,15 +414,15 @@ class _SessionStep:
         followed = []
         for unit in units:
             members = sorted(self.units[unit], key=lambda m: (m[0].section, m[0].start))
-            for ref, states in members:
+            for ref, states, _ in members:
                 if states.flush():
                     followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
-            spans = _spans([(ref, states, self._index(ref, states)) for ref, states in members])
+            spans = _spans([(ref, states, self._index(ref, states, group)) for ref, states, group in members])
             updates.append(UnitUpdate(unit.engine_id, spans, session.gradients.speculation.confirmed(unit)))
         bring_home(refs)
-        counts = [(states, states.count + 1) for members in self.units.values() for _, states in members]
+        counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
         self._submit(session, updates, refs, counts, watched)
         session.after_step(watched)
