@@ -36,10 +36,10 @@ impl Error {
         self
     }
 
-    /// The operating system's error number behind it.
+    /// The operating system's error number behind it, if there is one.
     #[must_use]
-    pub fn errno(mut self, errno: i32) -> Self {
-        self.errno = Some(errno);
+    pub fn errno(mut self, errno: impl Into<Option<i32>>) -> Self {
+        self.errno = errno.into();
         self
     }
 

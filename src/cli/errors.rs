@@ -16,12 +16,12 @@ pub(super) fn run(code: Option<&str>) -> Output {
         for entry in entries() {
             let _ = writeln!(out, "{}  {}", entry.code, entry.meaning);
         }
-        return Output { out: for_terminal(out), ..Output::default() };
+        return Output { out: for_terminal(&out), ..Output::default() };
     };
     let wanted = code.to_ascii_uppercase();
     let wanted = wanted.strip_prefix("FN-").unwrap_or(&wanted);
     match entries().find(|entry| entry.code.strip_prefix("FN-") == Some(wanted)) {
-        Some(entry) => Output { out: for_terminal(described(entry)), ..Output::default() },
+        Some(entry) => Output { out: for_terminal(&described(entry)), ..Output::default() },
         None => Output {
             err: format!(
                 "There is no code '{}'. The nearest are {}. `funicular errors` lists all.\n",

@@ -152,7 +152,7 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
             .map(|text| text + "\n")
             .map_err(|e| Error::new(Code::OutputFile, format!("the plan as JSON: {e}.")))?
     } else {
-        for_terminal(plan::text(&plan, arguments.units))
+        for_terminal(&plan::text(&plan, arguments.units))
     };
     Ok(Output { out, err: String::new(), code })
 }

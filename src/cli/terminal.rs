@@ -29,23 +29,25 @@ pub(super) fn columns(stream: &(impl AsFd + IsTerminal)) -> Option<usize> {
     Some(usize::from(size.ws_col)).filter(|&columns| columns > 0)
 }
 
+/// `text` cut for the terminal that a stream goes to, where there is one wide enough.
+fn cut_for(stream: &(impl AsFd + IsTerminal), text: &str) -> String {
+    let columns = columns(stream).filter(|&columns| columns >= NARROWEST_FOR_PROSE);
+    columns.map_or_else(|| text.to_owned(), |columns| wrapped(text, columns))
+}
+
 /// Prose for the standard output.
-pub(super) fn for_terminal(text: String) -> String {
-    match columns(&stdout()).filter(|&columns| columns >= NARROWEST_FOR_PROSE) {
-        Some(columns) => wrapped(&text, columns),
-        None => text,
-    }
+pub(super) fn for_terminal(text: &str) -> String {
+    cut_for(&stdout(), text)
 }
 
 /// An error, without controls, for the standard error.
 pub(super) fn error_for_terminal(text: &str) -> String {
     let coloured = colour(stderr().is_terminal(), |name| std::env::var_os(name));
-    let columns = columns(&stderr()).filter(|&columns| columns >= NARROWEST_FOR_PROSE);
-    shown(text, columns.unwrap_or(usize::MAX), coloured)
+    inked(cut_for(&stderr(), text), coloured)
 }
 
-fn shown(text: &str, columns: usize, coloured: bool) -> String {
-    let text = if columns == usize::MAX { text.to_owned() } else { wrapped(text, columns) };
+/// `text` with the code that it begins with in colour.
+fn inked(text: String, coloured: bool) -> String {
     match text.split_once(' ') {
         Some((code, rest)) if coloured && code.starts_with("FN-") => format!("\x1b[31m{code}\x1b[0m {rest}"),
         _ => text,
@@ -88,9 +90,10 @@ mod tests {
     #[test]
     fn colour_changes_nothing_but_colour() {
         let text = "FN-E404 /a: no checkpoint in it. Name a checkpoint, or a directory of checkpoints.\n";
-        let (plain, coloured) = (shown(text, 50, false), shown(text, 50, true));
+        let shown = |text, coloured| inked(wrapped(text, 50), coloured);
+        let (plain, coloured) = (shown(text, false), shown(text, true));
         assert_eq!(coloured.replace("\x1b[31m", "").replace("\x1b[0m", ""), plain);
         assert!(coloured.starts_with("\x1b[31mFN-E404\x1b[0m /a:") && plain.lines().all(|line| line.len() <= 50));
-        assert_eq!(shown("no code\n", 50, true), "no code\n");
+        assert_eq!(shown("no code\n", true), "no code\n");
     }
 }

@@ -162,26 +162,28 @@ fn parse_memlock(text: &str) -> Option<ByteCount> {
     line.split_whitespace().next()?.parse().ok().map(ByteCount)
 }
 
+/// A machine for tests: so much memory available, of twice as much in all, and so much headroom in its cgroup if it is in one.
+#[cfg(test)]
+pub(crate) fn limits(available: u64, headroom: Option<u64>) -> HostLimits {
+    HostLimits {
+        mem_total: ByteCount(available * 2),
+        mem_available: ByteCount(available),
+        cgroup: headroom.map(|h| CgroupLimit {
+            path: "/sys/fs/cgroup/job".into(),
+            limit: ByteCount(h + (1 << 30)),
+            headroom: ByteCount(h),
+        }),
+        cpus: 6,
+        memlock: None,
+    }
+}
+
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
-
-    fn limits(available: u64, headroom: Option<u64>) -> HostLimits {
-        HostLimits {
-            mem_total: ByteCount(available * 2),
-            mem_available: ByteCount(available),
-            cgroup: headroom.map(|h| CgroupLimit {
-                path: "/sys/fs/cgroup/job".into(),
-                limit: ByteCount(h + GIB),
-                headroom: ByteCount(h),
-            }),
-            cpus: 6,
-            memlock: None,
-        }
-    }
 
     /// A tree with these files; `/proc/meminfo` and `/proc/self/status` included.
     fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {

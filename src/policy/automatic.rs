@@ -27,23 +27,9 @@ pub fn resolve_threads(limits: &HostLimits, policy: &Policy) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::CgroupLimit;
+    use crate::machine::limits;
 
     const GIB: u64 = 1 << 30;
-
-    fn limits(available: u64, cgroup_allows: Option<u64>) -> HostLimits {
-        HostLimits {
-            mem_total: ByteCount(available * 2),
-            mem_available: ByteCount(available),
-            cgroup: cgroup_allows.map(|headroom| CgroupLimit {
-                path: "/sys/fs/cgroup/job".into(),
-                limit: ByteCount(headroom + GIB),
-                headroom: ByteCount(headroom),
-            }),
-            cpus: 6,
-            memlock: None,
-        }
-    }
 
     #[test]
     fn auto_leaves_a_reserve() {

@@ -88,7 +88,7 @@ pub fn import(file: &Path, hints: Hints) -> Output {
     let imported = || -> Result<Output> {
         let text = read_text(file).map_err(|e| {
             let error = Error::new(e.code(), e.message()).action("Give the path of another system's configuration.");
-            e.os_error().map_or(error.clone(), |errno| error.errno(errno))
+            error.errno(e.os_error())
         })?;
         let first = import::any(&text, &file.display().to_string(), hints)?;
         let (imported, note) = match first.refers_to.clone() {
@@ -122,7 +122,7 @@ fn follow(outer: Imported, target: &Path, hints: Hints) -> Result<Imported> {
         let what =
             format!("{from} names {name} as its DeepSpeed configuration, and it cannot be read: {}", e.message());
         let error = Error::new(e.code(), what).action("Put the file there, or import it by itself.");
-        e.os_error().map_or(error.clone(), |errno| error.errno(errno))
+        error.errno(e.os_error())
     })?;
     import::referred(&text, &name, outer, hints).ok_or_else(|| {
         let what = format!(

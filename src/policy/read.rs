@@ -87,7 +87,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
         let hint = path.to_str().map_or_else(String::new, |name| suggest::did_you_mean(name, PRESETS.iter().copied()));
         let error = Error::new(Code::PolicyFile, format!("{}: {e}{hint}.", path.display()));
         let error = error.action(format!("Give the path of a policy file, or a preset: {}.", PRESETS.join(", ")));
-        e.raw_os_error().map_or(error.clone(), |n| error.errno(n))
+        error.errno(e.raw_os_error())
     };
     let mut bytes = Vec::new();
     let file = open_regular(path).map_err(|e| fault(&e))?;
