@@ -10,11 +10,11 @@ import torch
 
 from funicular import _core
 from funicular._core import ReadBuffer, RestoredState, UnitPlace
-from funicular.checkpoint import under_way
 from funicular.checkpoint.conversion import Conversion
 from funicular.checkpoint.entries import hand_back
 from funicular.checkpoint.facts import decode
 from funicular.checkpoint.quiesce import homes_changed
+from funicular.checkpoint.under_way import finish
 from funicular.errors import StorageError, UsageError
 from funicular.optim.states import ParamStates
 from funicular.torch_internals.overrides import unguarded
@@ -54,7 +54,7 @@ class Source:
 
     def __init__(self, path: Path, *, own: bool) -> None:
         self.path, self.own = path, own
-        under_way.finish(path)
+        finish(path)
         self.core = _core.Checkpoint(str(path), own)
         self.model = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(False)}
         self.optimizer = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(True)}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from funicular import _core
-from funicular.checkpoint import under_way
 from funicular.checkpoint.collect import Snapshot, config_files, named_tensors
 from funicular.checkpoint.facts import decode, encode, random_states, set_random_states
 from funicular.checkpoint.partial import check_whole, mark_partial, mark_whole
 from funicular.checkpoint.quiesce import between_steps, preserve_aliased, quiesce
 from funicular.checkpoint.restore import Loader, Source, compare_groups, compare_model, take_groups
 from funicular.checkpoint.training import check_options, check_states, check_training
+from funicular.checkpoint.under_way import ended, prune, started
 from funicular.errors import Error, UsageError
 from funicular.report.log import Progress, note, progress
 from funicular.torch_internals.memory import stream_of
@@ -51,7 +51,7 @@ class SaveHandle:
         self.path = path
         self._core = core
         self._told = False
-        under_way.started(core, path)
+        started(core, path)
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -82,11 +82,11 @@ class SaveHandle:
                 progress("FN-I404 saving %s: %.0f %%", self.path, 100 * done / max(total, 1))
         except Error:
             self._told = True
-            under_way.ended(self._core)
+            ended(self._core)
             raise
         if not self._told:
             self._told = True
-            under_way.ended(self._core)
+            ended(self._core)
             for text in notes:
                 note(text)
             progress("FN-I405 saved %s: %.2f GB", self.path, self.progress[1] / 1e9)
@@ -167,7 +167,7 @@ def save(
         raise UsageError("FN-E408", f"weights={weights!r}. Say 'param' or 'fp32'.")
     if keep is not None and keep < 1:
         raise UsageError("FN-E408", f"keep={keep}. Keep at least the checkpoint that is being saved.")
-    under_way.prune()
+    prune()
     before = _last.get(model)
     if before is not None:
         before._raise_untold()
