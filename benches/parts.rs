@@ -22,10 +22,15 @@ fn model() -> (Layout, Vec<Tiers>, Budgets, Limits) {
     let units: Vec<UnitSpec> =
         (0..UNITS).map(|n| UnitSpec { name: format!("layers.{n}"), params: (0..8).map(param).collect() }).collect();
     let layout = Layout::new(&units).unwrap();
-    let tiers = vec![Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) }; UNITS as usize];
+    let tiers = vec![Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host), grads: None }; UNITS as usize];
     let hbm = layout.units.iter().map(|unit| unit.param_bytes()).sum::<u64>() / 16;
-    let budgets =
-        Budgets { hbm: Some(ByteCount(hbm)), host: ByteCount::gib(1024), nvme: ByteCount::gib(1024), spare: None };
+    let budgets = Budgets {
+        hbm: Some(ByteCount(hbm)),
+        host: ByteCount::gib(1024),
+        nvme: ByteCount::gib(1024),
+        nvme_free: None,
+        spare: None,
+    };
     (
         layout,
         tiers,

@@ -19,7 +19,8 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 pub use plan::Loader;
-use terminal::{columns, error_for_terminal, look_of_stdout};
+pub use terminal::coloured;
+use terminal::{columns, error_for_terminal, for_terminal, look_of_stdout};
 
 use self::{
     exit::{COULD_NOT_TELL, IN_DOUBT, INTERRUPTED},
@@ -220,8 +221,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString],
         Ok(arguments) => arguments,
         Err(e) => {
             // Help and version are no errors; clap knows where each belongs.
-            let code = e.exit_code();
-            return if e.print().is_ok() { code } else { COULD_NOT_TELL.into() };
+            let (text, code) = (e.render().to_string(), e.exit_code());
+            let output = match e.use_stderr() {
+                true => Output { err: text, ..Output::default() },
+                false => Output { out: for_terminal(&text), ..Output::default() },
+            };
+            return if said(&output) == 0 { code } else { COULD_NOT_TELL.into() };
         }
     };
     match arguments.command {
@@ -305,7 +310,7 @@ fn examine(arguments: DoctorArguments, relaunch: &[OsString]) -> Result<i32> {
     let paths = or_here(arguments.paths);
     let options = doctor::Options { paths, device: arguments.device, relaunch: relaunch.to_vec() };
     let checks = doctor::examine(&options);
-    print(&if arguments.json { doctor::json(&checks) } else { doctor::text(&checks) })?;
+    print(&if arguments.json { doctor::json(&checks) } else { for_terminal(&doctor::text(&checks)) })?;
     Ok(doctor::exit_code(&checks))
 }
 

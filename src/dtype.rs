@@ -48,6 +48,9 @@ pub enum StateKind {
 }
 
 impl StateKind {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Param, Self::Grad, Self::Master, Self::ExpAvg, Self::ExpAvgSq];
+
     /// The kinds that the optimizer owns, in the order in which they are packed.
     pub const OPTIMIZER: [Self; 3] = [Self::Master, Self::ExpAvg, Self::ExpAvgSq];
 

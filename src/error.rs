@@ -11,7 +11,7 @@ use crate::{quantities::ByteCount, text::printable_lines};
 /// Result of everything that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong. `Display` gives one line: code, message, next action. Names and values in it come from files and
+/// What went wrong. `Display` gives code, message and next action: one line, or more where a file is quoted. Names and values in it come from files and
 /// arguments: control characters are escaped here, once for all messages.
 #[derive(Clone, Debug)]
 pub struct Error {
@@ -103,10 +103,13 @@ fn safe(text: String) -> String {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.code.as_str(), self.message)?;
-        if let Some(action) = &self.action {
-            write!(f, " {action}")?;
+        match &self.action {
+            None => Ok(()),
+            // A message that ends with the lines of a file that it quotes.
+            Some(action) if self.message.contains('\n') => write!(f, "\n{action}"),
+            Some(action) if self.message.ends_with(['.', '?', '!', ':']) => write!(f, " {action}"),
+            Some(action) => write!(f, ". {action}"),
         }
-        Ok(())
     }
 }
 
@@ -127,7 +130,7 @@ mod tests {
     #[test]
     fn no_message_reaches_a_terminal_as_a_command() {
         let e = Error::new(Code::PolicyKey, "key 'a\x1b[2J'\n    1 | a").because("b\x07").action("See \u{9b}c.");
-        assert_eq!(e.to_string(), "FN-E502 key 'a\\u001b[2J'\n    1 | a b\\u0007 See \\u009bc.");
+        assert_eq!(e.to_string(), "FN-E502 key 'a\\u001b[2J'\n    1 | a b\\u0007\nSee \\u009bc.");
         assert_eq!(e.message(), "key 'a\\u001b[2J'\n    1 | a b\\u0007");
     }
 
@@ -135,5 +138,7 @@ mod tests {
     fn shows_code_message_action() {
         let e = Error::new(Code::DiskFull, "/mnt/a: need 2 GiB, 1 GiB free.").action("Free some space.");
         assert_eq!(e.to_string(), "FN-E605 /mnt/a: need 2 GiB, 1 GiB free. Free some space.");
+        let e = Error::new(Code::PolicyKey, "unknown key 'a'").action("Write b.");
+        assert_eq!(e.to_string(), "FN-E502 unknown key 'a'. Write b.");
     }
 }

@@ -1,8 +1,45 @@
 //! What to do about an error of the operating system, in one place: the same number gets the same advice everywhere.
 
-use std::{io::Error as OsError, path::Path};
+use std::{io::Error as OsError, path::Path, sync::Arc, thread::JoinHandle, time::Duration};
+
+use parking_lot::Mutex;
 
 use crate::error::{Code, Error};
+
+/// How often a thread is asked for that the system refuses "for now", and the first of the pauses in between, each longer by as much.
+const TRIES: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Starts a thread. A system that is short of memory or process numbers refuses one now and gives it a moment later: it is asked again, for a
+/// tenth of a second in all.
+///
+/// # Errors
+/// Those of the system; [`no_thread`] says what to do.
+pub fn start_thread(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    // What a refused thread was to do is needed again.
+    let body = Arc::new(Mutex::new(Some(body)));
+    let ask = || {
+        let body = Arc::clone(&body);
+        std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let body = body.lock().take();
+            if let Some(body) = body {
+                body();
+            }
+        })
+    };
+    again(ask, std::thread::sleep)
+}
+
+/// Asks until the answer is another than "not now", [`TRIES`] times at most.
+fn again<T>(mut ask: impl FnMut() -> std::io::Result<T>, pause: impl Fn(Duration)) -> std::io::Result<T> {
+    for tried in 1..TRIES {
+        match ask() {
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => pause(PAUSE * tried),
+            other => return other,
+        }
+    }
+    ask()
+}
 
 /// `FN-E107` for a refused thread: the reason is a limit, for every error number of the system. `instead` is another remedy, as
 /// the end of a sentence; empty if there is none.
@@ -83,6 +120,28 @@ fn soft_limit(name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_is_refused_for_now_is_asked_for_again() {
+        let asked = std::cell::Cell::new(0);
+        let ask = |refusals: u32, errno: i32| {
+            asked.set(0);
+            let answer = || {
+                asked.set(asked.get() + 1);
+                if asked.get() > refusals { Ok(()) } else { Err(OsError::from_raw_os_error(errno)) }
+            };
+            again(answer, |_| {}).is_ok()
+        };
+        assert!(ask(3, libc::EAGAIN) && asked.get() == 4);
+        assert!(!ask(u32::MAX, libc::EAGAIN) && asked.get() == TRIES);
+        assert!(!ask(1, libc::ENOMEM) && asked.get() == 1, "any other error is final");
+        let (done, is_done) = std::sync::mpsc::channel();
+        start_thread("a test", move || done.send(std::thread::current().name() == Some("a test")).expect("listens"))
+            .expect("starts")
+            .join()
+            .expect("ends");
+        assert!(is_done.recv().expect("ran"));
+    }
 
     #[test]
     fn each_number_has_its_own_advice() {

@@ -15,8 +15,8 @@ pub fn printable_lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| matches!(c, '\n' | '\t'))
 }
 
-/// `text` with lines longer than `width` cut between words, what follows indented by two more. Lines of files that are quoted, with
-/// a bar before them, stay as they are.
+/// `text` with lines longer than `width` cut between words. What follows stands under the second column of a line of two, and is
+/// indented by two more elsewhere. Lines of files that are quoted, with a bar before them, stay as they are.
 #[must_use]
 pub fn wrapped(text: &str, width: usize) -> String {
     let mut out = String::with_capacity(text.len() + text.len() / 8);
@@ -25,22 +25,41 @@ pub fn wrapped(text: &str, width: usize) -> String {
             out += line;
             continue;
         }
-        let indent = line.len() - line.trim_start_matches(' ').len();
-        out += &line[..indent];
-        let (mut rest, mut room) = (line[indent..].trim_end(), width.saturating_sub(indent));
-        while rest.chars().count() > room
-            && let Some(cut) = space(rest, room)
-        {
-            out += rest[..cut].trim_end();
-            out += "\n  ";
-            out += &line[..indent];
-            rest = rest[cut..].trim_start();
-            room = width.saturating_sub(indent + 2);
-        }
-        out += rest;
-        out += &line[line.trim_end_matches('\n').len()..];
+        let end = line.trim_end_matches('\n').len();
+        out += &cut(&line[..end], width, &" ".repeat(hanging(line, width)), "").join("\n");
+        out += &line[end..];
     }
     out
+}
+
+/// A line in lines of at most `width` characters, broken between words; those after the first begin with `hanging`, and all but the
+/// last end with `end`. A word that is too long has a line for itself.
+#[must_use]
+pub(crate) fn cut(line: &str, width: usize, hanging: &str, end: &str) -> Vec<String> {
+    let (mut lead, rest) = line.split_at(line.len() - line.trim_start_matches(' ').len());
+    let mut rest = rest.trim_end();
+    let mut lines = Vec::new();
+    loop {
+        let room = width.saturating_sub(lead.chars().count() + end.chars().count());
+        let long = rest.chars().count() > room;
+        let Some(at) = long.then(|| space(rest, room)).flatten() else {
+            lines.push(format!("{lead}{rest}"));
+            return lines;
+        };
+        lines.push(format!("{lead}{}{end}", rest[..at].trim_end()));
+        (lead, rest) = (hanging, rest[at..].trim_start());
+    }
+}
+
+/// Where a line goes on that is cut: under its second column, if it has two and the first takes no more than half of the width.
+fn hanging(line: &str, width: usize) -> usize {
+    let indent = line.len() - line.trim_start_matches(' ').len();
+    let first = line[indent..].split("  ").next().unwrap_or_default();
+    let rest = &line[indent + first.len()..];
+    let second = rest.trim_start_matches(' ');
+    let column = indent + first.chars().count() + rest.len() - second.len();
+    let two = rest.len() > second.len() && !second.trim_end().is_empty() && !second.trim_end().contains("  ");
+    if two && column <= width / 2 { column } else { indent + 2 }
 }
 
 /// The last space before which `room` characters hold all, but for one between a number and its unit; the first one after a word
@@ -115,10 +134,26 @@ mod tests {
         assert_eq!(wrapped("/a/very/long/path", 4), "/a/very/long/path");
         assert_eq!(wrapped("host needs 72.1 GiB, of 54 GiB", 16), "host needs\n  72.1 GiB, of\n  54 GiB");
         assert_eq!(wrapped("  or nvme.paths and more", 16), "  or nvme.paths\n    and more");
+        assert_eq!(wrapped("  plan  one two three\n", 16), "  plan  one two\n        three\n");
+        assert_eq!(
+            wrapped("a long name  one two", 16),
+            "a long name  one\n  two",
+            "a second column that is too far right"
+        );
+        assert_eq!(wrapped("a  b  one two three", 12), "a  b  one\n  two three", "more than two columns");
         for width in 0..40 {
             let words = |text: &str| text.split_whitespace().map(ToOwned::to_owned).collect::<Vec<_>>();
             assert_eq!(words(&wrapped(line, width)), words(line), "{width}");
         }
+    }
+
+    #[test]
+    fn a_line_can_go_on_with_a_mark() {
+        assert_eq!(cut("one two three", 9, "  ", ""), ["one two", "  three"]);
+        assert_eq!(cut("one two three", 9, "  ", " \\"), ["one two \\", "  three"]);
+        assert_eq!(cut("one extraordinary two", 6, "", ""), ["one", "extraordinary", "two"]);
+        assert_eq!(cut("", 6, "", ""), [""]);
+        assert_eq!(cut("needs 72 GiB", 9, "", ""), ["needs", "72 GiB"], "a number stays with its unit");
     }
 
     #[test]

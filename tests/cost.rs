@@ -38,6 +38,7 @@ fn placed_with(
         hbm: hbm.map(ByteCount),
         host: ByteCount(host),
         nvme: ByteCount(u64::MAX),
+        nvme_free: None,
         spare: spare.map(ByteCount),
     };
     let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true, lanes };
@@ -66,8 +67,8 @@ fn rates() -> Rates {
     }
 }
 
-const HOST: Tiers = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) };
-const NVME: Tiers = Tiers { params: Some(Tier::Nvme), optimizer: Some(Tier::Nvme) };
+const HOST: Tiers = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host), grads: None };
+const NVME: Tiers = Tiers { params: Some(Tier::Nvme), optimizer: Some(Tier::Nvme), grads: None };
 
 #[test]
 fn a_step_moves_what_arithmetic_says() {
@@ -208,7 +209,7 @@ proptest! {
     ) {
         let n = 1 << 20;
         let layout = layout(layers, n, 0);
-        let tiers = [HOST, NVME, Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Nvme) }][tiers];
+        let tiers = [HOST, NVME, Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Nvme), grads: None }][tiers];
         let (used, room) = if lanes.is_some() { (LaneUse::Always, 18 * n) } else { (LaneUse::Never, 0) };
         let plan = placed_with(used, &layout, tiers, Some(hbm * 2 * n + room), 4 << 30, (!spare).then_some(0));
         let base = rates();

@@ -8,7 +8,7 @@ use funicular::{
     quantities::{ByteCount, Tier, UnitId},
     schedule::{
         Budgets, LaneUse, Limits, Placement, Tiers,
-        placement::{place, spare_bytes},
+        placement::{may_have_spare, place, spare_bytes},
     },
 };
 use proptest::prelude::*;
@@ -63,9 +63,14 @@ fn bytes(layout: &Layout) -> (u64, u64, u64) {
 
 fn cases() -> impl Strategy<Value = Case> {
     let tier = prop_oneof![3 => Just(None), 1 => Just(Some(Tier::Host)), 1 => Just(Some(Tier::Nvme))];
-    let wish = (tier.clone(), tier, prop::bool::weighted(0.1)).prop_map(|(params, optimizer, here)| {
-        if here { Tiers { params: None, optimizer: Some(Tier::Hbm) } } else { Tiers { params, optimizer } }
-    });
+    let wish =
+        (tier.clone(), tier.clone(), tier, prop::bool::weighted(0.1)).prop_map(|(params, optimizer, grads, here)| {
+            if here {
+                Tiers { optimizer: Some(Tier::Hbm), ..Tiers::default() }
+            } else {
+                Tiers { params, optimizer, grads }
+            }
+        });
     // In percent of the parameters; residents take seven times as much and more.
     let hbm = prop_oneof![0u64..120, 100u64..2000];
     (
@@ -93,6 +98,7 @@ fn cases() -> impl Strategy<Value = Case> {
                     hbm: hbm.map(|p| ByteCount(params / 100 * p)),
                     host: ByteCount(all / 100 * host),
                     nvme: ByteCount(nvme.map_or(u64::MAX, |p| all / 100 * p)),
+                    nvme_free: None,
                     spare: spare.map(|p| ByteCount(all / 100 * p)),
                 };
                 Case {
@@ -130,7 +136,10 @@ fn recount(case: &Case, plan: &Placement) -> Recount {
             sum.hbm += [param, grad, states].map(|b| b.next_multiple_of(2 << 20)).iter().sum::<u64>();
             continue;
         }
-        sum.host += grad;
+        match home.grads {
+            Tier::Nvme => (sum.nvme, sum.step) = (sum.nvme + grad, sum.step + 2 * grad),
+            _ => sum.host += grad,
+        }
         match home.params {
             Tier::Host => sum.host += param,
             _ => (sum.nvme, sum.step) = (sum.nvme + param, sum.step + param * if trains { 4 } else { 2 }),
@@ -139,13 +148,17 @@ fn recount(case: &Case, plan: &Placement) -> Recount {
             Tier::Host => sum.host += states,
             _ => (sum.nvme, sum.step) = (sum.nvme + states, sum.step + 2 * states),
         }
-        sum.spare += if spare { param + states } else { 0 };
+        if spare {
+            let on =
+                |tier| if home.params == tier { param } else { 0 } + if home.optimizer == tier { states } else { 0 };
+            (sum.spare, sum.nvme) = (sum.spare + on(Tier::Host), sum.nvme + on(Tier::Nvme));
+        }
     }
     sum.hbm += plan.chunk_bytes * u64::from(plan.ring_chunks);
     // Parameter, gradient and moments of fp32, on each of three lanes.
     sum.hbm += 3 * (16 * plan.lane_elems).next_multiple_of(case.limits.granularity);
     let slots = |(n, b): (u32, u64)| u64::from(n) * b;
-    sum.host += slots(plan.page_slots) + slots(plan.update_slots) + sum.spare;
+    sum.host += slots(plan.page_slots) + slots(plan.update_slots) + slots(plan.grad_slots) + sum.spare;
     if case.budgets.hbm.is_none() {
         sum.host += sum.hbm;
     }
@@ -177,7 +190,9 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     }
     let units = || case.layout.units.iter().zip(&plan.homes);
     let widest = units().filter(|(_, h)| h.params == Tier::Nvme).map(|(u, _)| u.param_bytes()).max().unwrap_or(0);
-    prop_assert!(plan.shadow_bytes >= widest + checkpoint(plan), "any unit can be read outside its window");
+    let grads = units().filter(|(_, h)| h.grads == Tier::Nvme).map(|(u, _)| u.grad_bytes()).max().unwrap_or(0);
+    prop_assert!(plan.shadow_bytes >= widest + grads + checkpoint(plan), "any unit can be read outside its window");
+    prop_assert!(grads == 0 || (plan.grad_slots.0 >= 1 && plan.grad_slots.1 >= grads), "they fit a gradient slot");
     prop_assert!(widest == 0 || (plan.page_slots.0 >= 1 && plan.page_slots.1 >= widest), "it fits a page slot");
     // The machine leaves one update slot to the runtime.
     prop_assert!(sum.nvme == 0 || plan.update_slots.0 >= 2);
@@ -189,6 +204,8 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
             continue;
         }
         prop_assert!(wish.params.is_none_or(|t| t == home.params) && asked.is_none_or(|t| t == home.optimizer));
+        let grads = wish.grads.filter(|_| home.grads != Tier::Hbm && unit.trainable());
+        prop_assert!(grads.is_none_or(|t| t == home.grads));
     }
     for (unit, id) in case.layout.units.iter().zip(case.layout.ids()) {
         let span = plan.spans[id.index()];
@@ -236,43 +253,53 @@ fn fills_the_compute_tier(case: &Case, plan: &Placement) -> Result<(), TestCaseE
     Ok(())
 }
 
-/// Spare frames are for units on the host, the first in forward order, from at most half of what is left.
+/// Second places are for units on the host or on NVMe, the first in forward order, from at most half of what is left of host memory.
 fn spares_are_left_over(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     let may = |u: UnitId| {
-        let home = plan.homes[u.index()];
-        case.layout.unit(u).trainable() && (home.params, home.optimizer) == (Tier::Host, Tier::Host)
+        let unit = case.layout.unit(u);
+        unit.trainable() && may_have_spare(unit, plan.homes[u.index()])
     };
     for u in case.layout.ids() {
         prop_assert!(may(u) || !plan.spare[u.index()]);
     }
-    let taken = recount(case, plan).spare;
+    if case.budgets.spare == Some(ByteCount(0)) {
+        prop_assert!(!plan.spare.contains(&true), "none are wanted");
+        return Ok(());
+    }
+    let bytes = |u: UnitId| spare_bytes(case.layout.unit(u), plan.homes[u.index()]);
+    let sum = |units: &mut dyn Iterator<Item = UnitId>| units.map(bytes).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+    let taken = sum(&mut case.layout.ids().filter(|u| plan.spare[u.index()]));
+    prop_assert_eq!(taken.0, recount(case, plan).spare);
     let left = case.budgets.host.0 - plan.host_bytes;
     if case.budgets.spare.is_none() {
-        prop_assert!(taken <= left, "half is left");
+        prop_assert!(taken.0 <= left, "half is left");
     }
-    let first = case.layout.ids().find(|&u| may(u) && !plan.spare[u.index()]);
-    if let Some(first) = first {
-        let before: u64 =
-            case.layout.ids().filter(|&u| u < first && may(u)).map(|u| spare_bytes(case.layout.unit(u))).sum();
-        let widest = case.layout.ids().filter(|&u| plan.homes[u.index()].params == Tier::Nvme);
-        let shadow = widest.map(|u| case.layout.unit(u).param_bytes()).max().unwrap_or(0);
-        let room = case.budgets.host.0 - (plan.host_bytes - taken) - shadow - checkpoint(plan);
+    if let Some(first) = case.layout.ids().find(|&u| may(u) && !plan.spare[u.index()]) {
+        let before = sum(&mut case.layout.ids().filter(|&u| u < first && may(u)));
+        let room =
+            case.budgets.host.0 - (plan.host_bytes - taken.0) - plan.widest_on_nvme(&case.layout) - checkpoint(plan);
         let room = case.budgets.spare.map_or(room / 2, |b| b.0.min(room));
-        prop_assert!(before + spare_bytes(case.layout.unit(first)) > room, "there was room for {first}");
+        let on_nvme = case.budgets.nvme.0 - (plan.nvme_bytes - taken.1);
+        let fits = before.0 + bytes(first).0 <= room && before.1 + bytes(first).1 <= on_nvme;
+        prop_assert!(!fits, "there was room for {first}");
     }
     Ok(())
 }
 
-/// No placement with each kind in one tier moves fewer bytes from and to NVMe.
+/// No placement with parameters and states in one tier each, and gradients on the host, moves fewer bytes from and to NVMe.
 fn moves_least(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
+    if plan.homes.iter().zip(&case.tiers).any(|(home, wish)| home.grads == Tier::Nvme && wish.grads.is_none()) {
+        return Ok(());
+    }
     for params in [Tier::Host, Tier::Nvme] {
         for optimizer in [Tier::Host, Tier::Nvme] {
             let fixed = |(t, unit): (&Tiers, &Unit)| match t.optimizer {
                 Some(Tier::Hbm) if unit.trainable() => *t,
-                Some(Tier::Hbm) => Tiers { params: Some(params), optimizer: None },
-                _ => Tiers { params: t.params.or(Some(params)), optimizer: t.optimizer.or(Some(optimizer)) },
+                Some(Tier::Hbm) => Tiers { params: Some(params), optimizer: None, ..*t },
+                _ => Tiers { params: t.params.or(Some(params)), optimizer: t.optimizer.or(Some(optimizer)), ..*t },
             };
-            let tiers = case.tiers.iter().zip(&case.layout.units).map(fixed).collect();
+            let here = |t: Tiers| Tiers { grads: t.grads.or(Some(Tier::Host)), ..t };
+            let tiers = case.tiers.iter().zip(&case.layout.units).map(fixed).map(here).collect();
             let other = Case { tiers, ..case.clone() };
             if let Ok(other) = other.place() {
                 let (mine, theirs) = (recount(case, plan).step, recount(case, &other).step);
@@ -335,8 +362,13 @@ fn a_wide_unit_stays_home_where_paging_it_would_cost_more() {
     let mut specs = vec![unit("embedding", 64 << 20)];
     specs.extend((0..8).map(|i| unit(&format!("layer{i}"), 1 << 20)));
     let layout = Layout::new(&specs).unwrap();
-    let budgets =
-        Budgets { hbm: Some(ByteCount::mib(256)), host: ByteCount::mib(140), nvme: ByteCount(u64::MAX), spare: None };
+    let budgets = Budgets {
+        hbm: Some(ByteCount::mib(256)),
+        host: ByteCount::mib(140),
+        nvme: ByteCount(u64::MAX),
+        nvme_free: None,
+        spare: None,
+    };
     let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: false, lanes: LaneUse::Never };
     let plan = place(&layout, &[Tiers::default(); 9], &budgets, &limits).unwrap();
     assert_eq!(plan.homes[0].params, Tier::Host, "128 MiB at home; a slot and a shadow of it would be 256");
@@ -357,8 +389,13 @@ fn placed(tiers: Tiers, hbm: Option<u64>, host: u64) -> Result<Placement, Error>
 }
 
 fn placed_with(lanes: LaneUse, tiers: Tiers, hbm: Option<u64>, host: u64) -> Result<Placement, Error> {
-    let budgets =
-        Budgets { hbm: hbm.map(ByteCount::mib), host: ByteCount::mib(host), nvme: ByteCount(u64::MAX), spare: None };
+    let budgets = Budgets {
+        hbm: hbm.map(ByteCount::mib),
+        host: ByteCount::mib(host),
+        nvme: ByteCount(u64::MAX),
+        nvme_free: None,
+        spare: None,
+    };
     let limits = Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: true, residents: true, lanes };
     place(&layers(), &[tiers; 12], &budgets, &limits)
 }
@@ -382,7 +419,7 @@ fn a_model_that_fits_is_left_alone() {
 
 #[test]
 fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
-    let here = |params| Tiers { params, optimizer: Some(Tier::Hbm) };
+    let here = |params| Tiers { params, optimizer: Some(Tier::Hbm), grads: None };
     assert_eq!(placed(here(None), Some(168), 1).unwrap().ring_chunks, 0);
     let error = placed(here(None), Some(167), 1000).unwrap_err();
     assert_eq!(error.code(), Code::HbmBudget);
@@ -391,7 +428,7 @@ fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
     assert_eq!(error.code(), Code::PolicyValue);
     for wish in [(Some(Tier::Host), None), (None, Some(Tier::Host)), (None, Some(Tier::Nvme)), (Some(Tier::Nvme), None)]
     {
-        let plan = placed(Tiers { params: wish.0, optimizer: wish.1 }, Some(1000), 1000).unwrap();
+        let plan = placed(Tiers { params: wish.0, optimizer: wish.1, grads: None }, Some(1000), 1000).unwrap();
         assert!(plan.homes.iter().all(|h| h.params != Tier::Hbm), "{wish:?}");
         assert_eq!(plan.ring_chunks, 12, "all of budget.hbm is ring");
     }
@@ -399,7 +436,7 @@ fn wishes_for_the_compute_tier_are_fulfilled_or_refused() {
 
 #[test]
 fn lanes_take_of_the_compute_tier_where_there_is_room() {
-    let paged = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) };
+    let paged = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host), grads: None };
     // A third of 1 Mi elements, in pieces of 32 Ki: 11 of them, 16 bytes each, rounded up to 2 MiB.
     let (elems, bytes) = (11 << 15, 18 << 20);
     let plan = placed_with(LaneUse::Always, paged, Some(20), 1000).unwrap();

@@ -88,3 +88,31 @@ fn who_updates_is_planned() {
     // Lanes take memory of the GPU: a little less of the model is resident beside them.
     assert!((1.0..1.01).contains(&(together as f64 / bytes(&cpu, "cpu_update") as f64)), "{together}");
 }
+
+#[test]
+fn gradients_go_to_nvme_where_nothing_else_makes_the_model_fit() {
+    let planned = |ram: &str, more: &str| -> serde_json::Value {
+        let set = "--set nvme.paths=[\"/mnt/nvme0\"]";
+        let out = plan(&format!("--params 7B --layers 32 --gpu 24GB --ram {ram} --disk 2TB {set} --json {more}"));
+        serde_json::from_str(&out).unwrap()
+    };
+    let on_nvme = |plan: &serde_json::Value| {
+        assert_eq!(plan["fits"], true, "{plan}");
+        let units = plan["units"].as_array().unwrap();
+        units.iter().filter(|unit| unit["grads_tier"] == "nvme").count()
+    };
+    let (wide, tight) = (planned("32GB", ""), planned("12GB", ""));
+    assert_eq!(on_nvme(&wide), 0);
+    assert!(on_nvme(&tight) > 16, "{tight}");
+    let wear = |plan: &serde_json::Value| plan["wear"]["bytes_per_step"].as_u64().unwrap();
+    let fixed = "--set optimizer.tier=nvme --set params.tier=host --set gradients.tier";
+    let asked = planned("64GB", &format!("{fixed}=nvme"));
+    let one = wear(&asked) - wear(&planned("64GB", &format!("{fixed}=host")));
+    assert!((12_000_000_000..15_000_000_000).contains(&one), "each gradient is written once: {one}");
+    let twice = wear(&planned("64GB", &format!("{fixed}=nvme --passes 2")));
+    assert!(twice - wear(&asked) >= one, "each backward writes them");
+    let refused = plan(
+        "--params 7B --layers 32 --gpu 24GB --ram 12GB --set nvme.paths=[\"/mnt/nvme0\"] --set gradients.tier=host",
+    );
+    assert!(refused.contains("It does not fit") && refused.contains("gradients.tier"), "{refused}");
+}

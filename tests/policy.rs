@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use funicular::{
     Code, Error,
     policy::{
-        Activations, ActivationsTier, Auto, Budget, Debugging, DeviceChoice, Direct, Engine, Level, Log, MicroBatch,
-        Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsDtype, ParamsTier, Pattern, Policy, Prefetch,
-        Pressure, UnderPressure, Units, UpdateOn, schema,
+        Activations, ActivationsTier, Auto, Budget, Debugging, DeviceChoice, Direct, Engine, Gradients, GradientsTier,
+        Level, Log, MicroBatch, Nvme, Optimizer, OptimizerTier, Override, PRESETS, Params, ParamsDtype, ParamsTier,
+        Pattern, Policy, Prefetch, Pressure, UnderPressure, Units, UpdateOn, schema,
     },
     quantities::ByteCount,
 };
@@ -566,6 +566,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         (
             select(vec![UpdateOn::Auto, UpdateOn::Cpu, UpdateOn::Gpu]),
             select(vec![ParamsDtype::Keep, ParamsDtype::Float32, ParamsDtype::Bfloat16, ParamsDtype::Float16]),
+            select(vec![GradientsTier::Auto, GradientsTier::Host, GradientsTier::Nvme]),
         ),
     );
     (device, budget, nvme, params, states, rest).prop_map(|(device, budget, nvme, params, states, rest)| {
@@ -579,7 +580,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             level,
             every,
             trace_steps,
-            (update_on, dtype),
+            (update_on, dtype, gradients),
         ) = rest;
         let tier = if flags[4] { ActivationsTier::Host } else { ActivationsTier::Hbm };
         let action = if flags[2] { Pressure::Demote } else { Pressure::Refuse };
@@ -590,6 +591,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             nvme,
             params: Params { tier: params, dtype },
             optimizer: Optimizer { tier: states, spare, update_on },
+            gradients: Gradients { tier: gradients },
             units: Units { patterns: units },
             overrides,
             prefetch: Prefetch { window },

@@ -42,6 +42,22 @@ fn check_says_what_a_run_would_say() {
 }
 
 #[test]
+fn another_systems_file_is_told_from_a_slip() {
+    let (code, _, err) = run(&["policy", "check", "complete.json"], &[]);
+    assert!(code == 1 && err.ends_with("^\nThis is another system's configuration: `funicular policy import complete.json > policy.toml` makes a policy of it.\n"), "{err}");
+    let dir = tempfile::tempdir().unwrap();
+    let slip = dir.path().join("p.toml");
+    std::fs::write(&slip, "[param]\ntier = 'host'\n").unwrap();
+    let (code, _, err) = run(&["policy", "check", slip.to_str().unwrap()], &[]);
+    assert!(code == 1 && err.contains("^^^^^\nValid keys of a policy: version, device"), "{err}");
+    let (code, _, err) = run(&["policy", "check", "fits", "--set", "nvme.paths=/proc"], &[]);
+    assert!(
+        code == 3 && err.contains("/proc: no file can be made in this directory") && !err.contains("Create"),
+        "{err}"
+    );
+}
+
+#[test]
 fn check_tells_the_policy_from_the_machine() {
     let check = |key: &str| run(&["policy", "check", "fits", "--set", key], &[]);
     assert_eq!(run(&["policy", "check", "host"], &[]), (0, "host: a valid policy\n".to_owned(), String::new()));

@@ -46,6 +46,11 @@ const FILES: &[(&str, &str, &str, &str, &[&str])] = &[
     ("script_dict.py", "auto", "host", "float16", &[]),
     ("script_names.py", "host", "nvme", "bfloat16", &["/mnt/fast"]),
     ("script_arguments.py", "host", "host", "bfloat16", &[]),
+    ("script_fully_shard.py", "host", "host", "keep", &[]),
+    ("sections.yaml", "host", "nvme", "keep", &["/mnt/nvme0"]),
+    ("short_name.json", "host", "host", "bfloat16", &[]),
+    ("sharded_file.json", "host", "host", "keep", &[]),
+    ("listed.json", "host", "auto", "keep", &[]),
 ];
 
 #[test]
@@ -120,6 +125,84 @@ fn what_needs_a_decision_is_asked() {
 }
 
 #[test]
+fn what_another_program_puts_in_is_called_so() {
+    // A policy that names no directory is not consistent, and the path is asked for.
+    let (policy, output) = load("launcher_auto.yaml");
+    assert!(policy.nvme.paths.is_empty(), "{}", output.out);
+    for part in [
+        "offload_optimizer.device = \"auto\": is what your launcher says, such as accelerate's own configuration; set optimizer.tier",
+        "offload_param.nvme_path = \"auto\": is what your launcher says; set nvme.paths",
+        "offload_optimizer_device = \"cpu\": the DeepSpeed file decides, except where it says \"auto\"",
+    ] {
+        assert!(output.out.contains(part), "no {part:?} in {}", output.out);
+    }
+    for (name, with, part) in [
+        (
+            "a.py",
+            "ds = {'zero_optimization': {'offload_param': {'device': pick(1)}}}",
+            "device = {...}: is computed by the script",
+        ),
+        (
+            "a.py",
+            "ds = {'zero_optimization': {'stage': 3}, 'bf16': {'enabled': ok()}}",
+            "enabled = {...}: is computed by the script",
+        ),
+        (
+            "a.py",
+            "ds = json.load(f)\nds['zero_optimization']['stage'] = 3\n",
+            "makes the rest of the configuration, which is not seen",
+        ),
+        (
+            "a.json",
+            r#"{"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "<DIR>"}}}"#,
+            "nothing expands this path",
+        ),
+        (
+            "a.json",
+            r#"{"zero_optimization": {"offload_param": {"device": "{{ device }}"}}}"#,
+            "is filled in by another program",
+        ),
+        ("a.json", r#"{"zero_optimization": {"offload_param": "$DEVICE"}}"#, "is filled in by another program"),
+        (
+            "a.json",
+            r#"{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}"#,
+            "ZenFlow updates most parameters steps later",
+        ),
+        (
+            "a.json",
+            r#"{"zero_optimization": {"stage": 2}, "fp16": true}"#,
+            "set params.dtype = \"float16\" if that is meant",
+        ),
+    ] {
+        let out = text(with, name);
+        let (_, decisions) = out.split_once("# needs a decision").unwrap();
+        assert!(decisions.contains(part) && !out.contains(": a comment"), "{with}: {out}");
+    }
+}
+
+#[test]
+fn keys_of_other_programs_are_not_called_accelerates() {
+    let (_, output) = load("sections.yaml");
+    assert!(!output.out.contains("accelerate") && output.out.contains("needs a decision (0)"), "{}", output.out);
+    let (_, output) = load("sharded_file.json");
+    assert!(!output.out.contains("DeepSpeed") && output.out.contains("needs a decision (0)"), "{}", output.out);
+}
+
+#[test]
+fn fsdp_is_told_of_each_block_and_of_the_model() {
+    let (_, output) = load("script_fully_shard.py");
+    assert!(output.out.contains("fully_shard = {...}: says the same as the one in line 6"), "{}", output.out);
+    let out = text("fully_shard(b, offload_policy=CPUOffloadPolicy())\nfully_shard(m)\n", "a.py");
+    assert!(out.contains("offloads nothing, unlike the one in line 1, which was taken for the whole model"), "{out}");
+    let out = text("model = FSDP(model, cpu_offload=CPUOffload(offload_params=True))\n", "a.py");
+    assert!(out.contains("needs a decision (0)") && out.contains("argument 1 = model: about sharding"), "{out}");
+    let two = "trainer:\n  strategy: deepspeed_stage_2_offload\ndeepspeed: {zero_optimization: {offload_param: {device: cpu}}}\n";
+    assert!(
+        text(two, "a.yaml").contains("trainer = {...}: another Lightning configuration: put it into a file of its own")
+    );
+}
+
+#[test]
 fn sizes_that_are_deepspeeds_defaults_pin_nothing() {
     let (policy, output) = load("launcher_beside_zero.json");
     assert_eq!(policy.prefetch.window, Auto::Auto, "{}", output.out);
@@ -141,6 +224,28 @@ fn a_format_that_is_not_known_is_called_so() {
     }
     let error = any("ds = json.load(open('ds.json'))\n", "a.py", Hints::default()).unwrap_err().to_string();
     assert!(error.contains("knows. It names ds.json: if that has the settings, import it."), "{error}");
+    let output = import(&data("run.sh"), Hints::default());
+    for part in ["It names configs/zero3.json: if that has", "It does speak of offloading: line 3."] {
+        assert!(output.err.contains(part), "no {part:?} in {}", output.err);
+    }
+    for (name, text, part) in [
+        ("a.yaml", "# nothing\n\n", "a.yaml: there is nothing in it. Give the file that has the settings."),
+        ("a.py", "o = CPUOffloadOptimizer(ps, AdamW)\n", "It does speak of offloading: CPUOffloadOptimizer (line 1)."),
+        ("a.ipynb", r#"{"cells": [{"source": ["cpu_offload"]}]}"#, "offloading: cells[0].source[0] (line 1)."),
+        (
+            "a.toml",
+            "[params]\ntier = 'host'\n",
+            "is a policy already. There is nothing to import: `funicular policy check a.toml`",
+        ),
+        (
+            "a.json",
+            "[1]",
+            "and this is a list without one\n    1 | [1]\n      | ^^^\nGive the file that has the settings.",
+        ),
+    ] {
+        let error = any(text, name, Hints::default()).unwrap_err().to_string();
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
     for (name, text) in [
         ("a.json", "{}"),
         ("a.json", r#"{"name": "x", "version": 3}"#),
@@ -169,6 +274,14 @@ fn files_that_are_named_are_found_or_told() {
     assert!(output.code == 1 && output.err.starts_with("FN-E507"), "{}", output.err);
     assert!(!output.err.contains("hunter2") && !output.err.contains("password"), "{}", output.err);
     assert_eq!(import(&dir.path().join("none.json"), Hints::default()).code, 2);
+    let wide: Vec<u8> = "{}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    std::fs::write(&path, [&[0xff, 0xfe], &wide[..]].concat()).unwrap();
+    let output = import(&path, Hints::default());
+    assert!(
+        output.code == 2 && output.err.contains("Save it as UTF-8, as `iconv -f UTF-16 -t UTF-8`"),
+        "{}",
+        output.err
+    );
 }
 
 #[test]

@@ -57,7 +57,7 @@ fn open(
             "optimizer": {{"tier": "{optimizer}", "where": "{at}"}}, "nvme": {{"paths": [{dir:?}], "engine": "{engine}"}}}}"#
     );
     let layout = Layout::new(&(0..UNITS).map(unit).collect::<Vec<_>>()).unwrap();
-    Runtime::open(layout, &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0))
+    Runtime::open(layout, &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0), None)
 }
 
 /// One step: forward, backward with a gradient per unit, update, end of all updates.
@@ -71,7 +71,7 @@ fn step(rt: &Runtime, updates: &[UnitUpdate], hypers: &[StepHyper], gradient: &[
     for unit in units.rev() {
         assert!(rt.open_window(unit, Phase::Backward, 0, interrupted).unwrap());
         // SAFETY: the gradient outlives the copy, which is waited for below.
-        unsafe { rt.gradient(unit, 0, gradient.as_ptr() as u64, ELEMS * 2, 0, interrupted).unwrap() };
+        unsafe { rt.gradient(unit, (0, true), gradient.as_ptr() as u64, ELEMS * 2, 0, interrupted).unwrap() };
         rt.release(unit, 0, interrupted).unwrap();
     }
     rt.wait_gradients(0, interrupted).unwrap();

@@ -524,7 +524,7 @@ const FOREIGN: &[&str] = &[
     "zero_optimization",
 ];
 /// Endings of names of files.
-const FILES: &[&str] = &["css", "cu", "json", "py", "rs", "safetensors", "so", "toml", "yaml"];
+const FILES: &[&str] = &["bin", "ckpt", "css", "cu", "json", "pt", "py", "rs", "safetensors", "so", "toml", "yaml"];
 /// Attributes of objects called like a section.
 const ATTRIBUTES: &[&str] = &["optimizer.state"];
 /// Options of other programs.

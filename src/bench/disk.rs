@@ -299,20 +299,22 @@ impl Mix {
     }
 }
 
-/// `depth` blocks in flight, always.
+/// `depth` blocks in flight, always: as many again wait in the engine, so that its thread begins the next one by itself,
+/// as with the requests of a unit, which are many blocks long. With none there each block waited for two threads to wake up.
 pub struct DiskHop {
     lane: Rc<Lane>,
     pool: SlotPool,
     mix: Mix,
     block: usize,
     depth: usize,
-    /// Reads and writes, in this order: submitted so far, and in flight.
+    /// Reads and writes, in this order: submitted so far, and not ended yet.
     submitted: [u64; 2],
     in_flight: [usize; 2],
 }
 
 impl DiskHop {
-    /// Blocks of `block` bytes in slots of `pool`, which lie in a region that `lane` was given.
+    /// Blocks of `block` bytes in slots of `pool`, which lie in a region that `lane` was given and are twice `depth`, the
+    /// depth of `lane`, where memory allows.
     pub fn new(lane: Rc<Lane>, pool: SlotPool, mix: Mix, block: usize, depth: usize) -> Self {
         Self { lane, pool, mix, block, depth, submitted: [0; 2], in_flight: [0; 2] }
     }
@@ -349,12 +351,12 @@ impl Exercise for DiskHop {
     /// The clock starts when as many blocks have ended as are in flight, and stops after a multiple of as many.
     fn round(&mut self, time: Duration) -> Result<Round> {
         self.in_flight = [0; 2];
-        while self.in_flight[0] + self.in_flight[1] < self.depth
+        while self.in_flight[0] + self.in_flight[1] < 2 * self.depth
             && let Some(lease) = self.pool.lease()
         {
             self.submit(lease, Vec::with_capacity(1))?;
         }
-        let lap = self.in_flight[0] + self.in_flight[1];
+        let lap = self.depth.min(self.in_flight[0] + self.in_flight[1]);
         let mut clock = Clock::new(lap, time).in_laps(lap);
         while self.in_flight != [0; 2] {
             let done = self.lane.wait()?;

@@ -1,4 +1,4 @@
-//! How the report looks on a terminal or elsewhere: the width of its lines, and its colours.
+//! How the report looks on a terminal or elsewhere: its colours, and how wide it is.
 
 use crate::text::printable_lines;
 
@@ -41,39 +41,9 @@ pub(super) enum Ink {
     Good,
 }
 
-/// `text` in lines of at most `columns` characters, broken between words; those after the first begin with `indent`, and all but the
-/// last end with `end`. A word that is too long has a line for itself.
-#[must_use]
-pub(super) fn wrapped(text: &str, columns: usize, indent: &str, end: &str) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    let mut line = String::new();
-    for word in text.split(' ') {
-        let len = line.chars().count() + 1 + word.chars().count() + end.chars().count();
-        if line.is_empty() && lines.is_empty() {
-            line.push_str(word);
-        } else if len <= columns {
-            line.push(' ');
-            line.push_str(word);
-        } else {
-            lines.push(line + end);
-            line = format!("{indent}{word}");
-        }
-    }
-    lines.push(line);
-    lines
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lines_break_between_words() {
-        assert_eq!(wrapped("one two three", 9, "  ", ""), ["one two", "  three"]);
-        assert_eq!(wrapped("one two three", 9, "  ", " \\"), ["one two \\", "  three"]);
-        assert_eq!(wrapped("one extraordinary two", 6, "", ""), ["one", "extraordinary", "two"]);
-        assert_eq!(wrapped("", 6, "", ""), [""]);
-    }
 
     #[test]
     fn colours_come_after_what_was_escaped() {

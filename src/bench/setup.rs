@@ -95,8 +95,9 @@ impl<'a> Bench<'a> {
             DeviceKind::Cuda(_) => LINK_BLOCK * DEPTH as u64,
         };
         let side = side.min(most / 4).min(options.file.0);
-        let depth = fit(options.block.0, u64::from(options.depth) * paths, most);
-        let blocks = SlotPool::new(depth, options.block, "blocks of the benchmark")?;
+        // Those in flight, and as many that wait.
+        let slots = fit(options.block.0, 2 * u64::from(options.depth) * paths, most);
+        let blocks = SlotPool::new(slots, options.block, "blocks of the benchmark")?;
         let in_flight = (options.block.0 * u64::from(options.depth) * paths).max(LARGE_PIECE);
         let piece = if options.threads.unwrap_or(machine.cpus) > 4 { LARGE_PIECE } else { PIECE };
         let pieces = fit(piece, in_flight / piece + BETWEEN, most.min(options.file.0 / 2 + piece));

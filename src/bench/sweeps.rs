@@ -112,13 +112,13 @@ impl Bench<'_> {
 
     /// Reads and writes with a setting.
     fn disk_point(&self, disk: &Disk, which: &[usize], setting: &Setting) -> Result<[DiskHop; 2]> {
-        let slots = setting.depth * which.len() as u32;
-        let pool = SlotPool::new(slots, ByteCount(setting.block), "the sweep")?;
+        let depth = setting.depth * which.len() as u32;
+        let pool = SlotPool::new(2 * depth, ByteCount(setting.block), "the sweep")?;
         fill_slots(&pool);
         let regions = [Arc::clone(pool.region())];
         let block = setting.block as usize;
-        let lane = Rc::new(disk.lane(which, self.options.engine, block, slots, &regions)?);
-        Ok([Mix::Read, Mix::Write].map(|mix| DiskHop::new(Rc::clone(&lane), pool.clone(), mix, block, slots as usize)))
+        let lane = Rc::new(disk.lane(which, self.options.engine, block, depth, &regions)?);
+        Ok([Mix::Read, Mix::Write].map(|mix| DiskHop::new(Rc::clone(&lane), pool.clone(), mix, block, depth as usize)))
     }
 
     /// Whether all the time has been used.
@@ -156,8 +156,8 @@ impl Bench<'_> {
                 sweep.series.push(Series { label: format!("depth {depth}"), points: Vec::new() });
             }
             for &block in blocks {
-                let slots = u64::from(depth) * which.len() as u64;
-                let fits = block * slots <= IN_FLIGHT.min(disk.file_bytes).min(self.machine.available / 8);
+                let in_flight = block * u64::from(depth) * which.len() as u64;
+                let fits = in_flight <= IN_FLIGHT.min(disk.file_bytes).min(self.machine.available / 16);
                 if !fits || self.is_late() {
                     continue;
                 }

@@ -2,11 +2,12 @@
 
 use crate::{
     bench::{
-        look::{Ink, Look, wrapped},
+        look::{Ink, Look},
         report::{FIO, Hop, Report, Sweep},
     },
     policy::format_size,
     quantities::ByteCount,
+    text::cut,
 };
 
 const HEADERS: [&str; 6] = ["hop", "where", "GB/s", "spread", "p50", "p99"];
@@ -57,11 +58,11 @@ impl Page {
     }
 
     fn paragraph(&mut self, ink: Ink, text: &str) {
-        wrapped(text, self.look.columns, "", "").iter().for_each(|line| self.line(ink, line));
+        cut(text, self.look.columns, "", "").iter().for_each(|line| self.line(ink, line));
     }
 
     fn item(&mut self, ink: Ink, text: &str) {
-        wrapped(&format!("- {text}"), self.look.columns, "  ", "").iter().for_each(|line| self.line(ink, line));
+        cut(&format!("- {text}"), self.look.columns, "  ", "").iter().for_each(|line| self.line(ink, line));
     }
 
     /// The hops that were measured, and why others were not.
@@ -140,7 +141,7 @@ impl Page {
             "nvme_read with fio (nvme_write: rw=write, nvme_read_write: rw=rw; on virtual disks with \
              GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as our buffers are):",
         );
-        wrapped(command, self.look.columns - 2, "  ", " \\")
+        cut(command, self.look.columns - 2, "  ", " \\")
             .iter()
             .for_each(|line| self.line(Ink::Plain, &format!("  {line}")));
     }
@@ -162,7 +163,7 @@ impl Page {
 /// Lines of a list of remarks, broken between them where there is room.
 fn listed(remarks: &str, columns: usize) -> Vec<String> {
     let whole = remarks.replace(' ', "\u{a0}").replace(",\u{a0}", ", ");
-    wrapped(&whole, columns, "", "").into_iter().map(|line| line.replace('\u{a0}', " ")).collect()
+    cut(&whole, columns, "", "").into_iter().map(|line| line.replace('\u{a0}', " ")).collect()
 }
 
 fn row(hop: &Hop) -> Vec<String> {

@@ -226,11 +226,20 @@ fn look(target: &Path, overwrite: bool) -> Result<Place> {
         Ok(m) if !m.is_dir() => return Err(taken(target, "exists")),
         Ok(_) => {}
     }
-    let folder = match Folder::open_itself(target) {
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Place::Free),
+    match Folder::open_itself(target) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(Place::Free),
+        Err(e) => Err(unwritable(target, &e)),
+        Ok(folder) => look_into(folder, target, overwrite),
+    }
+}
+
+/// What the directory is that was found at `target`.
+fn look_into(folder: Folder, target: &Path, overwrite: bool) -> Result<Place> {
+    let entries = match folder.names() {
+        // Since it was opened another process has replaced and removed it; a removed directory cannot be listed.
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Place::Busy),
         other => other.map_err(|e| unwritable(target, &e))?,
     };
-    let entries = folder.names().map_err(|e| unwritable(target, &e))?;
     if entries.is_empty() {
         return Ok(Place::Free);
     }
@@ -381,6 +390,16 @@ pub(super) mod tests {
         assert_eq!(space.publish().expect_err("refused").code(), Code::CheckpointExists);
         assert_eq!(names(&made), ["thesis"]);
         assert_eq!(names(dir.path()), ["c", "moved"]);
+    }
+
+    #[test]
+    fn what_was_removed_since_it_was_opened_is_looked_at_again() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let made = checkpoint(dir.path(), "c");
+        let folder = Folder::open_itself(&made).expect("opens");
+        checkpoint(dir.path(), "c");
+        assert!(folder.names().is_err(), "a removed directory cannot be listed");
+        assert!(matches!(look_into(folder, &made, true), Ok(Place::Busy)));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! What the system refused while a checkpoint was written, and what to do about it.
 
-use std::{io::Error as OsError, path::Path};
+use std::{
+    io::{Error as OsError, ErrorKind},
+    path::Path,
+};
 
 use crate::{
     error::{Code, Error},
@@ -9,7 +12,9 @@ use crate::{
 
 /// `FN-E403` with its cause; `FN-E401` where the disk is full.
 pub(super) fn unwritable(path: &Path, e: &OsError) -> Error {
-    refused(path, &format!("{}: {e}.", path.display()), e.raw_os_error())
+    // What the standard library refuses by itself has no number: a byte of zero in a name, a path without a name.
+    let errno = e.raw_os_error().or((e.kind() == ErrorKind::InvalidInput).then_some(libc::EINVAL));
+    refused(path, &format!("{}: {e}.", path.display()), errno)
 }
 
 /// An error of the I/O layer about a file at `path` as one of a checkpoint.
@@ -42,7 +47,8 @@ fn refused(path: &Path, text: &str, errno: Option<i32>) -> Error {
         }
         libc::EFBIG => more("Or lower shard_bytes, so that files are smaller."),
         libc::EMFILE => more("Or raise shard_bytes, so that there are fewer files."),
-        libc::EINVAL | libc::ENOTDIR => Some("Save to another path.".to_owned()),
+        // ENOENT of a directory that was to be made: in /proc. EEXIST: a link there that leads nowhere.
+        libc::EINVAL | libc::ENOTDIR | libc::ENOENT | libc::EEXIST => Some("Save to another path.".to_owned()),
         _ => advice(),
     };
     let otherwise = "Save to another disk; see dmesg for what the kernel says about this one.";

@@ -15,11 +15,11 @@ use crate::{
     model::ParamSpec,
     plan::{
         self, Activations, Compute, Machine, PlannedUnit, Unpaged,
-        activations::{Blocks, Pass},
+        activations::{Blocks, MicroBatched, Pass},
         source::{self, Shape, parse_count},
     },
     policy::{
-        ParamsDtype, Policy,
+        ActivationsTier, MicroBatch, ParamsDtype, Policy,
         cli::{Output, Overlay, resolve},
         profile::Profile,
     },
@@ -72,7 +72,7 @@ pub(super) struct PlanArguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     cpus: Option<u32>,
     /// Tokens of a step.
-    #[arg(long, value_name = "N", default_value = "0")]
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
     tokens: u64,
     /// Rows of a forward, each of --seq tokens, in place of --tokens.
     #[arg(long, value_name = "N", requires = "seq", conflicts_with = "tokens", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
@@ -81,7 +81,7 @@ pub(super) struct PlanArguments {
     #[arg(long, value_name = "N", requires = "batch", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     seq: Option<u64>,
     /// Arithmetic that the model sustains there, per second, such as 400e12.
-    #[arg(long, value_name = "X", default_value = "0")]
+    #[arg(long, value_name = "X", default_value = "0", hide_default_value = true)]
     flops: f64,
     /// Seconds of a step's forward and backward on a machine that holds the model, in place of tokens and flops.
     #[arg(long, value_name = "S")]
@@ -142,7 +142,14 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
     let mut plan = plan::plan(&units, &policy, &machine, compute)?;
     plan.params += unpaged.params;
     plan.trained += unpaged.trained;
-    plan.activations = activations(&arguments, &units, &machine, &plan, compute);
+    let activations = activations(&arguments, &policy, &units, &machine, &plan, compute);
+    plan.expect(machine.gpu, activations);
+    if plan.activations.is_none() && tokens > 0 {
+        plan.notes.push(
+            "Activations are not estimated: that takes a config.json with num_hidden_layers and hidden_size, or --params."
+                .to_owned(),
+        );
+    }
     if !unpaged.text.is_empty() {
         plan.notes.push(format!("Not paged, in no budget: {}.", unpaged.text));
     }
@@ -160,6 +167,7 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
 /// An estimate of the activations of one forward, where its tokens and the sizes of the blocks are known.
 fn activations(
     arguments: &PlanArguments,
+    policy: &Policy,
     units: &[PlannedUnit],
     machine: &Machine,
     plan: &plan::Plan,
@@ -174,7 +182,15 @@ fn activations(
     let element = params.max_by_key(|p| p.numel).map_or(2, |p| p.dtype.size() as u64);
     let hbm = plan.tiers.iter().find(|tier| tier.tier == "hbm").and_then(|tier| tier.budget);
     let beside = machine.gpu.zip(hbm).map(|(gpu, hbm)| gpu.0.saturating_sub(hbm));
-    let pass = Pass { tokens, recompute: compute.recompute, element };
+    let micro_batch = match policy.activations.micro_batch {
+        MicroBatch::Off => None,
+        MicroBatch::Rows(rows) => {
+            // Of a batch that is not given, all: no estimate is below what is needed.
+            let share = arguments.batch.map_or(tokens, |batch| tokens / batch * u64::from(rows).min(batch));
+            Some(MicroBatched { tokens: share, inputs_away: policy.activations.tier == ActivationsTier::Host })
+        }
+    };
+    let pass = Pass { tokens, recompute: compute.recompute, micro_batch, element };
     (tokens > 0).then(|| blocks.estimate(pass, from, beside))
 }
 

@@ -1,4 +1,4 @@
-//! Text as a terminal shows it best: its width, lines cut between words, colours. Elsewhere nothing is changed.
+//! Text as a terminal shows it best: its width, lines cut between words, colours. Elsewhere nothing is cut.
 
 use std::{
     ffi::OsString,
@@ -17,7 +17,7 @@ const NARROWEST_FOR_PROSE: usize = 40;
 pub(super) fn look_of_stdout() -> Look {
     let columns =
         columns(&stdout()).map_or(Look::PLAIN.columns, |columns| columns.clamp(NARROWEST, Look::PLAIN.columns));
-    Look { columns, colour: colour(stdout().is_terminal(), |name| std::env::var_os(name)) }
+    Look { columns, colour: coloured(stdout().is_terminal()) }
 }
 
 /// Columns of the terminal that a stream goes to; none if it goes elsewhere, or the terminal does not say.
@@ -42,16 +42,25 @@ pub(super) fn for_terminal(text: &str) -> String {
 
 /// An error, without controls, for the standard error.
 pub(super) fn error_for_terminal(text: &str) -> String {
-    let coloured = colour(stderr().is_terminal(), |name| std::env::var_os(name));
-    inked(cut_for(&stderr(), text), coloured)
+    inked(cut_for(&stderr(), text), coloured(stderr().is_terminal()))
 }
 
-/// `text` with the code that it begins with in colour.
+/// `text` with the codes that its lines begin with in colour.
 fn inked(text: String, coloured: bool) -> String {
-    match text.split_once(' ') {
-        Some((code, rest)) if coloured && code.starts_with("FN-") => format!("\x1b[31m{code}\x1b[0m {rest}"),
-        _ => text,
+    if !coloured {
+        return text;
     }
+    let line = |line: &str| match line.split_once(' ') {
+        Some((code, rest)) if code.starts_with("FN-") => format!("\x1b[31m{code}\x1b[0m {rest}"),
+        _ => line.to_owned(),
+    };
+    text.split_inclusive('\n').map(line).collect()
+}
+
+/// Whether text for a person has colours where it goes; the one rule, for the command line and for log lines.
+#[must_use]
+pub fn coloured(terminal: bool) -> bool {
+    colour(terminal, |name| std::env::var_os(name))
 }
 
 /// Whether to colour: on a terminal that can, unless `NO_COLOR` is set or `CLICOLOR` is 0; elsewhere if `CLICOLOR_FORCE` is set.
@@ -95,5 +104,7 @@ mod tests {
         assert_eq!(coloured.replace("\x1b[31m", "").replace("\x1b[0m", ""), plain);
         assert!(coloured.starts_with("\x1b[31mFN-E404\x1b[0m /a:") && plain.lines().all(|line| line.len() <= 50));
         assert_eq!(shown("no code\n", true), "no code\n");
+        let two = shown("FN-E404 one\nFN-E404 two\n", true);
+        assert_eq!(two, "\x1b[31mFN-E404\x1b[0m one\n\x1b[31mFN-E404\x1b[0m two\n");
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
-    optim::{Hyper, Span, Target, unsupported},
+    optim::{Hyper, Portion, Span, Target, unsupported},
     quantities::round_up,
 };
 
@@ -23,7 +23,7 @@ pub trait Lanes: Send + Sync {
     /// How many there are.
     fn count(&self) -> usize;
 
-    /// Enqueues the update of a span in registered host memory on a lane; the new values go to `target`, which may be
+    /// Enqueues the update of a span in registered host memory on a lane; what the portion stores goes to `target`, which may be
     /// [`Target::in_place`]. The gradient is only read.
     ///
     /// # Errors
@@ -32,10 +32,10 @@ pub trait Lanes: Send + Sync {
     ///
     /// # Safety
     /// The arrays of the span and of the target lie in registered host memory, are valid and aligned as for
-    /// [`crate::optim::adamw`] and [`crate::optim::adamw_into_with`], and stay free of conflicting access until the lane is
+    /// [`crate::optim::adamw`], [`crate::optim::adamw_into_with`] and [`crate::optim::adamw_portion_with`], and stay free of conflicting access until the lane is
     /// done.
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()>;
+    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()>;
 
     /// Blocks the calling thread until everything launched on a lane has ended, or the time is over; true if it has ended.
     ///
@@ -55,11 +55,12 @@ pub(super) struct Copy {
 /// A launch in terms of copies and of one update in staging memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Staged {
-    /// All arrays of the span, to staging memory.
+    /// The arrays that the portion reads, to staging memory; of the others no bytes. There the whole update is made: what it makes of
+    /// bytes that were not copied is not copied back.
     pub(super) up: [Copy; 5],
     /// The span there.
     pub(super) span: Span,
-    /// What the update writes, to its target.
+    /// What the portion stores, to its target.
     pub(super) down: [Copy; 4],
 }
 
@@ -69,7 +70,7 @@ unsafe impl Send for Staged {}
 
 impl Staged {
     /// Lays a launch out in `room` bytes of staging memory at `base`.
-    pub(super) fn new(span: &Span, target: &Target, base: u64, room: u64) -> Result<Self> {
+    pub(super) fn new(span: &Span, target: &Target, portion: Portion, base: u64, room: u64) -> Result<Self> {
         if matches!(span.dtype, DType::Opaque { .. }) {
             return Err(unsupported(span.dtype));
         }
@@ -78,7 +79,7 @@ impl Staged {
             let len = span.len * kind.element_size(span.dtype);
             let dst = end;
             end += round_up(len as u64, ALIGN);
-            Copy { dst, src, len }
+            Copy { dst, src, len: if portion.reads(kind) { len } else { 0 } }
         };
         let up = [
             place(StateKind::Param, span.param as u64),
@@ -92,12 +93,15 @@ impl Staged {
             return Err(Error::new(Code::Stale, message).action("This is a bug of funicular; please report it."));
         }
         let [param, grad, master, exp_avg, exp_avg_sq] = up;
-        let back = |from: Copy, to: u64| Copy { dst: to, src: from.dst, len: from.len };
+        let back = |from: Copy, kind: StateKind, to: u64| {
+            let len = if portion.stores(kind) { from.len } else { 0 };
+            Copy { dst: to, src: from.dst, len }
+        };
         let down = [
-            back(param, target.param as u64),
-            back(master, target.master as u64),
-            back(exp_avg, target.exp_avg as u64),
-            back(exp_avg_sq, target.exp_avg_sq as u64),
+            back(param, StateKind::Param, target.param as u64),
+            back(master, StateKind::Master, target.master as u64),
+            back(exp_avg, StateKind::ExpAvg, target.exp_avg as u64),
+            back(exp_avg_sq, StateKind::ExpAvgSq, target.exp_avg_sq as u64),
         ];
         let staged = Span {
             param: param.dst as *mut u8,
@@ -135,7 +139,8 @@ mod tests {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             for len in [1, 127, 128, 4001, 4096] {
                 let span = span(dtype, len);
-                let staged = Staged::new(&span, &Target::in_place(&span), 4096, staging_bytes(4096)).expect("fits");
+                let to = Target::in_place(&span);
+                let staged = Staged::new(&span, &to, Portion::Whole, 4096, staging_bytes(4096)).expect("fits");
                 let mut end = 4096;
                 for copy in staged.up {
                     assert!(copy.dst >= end && copy.dst.is_multiple_of(ALIGN));
@@ -144,8 +149,8 @@ mod tests {
                 assert!(end <= 4096 + staging_bytes(4096), "{dtype:?} of {len}");
             }
             let span = span(dtype, 4096 * 8 + 1);
-            let refused =
-                Staged::new(&span, &Target::in_place(&span), 0, staging_bytes(4096 * 7)).expect_err("too long");
+            let to = Target::in_place(&span);
+            let refused = Staged::new(&span, &to, Portion::Whole, 0, staging_bytes(4096 * 7)).expect_err("too long");
             assert_eq!(refused.code(), Code::Stale);
         }
     }

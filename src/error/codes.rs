@@ -105,6 +105,10 @@ codes! {
         "The message names parameter and entry. Nothing was stepped: put the entry right in `opt.state[p]`, or start anew with `opt.state.pop(p)`.";
     OptimizerParam = "FN-E131", Usage, "an optimizer holds parameters without memory",
         "The model has others in their place. Make the optimizer anew, from `model.parameters()`.";
+    MovedByOthers = "FN-E140", Usage, "another library moves the model's weights, or replicates them",
+        "Load the model without `device_map`, remove accelerate's hooks, and leave out `nn.DataParallel`: `funicular.offload` places weights itself.";
+    TrainerSetting = "FN-E141", Usage, "a trainer's setting does not go with an offloaded model",
+        "The message names the setting, and what to say in its place.";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small",
         "Raise `[budget] hbm` to at least what the message says, or make the units smaller with `[units] match`.";
     HostBudget = "FN-E202", Budget, "the host budget is too small",
@@ -169,6 +173,30 @@ codes! {
         "Free the space, inodes or quota that the message names, or add a path.";
     OutputFile = "FN-E606", Storage, "a file to be written exists and is not ours, or cannot be written",
         "Name another file, or remove that one. `funicular bench` replaces only files that it wrote itself, `log.trace` only traces.";
+    PeerLost = "FN-E701", Runtime, "another rank is gone: it was killed, failed, or closed its model while this one needed it",
+        "The message names the rank, its process and where it was. Look at that rank's own output first: this error only follows it. Start all ranks again from the last checkpoint, on any number of ranks.";
+    RanksDiffer = "FN-E702", Runtime, "ranks that train one model do different things",
+        "The message names the ranks and what differs. Nothing of such a step was made. All ranks must take the same steps with the same hyperparameters, and make the same edits.";
+    RanksUnlike = "FN-E703", Usage, "ranks have different models, policies or versions",
+        "The message says what differs. Offload the same model with the same policy and the same version of funicular on all ranks.";
+    RanksUnsupported = "FN-E704", Usage, "something that is not possible with several ranks yet",
+        "The message names it, and what to do in its place.";
+    RankFailed = "FN-E705", Runtime, "this rank gave up, and told the others",
+        "The message says why. Start all ranks again from the last checkpoint.";
+    RanksCrossed = "FN-E706", Runtime, "ranks wait for each other in different calls, which would last for ever",
+        "The message names two ranks and the calls. Have all ranks make the same calls in the same order: `offload`, backward and step, `load`, `unwrap`; with several models the models in one order. Start all ranks again from the last checkpoint.";
+    RanksGroup = "FN-E720", Usage, "what was given as `group` is no group of ranks that can train a model",
+        "Give `None`, a `ProcessGroup`, a `DeviceMesh` of one dimension, or `\"single\"` for a model of this process alone.";
+    RanksStart = "FN-E721", Runtime, "another rank failed in what all do together",
+        "The message names the rank and what went wrong there: at the start, in a load, or in a save that the others wait for.";
+    RanksEdit = "FN-E722", Usage, "an edit of a weight or a gradient that is the same memory for all ranks",
+        "Each rank would make it. Edit weights before `funicular.offload` or load a checkpoint; clip gradients with `clip_grad_norm_`, and clear them with `zero_grad`.";
+    RanksBroken = "FN-E723", Runtime, "a backward failed amid the exchange of its gradients",
+        "End all ranks and go on from a checkpoint. The error of that backward came before this one.";
+    RanksLate = "FN-E724", Runtime, "a gradient came after its unit's gradients had been exchanged",
+        "Use a parameter as often in the first backward as in later ones: a unit is exchanged when each of its gradients has come as often as ever before.";
+    RanksAmid = "FN-E725", Runtime, "a gradient was asked for amid the backward in which ranks exchange it",
+        "Look at gradients when `backward` has returned. A hook on a parameter may look at that parameter's own gradient, which is this rank's.";
 }
 
 /// An entry for a line of the log, whose code is written where the line is made.
@@ -188,6 +216,11 @@ const LINES: &[Entry] = &[
         "FN-W130",
         "the states of another optimizer than `funicular.AdamW` are ordinary tensors in no budget",
         "Nothing, if there is room. `funicular.AdamW` keeps its states where `optimizer.tier` says.",
+    ),
+    line(
+        "FN-W140",
+        "weights were frozen after `funicular.offload`, which had set aside gradients and states for them",
+        "Freeze weights, and wrap the model by PEFT, before `offload`: a frozen parameter needs 2 bytes then, not 14.",
     ),
     line(
         "FN-W208",
@@ -245,6 +278,21 @@ const LINES: &[Entry] = &[
         "These entries stay as they are. Set them, if that matters.",
     ),
     line(
+        "FN-W409",
+        "a trainer's checkpoint is left out because its save did not end",
+        "Nothing: an earlier one is resumed. The next save to that place replaces it.",
+    ),
+    line(
+        "FN-W410",
+        "a trainer's checkpoint was saved by another number of ranks",
+        "Weights and states are exact. Start as many ranks as saved it if the order of the data and random numbers matter.",
+    ),
+    line(
+        "FN-W507",
+        "a configuration of another system was imported, and some of its keys are left to you",
+        "`funicular policy import FILE` lists them. Write what you decide into the policy.",
+    ),
+    line(
         "FN-W601",
         "io_uring does not work here, and threads take its place",
         "The message says how to allow it: Docker needs `--security-opt`, some systems `kernel.io_uring_disabled = 0`.",
@@ -269,6 +317,21 @@ const LINES: &[Entry] = &[
         "the file system of an NVMe path cannot reserve space",
         "Keep an eye on its free space: a full disk is noticed only when it happens.",
     ),
+    line(
+        "FN-W720",
+        "weights of a rank differ from those of rank 0, which count",
+        "Seed all ranks alike before the model is made, or load the same weights everywhere.",
+    ),
+    line(
+        "FN-W721",
+        "ranks have not called `funicular.offload` that others wait for",
+        "The message names them. All ranks of a group call it together; `group=\"single\"` is a model of one process alone.",
+    ),
+    line(
+        "FN-W722",
+        "a launcher started several processes, and `torch.distributed` has not begun",
+        "Call `torch.distributed.init_process_group()` before `funicular.offload`, or say `group=\"single\"`.",
+    ),
     line("FN-I301", "how far `funicular.offload` has come", ""),
     line("FN-I302", "a model has been offloaded; where its weights live", ""),
     line(
@@ -279,6 +342,12 @@ const LINES: &[Entry] = &[
     line("FN-I304", "how long the first step took", ""),
     line("FN-I306", "a trace has been written (`log.trace`)", ""),
     line("FN-I307", "what the last steps took, and what bound them (`log.every`)", ""),
+    line(
+        "FN-I308",
+        "optimizer states stay where they were planned, as this torch cannot ask for memory back (`budget.hbm = \"auto\"`)",
+        "",
+    ),
+    line("FN-I309", "optimizer states have moved into free memory of the GPU, or out of it; why", ""),
     line("FN-I401", "what a save that did not end had left behind was removed, or given its name", ""),
     line("FN-I402", "a checkpoint was removed, as `keep` asks", ""),
     line("FN-I403", "a save is waited for: its path is read, or the process ends", ""),

@@ -357,6 +357,15 @@ pub(crate) fn unusable(dir: &Path, e: &OsError) -> Error {
         return full(dir, PROBE_BYTES as u64, errno);
     }
     let action = match e.kind() {
+        // Such as /proc: it is there, and takes no files.
+        ErrorKind::NotFound if dir.is_dir() => {
+            return Error::new(
+                Code::PathUnusable,
+                format!("{}: no file can be made in this directory: {e}.", dir.display()),
+            )
+            .errno(errno)
+            .action("Use a directory on a local drive.");
+        }
         ErrorKind::NotFound => "Create the directory, or correct nvme.paths.".to_owned(),
         ErrorKind::PermissionDenied => "Use a directory this user can write to.".to_owned(),
         _ => os_error::advice(errno, dir).unwrap_or_else(|| "Use a directory on a local drive.".to_owned()),

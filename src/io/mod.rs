@@ -86,7 +86,7 @@ pub struct IoCompletion {
     pub parts: Vec<IoPart>,
     /// Whether every byte was transferred.
     pub result: Result<(), Error>,
-    /// Nanoseconds between submission and completion.
+    /// Nanoseconds from the beginning of its first block to its completion; how long it waited for a place in the queue is not in it.
     pub nanos: u64,
 }
 

@@ -17,7 +17,8 @@ const PREALLOCATED: usize = 1024;
 #[derive(Debug)]
 struct Active {
     request: IoRequest,
-    submitted: Instant,
+    /// When its first block was handed out; until then, when it was accepted.
+    begun: Instant,
     /// The next byte to hand out: part, and offset in it.
     part: usize,
     at: usize,
@@ -64,7 +65,7 @@ impl Requests {
         if let Some(error) = &self.closed {
             return Err((request, error.clone()));
         }
-        let active = Active { request, submitted: Instant::now(), part: 0, at: 0, in_flight: 0, error: None };
+        let active = Active { request, begun: Instant::now(), part: 0, at: 0, in_flight: 0, error: None };
         let slot = match self.free.pop() {
             Some(slot) => {
                 self.slots[slot as usize] = Some(active);
@@ -141,7 +142,7 @@ impl Requests {
             lease: active.request.lease,
             parts: active.request.parts,
             result: active.error.map_or(Ok(()), Err),
-            nanos: u64::try_from(active.submitted.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            nanos: u64::try_from(active.begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
         })
     }
 }
@@ -150,6 +151,9 @@ impl Active {
     fn cut(&mut self, block_len: usize) -> Option<Block> {
         self.skip_finished_parts();
         let part = self.request.parts.get(self.part)?;
+        if (self.part, self.at) == (0, 0) {
+            self.begun = Instant::now();
+        }
         let len = block_len.min(part.len - self.at);
         let block = Block {
             direction: part.direction,

@@ -41,7 +41,7 @@ impl Threads {
         let mut engine = Self { shared, threads: Vec::new() };
         for n in 0..options.threads.min(options.queue_depth).max(1) {
             let shared = Arc::clone(&engine.shared);
-            let thread = std::thread::Builder::new().name(format!("funicular-io-{n}")).spawn(move || work(&shared));
+            let thread = crate::os_error::start_thread(&format!("funicular-io-{n}"), move || work(&shared));
             let purpose = format!("the I/O engine ({n} of its threads are there)");
             let refused = |e| crate::os_error::no_thread(&purpose, &e, "lower nvme.queue_depth");
             engine.threads.push(thread.map_err(refused)?);

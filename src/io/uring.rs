@@ -100,7 +100,7 @@ impl Uring {
             }
             Err(refused) => drop(ready.send(Err(refused))),
         };
-        let started = std::thread::Builder::new().name("funicular-io".to_owned()).spawn(body);
+        let started = crate::os_error::start_thread("funicular-io", body);
         let (refused, thread) = match started {
             Err(e) => (Refused::new("starting the thread", &e), None),
             Ok(thread) => match is_ready.recv() {

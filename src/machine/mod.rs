@@ -11,6 +11,6 @@ pub use cgroups::CgroupLimit;
 pub use limits::HostLimits;
 #[cfg(test)]
 pub(crate) use limits::limits;
-pub(crate) use process::{lockable_bytes, may_lock_anything, resident};
+pub(crate) use process::{began, lockable_bytes, may_lock_anything, resident};
 pub(crate) use processor::{allowed_cpus, cpu_list, cpu_model, last_caches, online_cpus};
 pub(crate) use text::text;

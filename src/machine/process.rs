@@ -12,6 +12,16 @@ pub(crate) fn resident(pid: u32) -> u64 {
     kib << 10
 }
 
+/// When a process began, in ticks since the machine did; none if it has ended, also while its parent has yet to hear of it. With the number
+/// it tells a process from any other.
+pub(crate) fn began(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may have anything in it.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    fields.nth(18)?.parse().ok().filter(|_| !matches!(state, "Z" | "X" | "x"))
+}
+
 /// Whether this process may lock as much memory as it likes.
 pub(crate) fn may_lock_anything() -> bool {
     has_ipc_lock(&text("/proc/self/status"))
@@ -52,6 +62,20 @@ mod tests {
     fn a_process_has_memory_and_a_dead_one_has_none() {
         assert!(resident(std::process::id()) > 0);
         assert_eq!(resident(u32::MAX), 0);
+    }
+
+    #[test]
+    fn a_process_is_known_by_when_it_began() {
+        let mine = began(std::process::id());
+        assert!(mine.is_some() && mine == began(std::process::id()) && began(u32::MAX).is_none());
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().expect("starts");
+        assert!(began(child.id()).is_some_and(|then| Some(then) >= mine));
+        child.kill().expect("kills");
+        // Not waited for yet: its number is still taken.
+        while began(child.id()).is_some() {
+            std::thread::yield_now();
+        }
+        child.wait().expect("ends");
     }
 
     #[test]

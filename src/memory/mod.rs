@@ -13,7 +13,9 @@ mod heap;
 mod page;
 mod region;
 mod shadow;
+mod shared_file;
 mod slots;
+mod words;
 
 #[cfg(feature = "heap")]
 pub(crate) use ballast::Heap;
@@ -27,4 +29,6 @@ pub use heap::trim;
 pub use page::page_size;
 pub use region::HostRegion;
 pub use shadow::{Shadow, ShadowSpace};
+pub use shared_file::SharedFile;
 pub use slots::{SlotLease, SlotPool};
+pub use words::SharedWords;

@@ -1,4 +1,4 @@
-//! An anonymous mapping of exact size, on huge pages where the system gives them.
+//! A mapping of exact size, anonymous or of memory that ranks share, on huge pages where the system gives them.
 #![expect(unsafe_code, reason = "maps memory and hands out raw pointers into it")]
 
 use std::{
@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use super::{fork::NotForked, page_size};
+use super::{SharedFile, fork::NotForked, page_size};
 use crate::{
     error::{Code, Error, Result},
     quantities::{ByteCount, round_up},
@@ -18,8 +18,8 @@ use crate::{
 /// Alignment of a region: a huge page.
 const ALIGNMENT: u64 = 2 << 20;
 
-/// Zero-filled memory at one address for its whole life, page aligned at 2 MiB. Pages are taken at first touch. A forked child has none
-/// of it.
+/// Memory at one address for its whole life, zero-filled at first, page aligned at 2 MiB. Pages are taken at first touch. A forked child has
+/// none of it.
 pub struct HostRegion {
     mapping: NonNull<u8>,
     mapping_len: usize,
@@ -41,6 +41,40 @@ impl HostRegion {
     /// `FN-E204` when the system refuses.
     pub fn new(len: ByteCount, purpose: &str) -> Result<Arc<Self>> {
         Self::map(len, ALIGNMENT, purpose)
+    }
+
+    /// Maps `len` bytes (rounded up to a page) of a shared file, from byte `offset` on, a multiple of a page: what one process writes there
+    /// the others read.
+    ///
+    /// # Errors
+    /// `FN-E204` when the file has not so many, or the system refuses.
+    pub fn of_file(file: &SharedFile, offset: u64, len: ByteCount, purpose: &str) -> Result<Arc<Self>> {
+        let region = Self::map(len, ALIGNMENT, purpose)?;
+        let failed = |cause: std::io::Error| {
+            Error::new(Code::HostAlloc, format!("{len} of shared memory cannot be mapped for {purpose}: {cause}."))
+                .errno(cause.raw_os_error())
+                .action("Raise the container's or user's limit on virtual memory (ulimit -v).")
+        };
+        let start = libc::off_t::try_from(offset).ok().filter(|_| offset + region.len as u64 <= file.size());
+        let Some(start) = start else { return Err(failed(std::io::ErrorKind::UnexpectedEof.into())) };
+        // SAFETY: exactly the usable part of the mapping just made, which nothing looks at yet; sealed, the file does not shrink under it.
+        let raw = unsafe {
+            libc::mmap(
+                region.start.as_ptr().cast(),
+                region.len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.number(),
+                start,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(failed(std::io::Error::last_os_error()));
+        }
+        // SAFETY: as above; refused, the region has small pages.
+        unsafe { libc::madvise(raw, region.len, libc::MADV_HUGEPAGE) };
+        NotForked::renew(region.start.as_ptr(), region.len);
+        Ok(region)
     }
 
     /// As [`Self::new`], aligned to a page: memory that [`Self::move_to`] can move.
@@ -181,13 +215,14 @@ impl HostRegion {
         self.not_forked.let_fork();
     }
 
-    /// Locks all pages in memory, as long as the region lives.
+    /// Locks all pages in memory from their first use on, as long as the region lives. All of it counts as locked from now on; none of it is
+    /// touched: the system takes seconds to fill a few GiB with zeros.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses: `RLIMIT_MEMLOCK`.
     pub fn lock(&self) -> Result<()> {
         // SAFETY: exactly this region's range; locking changes no contents.
-        if unsafe { libc::mlock(self.start.as_ptr().cast(), self.len) } == 0 {
+        if unsafe { libc::mlock2(self.start.as_ptr().cast(), self.len, libc::MLOCK_ONFAULT) } == 0 {
             return Ok(());
         }
         let e = std::io::Error::last_os_error();
@@ -249,6 +284,20 @@ mod tests {
         assert_eq!(pages.chunks(8).position(|page| page[7] >> 6 == 0), None, "a page that was not taken");
         // SAFETY: as above.
         assert_eq!(unsafe { *region.as_ptr().add(len - 1) }, 7);
+    }
+
+    #[test]
+    fn locking_takes_no_page() {
+        let region = HostRegion::new(ByteCount::mib(2), "a test").expect("maps");
+        region.lock().expect("every system lets a process lock a little");
+        let mut pages = vec![0; region.len() / page_size() * 8];
+        let map = File::open("/proc/self/pagemap").expect("a process may see its own");
+        map.read_exact_at(&mut pages, (region.as_ptr() as usize / page_size() * 8) as u64).expect("reads");
+        assert_eq!(pages.chunks(8).position(|page| page[7] >> 6 != 0), None, "a page that was taken");
+        let status = std::fs::read_to_string("/proc/self/smaps").expect("reads");
+        let flags = status.split(&format!("{:x}-", region.as_ptr() as usize)).nth(1).expect("a mapping begins there");
+        let flags = flags.lines().find(|line| line.starts_with("VmFlags:")).expect("every mapping has flags");
+        assert!(flags.contains(" lo"), "not locked: {flags}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::{
 };
 
 use crate::{
-    dtype::DType,
+    dtype::{DType, StateKind},
     error::{Code, Error, Result},
     optim::{
         Hyper, PIECE, Pool,
@@ -73,7 +73,7 @@ impl Span {
     /// The elements from `start` on, `len` of them at most.
     pub(crate) fn piece(&self, start: usize, len: usize) -> Self {
         debug_assert!(start <= self.len);
-        let master_size = crate::dtype::StateKind::Master.element_size(self.dtype);
+        let master_size = StateKind::Master.element_size(self.dtype);
         Self {
             param: self.param.wrapping_add(start * self.dtype.size()),
             grad: self.grad.wrapping_add(start * self.dtype.size()),
@@ -85,12 +85,13 @@ impl Span {
         }
     }
 
-    /// Bytes that its update reads and writes.
-    pub(crate) fn traffic(&self) -> u64 {
-        let size = |kind: crate::dtype::StateKind| kind.element_size(self.dtype);
-        let written: usize =
-            crate::dtype::StateKind::OPTIMIZER.into_iter().map(size).sum::<usize>() + self.dtype.size();
-        (self.len * (2 * written + self.dtype.size())) as u64
+    /// Bytes that the update of a portion reads and writes.
+    pub(crate) fn traffic(&self, portion: Portion) -> u64 {
+        let of = |kind: StateKind| {
+            let passes = usize::from(portion.reads(kind)) + usize::from(portion.stores(kind));
+            passes * kind.element_size(self.dtype)
+        };
+        (self.len * StateKind::ALL.into_iter().map(of).sum::<usize>()) as u64
     }
 
     fn pieces(&self) -> usize {
@@ -332,13 +333,19 @@ impl Weight for F16 {
 /// The order of operations; `w`, `m` and `v` come back with canonical NaNs.
 #[inline(always)]
 fn step_one(w: f32, g: f32, m: &mut f32, v: &mut f32, h: &Hyper) -> f32 {
-    let g = g * h.grad_factor;
     let w = w * h.decay;
+    moments_one(g, m, v, h);
+    let denom = v.sqrt() / h.bias_correction2_sqrt + h.eps;
+    canonical(w - (*m * h.step_size) / denom)
+}
+
+/// Its part that makes the moments.
+#[inline(always)]
+fn moments_one(g: f32, m: &mut f32, v: &mut f32, h: &Hyper) {
+    let g = g * h.grad_factor;
     let base = if h.lerp_from_grad != 0 { g } else { *m };
     *m = canonical(base + (g - *m) * h.lerp_coeff);
     *v = canonical(*v * h.beta2 + (g * h.one_minus_beta2) * g);
-    let denom = v.sqrt() / h.bias_correction2_sqrt + h.eps;
-    canonical(w - (*m * h.step_size) / denom)
 }
 
 #[inline(always)]
@@ -354,7 +361,23 @@ fn step_few<W: Weight>(
     if h.clip.to_bits() == 1.0_f32.to_bits() {
         each::<W>(param, grad, master, m, v, h, W::value);
     } else {
-        each::<W>(param, grad, master, m, v, h, |g| W::value(W::round(W::value(g) * h.clip)));
+        each::<W>(param, grad, master, m, v, h, |g| clipped::<W>(g, h));
+    }
+}
+
+#[inline(always)]
+fn clipped<W: Weight>(g: W::Param, h: &Hyper) -> f32 {
+    W::value(W::round(W::value(g) * h.clip))
+}
+
+/// [`step_few`] of the moments alone.
+#[inline(always)]
+fn moments_few<W: Weight>(grad: &[W::Param], m: &mut [f32], v: &mut [f32], h: &Hyper) {
+    let all = grad.iter().zip(m).zip(v);
+    if h.clip.to_bits() == 1.0_f32.to_bits() {
+        all.for_each(|((g, m), v)| moments_one(W::value(*g), m, v, h));
+    } else {
+        all.for_each(|((g, m), v)| moments_one(clipped::<W>(*g, h), m, v, h));
     }
 }
 
@@ -436,8 +459,11 @@ fn widen_f16_body(master: &mut [f32], param: &[u16]) {
 
 #[path = "into.rs"]
 mod into;
+#[path = "portions.rs"]
+mod portions;
 #[cfg(test)]
 #[path = "adamw_tests.rs"]
 mod tests;
 
 pub use into::{Target, adamw_into_parallel, adamw_into_with};
+pub use portions::{Portion, adamw_portion_with};

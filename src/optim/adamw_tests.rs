@@ -125,6 +125,43 @@ fn every_isa_gives_the_same_bits() {
     }
 }
 
+#[test]
+fn two_passes_leave_the_bits_of_one() {
+    use portions::{Portion, adamw_portion_with};
+    let clipped = Hyper { clip: 0.3, ..hypers()[0] };
+    for dtype in DTYPES {
+        for (case, hyper) in hypers().iter().chain([&clipped]).enumerate() {
+            for (len, reset_master) in [1, 63, 64, 1000, 20_011].into_iter().zip([false, true].into_iter().cycle()) {
+                let start = Buffers::random(dtype, len, (case * 90_000 + len) as u64);
+                let mut whole = start.clone();
+                // SAFETY: the buffers are this test's own, of the lengths that the span says.
+                unsafe { adamw(&Span { reset_master, ..whole.span() }, hyper) }.expect("trainable");
+                for isa in Isa::available() {
+                    let (mut in_place, mut beside) = (start.clone(), start.clone());
+                    let mut other = start.param.clone();
+                    let pass = |buffers: &mut Buffers, portion, to| {
+                        let span = Span { reset_master, ..buffers.span() };
+                        // SAFETY: as above.
+                        unsafe { adamw_portion_with(isa, &span, portion, to, hyper) }.expect("trainable");
+                    };
+                    pass(&mut in_place, Portion::Weights, std::ptr::null_mut());
+                    assert!(in_place.param == whole.param && in_place.master == whole.master, "{dtype:?} {case} {len}");
+                    assert!(in_place.exp_avg == start.exp_avg && in_place.exp_avg_sq == start.exp_avg_sq);
+                    pass(&mut in_place, Portion::Moments, std::ptr::null_mut());
+                    assert!(in_place == whole, "{dtype:?} {} {case} {len}: in place", isa.name());
+
+                    pass(&mut beside, Portion::Param, other.as_mut_ptr().cast());
+                    assert!(beside == start && other == whole.param, "{dtype:?} {} {case} {len}: beside", isa.name());
+                    pass(&mut beside, Portion::States, std::ptr::null_mut());
+                    assert!(beside.param == start.param, "the old parameter is only read");
+                    beside.param = other;
+                    assert!(beside == whole, "{dtype:?} {} {case} {len}: states", isa.name());
+                }
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn the_callers_floating_point_mode_does_not_change_the_bits() {

@@ -201,12 +201,12 @@ fn into_all<W: Weight>(old: Old<'_, W>, new: New<'_, W>, h: Hyper) {
 
 /// Copies a chunk past the caches where its place is aligned for that.
 #[inline(always)]
-fn stream<T: Copy>(to: &mut [T; BLOCK], from: &[T; BLOCK]) {
+pub(super) fn stream<T: Copy, const N: usize>(to: &mut [T; N], from: &[T; N]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
         let at = to.as_mut_ptr().cast::<__m128i>();
-        if at.is_aligned() {
+        if N == BLOCK && at.is_aligned() {
             let source = from.as_ptr().cast::<__m128i>();
             for i in 0..size_of_val(from) / size_of::<__m128i>() {
                 // SAFETY: SSE2 is part of x86-64; both hold BLOCK elements, a whole number of vectors, and the target is aligned.
@@ -220,7 +220,7 @@ fn stream<T: Copy>(to: &mut [T; BLOCK], from: &[T; BLOCK]) {
 
 /// Orders the streamed stores before the later store that announces them.
 #[inline(always)]
-fn fence() {
+pub(super) fn fence() {
     // SAFETY: SSE is part of x86-64.
     #[cfg(target_arch = "x86_64")]
     unsafe {

@@ -13,7 +13,10 @@ mod norm;
 mod pool;
 
 pub(crate) use adamw::unsupported;
-pub use adamw::{Span, Target, Update, adamw, adamw_into_parallel, adamw_into_with, adamw_parallel, adamw_with};
+pub use adamw::{
+    Portion, Span, Target, Update, adamw, adamw_into_parallel, adamw_into_with, adamw_parallel, adamw_portion_with,
+    adamw_with,
+};
 pub use half::{f16_to_f32, f32_to_f16, join_master, split_master};
 pub use hyper::{AdamWOptions, Hyper};
 pub use isa::Isa;

@@ -22,6 +22,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::{
     error::{Code, Error, Result},
     optim::isa::FloatMode,
+    os_error,
 };
 
 thread_local! {
@@ -98,14 +99,11 @@ impl Pool {
             Self { shared, threads: Vec::with_capacity(count), turn: Mutex::new(()), pid: std::process::id() };
         for index in 0..count {
             let shared = Arc::clone(&pool.shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("funicular-pool-{index}"))
-                .spawn(move || shared.serve())
-                .map_err(|e| {
-                    let purpose = format!("the optimizer's pool ({index} of {count} are there)");
-                    crate::os_error::no_thread(&purpose, &e, "lower budget.threads")
-                })?;
-            pool.threads.push(thread);
+            let thread = os_error::start_thread(&format!("funicular-pool-{index}"), move || shared.serve());
+            pool.threads.push(thread.map_err(|e| {
+                let purpose = format!("the optimizer's pool ({index} of {count} are there)");
+                os_error::no_thread(&purpose, &e, "lower budget.threads")
+            })?);
         }
         Ok(pool)
     }

@@ -2,7 +2,7 @@
 //!
 //! What torch keeps of each token for the backward of common blocks: norms keep their input and what they make of it, attention
 //! (by a fused kernel, which keeps no matrix of scores) queries, keys, values and its output, the feed-forward part what it
-//! multiplies. `tests/python/test_plan.py` compares it with what models of transformers keep.
+//! multiplies. `tests/python/tools/test_plan.py` compares it with what models of transformers keep.
 
 use std::{fmt, path::Path};
 
@@ -39,8 +39,19 @@ pub struct Pass {
     pub tokens: u64,
     /// Whether blocks are computed again in the backward: then their inputs are kept, and one block's activations.
     pub recompute: bool,
+    /// Micro-batches of the blocks, if they take any; they are computed again then.
+    pub micro_batch: Option<MicroBatched>,
     /// Bytes of an element in the model's type.
     pub element: u64,
+}
+
+/// Blocks that run in micro-batches.
+#[derive(Clone, Copy, Debug)]
+pub struct MicroBatched {
+    /// Tokens of one of them.
+    pub tokens: u64,
+    /// Whether their inputs wait in host memory.
+    pub inputs_away: bool,
 }
 
 /// The estimate.
@@ -56,6 +67,8 @@ pub struct Activations {
     pub tokens: u64,
     /// Whether blocks are computed again.
     pub recompute: bool,
+    /// Whether they run in micro-batches.
+    pub micro_batches: bool,
     /// What it was estimated from.
     pub from: String,
     /// What the GPU has beside the budget of its tier, where both are known.
@@ -119,17 +132,24 @@ impl Blocks {
         let attention = e * (3 * self.hidden + 2 * self.keys);
         let forward = e * self.inner * self.inner_kept;
         let block = norms + attention + forward;
-        let kept = match pass.recompute {
-            true => self.layers * e * self.hidden + block,
-            false => self.layers.saturating_mul(block),
+        let inputs = (self.layers * e * self.hidden).saturating_mul(pass.tokens);
+        let blocks = match pass.micro_batch {
+            Some(part) => {
+                // What one block takes at a time, and gives, is there all the same.
+                let inputs = if part.inputs_away { inputs.min(2 * e * self.hidden * pass.tokens) } else { inputs };
+                inputs.saturating_add(part.tokens.saturating_mul(block))
+            }
+            None if pass.recompute => inputs.saturating_add(pass.tokens.saturating_mul(block)),
+            None => pass.tokens.saturating_mul(self.layers.saturating_mul(block)),
         };
-        let (blocks, head) = (pass.tokens.saturating_mul(kept), pass.tokens.saturating_mul(self.vocab * (e + LOSS)));
+        let head = pass.tokens.saturating_mul(self.vocab * (e + LOSS));
         Activations {
             bytes: blocks.saturating_add(head),
             blocks,
             head,
             tokens: pass.tokens,
             recompute: pass.recompute,
+            micro_batches: pass.micro_batch.is_some(),
             from: from.to_owned(),
             beside,
         }
@@ -138,7 +158,11 @@ impl Blocks {
 
 impl fmt::Display for Activations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let again = if self.recompute { ", with blocks computed again" } else { "" };
+        let again = match (self.micro_batches, self.recompute) {
+            (true, _) => ", with blocks in micro-batches",
+            (false, true) => ", with blocks computed again",
+            (false, false) => "",
+        };
         write!(
             f,
             "Activations: about {} for {} tokens at a time, an estimate from {}{again}; logits and loss are {} of it.",
@@ -149,11 +173,15 @@ impl fmt::Display for Activations {
         )?;
         match self.beside {
             Some(beside) if beside < self.bytes => {
-                let again = if self.recompute { "" } else { " --recompute," };
+                let fewer = match (self.micro_batches, self.recompute) {
+                    (true, _) => "",
+                    (false, true) => " activations.micro_batch,",
+                    (false, false) => " --recompute, activations.micro_batch,",
+                };
                 let beside = ByteCount(beside);
                 write!(
                     f,
-                    " Beside budget.hbm the GPU has {beside}: take fewer tokens at a time,{again} or a smaller budget.hbm."
+                    " Beside budget.hbm the GPU has {beside}: take fewer tokens at a time,{fewer} or a smaller budget.hbm."
                 )
             }
             Some(beside) => write!(f, " Beside budget.hbm the GPU has {}.", ByteCount(beside)),
@@ -194,7 +222,7 @@ mod tests {
     #[test]
     fn fewer_are_kept_where_blocks_are_computed_again() {
         let llama = of(LLAMA).expect("sizes");
-        let pass = Pass { tokens: 4096, recompute: false, element: 2 };
+        let pass = Pass { tokens: 4096, recompute: false, micro_batch: None, element: 2 };
         let all = llama.estimate(pass, "config.json", None);
         let again = llama.estimate(Pass { recompute: true, ..pass }, "config.json", Some(1 << 40));
         assert!((20..30).contains(&(all.blocks >> 30)), "{all}: 7 B models keep about 24 GiB of 4096 tokens");
@@ -202,6 +230,26 @@ mod tests {
         assert!(again.to_string().contains("an estimate from config.json, with blocks computed again"), "{again}");
         assert!(again.to_string().ends_with("the GPU has 1.0 TiB."), "{again}");
         let tight = llama.estimate(pass, "config.json", Some(1));
-        assert!(tight.to_string().ends_with("or a smaller budget.hbm."), "{tight}");
+        let advice = "take fewer tokens at a time, --recompute, activations.micro_batch, or a smaller budget.hbm.";
+        assert!(tight.to_string().ends_with(advice), "{tight}");
+        let tight = llama.estimate(Pass { recompute: true, ..pass }, "config.json", Some(1));
+        assert!(tight.to_string().ends_with("at a time, activations.micro_batch, or a smaller budget.hbm."), "{tight}");
+    }
+
+    #[test]
+    fn micro_batches_keep_inputs_and_a_part_of_one_block() {
+        let llama = of(LLAMA).expect("sizes");
+        let pass = Pass { tokens: 4096, recompute: true, micro_batch: None, element: 2 };
+        let whole = llama.estimate(pass, "config.json", None);
+        let inputs = 32 * 2 * 4096 * 4096;
+        let sliced = |tokens, inputs_away| {
+            let micro_batch = Some(MicroBatched { tokens, inputs_away });
+            llama.estimate(Pass { recompute: false, micro_batch, ..pass }, "config.json", Some(1))
+        };
+        assert_eq!(sliced(4096, false).blocks, whole.blocks);
+        assert_eq!(sliced(1024, false).blocks - inputs, (whole.blocks - inputs) / 4);
+        assert_eq!(sliced(1024, false).blocks - sliced(1024, true).blocks, inputs / 32 * 30);
+        let text = sliced(1024, false).to_string();
+        assert!(text.contains("with blocks in micro-batches;") && text.contains("at a time, or a smaller"), "{text}");
     }
 }

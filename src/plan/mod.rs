@@ -3,12 +3,14 @@
 //! Q1: the placement is the one that a run on that machine makes. Q2: nothing is allocated, no weights are read.
 
 pub mod activations;
+pub mod growth;
 pub mod source;
 mod text;
 
 use serde::Serialize;
 
 pub use activations::Activations;
+pub use growth::Grows;
 pub use source::{PlannedUnit, Unpaged};
 pub use text::text;
 
@@ -23,6 +25,7 @@ use crate::{
     schedule::{
         Budgets, Limits, Placement, advice,
         cost::{self, Rates, Resource, Work},
+        growth::{Candidate, candidates},
         placement,
         traffic::Uses,
     },
@@ -101,6 +104,8 @@ pub struct UnitPlan {
     pub params_tier: &'static str,
     /// Home of its states.
     pub states_tier: &'static str,
+    /// Home of its gradients.
+    pub grads_tier: &'static str,
     /// Whether it has a spare copy, for speculative updates.
     pub spare: bool,
 }
@@ -164,8 +169,22 @@ pub struct Plan {
     pub wear: Wear,
     /// Memory of activations, where something says how large the model's blocks are.
     pub activations: Option<Activations>,
+    /// What it grows to, where `budget.hbm` is auto.
+    pub grows: Option<Grows>,
+    /// Units whose states move up then, in order.
+    #[serde(skip)]
+    pub order: Vec<Candidate>,
     /// What else is worth knowing.
     pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Takes an estimate of activations in, and what it leaves for growth.
+    pub fn expect(&mut self, gpu: Option<ByteCount>, activations: Option<Activations>) {
+        let hbm = self.tiers.iter().find(|tier| tier.tier == "hbm").map_or(0, |tier| tier.steady);
+        self.grows = growth::expect(&self.order, gpu, hbm, activations.as_ref().map(|a| a.bytes));
+        self.activations = activations;
+    }
 }
 
 /// Plans a model on a machine.
@@ -206,6 +225,8 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         None => None,
     };
     let (by_cpu, by_gpu) = sight.updates(moved.update, step.as_ref());
+    let grows = policy.budget.hbm.given().is_none() && placed.lane_elems > 0;
+    let order = if grows { candidates(&layout, &placed, granularity) } else { Vec::new() };
     // Counted from the model's parameters, as sections are padded.
     let params = || units.iter().flat_map(|u| &u.spec.params);
     Ok(Plan {
@@ -227,6 +248,8 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
         step,
         activations: None,
+        grows: None,
+        order,
         notes,
     })
 }
@@ -253,14 +276,12 @@ impl Sight<'_> {
         };
         let params = |tier| on(tier, |u| u.param_bytes(), |h| h.params);
         let states = |tier| on(tier, |u| u.optimizer_bytes(), |h| h.optimizer);
-        let grads: u64 = units().filter(|(_, h)| h.params != Tier::Hbm).map(|(u, _)| u.grad_bytes()).sum();
-        let spare: u64 = self
-            .layout
-            .ids()
-            .filter(|u| plan.spare[u.index()])
-            .map(|u| placement::spare_bytes(self.layout.unit(u)))
-            .sum();
-        let staging = [plan.page_slots, plan.update_slots].iter().map(|(n, b)| u64::from(*n) * b).sum();
+        let grads = |tier| on(tier, |u| u.grad_bytes(), |h| h.grads);
+        let spares = || self.layout.ids().filter(|u| plan.spare[u.index()]);
+        let spare = spares().map(|u| placement::spare_bytes(self.layout.unit(u), plan.homes[u.index()]));
+        let (spare, spare_on_nvme) = spare.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        let staging =
+            [plan.page_slots, plan.update_slots, plan.grad_slots].iter().map(|(n, b)| u64::from(*n) * b).sum();
         let shared = if self.budgets.hbm.is_none() { plan.hbm_bytes } else { 0 };
         let read = plan.widest_on_nvme(self.layout);
         let save = plan.checkpoint_bytes();
@@ -276,7 +297,7 @@ impl Sight<'_> {
         let resident = plan.hbm_bytes - plan.ring_bytes() - plan.lane_bytes;
         let host = vec![
             ("params", params(Tier::Host)),
-            ("grads", grads),
+            ("grads", grads(Tier::Host)),
             ("states", states(Tier::Host)),
             ("spare", spare),
             ("staging", staging),
@@ -297,7 +318,12 @@ impl Sight<'_> {
                 nvme,
                 plan.nvme_bytes,
                 (0, 0),
-                vec![("params", params(Tier::Nvme)), ("states", states(Tier::Nvme))],
+                vec![
+                    ("params", params(Tier::Nvme)),
+                    ("grads", grads(Tier::Nvme)),
+                    ("states", states(Tier::Nvme)),
+                    ("spare", spare_on_nvme),
+                ],
             ),
         ]
     }
@@ -311,6 +337,7 @@ impl Sight<'_> {
                 states: unit.optimizer_bytes(),
                 params_tier: home.params.name(),
                 states_tier: home.optimizer.name(),
+                grads_tier: home.grads.name(),
                 spare: self.placed.spare[id.index()],
             }
         };

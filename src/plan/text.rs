@@ -48,6 +48,9 @@ pub fn text(plan: &Plan, units: bool) -> String {
     if let Some(activations) = &plan.activations {
         line(&mut out, format_args!("{activations}"));
     }
+    if let Some(grows) = &plan.grows {
+        line(&mut out, format_args!("{grows}"));
+    }
     let wear = &plan.wear;
     if wear.bytes_per_step > 0 {
         let per_day = wear.bytes_per_day.map_or_else(String::new, |b| format!(", {:.1} TB a day", b / 1e12));
@@ -66,7 +69,11 @@ pub fn text(plan: &Plan, units: bool) -> String {
             format_args!("\n{:<40}{:>12}{:>12}  {:<8}{:<8}", "unit", "params", "states", "params", "states"),
         );
         for u in &plan.units {
-            let spare = if u.spare { "spare" } else { "" };
+            let spare = match (u.spare, u.grads_tier) {
+                (true, _) => "spare",
+                (false, "nvme") => "gradients on nvme",
+                _ => "",
+            };
             let row = format_args!(
                 "{:<40}{:>12}{:>12}  {:<8}{:<8}{spare}",
                 u.name,

@@ -87,6 +87,10 @@ pub fn schema() -> Output {
 pub fn import(file: &Path, hints: Hints) -> Output {
     let imported = || -> Result<Output> {
         let text = read_text(file).map_err(|e| {
+            // What is no text has advice of its own.
+            if e.os_error().is_none() {
+                return e;
+            }
             let error = Error::new(e.code(), e.message()).action("Give the path of another system's configuration.");
             error.errno(e.os_error())
         })?;
@@ -118,15 +122,17 @@ fn referred(file: &Path, path: &str) -> PathBuf {
 /// configuration: the user did not name it.
 fn follow(outer: Imported, target: &Path, hints: Hints) -> Result<Imported> {
     let (from, name) = (outer.name.clone(), target.display().to_string());
+    let system = if outer.refers_to_fsdp { "FSDP" } else { "DeepSpeed" };
     let text = read_text(target).map_err(|e| {
-        let what =
-            format!("{from} names {name} as its DeepSpeed configuration, and it cannot be read: {}", e.message());
+        let cause = e.message().strip_prefix(&format!("{name}: ")).unwrap_or(e.message());
+        let what = format!("{from} names {name} as its {system} configuration, and it cannot be read: {cause}");
         let error = Error::new(e.code(), what).action("Put the file there, or import it by itself.");
         error.errno(e.os_error())
     })?;
     import::referred(&text, &name, outer, hints).ok_or_else(|| {
+        let has = if system == "FSDP" { "keys of FSDP's" } else { "a section zero_optimization" };
         let what = format!(
-            "{from}: names {name} as its DeepSpeed configuration, but that is not JSON with a section zero_optimization; nothing of it is shown."
+            "{from}: names {name} as its {system} configuration, but that is not JSON with {has}; nothing of it is shown."
         );
         Error::new(Code::ImportFormat, what).action("Correct the path; or import that file by itself to see what is wrong.")
     })

@@ -30,7 +30,9 @@ use serde::{Deserialize, Serialize};
 pub use glob::Pattern;
 pub(crate) use read::{open_regular, read_text};
 pub use values::{Auto, DeviceChoice, MicroBatch, Setting, format_size, parse_size};
-pub use words::{ActivationsTier, Direct, Engine, Level, OptimizerTier, ParamsDtype, ParamsTier, Pressure, UpdateOn};
+pub use words::{
+    ActivationsTier, Direct, Engine, GradientsTier, Level, OptimizerTier, ParamsDtype, ParamsTier, Pressure, UpdateOn,
+};
 
 use crate::{
     error::{Code, Error, Result},
@@ -61,6 +63,8 @@ pub struct Policy {
     pub params: Params,
     /// The optimizer's states and its update.
     pub optimizer: Optimizer,
+    /// Gradients.
+    pub gradients: Gradients,
     /// What is paged as a whole.
     pub units: Units,
     /// Homes by name; the first that matches wins.
@@ -87,6 +91,7 @@ impl Default for Policy {
             nvme: Nvme::default(),
             params: Params::default(),
             optimizer: Optimizer::default(),
+            gradients: Gradients::default(),
             units: Units::default(),
             overrides: Vec::new(),
             prefetch: Prefetch::default(),
@@ -168,6 +173,14 @@ pub struct Optimizer {
     /// Where the update runs.
     #[serde(rename = "where")]
     pub update_on: UpdateOn,
+}
+
+/// Gradients.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a section: write [gradients] and its keys below")]
+pub struct Gradients {
+    /// Their home.
+    pub tier: GradientsTier,
 }
 
 /// What is paged as a whole.

@@ -4,6 +4,7 @@ use std::{fs::File, io::Read, os::unix::fs::OpenOptionsExt, path::Path};
 
 use super::{
     PRESETS, Policy, decode,
+    import::{self, Hints},
     parse_json::{self, Dialect},
     parse_toml, schema,
     source::{Node, Source},
@@ -31,15 +32,19 @@ impl Policy {
         let path = path.as_ref();
         let name = path.display().to_string();
         let text = read_text(path)?;
+        Self::from_text(path, &name, &text).map_err(|error| foreign(error, &name, &text))
+    }
+
+    fn from_text(path: &Path, name: &str, text: &str) -> Result<Self> {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
         match extension.as_str() {
-            "json" => Self::from_json_str(&text, &name),
+            "json" => Self::from_json_str(text, name),
             "yaml" | "yml" => {
                 Err(Error::new(Code::PolicyFile, format!("{name}: policies are TOML or JSON, not YAML."))
                     .action("For an accelerate or DeepSpeed file use 'funicular policy import'."))
             }
-            _ if text.trim_start().starts_with('{') => Self::from_json_str(&text, &name),
-            _ => Self::from_toml_str(&text, &name),
+            _ if text.trim_start().starts_with('{') => Self::from_json_str(text, name),
+            _ => Self::from_toml_str(text, name),
         }
     }
 
@@ -65,6 +70,17 @@ impl Policy {
         source.check_size(node)?;
         decode::decode(source, node, &schema::paths())
     }
+}
+
+/// Says so of another system's configuration where a policy was expected.
+fn foreign(error: Error, name: &str, text: &str) -> Error {
+    let known = || import::any(text, name, Hints::default()).is_ok_and(|found| !found.mapped.is_empty());
+    if error.code() != Code::PolicyKey || !known() {
+        return error;
+    }
+    Error::new(error.code(), error.message()).action(format!(
+        "This is another system's configuration: `funicular policy import {name} > policy.toml` makes a policy of it."
+    ))
 }
 
 /// Opens a file to read it: a regular one, so that nothing waits for a pipe's writer or acts on a device. What the shell hands
@@ -93,10 +109,14 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     let file = open_regular(path).map_err(|e| fault(&e))?;
     file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|e| fault(&e))?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err(Error::new(Code::PolicyFile, format!("{}: larger than 1 MiB, so not a policy.", path.display())));
+        let what = format!("{}: larger than 1 MiB, which no policy and no configuration is.", path.display());
+        return Err(Error::new(Code::PolicyFile, what).action("Check the path."));
     }
     String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
+        let (at, bytes) = (e.utf8_error().valid_up_to(), e.as_bytes());
+        let encoding =
+            if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) { "UTF-16" } else { "ENCODING" };
         Error::new(Code::PolicyFile, format!("{}: not UTF-8 at byte {at}.", path.display()))
+            .action(format!("Save it as UTF-8, as `iconv -f {encoding} -t UTF-8` does, if it is a text."))
     })
 }

@@ -114,12 +114,17 @@ pub const KEYS: &[Key] = &[
     key(
         "optimizer.spare",
         Kind::AutoSize,
-        "Host memory for second copies of states, so that updates run during backward. `auto`: half of what everything else leaves of `budget.host`; `0B`: none.",
+        "Host memory for second places of parameters and states, so that updates run during backward. `auto`: half of what everything else leaves of `budget.host`; `0B`: none. States on NVMe have theirs on NVMe, where `budget.nvme` has room.",
     ),
     key(
         "optimizer.where",
         Kind::Word(words::UpdateOn::WORDS),
         "What updates the parameters whose home is the host or NVMe: `cpu`; `gpu`, through which the states pass; `auto`: both, as fast as each is seen to be. The bits are the same.",
+    ),
+    key(
+        "gradients.tier",
+        Kind::Word(words::GradientsTier::WORDS),
+        "Home of the gradients of what is paged. `auto`: host memory, and NVMe only for units whose gradients make the model too large for it.",
     ),
     key(
         "units.match",

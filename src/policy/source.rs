@@ -43,6 +43,11 @@ impl<'a> Source<'a> {
         Self { name, text: None, marks: OnceCell::new() }
     }
 
+    /// The text; empty for an origin without lines.
+    pub(crate) fn text(&self) -> &'a str {
+        self.text.unwrap_or_default()
+    }
+
     /// The name that errors print.
     pub(crate) fn name(&self) -> &'a str {
         self.name

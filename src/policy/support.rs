@@ -2,7 +2,7 @@
 
 use super::{
     MicroBatch, Policy,
-    words::{ActivationsTier, OptimizerTier, ParamsTier},
+    words::{ActivationsTier, GradientsTier, OptimizerTier, ParamsTier},
 };
 use crate::error::{Code, Error, Result};
 
@@ -40,6 +40,9 @@ impl Policy {
         }
         if self.optimizer.tier == OptimizerTier::Nvme {
             return Some("optimizer.tier".to_owned());
+        }
+        if self.gradients.tier == GradientsTier::Nvme {
+            return Some("gradients.tier".to_owned());
         }
         self.overrides.iter().enumerate().find_map(|(at, o)| {
             let params = o.params == Some(ParamsTier::Nvme);

@@ -67,6 +67,15 @@ words! {
         /// Files on NVMe drives.
         Nvme = "nvme",
     }
+    /// Home of the gradients of what is paged.
+    GradientsTier {
+        /// Host memory, and NVMe only where nothing else makes the model fit.
+        #[default] Auto = "auto",
+        /// Page-locked host memory.
+        Host = "host",
+        /// Files on NVMe drives.
+        Nvme = "nvme",
+    }
     /// Which processor updates parameters whose home is the host or NVMe.
     UpdateOn {
         /// Both, as fast as each is.

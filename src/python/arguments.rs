@@ -10,7 +10,7 @@ use crate::{
     model::{ParamSpec, Unit, UnitSpec},
     optim::{AdamWOptions, Hyper, Span, Update},
     quantities::UnitId,
-    runtime::{JobSpan, Runtime, StepHyper, UnitUpdate, UpdateOn},
+    runtime::{JobSpan, RankSpec, Runtime, StepHyper, UnitUpdate, UpdateOn},
     schedule::Phase,
 };
 
@@ -19,6 +19,15 @@ pub(super) type PlaceTuple = (usize, u64, u64, u64);
 
 /// No model has more elements.
 const MOST_ELEMENTS: u64 = 1 << 48;
+
+/// What the wrapper says of its rank, checked.
+pub(super) fn rank_spec(ranks: Option<records::Ranks>) -> Result<Option<RankSpec>> {
+    let Some(records::Ranks { rank, size, fd: file }) = ranks else { return Ok(None) };
+    if !(2..=RankSpec::MOST).contains(&size) || rank >= size || (rank == 0) != file.is_none() {
+        return Err(Error::argument(format!("rank {rank} of {size} cannot share file {file:?}.")));
+    }
+    Ok(Some(RankSpec { rank, size, file }))
+}
 
 /// The unit of that number.
 pub(super) fn known(rt: &Runtime, unit: u32) -> Result<UnitId> {

@@ -32,6 +32,10 @@ impl Engine {
                     Some(shadow) => (home.params, packed.param_bytes(), Box::new((Arc::clone(shadow), device))),
                     None => (home.params, packed.param_bytes(), Box::new((Arc::clone(&rt.homes()?.params), device))),
                 },
+                _ if home.grad_shadow.is_some() => {
+                    let shadow = home.grad_shadow.as_ref().map(|of_grads| Arc::clone(&of_grads.shadow));
+                    (home.grads, packed.grad_bytes(), Box::new((shadow, device)))
+                }
                 _ => (home.grads, packed.grad_bytes(), Box::new((Arc::clone(&rt.homes()?.grads), device))),
             };
             let (offset, wanted) = part.unwrap_or((0, len));

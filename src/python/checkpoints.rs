@@ -157,14 +157,16 @@ impl Checkpoint {
         self.contents.manifest.as_ref().map(|m| m.training.get().to_owned())
     }
 
-    /// Reads everything and compares it with the checksums.
-    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+    /// Reads everything and compares it with the checksums; of several ranks each reads its part.
+    #[pyo3(signature = (rank = 0, ranks = 1))]
+    fn verify(&self, py: Python<'_>, rank: u64, ranks: u64) -> PyResult<()> {
         let control = Control::default();
         let budget = FrameBudget { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
         waiting(py, |i| {
             crate::runtime::aside(&control, i, || {
                 let all: Vec<&Found> = self.contents.model.values().chain(self.contents.optimizer.values()).collect();
-                let wrong = checkpoint::verify(&self.contents, in_file_order(all), &budget, &control)?;
+                let mine = part_of(in_file_order(all), rank, ranks);
+                let wrong = checkpoint::verify(&self.contents, mine, &budget, &control)?;
                 wrong.into_iter().next().map_or(Ok(()), Err)
             })
         })
@@ -193,6 +195,18 @@ impl Checkpoint {
 fn in_file_order(mut tensors: Vec<&Found>) -> Vec<&Found> {
     tensors.sort_by_key(|f| (f.file, f.start));
     tensors
+}
+
+/// The tensors that one of several ranks reads, of about as many bytes as the others' each.
+fn part_of(tensors: Vec<&Found>, rank: u64, ranks: u64) -> Vec<&Found> {
+    let total: u64 = tensors.iter().map(|f| f.end - f.start).sum();
+    let mut before = 0;
+    let mine = |f: &&Found| {
+        let owner = u128::from(before) * u128::from(ranks) / u128::from(total.max(1));
+        before += f.end - f.start;
+        owner.min(u128::from(ranks.max(1) - 1)) == u128::from(rank)
+    };
+    tensors.into_iter().filter(mine).collect()
 }
 
 fn request(given: SaveRequest) -> Result<(Request, Vec<Source>)> {

@@ -20,12 +20,13 @@ use pyo3::{prelude::*, types::PyDict};
 
 use super::{
     arguments::{
-        PlaceTuple, address, elements, kind, known, phase, resident_update, split, step_hypers, unit_specs, unit_update,
+        PlaceTuple, address, elements, kind, known, phase, rank_spec, resident_update, split, step_hypers, unit_specs,
+        unit_update,
     },
     dlpack,
     failures::{check, guarded, raise, waiting},
     figures::Figures,
-    records::{Hyper, Param, ResidentUpdate, UnitUpdate},
+    records::{Hyper, Param, Ranks, ResidentUpdate, UnitUpdate},
 };
 use crate::{
     device::DeviceKind,
@@ -126,15 +127,21 @@ impl Engine {
 #[pymethods]
 impl Engine {
     /// Plans and starts. `units` is a list of (name, parameters); `policy` is resolved JSON; `freed` bytes of host memory are
-    /// given back as the model moves in.
+    /// given back as the model moves in. `ranks`: which of several it is.
     #[new]
-    #[pyo3(signature = (units, policy, freed = 0))]
-    fn new(py: Python<'_>, units: Vec<(String, Vec<Param>)>, policy: &str, freed: u64) -> PyResult<Self> {
+    #[pyo3(signature = (units, policy, freed = 0, ranks = None))]
+    fn new(
+        py: Python<'_>,
+        units: Vec<(String, Vec<Param>)>,
+        policy: &str,
+        freed: u64,
+        ranks: Option<Ranks>,
+    ) -> PyResult<Self> {
         let opened = py.detach(|| {
             guarded(|| {
                 set_aside()?;
                 let layout = Layout::new(&unit_specs(units)?)?;
-                Runtime::open(layout, &Policy::from_json_str(policy, "policy")?, ByteCount(freed))
+                Runtime::open(layout, &Policy::from_json_str(policy, "policy")?, ByteCount(freed), rank_spec(ranks)?)
             })
         });
         let slot = Mutex::new(Some(Arc::new(check(py, opened)?)));
@@ -170,11 +177,11 @@ impl Engine {
         })
     }
 
-    /// (parameter tier, optimizer tier) of a unit.
-    fn homes(&self, py: Python<'_>, unit: u32) -> PyResult<(&'static str, &'static str)> {
+    /// (parameter tier, optimizer tier, gradient tier) of a unit.
+    fn homes(&self, py: Python<'_>, unit: u32) -> PyResult<(&'static str, &'static str, &'static str)> {
         self.call(py, |rt, _| {
             let homes = rt.placement()?.homes[known(rt, unit)?.index()];
-            Ok((homes.params.name(), homes.optimizer.name()))
+            Ok((homes.params.name(), homes.optimizer.name(), homes.grads.name()))
         })
     }
 
@@ -239,12 +246,22 @@ impl Engine {
         self.call(py, |rt, i| rt.write_back(known(rt, unit)?, stream, i))
     }
 
-    /// Copies a gradient down; returns a number for `landed`.
-    fn gradient(&self, py: Python<'_>, unit: u32, offset: u64, src: u64, len: u64, stream: u64) -> PyResult<u64> {
+    /// Copies a gradient down; returns a number for `landed`. `keep`: other gradients of the unit have to stay as they are.
+    #[pyo3(signature = (unit, offset, src, len, stream, keep = true))]
+    fn gradient(
+        &self,
+        py: Python<'_>,
+        unit: u32,
+        offset: u64,
+        src: u64,
+        len: u64,
+        stream: u64,
+        keep: bool,
+    ) -> PyResult<u64> {
         self.call(py, |rt, i| {
             let (unit, src) = (known(rt, unit)?, address(src, len)?);
             // SAFETY: the wrapper passes a live tensor's address and size, and keeps it until the copy has landed.
-            unsafe { rt.gradient(unit, offset, src, len, stream, i) }
+            unsafe { rt.gradient(unit, (offset, keep), src, len, stream, i) }
         })
     }
 
@@ -323,6 +340,11 @@ impl Engine {
         self.call(py, |rt, i| rt.settle(known(rt, unit)?, stream, i))
     }
 
+    /// True until the unit's last update is made as a whole.
+    fn update_unmade(&self, py: Python<'_>, unit: u32) -> PyResult<bool> {
+        self.call(py, |rt, _| rt.update_unmade(known(rt, unit)?))
+    }
+
     /// Waits until the unit's last update is made; its home may be older.
     fn settle_update(&self, py: Python<'_>, unit: u32, stream: u64) -> PyResult<()> {
         self.call(py, |rt, i| rt.settle_update(known(rt, unit)?, stream, i))
@@ -331,11 +353,6 @@ impl Engine {
     /// Waits until no update is under way and all homes are current.
     fn settle_all(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |rt, i| rt.settle_all(i))
-    }
-
-    /// True while the unit's update is under way.
-    fn update_pending(&self, py: Python<'_>, unit: u32) -> PyResult<bool> {
-        self.call(py, |rt, _| rt.update_pending(known(rt, unit)?))
     }
 
     /// Reads NVMe-resident parameters into their shadow.

@@ -27,7 +27,7 @@ pub(super) struct Figures {
     prefetches: Prefetches,
     steps: u64,
     home_uses: u64,
-    ahead: (u64, u64),
+    ahead: (u64, u64, u64),
     updated: (u64, u64),
     engine: Option<&'static str>,
     threads: usize,

@@ -10,9 +10,12 @@ mod dlpack;
 mod engine;
 mod failures;
 mod figures;
+mod gradients;
+mod growth;
 mod memory;
 mod planner;
 mod policies;
+mod ranks;
 mod records;
 mod switch;
 
@@ -32,9 +35,40 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(memory::keep_for_child, m)?)?;
     m.add_function(wrap_pyfunction!(memory::forked, m)?)?;
     m.add_function(wrap_pyfunction!(digest::digest, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::flush_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::bring_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::give_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::gradients_in_memory, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::lift_gradient, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::expect_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::brings_sums_up, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::gradient_up, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::wait_up, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::shared_fd, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::resolved_policy, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::plan_hash, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::owned, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::post_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::posted_gradients, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::wait_posted, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::gradients_sent, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::wait_gradients_landed, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::at_step, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::meet, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::check_peers, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::refuse_call_elsewhere, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::enlist, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::fail_rank, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::tell_ranks, m)?)?;
     m.add_class::<switch::BoundUnlessAsked>()?;
     m.add_class::<switch::ThreadSwitch>()?;
     records::register(m)?;
+    m.add_function(wrap_pyfunction!(growth::may_grow, m)?)?;
+    m.add_function(wrap_pyfunction!(growth::let_grow, m)?)?;
+    m.add_function(wrap_pyfunction!(growth::grown, m)?)?;
+    m.add_function(wrap_pyfunction!(growth::give_memory_back, m)?)?;
+    m.add_function(wrap_pyfunction!(growth::make_memory_up, m)?)?;
+    m.add_function(wrap_pyfunction!(growth::blocks_given_back, m)?)?;
     m.add_class::<checkpoints::Checkpoint>()?;
     m.add_class::<checkpoints::Save>()?;
     m.add_function(wrap_pyfunction!(checkpoints::save, m)?)?;
@@ -42,6 +76,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(checkpoints::preserve, m)?)?;
     m.add_function(wrap_pyfunction!(checkpoints::saved, m)?)?;
     m.add_function(wrap_pyfunction!(cli, m)?)?;
+    m.add_function(wrap_pyfunction!(wrapped, m)?)?;
+    m.add_function(wrap_pyfunction!(coloured, m)?)?;
     m.add_function(wrap_pyfunction!(search_compiler, m)?)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add("FORWARD", arguments::FORWARD)?;
@@ -60,6 +96,18 @@ fn cli(py: Python<'_>, argv: Vec<std::ffi::OsString>) -> i32 {
         py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
     let relaunch = [python.unwrap_or_else(|_| "python3".into()), "-m".into(), "funicular".into()];
     py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch, Some(&planner::load)))
+}
+
+/// Text cut for a terminal so wide, as the command line cuts its own.
+#[pyfunction]
+fn wrapped(text: &str, width: usize) -> String {
+    crate::text::wrapped(text, width)
+}
+
+/// Whether text for a person has colours, on a terminal or not.
+#[pyfunction]
+fn coloured(terminal: bool) -> bool {
+    crate::cli::coloured(terminal)
 }
 
 /// Adds files or folders in which CUDA's run-time compiler may lie.

@@ -31,7 +31,16 @@ pub(super) fn load(source: &str, patterns: &[String], dtype: Option<&str>) -> Re
 fn failed(py: Python<'_>, source: &str, e: &PyErr) -> Error {
     let kind = e.get_type(py).name().map_or_else(|_| "Exception".to_owned(), |n| n.to_string());
     let text = e.value(py).to_string();
-    Error::new(Code::PlannedModel, format!("{source}: {kind}: {}", text.trim_end_matches('.').to_owned() + ".")).action(
-        "The function has to return a torch.nn.Module, and must not need weights: it runs under torch.device(\"meta\").",
-    )
+    // Those of transformers have several lines.
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = text.trim_end_matches('.');
+    match std::path::Path::new(source).is_dir() {
+        true => Error::new(Code::PlannedModel, format!("{source}: {text}.")).action(
+            "Or build the model with a function (file.py:function), or give --params and --layers.",
+        ),
+        false => Error::new(Code::PlannedModel, format!("{source}: {kind}: {text}.")).action(
+            "Name a function that takes no arguments, needs no weights (it runs under torch.device(\"meta\")) and returns \
+             a torch.nn.Module: module:function or file.py:function.",
+        ),
+    }
 }

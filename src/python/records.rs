@@ -104,6 +104,16 @@ pub(crate) struct ResidentUpdate {
     pub(super) reset_master: bool,
 }
 
+/// One of several ranks that train one model.
+#[pyclass(frozen, get_all, new = "from_fields", from_py_object, module = "funicular._core")]
+#[derive(Clone, Copy)]
+pub(crate) struct Ranks {
+    pub(super) rank: usize,
+    pub(super) size: usize,
+    /// The file that rank 0 shares, in this process; none on rank 0.
+    pub(super) fd: Option<i32>,
+}
+
 /// Elements of a state in a unit.
 #[pyclass(frozen, get_all, new = "from_fields", from_py_object, module = "funicular._core")]
 #[derive(Clone)]
@@ -208,6 +218,7 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Hyper>()?;
     m.add_class::<UnitUpdate>()?;
     m.add_class::<ResidentUpdate>()?;
+    m.add_class::<Ranks>()?;
     m.add_class::<UnitPlace>()?;
     m.add_class::<MemoryPlace>()?;
     m.add_class::<SavedTensor>()?;

@@ -12,7 +12,7 @@ use crate::{
             closed::{check_process, closed},
         },
     },
-    schedule::Budgets,
+    schedule::{Budgets, ranks::posts::State},
 };
 
 /// One model's runtime.
@@ -60,9 +60,14 @@ impl Runtime {
     /// Ends the waits of calls under way in other threads, and of later ones, with `FN-E104`; a save under way is given up.
     pub fn shut(&self) {
         if let Ok(shared) = self.shared() {
+            shared.finish_parts();
             shared.saves.stop();
+            shared.growing.stopped.store(true, std::sync::atomic::Ordering::Relaxed);
             shared.inner.lock().closing = true;
             shared.changed.notify_all();
+            if let Some(ranks) = &shared.ranks {
+                ranks.ended(State::Closed, None);
+            }
         }
     }
 

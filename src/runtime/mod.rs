@@ -7,6 +7,8 @@
 //! | `shared` | what the threads share, its locks and their order, waiting, waiting for updates |
 //! | `paging` | where parameters live, windows, gradients, shadows, what happens when parameters are touched where they are not |
 //! | `update` | AdamW: a step, speculative updates, which part the processor and the lanes do |
+//! | `growth` | states in free memory of the compute device |
+//! | `ranks` | other ranks of the host: memory that is shared with them, what is posted, waiting for them |
 //! | `disk` | the map of the files, requests on their way, the thread that takes completions, I/O that is not part of a step |
 //! | `saving` | checkpoints: saving beside training, loading |
 //! | `measure` | counters, the time of a step, the trace, slow requests |
@@ -15,9 +17,11 @@
 //! both, so that files import each other in one direction.
 
 pub mod disk;
+mod growth;
 mod handle;
 pub mod measure;
 pub mod paging;
+mod ranks;
 mod saving;
 mod setup;
 mod shared;
@@ -27,7 +31,12 @@ mod update;
 
 use std::sync::Arc;
 
+pub use growth::{
+    asked::give_all,
+    record::{Moved, Record, Why},
+};
 pub use handle::Runtime;
+pub use ranks::spec::RankSpec;
 pub use saving::{
     restore::{Buffer, Item, aside, read_buffers},
     save::{Place, Source, Unchanged, save_plain},
@@ -60,15 +69,16 @@ use crate::{
 
 impl Runtime {
     /// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model
-    /// moves in: its own weights, where they lie there.
+    /// moves in: its own weights, where they lie there. `ranks`: which of several ranks it is that train the model.
     ///
     /// # Errors
-    /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`), a trace that cannot be written (`FN-E606`); nothing is left behind.
-    pub fn open(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Self> {
+    /// Budgets (`FN-E20x`), device (`FN-E00x`), disk (`FN-E60x`), a trace that cannot be written (`FN-E606`), ranks (`FN-E70x`); nothing is left
+    /// behind.
+    pub fn open(layout: Layout, policy: &Policy, freed: ByteCount, ranks: Option<RankSpec>) -> Result<Self> {
         if !policy.log.trace_steps.is_empty() {
             measure::trace::check(std::path::Path::new(&policy.log.trace))?;
         }
-        let Started { shared, threads, budgets, notes, running } = setup::start::start(layout, policy, freed)?;
+        let Started { shared, threads, budgets, notes, running } = setup::start::start(layout, policy, freed, ranks)?;
         Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes, running: Some(running) })
     }
 
@@ -161,7 +171,7 @@ impl Runtime {
     }
 
     /// Copies a gradient down to byte `offset` of the unit's gradient segment, after the work on `stream`. The source must
-    /// stay untouched until [`Runtime::landed`] says so of the number returned.
+    /// stay untouched until [`Runtime::landed`] says so of the number returned. Without `keep` nothing else of the segment is worth keeping.
     ///
     /// # Errors
     /// The runtime's first failure, or an interruption.
@@ -172,14 +182,14 @@ impl Runtime {
     pub unsafe fn gradient(
         &self,
         unit: UnitId,
-        offset: u64,
+        (offset, keep): (u64, bool),
         src: u64,
         len: u64,
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
         // SAFETY: the caller's promise is passed on.
-        unsafe { self.shared()?.gradient(unit, offset, src, len, stream, interrupted) }
+        unsafe { self.shared()?.gradient(unit, (offset, keep), src, len, stream, interrupted) }
     }
 
     /// True if the gradient copy of that number is over.
@@ -206,12 +216,44 @@ impl Runtime {
         self.shared()?.wait_gradients(stream, interrupted)
     }
 
-    /// True if the unit's home is not yet that of its last update.
+    /// Copies a gradient that lies in the unit's segment up to `dst`, beside the work on `stream` and in its order; returns the number of
+    /// the copy.
+    ///
+    /// # Errors
+    /// The runtime's first failure.
+    ///
+    /// # Safety
+    /// `dst` must be valid for `len` bytes on the device, and no other code touches them until [`Runtime::wait_up`] has returned and
+    /// `stream` has come to it.
+    #[expect(unsafe_code, reason = "the caller vouches for a raw address")]
+    pub unsafe fn gradient_up(&self, unit: UnitId, offset: u64, dst: u64, len: u64, stream: u64) -> Result<u64> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.shared()?.gradient_up(unit, offset, dst, len, stream) }
+    }
+
+    /// Makes `stream` (on the host: the caller) wait for the copy up of that number, or for all that there are.
+    ///
+    /// # Errors
+    /// A failure of the device, or an interruption.
+    pub fn wait_up(&self, seq: Option<u64>, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
+        self.shared()?.wait_up(seq, stream, interrupted)
+    }
+
+    /// Whether gradients that a backward adds to are to be brought up for it: where it would reach their places over a link.
+    ///
+    /// # Errors
+    /// When closed.
+    pub fn brings_sums_up(&self) -> Result<bool> {
+        let shared = self.shared()?;
+        Ok(shared.slow.sums_up || !shares_processor(shared.device.kind()))
+    }
+
+    /// True until the unit's last update is made as a whole: it has read its gradients.
     ///
     /// # Errors
     /// In a forked child, or when closed.
-    pub fn update_pending(&self, unit: UnitId) -> Result<bool> {
-        Ok(self.shared()?.inner.lock().machine.update_pending(unit))
+    pub fn update_unmade(&self, unit: UnitId) -> Result<bool> {
+        Ok(self.shared()?.inner.lock().machine.update_unmade(unit))
     }
 
     /// Waits until the unit's home is current, also for `stream`. Once the caller has seen the runtime's failure, until nothing
@@ -228,10 +270,10 @@ impl Runtime {
     /// # Errors
     /// The runtime's first failure, or an interruption.
     pub fn settle_all(&self, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.settle_all(None, Until::Home, interrupted)
+        self.shared()?.settle_all(None, Until::Whole, interrupted)
     }
 
-    /// Waits until the unit's last update is made: its inputs may change, and its frames be filled. The home may be older. Once the
+    /// Waits until the unit's last update is made as a whole: its inputs may change, its states be read. The home may be older. Once the
     /// caller has seen the runtime's failure, until nothing is made of it any more.
     ///
     /// # Errors
@@ -331,9 +373,9 @@ impl Runtime {
     /// # Errors
     /// When closed.
     pub fn limit(&self, tier: Tier) -> Result<Option<u64>> {
-        self.shared()?;
+        let shared = self.shared()?;
         Ok(match tier {
-            Tier::Hbm => self.budgets.hbm.map(|b| b.0),
+            Tier::Hbm => self.budgets.hbm.map(|b| b.0 + shared.growing.bytes().1),
             Tier::Host => Some(self.budgets.host.0),
             Tier::Nvme => Some(self.budgets.nvme.0).filter(|&b| b != u64::MAX),
         })
@@ -347,7 +389,10 @@ impl Runtime {
         let shared = self.shared()?;
         let plan = &shared.placement;
         Ok(match tier {
-            Tier::Hbm => (plan.hbm_bytes, plan.hbm_bytes),
+            Tier::Hbm => {
+                let (taken, peak) = shared.growing.bytes();
+                (plan.hbm_bytes + taken, plan.hbm_bytes + peak)
+            }
             Tier::Host => {
                 let staging = shared.disk.as_ref().map_or(0, Disk::staging_bytes);
                 let (now, peak) = shared.stats.shadows();

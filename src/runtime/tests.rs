@@ -36,7 +36,8 @@ fn runtime(dir: &tempfile::TempDir, params: &str, faults: &str) -> Runtime {
             "optimizer": {{"tier": "nvme"}}, "nvme": {{"paths": [{:?}], "engine": "threads"}}, "debug": {{"faults": "{faults}"}}}}"#,
         dir.path()
     );
-    Runtime::open(Layout::new(&units).unwrap(), &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0)).unwrap()
+    Runtime::open(Layout::new(&units).unwrap(), &Policy::from_json_str(&policy, "test").unwrap(), ByteCount(0), None)
+        .unwrap()
 }
 
 #[test]
@@ -48,7 +49,7 @@ fn without_a_compiler_the_processor_updates_alone_and_says_so() {
     let policy =
         r#"{"device": "host", "budget": {"host": "64MiB"}, "params": {"tier": "host"}, "optimizer": {"where": "gpu"}}"#;
     let policy = Policy::from_json_str(policy, "test").unwrap();
-    let rt = Runtime::open(Layout::new(&[unit]).unwrap(), &policy, ByteCount(0)).unwrap();
+    let rt = Runtime::open(Layout::new(&[unit]).unwrap(), &policy, ByteCount(0), None).unwrap();
     let planned = rt.shared().unwrap().placement.clone();
     assert!(planned.lane_elems > 0 && planned.lane_bytes > 0);
     let open = |wish, code| {
@@ -203,7 +204,7 @@ fn what_is_on_its_way_home_when_the_runtime_fails_gets_there() {
     let policy = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16KiB"}, "optimizer": {"spare": "1MiB"},
         "debug": {"faults": "home:delay=200ms"}}"#;
     let policy = Policy::from_json_str(policy, "test").unwrap();
-    let rt = Runtime::open(Layout::new(&units).unwrap(), &policy, ByteCount(0)).unwrap();
+    let rt = Runtime::open(Layout::new(&units).unwrap(), &policy, ByteCount(0), None).unwrap();
     let shared = rt.shared().unwrap();
     // SAFETY: the gradients of the unit, which no other thread touches yet.
     let fill = |unit| unsafe {
@@ -223,7 +224,8 @@ fn what_is_on_its_way_home_when_the_runtime_fails_gets_there() {
     // SAFETY: the window is open, and on this device its copy is awaited.
     let in_frames = unsafe { *(shared.frames.address(2) as *const f32) };
     assert!((in_frames + 0.1).abs() < 1e-3, "{in_frames}");
-    assert_eq!((first(UnitId(2)), rt.update_pending(UnitId(2)).unwrap()), (0.0, true));
+    let pending = |unit| shared.inner.lock().machine.update_pending(unit);
+    assert_eq!((first(UnitId(2)), pending(UnitId(2))), (0.0, true));
     shared.fail(Error::new(Code::Stuck, "a test."));
     rt.failure_seen(&rt.settle(UnitId(2), 0, &mut never).unwrap_err());
     for unit in (0..3).map(UnitId) {

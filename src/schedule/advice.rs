@@ -69,8 +69,10 @@ pub fn place_or_demote(
         return Err(error);
     }
     let loose = |tier: Option<Tier>| tier.filter(|&t| t == Tier::Nvme);
-    let loosened: Vec<Tiers> =
-        tiers.iter().map(|t| Tiers { params: loose(t.params), optimizer: loose(t.optimizer) }).collect();
+    let loosened: Vec<Tiers> = tiers
+        .iter()
+        .map(|t| Tiers { params: loose(t.params), optimizer: loose(t.optimizer), grads: loose(t.grads) })
+        .collect();
     // Lower, not higher: what is wished on the host does not become resident on the device.
     let residents = limits.residents && !tiers.iter().any(|t| [t.params, t.optimizer].contains(&Some(Tier::Host)));
     let Ok(plan) = place(layout, &loosened, budgets, &Limits { residents, ..*limits }) else { return Err(error) };
@@ -92,19 +94,23 @@ pub fn place_or_demote(
 pub fn ways(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits) -> Vec<Way> {
     let on_disk = Limits { has_nvme: true, ..*limits };
     let roomy = Budgets { nvme: ByteCount(u64::MAX), ..*budgets };
-    let with = |params: Option<Option<Tier>>, optimizer: Option<Option<Tier>>| -> Vec<Tiers> {
-        tiers
-            .iter()
-            .map(|t| Tiers { params: params.unwrap_or(t.params), optimizer: optimizer.unwrap_or(t.optimizer) })
-            .collect()
-    };
+    let with =
+        |params: Option<Option<Tier>>, optimizer: Option<Option<Tier>>, grads: Option<Option<Tier>>| -> Vec<Tiers> {
+            let one = |t: &Tiers| Tiers {
+                params: params.unwrap_or(t.params),
+                optimizer: optimizer.unwrap_or(t.optimizer),
+                grads: grads.unwrap_or(t.grads),
+            };
+            tiers.iter().map(one).collect()
+        };
     let nvme = Some(Some(Tier::Nvme));
     let paths = if limits.has_nvme { "" } else { "nvme.paths" };
-    let free = tiers.iter().all(|t| t.params.is_none() && t.optimizer.is_none());
+    let free = tiers.iter().all(|t| t.params.is_none() && t.optimizer.is_none() && t.grads.is_none());
     let choices = [
-        (if free { "" } else { "the tiers \"auto\"" }, with(Some(None), Some(None))),
-        ("optimizer.tier = \"nvme\"", with(None, nvme)),
-        ("optimizer.tier and params.tier = \"nvme\"", with(nvme, nvme)),
+        (if free { "" } else { "the tiers \"auto\"" }, with(Some(None), Some(None), Some(None))),
+        ("optimizer.tier = \"nvme\"", with(None, nvme, None)),
+        ("optimizer.tier and params.tier = \"nvme\"", with(nvme, nvme, None)),
+        ("optimizer.tier, params.tier and gradients.tier = \"nvme\"", with(nvme, nvme, nvme)),
     ];
     let mut found: Vec<Way> = Vec::new();
     for (change, wishes) in choices {

@@ -139,8 +139,7 @@ pub fn predict(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work) ->
 /// Plays steps in which lanes get what a step of `believed` seconds leaves them of the link.
 fn play(layout: &Layout, plan: &Placement, rates: &Rates, work: &Work, believed: f64) -> Cost {
     let windows = traffic::windows(layout, plan, &work.uses);
-    let units: Vec<UnitTraffic> =
-        layout.units.iter().zip(&plan.homes).map(|(u, h)| traffic::of_unit(u, h.params, h.optimizer)).collect();
+    let units: Vec<UnitTraffic> = layout.units.iter().zip(&plan.homes).map(|(u, h)| traffic::of_unit(u, *h)).collect();
     let traffic = traffic::of_step(layout, plan, &work.uses);
     // Where the device is the processor, lanes add nothing.
     let lanes = (plan.lane_elems > 0 && rates.shared.is_none()).then(|| Link::left(rates, &traffic, believed));
@@ -341,13 +340,33 @@ impl Clocks<'_> {
         let copy = seconds(self.units[u].grads, self.rates.down);
         self.steal(copy);
         self.landed[u] = self.take(Resource::Down, self.free[Resource::Compute as usize], copy);
+        let out = seconds(self.units[u].grads_out, self.rates.nvme_write);
+        if out > 0.0 {
+            self.landed[u] = self.take(Resource::Nvme, self.landed[u], out);
+        }
         if last_pass && self.plan.spare[u] {
             let update = self.on_processor(u, self.rates.update_beside);
-            self.home[u] = self.run(u, self.landed[u], update);
-            if self.rates.shared.is_some() {
-                self.free[Resource::Compute as usize] += update;
-            }
+            self.home[u] = self.stream(u, self.landed[u], update);
         }
+    }
+
+    /// Makes a unit's update from `ready` on, with what it reads from and writes to NVMe, for which the processor alone needs `update`
+    /// seconds; returns the end, and the resource that decides it.
+    fn stream(&mut self, u: usize, ready: f64, update: f64) -> (f64, Resource) {
+        let one = self.units[u];
+        let moved = seconds(one.nvme_read + one.nvme_write, self.rates.nvme_both);
+        let disk = self.take(Resource::Nvme, ready, moved);
+        let (end, whose) = self.run(u, ready, update);
+        // Pieces pass through the drive and the update; the update waits for the drive, not the drive for the update.
+        if moved > 0.0 {
+            let runner = if self.lanes.is_some() { Resource::Lanes } else { Resource::Update };
+            let update = &mut self.free[runner as usize];
+            *update = update.max(disk);
+        }
+        if self.rates.shared.is_some() {
+            self.free[Resource::Compute as usize] += update;
+        }
+        if moved > 0.0 && disk > end { (disk, Resource::Nvme) } else { (end, whose) }
     }
 
     /// Where the device is the processor, a copy takes one of the threads that compute.
@@ -415,20 +434,7 @@ impl Clocks<'_> {
             let beside = self.rates.update_beside;
             let rate = if self.lanes.is_some() { beside } else { f64::midpoint(self.rates.update, beside) };
             let update = self.on_processor(u, rate);
-            let moved = seconds(one.nvme_read + one.nvme_write, self.rates.nvme_both);
-            let disk = self.take(Resource::Nvme, step, moved);
-            let (end, whose) = self.run(u, step, update);
-            self.home[u] = if moved > 0.0 && disk > end { (disk, Resource::Nvme) } else { (end, whose) };
-            // Pieces pass through the drive and the update; the update waits for the drive, not the drive for the
-            // update.
-            if moved > 0.0 {
-                let runner = if self.lanes.is_some() { Resource::Lanes } else { Resource::Update };
-                let update = &mut self.free[runner as usize];
-                *update = update.max(disk);
-            }
-            if self.rates.shared.is_some() {
-                self.free[Resource::Compute as usize] += update;
-            }
+            self.home[u] = self.stream(u, step, update);
         }
         if self.rates.shared.is_some() && !streams {
             // The step waits for updates that would compete with the forward for the same cores.

@@ -5,14 +5,27 @@
 //! R1: a chunk of the ring has one owner. R2: a held unit keeps its frames. R3: a copy into frames is commanded only
 //! after [`Command::WaitReleased`] for every unit whose bytes it overwrites. R4: a unit is filled only when its update,
 //! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once. R6: a home counts as current
-//! only when the result of the last update is in it; frames may be filled from the spare copy before.
+//! only when the result of the last update is in it; frames may be filled from the spare copy before. R7: while the states of an update
+//! trail behind its weights, what they are made from is left alone: no home is filled from the spare copy, no other update is submitted.
+//! R8: where other ranks update parts of a unit, its update is over when theirs are, too.
 
+mod ahead;
+mod command;
+#[cfg(test)]
+mod disk_tests;
+mod grads;
+#[cfg(test)]
+mod peers_tests;
+mod progress;
 mod pump;
 #[cfg(test)]
 mod tests;
+mod updates;
 
 use std::collections::VecDeque;
 
+pub use self::command::{Command, Opening, Wait, Want};
+use self::progress::{Ahead, Grads};
 use crate::{
     quantities::{Tier, UnitId},
     schedule::{
@@ -20,51 +33,6 @@ use crate::{
         placement::Placement,
     },
 };
-
-/// Something to be done, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Read all parameters of the unit from NVMe into a page slot; answer with [`Machine::params_read`].
-    ReadParams(UnitId),
-    /// The page slot holds bytes that are no longer wanted: give it back.
-    DropSlot(UnitId),
-    /// Make the up stream wait until the unit's last window is over on the compute stream.
-    WaitReleased(UnitId),
-    /// Enqueue the copy into the unit's frames, from its page slot if its parameters live on NVMe, else from its home, or while
-    /// [`Machine::in_spare`] from its spare copy.
-    /// With a slot: answer with [`Machine::copied`] once the copy is over and the slot given back.
-    CopyUp(UnitId),
-    /// Read the states of one chunk into an update slot; answer with [`Machine::chunk_read`].
-    ReadChunk(UnitId, u32),
-    /// Update one chunk; answer with [`Machine::chunk_ran`], or with [`Machine::swapped`].
-    RunChunk(UnitId, u32),
-    /// Copy the parameters from the spare copy to their home; answer with [`Machine::homed`].
-    CopyHome(UnitId),
-    /// Write one chunk's states back, then give the slot back; answer with [`Machine::chunk_written`].
-    WriteChunk(UnitId, u32),
-}
-
-/// Answer to [`Machine::open`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Opening {
-    /// The bytes are in the frames, or their copy is enqueued. The unit is held now.
-    Ready,
-    /// On its way; ask again after the next event.
-    Pending(Wait),
-    /// A held unit owns one of the frames: use the home.
-    Conflict,
-}
-
-/// What a pending opening waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// The unit's update.
-    Update,
-    /// Bytes from NVMe.
-    NvmeRead,
-    /// Bytes on their way to NVMe, which must be there before they are read.
-    NvmeWrite,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Frame {
@@ -81,7 +49,14 @@ enum Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Update {
     None,
-    Queued { next: u32, ran: u32 },
+    Queued {
+        next: u32,
+        ran: u32,
+    },
+    /// It is being decided whether it has been made ahead, or what was begun ahead is being completed.
+    Ahead,
+    /// This rank's part is made; the parts of others are yet to be.
+    Peers,
 }
 
 #[derive(Debug)]
@@ -100,21 +75,23 @@ struct UnitState {
     spare: bool,
     /// A caller waits for the home to be current.
     home_wanted: bool,
+    /// The last update has made the weights; the states are yet to follow.
+    trailing: bool,
+    /// A caller waits for the states, or for what they are made from.
+    states_wanted: bool,
     writing: u32,
+    /// Reads and writes outside of updates, which are among `writing` too.
+    holds: u32,
+    grads: Grads,
+    ahead: Option<Ahead>,
+    /// The parameters have their home in host memory.
+    params_at_home: bool,
 }
 
 impl UnitState {
     /// Notes that the home holds the result of the last update.
     fn at_home(&mut self) {
         (self.spare, self.home_wanted) = (false, false);
-    }
-}
-
-/// Moves a unit to the front of a queue, if it is in it.
-fn first(queue: &mut VecDeque<UnitId>, unit: UnitId) {
-    if let Some(at) = queue.iter().position(|&u| u == unit).filter(|&at| at > 0) {
-        queue.remove(at);
-        queue.push_front(unit);
     }
 }
 
@@ -148,11 +125,22 @@ pub struct Machine {
     homeward: VecDeque<UnitId>,
     /// The unit that is being copied home.
     homing: Option<UnitId>,
+    /// Units whose states trail, the one whose weights were made last first: backward wants it first.
+    trail: VecDeque<UnitId>,
+    /// The unit whose states are being updated.
+    following: Option<UnitId>,
     page_free: u32,
     update_free: u32,
+    grad_free: u32,
+    /// Units that gather gradients in a slot, the first of them first.
+    gathering: Vec<UnitId>,
+    /// Units with pieces of an update ahead that are yet to be read, in the order in which they came.
+    aheads: Vec<UnitId>,
     running: u32,
     window_chunks: u32,
     prefetches: Prefetches,
+    /// Other ranks update parts of every unit.
+    peers: bool,
 }
 
 impl Machine {
@@ -177,7 +165,13 @@ impl Machine {
                 update: Update::None,
                 spare: false,
                 home_wanted: false,
+                trailing: false,
+                states_wanted: false,
                 writing: 0,
+                holds: 0,
+                grads: Grads::Settled,
+                ahead: None,
+                params_at_home: home.params == Tier::Host,
             })
             .collect::<Vec<_>>();
         Self {
@@ -189,14 +183,26 @@ impl Machine {
             queue: VecDeque::with_capacity(units.len() + 1),
             homeward: VecDeque::with_capacity(units.len()),
             homing: None,
+            trail: VecDeque::with_capacity(units.len()),
+            following: None,
             page_free: placement.page_slots.0,
             // One slot is kept for reads and writes outside of steps.
             update_free: placement.update_slots.0.saturating_sub(1),
+            grad_free: placement.grad_slots.0,
+            gathering: Vec::with_capacity(placement.grad_slots.0 as usize),
+            aheads: Vec::with_capacity(units.len()),
             running: 0,
             window_chunks: window_chunks.min(placement.ring_chunks),
             prefetches: Prefetches::default(),
+            peers: false,
             units,
         }
+    }
+
+    /// The same where other ranks update parts of every unit, too: an update ends with [`Machine::peers_done`].
+    #[must_use]
+    pub fn among_peers(self) -> Self {
+        Self { peers: true, ..self }
     }
 
     /// The caller wants to use the unit's frames. `first` is false when it asks again after `Pending`.
@@ -220,7 +226,7 @@ impl Machine {
         match s.frame {
             Frame::Full => self.prefetches.hits += 1,
             Frame::Claimed if s.prefetched => self.prefetches.late += 1,
-            _ if matches!(s.update, Update::Queued { .. }) => self.prefetches.late += 1,
+            _ if s.update != Update::None => self.prefetches.late += 1,
             _ => self.prefetches.demand += 1,
         }
         s.prefetched = false;
@@ -230,7 +236,7 @@ impl Machine {
         let conflict = self.units[unit.index()].frame != Frame::Full && self.holder(unit).is_some();
         // On a conflict the caller uses the home, which must be current.
         if self.update_queued(unit) || (conflict && self.update_pending(unit)) {
-            self.hurry(unit, conflict);
+            self.hurry(unit, if conflict { Want::Home } else { Want::Weights });
             self.units[unit.index()].wanted = true;
             return Opening::Pending(Wait::Update);
         }
@@ -269,11 +275,6 @@ impl Machine {
         self.units[unit.index()].wanted = false;
     }
 
-    /// True while updates are queued or running; their results may be in spare copies, and their writes to NVMe may trail.
-    pub fn updating(&self) -> bool {
-        self.units.iter().any(|s| s.update != Update::None)
-    }
-
     /// The home has newer bytes than the frames.
     pub fn invalidate(&mut self, unit: UnitId) {
         let s = &mut self.units[unit.index()];
@@ -281,61 +282,6 @@ impl Machine {
             s.frame = Frame::Stale;
         }
         s.discard |= s.reading;
-    }
-
-    /// The unit's parameters are to be updated now.
-    ///
-    /// # Panics
-    /// If an update of the unit is still under way: its owner must wait for it first.
-    pub fn submit(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        assert!(!self.update_queued(unit), "{unit} is being updated already");
-        self.invalidate(unit);
-        if self.units[unit.index()].frame == Frame::Claimed {
-            self.units[unit.index()].frame = Frame::Stale;
-        }
-        self.units[unit.index()].update = Update::Queued { next: 0, ran: 0 };
-        self.queue.push_back(unit);
-        // No page-ins yet: the units expected next may be submitted next.
-        self.pump_updates(out);
-    }
-
-    /// Moves a unit's update to the front of the queue, as a caller waits for it; with `home`, its copy home too.
-    pub fn promote(&mut self, unit: UnitId, home: bool, out: &mut Vec<Command>) {
-        self.hurry(unit, home);
-        self.pump_updates(out);
-    }
-
-    fn hurry(&mut self, unit: UnitId, home: bool) {
-        first(&mut self.queue, unit);
-        self.units[unit.index()].home_wanted |= home && self.update_pending(unit);
-        self.bring_home(unit);
-    }
-
-    /// Queues the unit's copy home, if a caller waits for its home and no queued update will fill it.
-    fn bring_home(&mut self, unit: UnitId) {
-        let s = &self.units[unit.index()];
-        if s.home_wanted && s.spare && !self.update_queued(unit) && self.homing != Some(unit) {
-            if self.homeward.contains(&unit) {
-                first(&mut self.homeward, unit);
-            } else {
-                self.homeward.push_front(unit);
-            }
-        }
-    }
-
-    /// True until the unit's home holds the result of its last submitted update.
-    pub fn update_pending(&self, unit: UnitId) -> bool {
-        self.update_queued(unit) || self.in_spare(unit)
-    }
-
-    /// True until the last submitted update is made; its result may be in the spare copy.
-    pub fn update_queued(&self, unit: UnitId) -> bool {
-        matches!(self.units[unit.index()].update, Update::Queued { .. })
-    }
-
-    /// True while an update of the unit is queued or running, or bytes of it are on their way to NVMe.
-    pub fn unsettled(&self, unit: UnitId) -> bool {
-        self.update_queued(unit) || self.units[unit.index()].writing > 0
     }
 
     /// True while results of an update, or an edit, are on their way to NVMe.
@@ -352,17 +298,21 @@ impl Machine {
             s.frame = Frame::Stale;
         }
         s.writing += 1;
+        s.holds += 1;
     }
 
     /// The unit's parameters on NVMe are about to be read without a command of the machine: until
     /// [`Machine::end_write`] no update of them begins.
     pub fn hold_still(&mut self, unit: UnitId) {
         self.units[unit.index()].writing += 1;
+        self.units[unit.index()].holds += 1;
     }
 
     /// Ends [`Machine::begin_write`] or [`Machine::hold_still`].
     pub fn end_write(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         self.units[unit.index()].writing -= 1;
+        self.units[unit.index()].holds -= 1;
+        self.end_ahead(unit, out);
         self.pump(out);
     }
 
@@ -401,63 +351,7 @@ impl Machine {
         self.pump(out);
     }
 
-    /// A [`Command::ReadChunk`] has finished.
-    pub fn chunk_read(&mut self, unit: UnitId, chunk: u32, out: &mut Vec<Command>) {
-        self.running += 1;
-        out.push(Command::RunChunk(unit, chunk));
-    }
-
-    /// A [`Command::RunChunk`] has finished.
-    pub fn chunk_ran(&mut self, unit: UnitId, chunk: u32, out: &mut Vec<Command>) {
-        self.running -= 1;
-        let s = &mut self.units[unit.index()];
-        if s.streamed {
-            s.writing += 1;
-            out.push(Command::WriteChunk(unit, chunk));
-        }
-        if let Update::Queued { next, ran } = s.update {
-            s.update = if ran + 1 == s.chunks { Update::None } else { Update::Queued { next, ran: ran + 1 } };
-            if s.update == Update::None {
-                s.at_home();
-            }
-        }
-        self.pump(out);
-    }
-
-    /// A [`Command::RunChunk`] made all of its unit's update, or found it made ahead, in the other of the unit's two places: in the
-    /// spare copy if the parameters were at home, else at home.
-    pub fn swapped(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        self.running -= 1;
-        let s = &mut self.units[unit.index()];
-        s.update = Update::None;
-        if s.spare {
-            s.at_home();
-        } else {
-            s.spare = true;
-        }
-        self.bring_home(unit);
-        self.pump(out);
-    }
-
-    /// True while the parameters are in the spare copy, and their home is older. It changes only when an update of the unit, or a
-    /// [`Command::CopyHome`], has finished.
-    pub fn in_spare(&self, unit: UnitId) -> bool {
-        self.units[unit.index()].spare
-    }
-
-    /// A [`Command::CopyHome`] has finished.
-    pub fn homed(&mut self, unit: UnitId, out: &mut Vec<Command>) {
-        if self.homing == Some(unit) {
-            self.homing = None;
-        }
-        // A caller may wait for the result of an update queued meanwhile to be at home, too.
-        let queued = self.update_queued(unit);
-        let s = &mut self.units[unit.index()];
-        (s.spare, s.home_wanted) = (false, s.home_wanted && queued);
-        self.pump(out);
-    }
-
-    /// A [`Command::WriteChunk`] has finished.
+    /// A [`Command::WriteChunk`] or [`Command::WriteAhead`] has finished.
     pub fn chunk_written(&mut self, unit: UnitId, _chunk: u32, out: &mut Vec<Command>) {
         self.units[unit.index()].writing -= 1;
         self.update_free += 1;
@@ -474,10 +368,12 @@ impl Machine {
         let reading = self.units.iter().filter(|s| s.reading).count();
         let writing: u32 = self.units.iter().map(|s| s.writing).sum();
         let held = self.units.iter().filter(|s| s.held).count();
+        let trailing = self.units.iter().filter(|s| s.trailing).count();
         format!(
-            "{} updates queued, {} running, {reading} units being read, {writing} chunks being written, {held} windows open, {} page and {} update slots free",
+            "{} updates queued, {} running, {} wait for other ranks, states of {trailing} units trail, {reading} units being read, {writing} chunks being written, {held} windows open, {} page and {} update slots free",
             self.queue.len(),
             self.running,
+            self.units.iter().filter(|s| s.update == Update::Peers).count(),
             self.page_free,
             self.update_free
         )

@@ -4,7 +4,7 @@ use crate::{
     dtype::StateKind,
     model::{Layout, Unit},
     quantities::{Tier, UnitId},
-    schedule::{Placement, order::Phase},
+    schedule::{Placement, order::Phase, placement::Homes},
 };
 
 /// Bytes of one unit's part of a step.
@@ -22,6 +22,8 @@ pub struct UnitTraffic {
     pub nvme_read: u64,
     /// Written to NVMe by the update.
     pub nvme_write: u64,
+    /// Gradients written to NVMe by each backward, and read by each but the first; their read by the update is counted above.
+    pub grads_out: u64,
 }
 
 /// Bytes of a whole step.
@@ -55,7 +57,7 @@ pub struct Window {
 }
 
 /// One unit's bytes.
-pub fn of_unit(unit: &Unit, params: Tier, optimizer: Tier) -> UnitTraffic {
+pub fn of_unit(unit: &Unit, home: Homes) -> UnitTraffic {
     let mut sum = UnitTraffic::default();
     for s in &unit.sections {
         let size = |kind: StateKind| kind.element_size(s.dtype) as u64;
@@ -64,13 +66,17 @@ pub fn of_unit(unit: &Unit, params: Tier, optimizer: Tier) -> UnitTraffic {
             sum.trained += s.elems;
             sum.grads += s.elems * size(StateKind::Grad);
             sum.update += s.elems * (2 * (size(StateKind::Param) + states) + size(StateKind::Grad));
-            let on_nvme = [(params, size(StateKind::Param)), (optimizer, states)];
+            let on_nvme = [(home.params, size(StateKind::Param)), (home.optimizer, states)];
             let bytes: u64 = on_nvme.iter().filter(|(tier, _)| *tier == Tier::Nvme).map(|(_, b)| b).sum();
             sum.nvme_read += s.elems * bytes;
             sum.nvme_write += s.elems * bytes;
+            if home.grads == Tier::Nvme {
+                sum.grads_out += s.elems * size(StateKind::Grad);
+            }
         }
     }
-    if params != Tier::Hbm {
+    sum.nvme_read += sum.grads_out;
+    if home.params != Tier::Hbm {
         sum.params = unit.param_bytes();
     }
     sum
@@ -142,14 +148,15 @@ pub fn of_step(layout: &Layout, plan: &Placement, uses: &Uses) -> Traffic {
         }
     }
     for (unit, home) in layout.units.iter().zip(&plan.homes) {
-        let one = of_unit(unit, home.params, home.optimizer);
+        let one = of_unit(unit, *home);
         if home.params == Tier::Hbm {
             sum.updated_on_device += one.trained;
             continue;
         }
         sum.down += one.grads * u64::from(uses.passes);
-        sum.nvme_read += one.nvme_read;
-        sum.nvme_write += one.nvme_write;
+        let passes = u64::from(uses.passes);
+        sum.nvme_read += one.nvme_read + one.grads_out * (passes - 1);
+        sum.nvme_write += one.nvme_write + one.grads_out * passes;
         sum.update += one.update;
         sum.updated_on_host += one.trained;
     }

@@ -7,7 +7,7 @@ use funicular::{
     device::{Device, Lanes, staging_bytes},
     dtype::{DType, StateKind},
     error::Code,
-    optim::{AdamWOptions, Hyper, Isa, Span, Target, adamw, adamw_into_with},
+    optim::{AdamWOptions, Hyper, Isa, Portion, Span, Target, adamw, adamw_into_with},
 };
 
 use crate::{
@@ -70,10 +70,19 @@ impl Launch {
 
     /// What it makes of `state`, computed here.
     fn expected(len: usize, dtype: DType, number: usize, state: &[u8]) -> Vec<u8> {
+        Self::computed(state, |base| Self::new(base, len, dtype, number))
+    }
+
+    /// What an update in place makes of it.
+    fn in_place(len: usize, dtype: DType, number: usize, state: &[u8]) -> Vec<u8> {
+        Self::computed(state, |base| Self { to: None, ..Self::new(base, len, dtype, number) })
+    }
+
+    fn computed(state: &[u8], launch: impl FnOnce(u64) -> Self) -> Vec<u8> {
         let mut words = vec![0u64; state.len() / 8];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
         bytes.copy_from_slice(state);
-        let same = Self::new(bytes.as_mut_ptr() as u64, len, dtype, number);
+        let same = launch(bytes.as_mut_ptr() as u64);
         // SAFETY: the buffer is this test's own and aligned for any element.
         let done = unsafe {
             match same.to {
@@ -109,7 +118,8 @@ fn an_update_through_a_lane_has_the_bits_of_the_processor() {
                     let launch = Launch::new(bench.at(0), len, dtype, number);
                     let lane = number % 2;
                     // SAFETY: the arrays lie in the registered region, and the lane is waited for.
-                    unsafe { lanes.launch(lane, &launch.span, &launch.target(), &launch.hyper) }.expect("enqueued");
+                    unsafe { lanes.launch(lane, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) }
+                        .expect("enqueued");
                     assert!(lanes.block(lane, PATIENCE).expect("works"));
                     let expected = Launch::expected(len, dtype, number, &before);
                     assert_eq!(expected == before, len == 0, "something is updated");
@@ -117,6 +127,42 @@ fn an_update_through_a_lane_has_the_bits_of_the_processor() {
                     assert!(bench.get(0, LAUNCH) == expected, "{dtype:?} of {len}, launch {number} on {kind:?}");
                     number += 1;
                 }
+            }
+        }
+    });
+}
+
+#[test]
+fn two_passes_through_lanes_leave_the_bits_of_one() {
+    on_every_device(|device| {
+        let Some(lanes) = lanes_of(&device, 2) else { return };
+        let bench = Bench::new(device, LAUNCH as u64);
+        let array = |bytes: &[u8], i: usize, len: usize| bytes[i * ROOM..i * ROOM + len].to_vec();
+        for (dtype, number) in
+            [DType::F32, DType::Bf16, DType::F16].into_iter().flat_map(|d| (0..8).map(move |n| (d, n)))
+        {
+            let len = ELEMS - 8 * number;
+            let before = state(number as u64);
+            bench.set(0, &before);
+            let launch = Launch::new(bench.at(0), len, dtype, number);
+            let passes = match launch.to {
+                None => [Portion::Weights, Portion::Moments],
+                Some(_) => [Portion::Param, Portion::States],
+            };
+            let in_place = Target::in_place(&launch.span);
+            for (lane, (portion, to)) in passes.into_iter().zip([launch.to.unwrap_or(in_place), in_place]).enumerate() {
+                // SAFETY: the arrays lie in the registered region, and the lane is waited for.
+                unsafe { lanes.launch(lane, &launch.span, &to, portion, &launch.hyper) }.expect("enqueued");
+                assert!(lanes.block(lane, PATIENCE).expect("works"));
+            }
+            let (after, expected) = (bench.get(0, LAUNCH), Launch::in_place(len, dtype, number, &before));
+            let param = if launch.to.is_some() { 5 } else { 0 };
+            let bytes = len * dtype.size();
+            assert!(array(&after, param, bytes) == array(&expected, 0, bytes), "{dtype:?}, {passes:?}: the parameter");
+            assert!(after[ROOM..5 * ROOM] == expected[ROOM..5 * ROOM], "{dtype:?}, {passes:?}: gradient and states");
+            if launch.to.is_some() {
+                assert!(array(&after, 0, ROOM) == array(&before, 0, ROOM), "the old parameter is only read");
+                assert!(after[6 * ROOM..] == before[6 * ROOM..], "nothing else is written");
             }
         }
     });
@@ -134,7 +180,8 @@ fn lanes_at_once_and_launches_in_a_row() {
             for (n, len, dtype) in all() {
                 let launch = Launch::new(bench.at(n * LAUNCH), len, dtype, n);
                 // SAFETY: the arrays lie in the registered region, are disjoint, and the lanes are waited for.
-                unsafe { lanes.launch(n % 3, &launch.span, &launch.target(), &launch.hyper) }.expect("enqueued");
+                unsafe { lanes.launch(n % 3, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) }
+                    .expect("enqueued");
             }
             (0..3).for_each(|lane| assert!(lanes.block(lane, PATIENCE).expect("works")));
             for (n, len, dtype) in all() {
@@ -155,7 +202,7 @@ fn what_does_not_fit_or_has_no_kernel_is_refused() {
         {
             let launch = Launch::new(bench.at(0), len, dtype, 1);
             // SAFETY: nothing is touched.
-            let refused = unsafe { lanes.launch(0, &launch.span, &launch.target(), &launch.hyper) };
+            let refused = unsafe { lanes.launch(0, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) };
             assert_eq!(refused.expect_err("refused").code(), code);
         }
         assert!(lanes.block(0, PATIENCE).expect("works"), "nothing is under way");
@@ -172,7 +219,8 @@ fn dropping_lanes_waits_for_them() {
             bench.set(0, &before);
             let launch = Launch::new(bench.at(0), ELEMS, DType::F32, 0);
             // SAFETY: the arrays lie in the registered region; dropping the lanes waits.
-            unsafe { lanes.launch(0, &launch.span, &launch.target(), &launch.hyper) }.expect("enqueued");
+            unsafe { lanes.launch(0, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) }
+                .expect("enqueued");
             if waits {
                 assert!(lanes.block(0, PATIENCE).expect("works"));
             }

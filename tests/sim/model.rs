@@ -54,13 +54,13 @@ fn wishes(chance: &mut Chance, units: usize, has_nvme: bool) -> Vec<Tiers> {
         1 | 2 if has_nvme => Some(Tier::Nvme),
         _ => None,
     };
-    let all = Tiers { params: one(chance), optimizer: one(chance) };
+    let all = Tiers { params: one(chance), optimizer: one(chance), grads: one(chance) };
     let each = chance.percent(50);
     (0..units)
         .map(|_| match (free, each) {
             (true, _) => Tiers::default(),
             (_, false) => all,
-            (_, true) => Tiers { params: one(chance), optimizer: one(chance) },
+            (_, true) => Tiers { params: one(chance), optimizer: one(chance), grads: one(chance) },
         })
         .collect()
 }
@@ -80,6 +80,7 @@ impl Model {
             hbm: chance.percent(90).then(|| ByteCount(params / 100 * chance.pick(&[10, 25, 40, 60, 120]))),
             host: ByteCount((params + states) / 100 * share),
             nvme: ByteCount(if chance.percent(10) { params + states } else { u64::MAX }),
+            nvme_free: None,
             spare: None,
         };
         let mut refused = 0;
@@ -122,6 +123,10 @@ impl Model {
 
     pub(crate) fn states_on_nvme(&self, unit: UnitId) -> bool {
         self.plan.homes[unit.index()].optimizer == Tier::Nvme && self.chunks[unit.index()] > 0
+    }
+
+    pub(crate) fn grads_on_nvme(&self, unit: UnitId) -> bool {
+        self.plan.homes[unit.index()].grads == Tier::Nvme && self.chunks[unit.index()] > 0
     }
 
     /// Positions in the ring, in the order of the unit's bytes.

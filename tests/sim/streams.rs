@@ -45,6 +45,8 @@ pub(crate) enum Op {
     EditHome(UnitId, u64),
     /// A kernel that edits the unit's frames.
     EditFrames(UnitId, u64),
+    /// Copy these gradients of a unit into its slot.
+    CopyGrad(UnitId, u64),
     /// Copy a unit's frames to its home.
     CopyDown(UnitId),
     Poison(UnitId),
@@ -74,7 +76,9 @@ pub(crate) struct Device {
     /// Per unit and piece of its update: the home, or what lies on NVMe.
     pub(crate) params: Vec<Vec<u64>>,
     /// Per unit, what its spare copy holds.
-    pub(crate) spare: Vec<u64>,
+    pub(crate) spare: Vec<Vec<u64>>,
+    /// Per unit, what its gradient slot holds, if it has one.
+    pub(crate) gathered: Vec<Option<u64>>,
 }
 
 impl Device {
@@ -83,7 +87,8 @@ impl Device {
             streams: Default::default(),
             ring: vec![Cell { unit: u32::MAX, index: 0, content: POISON }; model.plan.ring_chunks as usize],
             places: model.layout.ids().map(|u| model.places(u)).collect(),
-            spare: vec![TORN; params.len()],
+            spare: params.iter().map(|pieces| vec![TORN; pieces.len()]).collect(),
+            gathered: vec![None; params.len()],
             params,
         }
     }
@@ -162,7 +167,7 @@ impl Device {
                     let content = match from {
                         From::Slot(pieces) => Self::part(pieces, step, n),
                         From::Home => Self::part(&self.params[unit.index()], step, n),
-                        From::Spare => self.spare[unit.index()],
+                        From::Spare => Self::part(&self.spare[unit.index()], step, n),
                     };
                     self.write_cell(*unit, step, content);
                 }
@@ -193,6 +198,12 @@ impl Device {
                     self.write_cell(*unit, step, *content);
                 }
                 step + 1 >= n
+            }
+            Op::CopyGrad(unit, content) => {
+                let slot = self.gathered[unit.index()].as_mut();
+                *slot.expect("G1: gradients are copied into a slot that is another's") =
+                    if step == 0 { TORN } else { *content };
+                step >= 1
             }
             Op::CopyDown(unit) => {
                 let places = &self.places[unit.index()];

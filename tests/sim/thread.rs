@@ -1,12 +1,13 @@
 //! The training thread: a random program of steps, and the waits of each operation as the runtime and the wrapper do them.
 
+mod grads;
 mod homes;
 
 use std::collections::VecDeque;
 
 use funicular::{
     quantities::UnitId,
-    schedule::{Opening, Phase},
+    schedule::{Opening, Phase, Want},
 };
 
 use crate::{
@@ -33,8 +34,12 @@ enum Act {
     EditHome(UnitId),
     /// Until the home is current.
     Settle(UnitId),
-    /// Until the update is made.
+    /// Until the update is made as a whole.
     SettleUpdate(UnitId),
+    /// Gradients arrive, once the update has read the ones before.
+    Gradients(UnitId),
+    /// Read the states.
+    ReadStates(UnitId),
     SettleDisk(UnitId),
     /// Have the home made current, and do not wait for it: as a save that is given up.
     AskHome(UnitId),
@@ -49,6 +54,16 @@ enum Act {
     BeginStep,
     Submit(UnitId),
     CloseAll,
+    /// The unit's gradients are there: its update may begin.
+    BeginAhead(UnitId),
+    /// A gradient of the unit goes down.
+    Gather(UnitId, bool),
+    /// Gradients will be added to soon.
+    Expect(UnitId),
+    /// The unit's gradients are complete.
+    FlushGrads(UnitId),
+    /// The backward is over.
+    FlushAllGrads,
     /// Wait for the device, as `.item()` does.
     Synchronize,
 }
@@ -86,6 +101,7 @@ struct Style {
     edits: u64,
     interrupts: u64,
     nested: u64,
+    states: u64,
 }
 
 impl Thread {
@@ -106,6 +122,7 @@ impl Thread {
             edits: chance.pick(&[0, 5, 15]),
             interrupts: chance.pick(&[0, 0, 2]),
             nested: chance.pick(&[0, 0, 10]),
+            states: chance.pick(&[0, 0, 20]),
         };
         Self {
             todo: VecDeque::new(),
@@ -175,17 +192,20 @@ impl Thread {
         for unit in world.model.layout.ids() {
             self.todo.extend([Act::Open(unit, Phase::Eval), Act::Use(unit), Act::Leave(unit)]);
         }
-        self.todo.extend([Act::CloseAll, Act::HomeAll, Act::Synchronize]);
+        self.todo.extend([Act::FlushAllGrads, Act::CloseAll, Act::HomeAll, Act::Synchronize]);
     }
 
     fn plan_step(&mut self, world: &World, chance: &mut Chance) {
         let order: Vec<UnitId> = self.order.clone().into_iter().filter(|_| !chance.percent(self.style.skips)).collect();
         let eval = chance.percent(20);
-        self.pass(order.iter().copied(), if eval { Phase::Eval } else { Phase::Forward }, chance);
+        self.pass(order.iter().copied(), if eval { Phase::Eval } else { Phase::Forward }, world, chance);
         if eval {
             return;
         }
-        self.pass(order.iter().rev().copied(), Phase::Backward, chance);
+        self.pass(order.iter().rev().copied(), Phase::Backward, world, chance);
+        if chance.percent(90) {
+            self.todo.push_back(Act::FlushAllGrads);
+        }
         if chance.percent(20) {
             return;
         }
@@ -203,9 +223,14 @@ impl Thread {
         if chance.percent(15) {
             self.todo.push_back(Act::SettleAll);
         }
+        for unit in world.model.layout.ids() {
+            if chance.percent(self.style.states) {
+                self.todo.push_back(Act::ReadStates(unit));
+            }
+        }
     }
 
-    fn pass(&mut self, order: impl Iterator<Item = UnitId>, phase: Phase, chance: &mut Chance) {
+    fn pass(&mut self, order: impl Iterator<Item = UnitId>, phase: Phase, world: &World, chance: &mut Chance) {
         let mut outer: Option<UnitId> = None;
         for unit in order {
             self.todo.extend([Act::Open(unit, phase), Act::Use(unit)]);
@@ -217,7 +242,16 @@ impl Thread {
                 outer = Some(unit);
                 continue;
             }
+            if phase == Phase::Backward && !world.model.grads_on_nvme(unit) {
+                self.todo.push_back(Act::Gradients(unit));
+            }
             self.todo.push_back(Act::Leave(unit));
+            if phase == Phase::Backward && world.model.grads_on_nvme(unit) {
+                self.plan_grads(unit, chance);
+            }
+            if phase == Phase::Backward && chance.percent(80) {
+                self.todo.push_back(Act::BeginAhead(unit));
+            }
             if let Some(unit) = outer.take() {
                 self.todo.extend([Act::Use(unit), Act::Leave(unit)]);
             }
@@ -328,27 +362,48 @@ impl Thread {
             }
             Act::Settle(unit) => {
                 if first && world.machine.update_pending(unit) {
-                    world.step(|m, out| m.promote(unit, true, out));
+                    world.step(|m, out| m.promote(unit, Want::Home, out));
                 }
                 self.when(!world.machine.update_pending(unit))
             }
             Act::SettleUpdate(unit) => {
-                if first && world.machine.update_queued(unit) {
-                    world.step(|m, out| m.promote(unit, false, out));
+                if first && world.machine.update_unmade(unit) {
+                    world.step(|m, out| m.promote(unit, Want::States, out));
                 }
-                self.when(!world.machine.update_queued(unit))
+                self.when(!world.machine.update_unmade(unit))
+            }
+            Act::Gradients(unit) => {
+                if world.machine.update_unmade(unit) {
+                    return self.then(&[Act::SettleUpdate(unit), act]);
+                }
+                world.grads[unit.index()].0 += 1;
+                self.then(&[])
+            }
+            Act::ReadStates(unit) => {
+                if world.machine.update_unmade(unit) {
+                    return self.then(&[Act::SettleUpdate(unit), act]);
+                }
+                let on_disk = world.model.states_on_nvme(unit);
+                assert!(
+                    on_disk || world.has_last_states(unit),
+                    "R7: the states of {unit} are not those of its last update"
+                );
+                self.then(&[])
             }
             Act::SettleDisk(unit) => self.when(!world.machine.unsettled(unit)),
             Act::AskHome(unit) => {
-                world.step(|m, out| m.promote(unit, true, out));
+                world.step(|m, out| m.promote(unit, Want::Home, out));
                 self.then(&[])
             }
             Act::SettleAll => self.when(!world.machine.updating()),
             Act::HomeAll => {
                 let pending = |w: &World| w.model.layout.ids().filter(|&u| w.machine.update_pending(u)).collect();
                 let units: Vec<UnitId> = if first { pending(world) } else { Vec::new() };
-                units.into_iter().for_each(|u| world.step(|m, out| m.promote(u, true, out)));
+                units.into_iter().for_each(|u| world.step(|m, out| m.promote(u, Want::Home, out)));
                 self.when(pending(world).is_empty())
+            }
+            Act::BeginAhead(_) | Act::Gather(..) | Act::Expect(_) | Act::FlushGrads(_) | Act::FlushAllGrads => {
+                self.perform_grads(act, first, world)
             }
             _ => self.perform_home(act, world),
         }

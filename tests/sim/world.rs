@@ -2,6 +2,8 @@
 //! checks at every command and event what the machine promises.
 
 mod actors;
+mod ahead;
+mod grads;
 
 use std::collections::VecDeque;
 
@@ -13,7 +15,7 @@ use funicular::{
 use crate::{
     chance::mix,
     model::Model,
-    streams::{COMPUTE, DOWN, Device, From, Gate, Op, UP},
+    streams::{COMPUTE, DOWN, Device, From, Gate, Op, TORN, UP},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,8 @@ enum Purpose {
     Params,
     ReadChunk(u32),
     WriteChunk(u32),
+    WriteGrads,
+    ReadGrads,
     /// The runtime's own reads and writes of parameters on NVMe, through its own slot.
     Service {
         write: Option<u64>,
@@ -35,12 +39,15 @@ struct Io {
     step: usize,
     seen: Vec<u64>,
     slot: Slot,
+    /// Which of the unit's two places.
+    place: usize,
 }
 
 /// An update slot's contents, where the kind lives on NVMe.
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {
     param: Option<u64>,
+    grad: Option<u64>,
     state: Option<u64>,
     update: u64,
 }
@@ -58,8 +65,15 @@ struct Task {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
     Update,
+    Decide,
     /// An update into the other of the unit's two places.
     Turn,
+    /// The weights of an update: in place, or into the other of the two places.
+    Weights {
+        turned: bool,
+    },
+    /// The states of an update whose weights were made.
+    States,
     CopyHome,
 }
 
@@ -69,8 +83,12 @@ struct Job {
     number: u64,
     from: u64,
     to: u64,
+    /// What its gradients have to be.
+    grad: u64,
     after: [Gate; 3],
     ran: Vec<bool>,
+    /// Its weights are made and its states are not; where the old weights are, if they are kept: in the spare copy, or at home.
+    trailing: Option<Option<bool>>,
 }
 
 /// What the runtime remembers of a unit.
@@ -88,8 +106,12 @@ pub(crate) enum Actor {
     Disk,
     Runner,
     Reaper,
+    /// The reaper of copies down.
+    Sealer,
     /// The runner, ahead of steps.
     Ahead,
+    /// The same, of units that stream.
+    AheadPiece,
 }
 
 #[derive(Debug)]
@@ -110,7 +132,23 @@ pub(crate) struct World {
     pub(crate) trace: u64,
     pub(crate) off_step_done: Option<Vec<u64>>,
     commands: Vec<Command>,
-    states: Vec<Vec<u64>>,
+    /// By place, unit and piece.
+    states: [Vec<Vec<u64>>; 2],
+    /// Parameters on NVMe in their second place.
+    second_params: Vec<Vec<u64>>,
+    /// Which place of a unit is current.
+    current: Vec<usize>,
+    /// Updates begun ahead, of units that stream.
+    begun: Vec<Option<ahead::Begun>>,
+    /// Pieces of them that were read.
+    ahead: Vec<(UnitId, u32, Slot)>,
+    /// Whether chunks that are read now belong to a step's update.
+    ordinary: Vec<bool>,
+    /// Per unit, what its gradients are in the order of the program, and what lies on NVMe of those that live there.
+    pub(crate) grads: Vec<(u64, u64)>,
+    grad_free: u32,
+    /// Units whose slot is complete once a gate has passed.
+    sealing: VecDeque<(Gate, UnitId)>,
     jobs: Vec<Job>,
     disk: Vec<Io>,
     pages: Vec<Option<Vec<u64>>>,
@@ -146,7 +184,15 @@ impl World {
             trace: 0,
             off_step_done: None,
             commands: Vec::new(),
-            states: (0..n).map(|u| vec![state(0); pieces(u)]).collect(),
+            states: [0, 1].map(|_| (0..n).map(|u| vec![state(0); pieces(u)]).collect()),
+            second_params: (0..n).map(|u| vec![TORN; pieces(u)]).collect(),
+            current: vec![0; n],
+            begun: vec![None; n],
+            ahead: Vec::new(),
+            ordinary: vec![true; n],
+            grads: vec![(0, 0); n],
+            grad_free: model.plan.grad_slots.0,
+            sealing: VecDeque::new(),
             jobs: vec![Job::default(); n],
             disk: Vec::new(),
             pages: vec![None; n],
@@ -216,33 +262,46 @@ impl World {
                 self.page_free += 1;
             }
             Command::ReadChunk(unit, chunk) => self.read_chunk(unit, chunk, commands),
-            Command::RunChunk(unit, chunk) => {
-                self.note(mix(6, u64::from(unit.0)));
-                let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
-                let slot = at.map(|i| self.parked.swap_remove(i).2);
-                assert_eq!(slot.is_some(), self.model.chunks[unit.index()] > 0, "R5: {unit}'s update and its slot");
-                // Some units with a spare copy swap places; which of their steps is decided by chance.
-                let spare = self.model.plan.spare[unit.index()] && self.model.chunks[unit.index()] == 0;
-                let number = self.jobs[unit.index()].number;
-                let ahead = spare && !mix(number, u64::from(unit.0)).is_multiple_of(4);
-                let work = if ahead { Work::Turn } else { Work::Update };
-                self.tasks.push_back(Task { unit, chunk, slot, started: false, work });
+            Command::RunChunk(unit, chunk) => self.run_chunk(unit, chunk),
+            Command::RunStates(unit) => {
+                self.note(mix(9, u64::from(unit.0)));
+                assert!(self.jobs[unit.index()].trailing.is_some(), "the states of {unit} do not trail");
+                let twice = |t: &Task| t.work == Work::States;
+                assert!(!self.tasks.iter().any(twice), "the states of two units at once");
+                self.tasks.push_back(Task { unit, chunk: 0, slot: None, started: false, work: Work::States });
             }
             Command::CopyHome(unit) => {
                 self.note(mix(8, u64::from(unit.0)));
                 assert!(self.machine.in_spare(unit), "R6: {unit} has nothing to copy home");
+                assert!(self.jobs[unit.index()].trailing.is_none(), "R7: {unit} is copied over its old weights");
                 let same = |t: &Task| t.unit == unit;
                 assert!(!self.tasks.iter().any(same), "R6: {unit} is copied home twice");
                 self.tasks.push_back(Task { unit, chunk: 0, slot: None, started: false, work: Work::CopyHome });
             }
             Command::WriteChunk(unit, chunk) => {
                 self.note(mix(7, u64::from(unit.0)));
-                let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
-                let slot = self.parked.swap_remove(at.expect("R5: an updated chunk has its slot")).2;
+                let slot = self.unpark(unit, chunk);
                 let same = |io: &Io| io.unit == unit && io.purpose == Purpose::WriteChunk(chunk);
                 assert!(!self.disk.iter().any(same), "R4: two writes of one piece");
                 self.submit(unit, Purpose::WriteChunk(chunk), slot);
             }
+            Command::Decide(unit) => {
+                self.ordinary[unit.index()] = false;
+                self.tasks.push_back(Task { unit, chunk: 0, slot: None, started: false, work: Work::Decide });
+            }
+            Command::RunAhead(unit, chunk) => {
+                let slot = self.unpark(unit, chunk);
+                self.ahead.push((unit, chunk, slot));
+            }
+            Command::WriteAhead(unit, chunk) => self.write_ahead(unit, chunk),
+            Command::DropChunk(unit, chunk) => {
+                self.unpark(unit, chunk);
+                self.update_free += 1;
+            }
+            Command::SwapPlaces(unit) => self.swap_places(unit),
+            Command::ReadGrads(unit) => self.read_grads(unit),
+            Command::SealGrads(unit) => self.seal_grads(unit),
+            Command::WriteGrads(unit) => self.write_grads(unit),
         }
     }
 
@@ -271,11 +330,16 @@ impl World {
         self.note(mix(5, u64::from(unit.0)));
         assert!(self.update_free > 0, "R5: no update slot is free");
         self.update_free -= 1;
-        let number = self.jobs[unit.index()].number;
+        let ordinary = self.ordinary[unit.index()];
+        let number = self.jobs[unit.index()].number + u64::from(!ordinary && !self.machine.update_queued(unit));
+        let ahead = self.ahead.iter().any(|(u, ..)| *u == unit);
+        assert!(!(ordinary && ahead), "H2: a step's update of {unit} begins beside one ahead");
         assert!(!self.writing(unit, Some(number)), "R4: {unit} is updated while its last update is being written");
         let slot = Slot { update: number, ..Slot::default() };
+        self.check_grads(unit);
         // States that were never written are zero: there is nothing to read then.
-        let fresh = self.states[unit.index()][chunk as usize] == state(0) && !self.model.params_on_nvme(unit);
+        let first = self.states[self.current[unit.index()]][unit.index()][chunk as usize] == state(0);
+        let fresh = first && !self.model.params_on_nvme(unit) && !self.model.grads_on_nvme(unit);
         if fresh {
             let state = self.model.states_on_nvme(unit).then_some(state(0));
             self.parked.push((unit, chunk, Slot { state, ..slot }));
@@ -298,13 +362,32 @@ impl World {
     }
 
     fn submit(&mut self, unit: UnitId, purpose: Purpose, slot: Slot) {
-        self.disk.push(Io { unit, purpose, step: 0, seen: Vec::new(), slot });
+        self.submit_to(unit, purpose, slot, self.current[unit.index()]);
+    }
+
+    fn submit_to(&mut self, unit: UnitId, purpose: Purpose, slot: Slot, place: usize) {
+        self.disk.push(Io { unit, purpose, step: 0, seen: Vec::new(), slot, place });
+    }
+
+    /// A unit's parameters in one of its places, where they live on NVMe; else at home.
+    fn params_in(&mut self, unit: UnitId, place: usize) -> &mut Vec<u64> {
+        if place == 1 && self.model.params_on_nvme(unit) {
+            &mut self.second_params[unit.index()]
+        } else {
+            &mut self.device.params[unit.index()]
+        }
     }
 
     /// Starts a read or a write of a unit's parameters by the runtime itself.
     pub(crate) fn begin_off_step(&mut self, unit: UnitId, write: Option<u64>) {
         assert!(!self.machine.update_pending(unit), "S2: {unit} is being updated");
-        assert!(!self.writing(unit, None), "S2: {unit} is being written");
+        // Updates ahead write the other place.
+        let here = |io: &&Io| io.unit == unit && io.place == self.current[unit.index()];
+        let written = |io: &Io| matches!(io.purpose, Purpose::WriteChunk(_) | Purpose::Service { write: Some(_) });
+        assert!(!self.disk.iter().filter(here).any(written), "S2: {unit} is being written");
+        let read = |io: &&Io| io.unit == unit && matches!(io.purpose, Purpose::ReadChunk(_));
+        let torn = write.is_some() && self.disk.iter().any(|io| read(&io));
+        assert!(!torn, "S2: a piece of {unit} is read while it is written, and would fail its checksum");
         self.submit(unit, Purpose::Service { write }, Slot::default());
     }
 
@@ -367,29 +450,44 @@ impl World {
         let number = self.jobs[u].number + 1;
         let (from, to) = (self.content[u], mix(self.content[u], number));
         assert!(self.jobs[u].ran.iter().all(|&r| r), "the update before is not over");
+        assert!(self.jobs[u].trailing.is_none(), "R7: the states of the update before are not made");
         let ran = vec![false; self.model.chunks[u].max(1) as usize];
-        self.jobs[u] = Job { number, from, to, after, ran };
+        self.jobs[u] = Job { number, from, to, grad: self.grads[u].0, after, ran, trailing: None };
         self.content[u] = to;
         self.step(|m, out| m.submit(unit, out));
     }
 
+    /// Whether all states of a unit are those of the last update that was submitted.
+    pub(crate) fn has_last_states(&self, unit: UnitId) -> bool {
+        let (u, last) = (unit.index(), state(self.jobs[unit.index()].number));
+        self.states[self.current[u]][u].iter().all(|&s| s == last)
+    }
+
     /// At the end: everything is home, applied once and in order, and every slot is back.
-    pub(crate) fn check_end(&self) {
+    pub(crate) fn check_end(&mut self) {
         assert!(!self.machine.updating(), "an update was never run");
         assert!([COMPUTE, UP, DOWN].iter().all(|&s| self.device.idle(s)), "a stream never ended");
+        assert_eq!(self.grad_free, self.model.plan.grad_slots.0, "G3: a gradient slot is lost");
+        assert!(
+            self.sealing.is_empty() && self.device.gathered.iter().all(Option::is_none),
+            "G3: gradients were left over"
+        );
         assert!(self.tasks.is_empty() && self.parked.is_empty() && self.landings.is_empty(), "something was left over");
         assert_eq!(self.page_free, self.model.plan.page_slots.0, "R5: a page slot is lost");
         assert_eq!(self.update_free, self.model.plan.update_slots.0.saturating_sub(1), "R5: an update slot is lost");
+        assert!(self.ahead.is_empty(), "H4: a piece of an update ahead was left over");
         for unit in self.model.layout.ids() {
             let u = unit.index();
+            let place = self.current[u];
+            let params = self.params_in(unit, place).clone();
             assert!(!self.machine.unsettled(unit) && !self.machine.reading(unit), "{unit} is not settled");
             assert!(self.pages[u].is_none(), "R5: {unit} still has a page slot");
-            assert!(
-                self.device.params[u].iter().all(|&p| p == self.content[u]),
-                "{unit}'s parameters are not the last"
-            );
+            assert!(params.iter().all(|&p| p == self.content[u]), "{unit}'s parameters are not the last");
             let last = state(self.jobs[u].number);
-            assert!(self.states[u].iter().all(|&s| s == last), "{unit}'s states are not those of its last update");
+            assert!(
+                self.states[place][u].iter().all(|&s| s == last),
+                "{unit}'s states are not those of its last update"
+            );
         }
     }
 }

@@ -15,16 +15,19 @@ const FLOORS: &[&[&str]] = &[
     &["homes"],
     &["guard"],
     &["gradients"],
+    &["ranks"],
     &["windows"],
     &["optim", "micro_batches"],
     &["checkpoint"],
     &["statistics", "offloading", "planning"],
-    &["install", "testing", "__init__", "__main__"],
+    &["install"],
+    &["integrations", "testing", "__init__", "__main__"],
 ];
 
 /// What tests, benches and examples may import of the package, and nothing inside of it. They look inside with `funicular.testing`, and name
 /// another module only as a string of its own, `"funicular.optim.adamw"`: to replace a function there by pytest's monkeypatch.
-const PUBLIC: &[&str] = &["_core", "checkpoint", "errors", "optim", "policy", "reference", "statistics", "testing"];
+const PUBLIC: &[&str] =
+    &["_core", "checkpoint", "errors", "integrations", "optim", "policy", "reference", "statistics", "testing"];
 
 /// Attributes of torch's objects with private names, which stand in torch_internals alone.
 const PRIVATE: &[&str] = &[

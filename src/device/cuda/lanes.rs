@@ -21,7 +21,7 @@ use crate::{
         lanes::{Copy, Lanes, Staged},
     },
     error::Result,
-    optim::{Hyper, Span, Target},
+    optim::{Hyper, Portion, Span, Target},
 };
 
 struct Lane {
@@ -99,8 +99,8 @@ impl Lanes for CudaLanes {
         self.lanes.len()
     }
 
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()> {
-        let staged = Staged::new(span, target, self.staging.address(lane), self.bytes_each)?;
+    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()> {
+        let staged = Staged::new(span, target, portion, self.staging.address(lane), self.bytes_each)?;
         let lane = &self.lanes[lane];
         let context = &*self.streams.context;
         let _entered = context.enter()?;

@@ -17,7 +17,7 @@ use crate::{
     device::lanes::{Lanes, Staged},
     error::{Code, Error, Result},
     memory::HostRegion,
-    optim::{Hyper, Span, Target, adamw},
+    optim::{Hyper, Portion, Span, Target, adamw},
     quantities::ByteCount,
 };
 
@@ -55,8 +55,7 @@ impl HostLanes {
                 staging: HostRegion::new(ByteCount(bytes_each), "updates on the device")?,
             });
             lanes.lanes.push(Arc::clone(&lane));
-            let worker = std::thread::Builder::new().name(format!("funicular-lane-{number}"));
-            let worker = worker.spawn(move || lane.serve());
+            let worker = crate::os_error::start_thread(&format!("funicular-lane-{number}"), move || lane.serve());
             let worker = worker.map_err(|e| crate::os_error::no_thread(&format!("lane {number}"), &e, ""))?;
             lanes.workers.push(worker);
         }
@@ -69,9 +68,9 @@ impl Lanes for HostLanes {
         self.lanes.len()
     }
 
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()> {
+    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()> {
         let lane = &*self.lanes[lane];
-        let staged = Staged::new(span, target, lane.staging.as_ptr() as u64, lane.staging.len() as u64)?;
+        let staged = Staged::new(span, target, portion, lane.staging.as_ptr() as u64, lane.staging.len() as u64)?;
         let mut state = lane.state.lock();
         while state.queue.len() == CAPACITY && state.failure.is_none() {
             lane.changed.wait(&mut state);

@@ -125,7 +125,7 @@ impl Streams {
                 streams.fail(name);
             }
         };
-        let started = thread::Builder::new().name(name.to_owned()).spawn(worker);
+        let started = crate::os_error::start_thread(name, worker);
         started.map(Some).map_err(|e| crate::os_error::no_thread(name, &e, ""))
     }
 

@@ -2,7 +2,7 @@
 
 use super::{
     blocks, fsdp,
-    kinds::{is_root_key, is_zero_key},
+    kinds::{Kind, called, is_root_key, is_zero_key},
     rewrite::{Rewrite, joined},
     scalar,
 };
@@ -32,6 +32,7 @@ const PLUGIN_OTHER: &[(&str, &str)] = &[
     ("deepspeed_exclusion_filter", "about launching on several machines"),
     ("deepspeed_inclusion_filter", "about launching on several machines"),
     ("deepspeed", "this file configures it"),
+    ("enable_deepspeed", "this file configures it"),
     ("is_train_batch_min", "belongs to your training loop"),
     ("enable_msamp", "about 8-bit communication between ranks"),
     ("msamp_opt_level", "about 8-bit communication between ranks"),
@@ -65,7 +66,7 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
             ("fsdp_config" | "fsdp_plugin", Value::Table(_)) => fsdp::section(to, &full, node),
             (CALLEE, _) => to.names_class(&full, node),
             ("num_processes" | "num_machines", _) => processes(to, &full, node),
-            ("zero_optimization" | "aio" | "bf16" | "fp16", Value::Table(_)) => unread(to, &full, key, node),
+            ("zero_optimization" | "aio" | "bf16" | "fp16", Value::Table(_)) => unread(to, &full, key, node, NOT_READ),
             ("debug", _) => to.ignored(&full, node, "belongs to your training loop"),
             _ => beside(to, &full, key, node, "about launching; belongs to your training loop"),
         }
@@ -75,6 +76,10 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
 /// Reads the plugin's keys.
 pub(super) fn plugin(to: &mut Rewrite<'_>, prefix: &str, table: &Node) {
     let Value::Table(entries) = &table.value else { return };
+    // The same keys stand in files of other programs, which read more than accelerate does.
+    let place = prefix.rsplit('.').next().unwrap_or_default();
+    let accelerates = ["deepspeed_config", "deepspeed_plugin"].contains(&place) || !called(table).is_empty();
+    let remark = if accelerates { NOT_READ } else { "" };
     let named = entries.iter().any(|e| FILES.contains(&e.key.as_str()) && is_named(&e.node));
     // accelerate's own keys decide before those that it does not read.
     let (own, other): (Vec<&Entry>, Vec<&Entry>) =
@@ -87,7 +92,7 @@ pub(super) fn plugin(to: &mut Rewrite<'_>, prefix: &str, table: &Node) {
             (name, _) if FILES.contains(&name) => refer(to, &full, node),
             ("mixed_precision", _) => mixed_precision(to, &full, node),
             _ if named && (mapped.is_some() || is_root_key(key) || is_zero_key(key)) => {
-                to.ignored(&full, node, "the DeepSpeed file decides");
+                to.ignored(&full, node, "the DeepSpeed file decides, except where it says \"auto\"");
             }
             (_, _) if mapped.is_some() => to.put(mapped.map_or("", |(_, path)| path), &full, node, ""),
             ("deepspeed_moe_layer_cls_names" | "transformer_moe_cls_names", Value::Null) => {
@@ -96,8 +101,8 @@ pub(super) fn plugin(to: &mut Rewrite<'_>, prefix: &str, table: &Node) {
             ("deepspeed_moe_layer_cls_names" | "transformer_moe_cls_names", _) => {
                 to.undecided(&full, node, "units.match takes names of modules, not of classes; name the modules");
             }
-            _ if is_root_key(key) => unread(to, &full, key, node),
-            _ if is_zero_key(key) => unread_zero(to, &full, key, node),
+            _ if is_root_key(key) => unread(to, &full, key, node, remark),
+            _ if is_zero_key(key) => unread_zero(to, &full, key, node, remark),
             _ => match PLUGIN_OTHER.iter().find(|(name, _)| name == key) {
                 Some((_, why)) => to.ignored(&full, node, why),
                 None if prefix.is_empty() => beside(to, &full, key, node, "belongs to your training loop"),
@@ -108,24 +113,24 @@ pub(super) fn plugin(to: &mut Rewrite<'_>, prefix: &str, table: &Node) {
 }
 
 /// A key of DeepSpeed's where accelerate does not read it: taken over if it says where things live or in what format.
-fn unread(to: &mut Rewrite<'_>, full: &str, key: &str, node: &Node) {
+fn unread(to: &mut Rewrite<'_>, full: &str, key: &str, node: &Node, remark: &'static str) {
     match (key, &node.value) {
         ("zero_optimization", Value::Table(entries)) => {
             for Entry { key, node, .. } in entries {
-                unread_zero(to, &joined(full, key), key, node);
+                unread_zero(to, &joined(full, key), key, node, remark);
             }
         }
-        ("bf16" | "bfloat16" | "fp16", _) if to.half.is_some() => {
+        ("bf16" | "bfloat16" | "fp16", _) if to.half.is_some() && !remark.is_empty() => {
             to.ignored(full, node, "accelerate does not read this key here; mixed_precision decides");
         }
-        _ => to.put(key, full, node, NOT_READ),
+        _ => to.put(key, full, node, remark),
     }
 }
 
-fn unread_zero(to: &mut Rewrite<'_>, full: &str, key: &str, node: &Node) {
-    match key == "stage" || key.contains("offload") {
-        true => to.put(&format!("zero_optimization.{key}"), full, node, NOT_READ),
-        false => to.ignored(full, node, NOT_READ.trim_matches([' ', '(', ')'])),
+fn unread_zero(to: &mut Rewrite<'_>, full: &str, key: &str, node: &Node, remark: &'static str) {
+    match remark.is_empty() || key == "stage" || key.contains("offload") {
+        true => to.put(&format!("zero_optimization.{key}"), full, node, remark),
+        false => to.ignored(full, node, remark.trim_matches([' ', '(', ')'])),
     }
 }
 
@@ -137,9 +142,13 @@ fn unknown(to: &mut Rewrite<'_>, full: &str, key: &str, node: &Node) {
 
 /// A key beside those that are known: one that speaks of offloading is not passed over.
 pub(super) fn beside(to: &mut Rewrite<'_>, full: &str, key: &str, node: &Node, why: &str) {
-    match blocks::offloading(key, node).is_empty() {
-        true => to.ignored(full, node, why),
-        false => to.undecided(full, node, blocks::SPEAKS),
+    match (blocks::offloading(key, node).is_empty(), Kind::of(node)) {
+        (true, _) => to.ignored(full, node, why),
+        (false, None) => to.undecided(full, node, blocks::SPEAKS),
+        (false, Some(kind)) => {
+            let note = format!("another {}: put it into a file of its own to import it", kind.name());
+            to.undecided(full, node, &note);
+        }
     }
 }
 

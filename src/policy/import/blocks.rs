@@ -12,7 +12,10 @@ use super::{
 };
 use crate::{
     error::{Code, Error, Result},
-    policy::source::{CALLEE, Entry, Node, Source, Value},
+    policy::{
+        Policy,
+        source::{CALLEE, Entry, Node, Source, Value},
+    },
     text::printable,
 };
 
@@ -75,14 +78,7 @@ pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, hints: Hints) -> Res
     let taken = blocks.swap_remove(chosen);
     let mut out = read(source, &taken, hints);
     for other in &blocks {
-        let key = if other.path.is_empty() { called(other.node) } else { &other.path };
-        let line = taken.node.span.as_ref().map_or(0, |span| source.locate(span.start).0);
-        let place = if taken.path.is_empty() { format!("the one in line {line}") } else { taken.path.clone() };
-        let note = format!(
-            "another {}; {place} was taken: put this one into a file of its own to import it",
-            other.kind.name()
-        );
-        out.undecided.push(Item::new(source, Found { key, node: other.node }, note));
+        beside(source, &taken, other, hints, &mut out);
     }
     for (path, node) in &roots {
         let skip: Vec<&Node> = blocks.iter().map(|b| b.node).chain([taken.node]).collect();
@@ -97,6 +93,28 @@ pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, hints: Hints) -> Res
     }
     out.sort();
     Ok(out)
+}
+
+/// Accounts for a configuration beside the one that was taken.
+fn beside(source: &Source<'_>, taken: &Block<'_>, other: &Block<'_>, hints: Hints, out: &mut Imported) {
+    let key = if other.path.is_empty() { called(other.node) } else { &other.path };
+    let line = taken.node.span.as_ref().map_or(0, |span| source.locate(span.start).0);
+    let place = if taken.path.is_empty() { format!("the one in line {line}") } else { taken.path.clone() };
+    let found = Found { key, node: other.node };
+    // FSDP is told of each block, and of the model.
+    if (taken.kind, other.kind) == (Kind::Fsdp, Kind::Fsdp) {
+        let says = read(source, other, hints).policy;
+        if says == out.policy {
+            return out.ignored.push(Item::new(source, found, format!("says the same as {place}")));
+        }
+        if says == Policy::default() {
+            let note = format!("offloads nothing, unlike {place}, which was taken for the whole model");
+            return out.undecided.push(Item::new(source, found, note));
+        }
+    }
+    let note =
+        format!("another {}; {place} was taken: put this one into a file of its own to import it", other.kind.name());
+    out.undecided.push(Item::new(source, found, note));
 }
 
 /// A script names what it has assigned before: such a block is found again, by itself or inside of another one.
@@ -183,10 +201,17 @@ fn gather<'n>(path: &str, key: &str, node: &'n Node, depth: usize, found: &mut V
         found.push((path.to_owned(), node));
     }
     if depth < MAX_DEPTH {
-        for (inner, node) in children(node) {
+        for (inner, part) in children(node) {
+            if let (CALLEE, Value::Text(name)) = (inner.as_str(), &part.value) {
+                // What is called stands where the call is.
+                if name.to_ascii_lowercase().contains("offload") {
+                    found.push((name.clone(), node));
+                }
+                continue;
+            }
             // `offload_param: {device: cpu}`: the section's name speaks for what is in it.
             let key = if inner == "device" { key } else { &inner };
-            gather(&joined(path, &inner), key, node, depth + 1, found);
+            gather(&joined(path, &inner), key, part, depth + 1, found);
         }
     }
 }
@@ -260,27 +285,51 @@ fn same(a: &Node, b: &Node) -> bool {
 /// `FN-E507`, with the keys that the file has, and those that speak of offloading.
 fn unknown(source: &Source<'_>, roots: &[(String, &Node)]) -> Error {
     let name = printable(source.name()).into_owned();
+    let text = source.text();
+    let error = |what: String| Error::new(Code::ImportFormat, what);
+    if text.lines().map(str::trim).all(|line| line.is_empty() || line.starts_with('#')) {
+        return error(format!("{name}: there is nothing in it.")).action("Give the file that has the settings.");
+    }
+    if let [(_, node)] = roots
+        && !children(node).is_empty()
+        && Policy::from_node(source, node).is_ok()
+    {
+        return error(format!("{name}: is a policy already."))
+            .action(format!("There is nothing to import: `funicular policy check {name}` reads it as a run does."));
+    }
     let written = |key: &String| key != CALLEE && !key.starts_with("argument ");
     let keys = roots.iter().flat_map(|(_, node)| children(node)).map(|(key, _)| key).filter(written);
     let keys: Vec<String> = keys.take(5).collect();
     let has = if keys.is_empty() { String::new() } else { format!("; it has the keys {}", keys.join(", ")) };
-    let mut error = format!("{name}: not a configuration of a format that import knows{has}.");
-    if let Some(file) = roots.iter().find_map(|(_, node)| json_named(node, 0)) {
-        error += &format!(" It names {file}: if that has the settings, import it.");
+    let mut what = format!("{name}: not a configuration of a format that import knows{has}.");
+    let named = roots.iter().find_map(|(_, node)| json_named(node, 0)).or_else(|| json_in(text));
+    if let Some(file) = named {
+        what += &format!(" It names {file}: if that has the settings, import it.");
     }
-    let speaking: Vec<String> = roots
+    let mut speaking: Vec<String> = roots
         .iter()
         .flat_map(|(_, node)| offloading("", node))
         .map(|(key, node)| {
             let line = node.span.as_ref().map_or(0, |span| source.locate(span.start).0);
             format!("{key} (line {line})")
         })
-        .take(5)
         .collect();
+    if speaking.is_empty() {
+        // A text without keys, such as a shell script.
+        let lines = text.lines().enumerate().filter(|(_, line)| line.to_ascii_lowercase().contains("offload"));
+        speaking.extend(lines.map(|(at, _)| format!("line {}", at + 1)));
+    }
+    speaking.truncate(5);
     if !speaking.is_empty() {
-        error += &format!(" It does speak of offloading: {}.", speaking.join(", "));
+        what += &format!(" It does speak of offloading: {}.", speaking.join(", "));
     }
     let known =
         ["Known are ", KNOWN, ". Or write a policy: params.tier and optimizer.tier say where things live."].concat();
-    Error::new(Code::ImportFormat, error).action(known)
+    error(what).action(known)
+}
+
+/// The first word of a text that is the name of a JSON file, as `--deepspeed ds_config.json` in a shell script has it.
+fn json_in(text: &str) -> Option<&str> {
+    let ends = |c: char| c.is_whitespace() || "\"'`=,;:()[]{}<>".contains(c);
+    text.split(ends).find(|word| word.ends_with(".json") && word.len() > ".json".len())
 }

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     policy::{
         OptimizerTier, ParamsTier,
-        source::{Entry, Node, Source, Value},
+        source::{CALLEE, Entry, Node, Source, Value},
         suggest,
     },
     quantities::{ByteCount, Tier},
@@ -113,6 +113,10 @@ impl<'a> Import<'a> {
                 let note = format!("{}{why}", self.elements_note(found.node));
                 self.ignored(found, note);
             }
+            Rule::IfThere(_) if matches!(found.node.value, Value::Null | Value::Bool(false)) => {
+                self.ignored(found, "off");
+            }
+            Rule::IfThere(why) => self.undecided(found, why),
             Rule::IfTrue(why) => match scalar::flag(found.node) {
                 Ok(Read { value: false, .. }) => self.ignored(found, "off"),
                 Ok(Read { value: true, .. }) => self.undecided(found, why),
@@ -136,6 +140,20 @@ impl<'a> Import<'a> {
     fn other_root(&mut self, found: Found<'_>, key: &str, rules: Rules) {
         if ROOT_LOOP.contains(&key) {
             return self.ignored(found, LOOP);
+        }
+        match key.strip_prefix("argument ") {
+            _ if key == CALLEE
+                && matches!(&found.node.value, Value::Text(name) if OF_THEIR_ARGUMENTS.contains(&name.as_str())) =>
+            {
+                return;
+            }
+            // `ds = json.load(f)`, and then `ds["zero_optimization"] = ...`.
+            _ if key == CALLEE => {
+                let note = "makes the rest of the configuration, which is not seen: import the file that it reads";
+                return self.undecided(Found { key: "made by", ..found }, note);
+            }
+            Some(_) => return self.ignored(found, "an argument of the call that makes the configuration"),
+            None => {}
         }
         if key.starts_with(['_', '/', '#']) || key.contains(' ') || key.contains("comment") {
             return self.ignored(found, "a comment");
@@ -161,7 +179,7 @@ impl<'a> Import<'a> {
             return self.ignored(found, "a comment");
         }
         let hint = suggest::did_you_mean(key, rules.iter().map(|(name, _)| *name));
-        self.undecided(found, format!("unknown key{hint}; DeepSpeed refuses it"));
+        self.undecided(found, format!("unknown key{hint}; DeepSpeed refuses keys that it does not know"));
     }
 
     fn section(&mut self, found: Found<'_>, rules: Rules) {
@@ -192,7 +210,7 @@ impl<'a> Import<'a> {
     fn offload(&mut self, found: Found<'_>, rules: Rules, device: fn(&mut Self, Found<'_>)) {
         match &found.node.value {
             Value::Bool(_) | Value::Text(_) => device(self, found),
-            Value::Table(_) if found.node.get("device").is_none() => {
+            Value::Table(_) if found.node.get("device").is_none() && scalar::elsewhere(found.node).is_none() => {
                 self.section(found, rules);
                 let key = format!("{}.device", found.key);
                 let note =
@@ -200,15 +218,19 @@ impl<'a> Import<'a> {
                 let nothing = Node { span: found.node.span.clone(), value: Value::Null };
                 self.undecided(Found { key: &key, node: &nothing }, note);
             }
-            Value::Code(_) => {
-                self.undecided(found, scalar::COMPUTED);
-            }
+            _ if let Some(fault) = scalar::elsewhere(found.node) => self.undecided(found, fault),
             _ => self.section(found, rules),
         }
     }
 
     pub(super) fn stage(&mut self, found: Found<'_>) {
-        match scalar::count(found.node) {
+        // `ZERO_3` and the like, as files write it that are read by other programs.
+        let named = match &found.node.value {
+            Value::Text(text) => text.trim().to_ascii_lowercase().strip_prefix("zero_").and_then(|n| n.parse().ok()),
+            _ => None,
+        };
+        let stage = named.map(Value::Integer).map(Node::made);
+        match scalar::count(stage.as_ref().unwrap_or(found.node)) {
             Ok(Read { value: 3, .. }) => {
                 self.ignored(found, "parameters are always paged here; nothing is partitioned over ranks")
             }
@@ -218,8 +240,7 @@ impl<'a> Import<'a> {
                 );
                 self.undecided(found, note);
             }
-            _ if matches!(found.node.value, Value::Code(_)) => self.undecided(found, scalar::COMPUTED),
-            _ => self.undecided(found, "is not a stage from 0 to 3"),
+            _ => self.undecided(found, scalar::elsewhere(found.node).unwrap_or("is not a stage from 0 to 3")),
         }
     }
 
@@ -230,12 +251,21 @@ impl<'a> Import<'a> {
             Value::Null | Value::Bool(false) => "none",
             Value::Bool(true) => "cpu",
             Value::Text(text) => text.trim(),
-            Value::Code(_) => {
-                self.undecided(found, scalar::COMPUTED);
-                return None;
-            }
             _ => "",
         };
+        if let Some(fault) = scalar::elsewhere(found.node) {
+            self.undecided(found, fault);
+            return None;
+        }
+        if word == "auto" {
+            // accelerate puts its own `offload_..._device` there.
+            let tier = if found.key.contains("param") { "params.tier" } else { "optimizer.tier" };
+            self.undecided(
+                found,
+                format!("is what your launcher says, such as accelerate's own configuration; set {tier}"),
+            );
+            return None;
+        }
         match word.to_ascii_lowercase().as_str() {
             "none" | "false" => Some(Tier::Hbm),
             "cpu" | "true" => Some(Tier::Host),
@@ -312,13 +342,18 @@ impl<'a> Import<'a> {
         let Value::Text(path) = &found.node.value else {
             return match found.node.value {
                 Value::Null => self.ignored(found, "empty"),
-                _ => self.undecided(found, "is not a path"),
+                _ => self.undecided(found, scalar::elsewhere(found.node).unwrap_or("is not a path")),
             };
         };
         if !used {
             return self.ignored(found, "the device beside it is not nvme");
         }
-        if path.trim().is_empty() || path.starts_with('~') || path.contains('$') {
+        if scalar::is_auto(found.node) {
+            let note = "is what your launcher says; set nvme.paths to a directory on a local disk";
+            return self.undecided(found, note);
+        }
+        let filled_in = scalar::elsewhere(found.node).is_some() || path.contains('$');
+        if path.trim().is_empty() || path.starts_with('~') || filled_in {
             return self.undecided(found, "nothing expands this path; set nvme.paths to a directory on a local disk");
         }
         let path = std::path::PathBuf::from(path.trim());
@@ -378,6 +413,9 @@ impl<'a> Import<'a> {
         self.outer_format();
     }
 }
+
+/// Calls that make nothing but what their arguments say.
+const OF_THEIR_ARGUMENTS: &[&str] = &["dict", "DeepSpeedConfig", "HfDeepSpeedConfig"];
 
 /// What is to be said of a device that stands where DeepSpeed wants a section.
 fn not_a_section(found: Found<'_>) -> &'static str {

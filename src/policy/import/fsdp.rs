@@ -2,7 +2,7 @@
 
 use super::{
     accelerate::beside,
-    rewrite::{Rewrite, joined},
+    rewrite::{AUTOCAST, Rewrite, joined},
     scalar,
 };
 use crate::policy::{
@@ -11,6 +11,25 @@ use crate::policy::{
 };
 
 const RANKS: &str = "about sharding over ranks";
+
+/// Keys of a file that `fsdp_config` names.
+const OWN: &[&str] = &[
+    "activation_checkpointing",
+    "auto_wrap_policy",
+    "backward_prefetch",
+    "cpu_offload",
+    "cpu_ram_efficient_loading",
+    "forward_prefetch",
+    "limit_all_gathers",
+    "min_num_params",
+    "offload_params",
+    "reshard_after_forward",
+    "sync_module_states",
+    "transformer_layer_cls_to_wrap",
+    "use_orig_params",
+    "version",
+    "xla",
+];
 
 /// Reads a section; `path` is the name of it.
 pub(super) fn section(to: &mut Rewrite<'_>, path: &str, table: &Node) {
@@ -45,12 +64,18 @@ pub(super) fn section(to: &mut Rewrite<'_>, path: &str, table: &Node) {
                 to.ignored(&full, node, "offload(meta, checkpoint=) streams weights from files");
             }
             ("mixed_precision" | "mixed_precision_policy" | "mp_policy", _) => {
-                to.ignored(&full, node, "belongs to your training loop: torch.autocast works as it is");
+                to.ignored(&full, node, AUTOCAST);
             }
             (_, Value::Table(_)) => beside(to, &full, key, node, RANKS),
             (name, _) => beside(to, &full, name, node, RANKS),
         }
     }
+}
+
+/// True for a table that has a key of FSDP's settings.
+pub(super) fn is_section(node: &Node) -> bool {
+    let Value::Table(entries) = &node.value else { return false };
+    entries.iter().any(|e| e.key.starts_with("fsdp_") || OWN.contains(&e.key.as_str()))
 }
 
 /// A flag, or an object such as `CPUOffload(offload_params=True)` and `CPUOffloadPolicy()`.
@@ -74,7 +99,7 @@ pub(super) fn offload(to: &mut Rewrite<'_>, full: &str, node: &Node) {
 
 /// Says that FSDP offloads. Where DeepSpeed is configured too, that decides.
 pub(super) fn offloaded(to: &mut Rewrite<'_>, full: &str, node: &Node) {
-    if !to.is_empty() || to.own.refers_to.is_some() {
+    if !to.is_empty() || (to.own.refers_to.is_some() && !to.own.refers_to_fsdp) {
         return to.undecided(full, node, "DeepSpeed is configured too, and was taken");
     }
     to.own.policy.params.tier = ParamsTier::Host;

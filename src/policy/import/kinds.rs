@@ -68,7 +68,7 @@ impl Kind {
         if is_zero(node) {
             return Some(Self::Zero);
         }
-        if FSDP_OFFLOAD.iter().any(|key| node.get(key).is_some()) {
+        if FSDP_OFFLOAD.iter().chain(FSDP_OWN).any(|key| node.get(key).is_some()) {
             return Some(Self::Fsdp);
         }
         (TRAINER_OWN.iter().filter(|key| node.get(key).is_some()).count() > 2).then_some(Self::Trainer)
@@ -197,6 +197,15 @@ const TRAINER_OF_LIGHTNING: &[&str] = &["accelerator", "devices", "max_epochs", 
 
 /// Keys that turn FSDP's offload on.
 pub(super) const FSDP_OFFLOAD: &[&str] = &["fsdp_offload_params", "offload_params", "fsdp_cpu_offload_params"];
+
+/// Keys that only accelerate's settings of FSDP have.
+const FSDP_OWN: &[&str] = &[
+    "fsdp_auto_wrap_policy",
+    "fsdp_backward_prefetch",
+    "fsdp_sharding_strategy",
+    "fsdp_state_dict_type",
+    "fsdp_transformer_layer_cls_to_wrap",
+];
 
 /// Keys of training files, of which three make one.
 const TRAINER_OWN: &[&str] = &[

@@ -131,8 +131,19 @@ pub(super) fn referred(text: &str, name: &str, outer: Imported, hints: Hints) ->
     let source = Source::new(name, text);
     let node = parse_json::parse(&source, text, Dialect::Relaxed).ok()?;
     table(&source, &node).ok()?;
-    let kind = Kind::of(&node).filter(|kind| matches!(kind, Kind::DeepSpeed | Kind::Zero | Kind::Fsdp))?;
+    let kind = match outer.refers_to_fsdp {
+        // FSDP's file says little else but how to shard: any keys make one, if one of them is FSDP's.
+        true => Kind::Fsdp,
+        false => Kind::of(&node).filter(|kind| matches!(kind, Kind::DeepSpeed | Kind::Zero | Kind::Fsdp))?,
+    };
+    if outer.refers_to_fsdp && !fsdp::is_section(&node) {
+        return None;
+    }
     let mut to = Rewrite::new(&source);
+    if kind == Kind::Fsdp {
+        // What the file around it offloads counts.
+        to.own.policy = outer.policy.clone();
+    }
     to.half.clone_from(&outer.half);
     if let Some(half) = &mut to.half {
         half.item.file = Some(outer.name.clone());
@@ -144,10 +155,16 @@ pub(super) fn referred(text: &str, name: &str, outer: Imported, hints: Hints) ->
     Some(out)
 }
 
+/// A table of keys, or a list that has one.
 fn table(source: &Source<'_>, node: &Node) -> Result<()> {
     source.check_size(node)?;
-    match node.value {
-        Value::Table(_) => Ok(()),
-        _ => Err(source.error(Code::PolicyValue, node.span.as_ref(), "a configuration is a table of keys and values")),
-    }
+    let what = match &node.value {
+        Value::Table(_) => return Ok(()),
+        Value::List(items) if items.iter().any(|item| matches!(item.value, Value::Table(_))) => return Ok(()),
+        Value::List(_) => "a list without one",
+        _ => "a single value",
+    };
+    let what = format!("a configuration is a table of keys and values, and this is {what}");
+    let error = source.error(Code::PolicyValue, node.span.as_ref(), &what);
+    Err(error.action("Give the file that has the settings."))
 }

@@ -129,8 +129,9 @@ impl Script {
             *times += 1;
             last.clone_from(node);
         }
-        let mut names = Names { of: names, left: MAX_COPIED, unpacked: BTreeSet::new() };
+        let mut names = Names { of: names, own: String::new(), left: MAX_COPIED, unpacked: BTreeSet::new() };
         for entry in &mut self.statements {
+            names.own.clone_from(&entry.key);
             names.replace(&mut entry.node, 0);
         }
         self.statements.retain(|entry| !names.unpacked.contains(&entry.key));
@@ -141,6 +142,8 @@ impl Script {
 struct Names {
     /// How often each is assigned, and what last.
     of: BTreeMap<String, (usize, Node)>,
+    /// The name that is being assigned: in its own value it is what it was before.
+    own: String,
     /// How many values may still be put in place of names.
     left: usize,
     unpacked: BTreeSet<String>,
@@ -148,7 +151,7 @@ struct Names {
 
 impl Names {
     fn named(&self, name: &str) -> Option<&Node> {
-        self.of.get(name).filter(|(times, _)| *times == 1).map(|(_, node)| node)
+        self.of.get(name).filter(|(times, _)| *times == 1 && name != self.own).map(|(_, node)| node)
     }
 
     fn replace(&mut self, node: &mut Node, depth: usize) {

@@ -42,6 +42,8 @@ pub struct Imported {
     pub undecided: Vec<Item>,
     /// Another file that this one refers to for its settings (accelerate's `deepspeed_config_file`).
     pub refers_to: Option<String>,
+    /// Whether that is a file of FSDP's settings, not DeepSpeed's.
+    pub(in crate::policy) refers_to_fsdp: bool,
     /// What the file says of the number format, for the file that it refers to.
     pub(super) half: Option<Half>,
 }
@@ -62,6 +64,7 @@ impl Imported {
             ignored: Vec::new(),
             undecided: Vec::new(),
             refers_to: None,
+            refers_to_fsdp: false,
             half: None,
         }
     }

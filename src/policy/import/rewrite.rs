@@ -6,6 +6,10 @@ use crate::policy::{
     source::{Entry, Node, Source, Value},
 };
 
+/// Said of a number format beside FSDP, which keeps fp32 masters.
+pub(super) const AUTOCAST: &str =
+    "belongs to your training loop: torch.autocast works as it is, and params.dtype converts, with masters in fp32";
+
 /// Where a value of the tree comes from.
 pub(super) struct Label {
     /// Its path in the tree.
@@ -174,7 +178,7 @@ impl<'a> Rewrite<'a> {
     pub(super) fn finish_without(mut self) -> Imported {
         if let Some(half) = self.half {
             let note = match half.format {
-                Some(_) => "belongs to your training loop: torch.autocast works as it is, and params.dtype converts",
+                Some(_) => AUTOCAST,
                 None => "the model's own number format counts",
             };
             self.own.ignored.push(Item { note: note.to_owned(), ..half.item });
@@ -183,9 +187,13 @@ impl<'a> Rewrite<'a> {
     }
 }
 
-/// `a.b`, or only `b`.
+/// `a.b`, `a[0]`, or only `b`.
 pub(super) fn joined(path: &str, key: &str) -> String {
-    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+    match (path, key.starts_with('[')) {
+        ("", _) => key.to_owned(),
+        (_, true) => format!("{path}{key}"),
+        (_, false) => format!("{path}.{key}"),
+    }
 }
 
 /// A word in place of the value that the user wrote.

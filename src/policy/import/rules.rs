@@ -11,6 +11,8 @@ pub(super) enum Rule {
     Elements(&'static str),
     /// It changes what is computed only when true: this is to be decided.
     IfTrue(&'static str),
+    /// It changes what is computed where it is there: this is to be decided.
+    IfThere(&'static str),
     /// Read by code.
     Do(fn(&mut Import<'_>, Found<'_>)),
 }
@@ -134,6 +136,13 @@ pub(super) const ZERO: Rules = &[
     ("zero_quantized_weights", Rule::Ignore(RANKS)),
     ("zero_quantized_nontrainable_weights", Rule::Ignore(RANKS)),
     ("zero_quantized_gradients", Rule::Ignore(RANKS)),
+    ("zeropp_loco_param", Rule::Ignore(RANKS)),
+    (
+        "zenflow",
+        Rule::IfThere(
+            "ZenFlow updates most parameters steps later; here every step updates all, and is hidden as far as it can be",
+        ),
+    ),
     ("mics_shard_size", Rule::Ignore(RANKS)),
     ("mics_hierarchical_params_gather", Rule::Ignore(RANKS)),
     ("elastic_checkpoint", Rule::Ignore("checkpoints here are by parameter name and load on any number of GPUs")),

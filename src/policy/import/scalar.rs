@@ -1,7 +1,7 @@
 //! Values as people and tools write them: booleans as strings, counts as floats or strings, sizes in elements.
 
 use crate::{
-    policy::source::{Node, Value},
+    policy::source::{CALLEE, Node, Value},
     quantities::ByteCount,
 };
 
@@ -20,6 +20,29 @@ pub(super) fn is_auto(node: &Node) -> bool {
 pub(super) const COMPUTED: &str =
     "is computed by the script; put its value there and import again, or set it in the policy";
 
+/// What is wrong with a value that another program puts in.
+const FILLED_IN: &str =
+    "is filled in by another program; put its value there and import again, or set it in the policy";
+
+/// What is wrong with a value that the file does not have: a call or an expression of Python, a placeholder of a template.
+pub(super) fn elsewhere(node: &Node) -> Option<&'static str> {
+    match &node.value {
+        Value::Code(_) => Some(COMPUTED),
+        Value::Table(_) if node.get(CALLEE).is_some() => Some(COMPUTED),
+        Value::Text(text) => {
+            let text = text.trim();
+            let whole = text.starts_with('$') || (text.starts_with('<') && text.ends_with('>'));
+            (whole || text.contains("{{") || text.contains("${")).then_some(FILLED_IN)
+        }
+        _ => None,
+    }
+}
+
+/// The fault of a value of another kind.
+fn fault<T>(node: &Node, wrong: &str) -> Result<T, String> {
+    Err(elsewhere(node).unwrap_or(wrong).to_owned())
+}
+
 /// A boolean; `"true"`, `"false"`, 0 and 1 too.
 pub(super) fn flag(node: &Node) -> Result<Read<bool>, String> {
     let odd = |value, remark| Ok(Read { value, remark: Some(remark) });
@@ -30,16 +53,15 @@ pub(super) fn flag(node: &Node) -> Result<Read<bool>, String> {
         Value::Text(text) => match text.trim().to_ascii_lowercase().as_str() {
             "true" | "yes" => odd(true, "written as a string"),
             "false" | "no" => odd(false, "written as a string"),
-            _ => Err("is not true or false".to_owned()),
+            _ => fault(node, "is not true or false"),
         },
-        Value::Code(_) => Err(COMPUTED.to_owned()),
-        _ => Err("is not true or false".to_owned()),
+        _ => fault(node, "is not true or false"),
     }
 }
 
 /// A count from 0; `1e9`, `"5e8"` and `"8M"` (a power of 1024, as the tuner writes) too.
 pub(super) fn count(node: &Node) -> Result<Read<u64>, String> {
-    let fault = || "is not a whole number from 0".to_owned();
+    let fault = || elsewhere(node).unwrap_or("is not a whole number from 0").to_owned();
     match &node.value {
         Value::Integer(n) => u64::try_from(*n).map(|value| Read { value, remark: None }).map_err(|_| fault()),
         Value::Float(x) => whole(*x).map(|value| Read { value, remark: None }).ok_or_else(fault),
@@ -55,7 +77,6 @@ pub(super) fn count(node: &Node) -> Result<Read<u64>, String> {
             let value = number.and_then(|n| n.checked_mul(scale)).ok_or_else(fault)?;
             Ok(Read { value, remark: Some("written as a string") })
         }
-        Value::Code(_) => Err(COMPUTED.to_owned()),
         _ => Err(fault()),
     }
 }
@@ -69,7 +90,7 @@ pub(super) fn share(node: &Node) -> Result<f64, String> {
         Value::Text(text) => text.trim().parse().unwrap_or(f64::NAN),
         _ => f64::NAN,
     };
-    if (0.0..=1.0).contains(&x) { Ok(x) } else { Err("is not a number from 0 to 1".to_owned()) }
+    if (0.0..=1.0).contains(&x) { Ok(x) } else { fault(node, "is not a number from 0 to 1") }
 }
 
 /// A float that stands for a whole number, capped at the largest that is exact enough to matter.

@@ -2,7 +2,7 @@
 
 use super::{
     accelerate, blocks, fsdp,
-    rewrite::{Rewrite, joined},
+    rewrite::{Rewrite, joined, word},
     rules::LOOP,
     scalar,
 };
@@ -14,6 +14,9 @@ use crate::policy::{
 /// Keys whose value is DeepSpeed's file, or what would be in it.
 const FILES: &[&str] =
     &["deepspeed", "deepspeed_config", "deepspeed_config_file", "deepspeed_config_path", "ds_config"];
+
+/// ms-swift's names of DeepSpeed configurations.
+const SHORT: &[&str] = &["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"];
 
 /// Keys that ask for 16 bits: what Trainer's are called, what axolotl's and LLaMA-Factory's are.
 const FORMATS: &[(&str, ParamsDtype)] = &[
@@ -45,6 +48,7 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
             ("fsdp_config", Value::Table(_)) => fsdp::section(to, &full, node),
             ("fsdp_config", Value::Text(path)) if to.own.refers_to.is_none() && path.ends_with(".json") => {
                 to.refer(&full, node, path);
+                to.own.refers_to_fsdp = true;
             }
             ("optim" | "optimizer", Value::Text(name)) => optimizer(to, &full, name, node),
             ("gradient_checkpointing", Value::Text(word)) if word.starts_with("offload") => {
@@ -65,7 +69,24 @@ fn deepspeed(to: &mut Rewrite<'_>, full: &str, node: &Node) {
         Value::Bool(true) => to.undecided(full, node, "says that DeepSpeed is used, and not how: import its file"),
         Value::Table(entries) if entries.is_empty() => to.ignored(full, node, "empty"),
         Value::Table(_) => blocks::inner(to, full, node),
+        Value::Text(name) if SHORT.contains(&name.trim()) => short(to, full, name.trim(), node),
         _ => accelerate::refer(to, full, node),
+    }
+}
+
+/// A configuration that ms-swift brings along, by its name.
+fn short(to: &mut Rewrite<'_>, full: &str, name: &str, node: &Node) {
+    let (stage, offloads) = match name.strip_suffix("_offload") {
+        Some(stage) => (stage, true),
+        None => (name, false),
+    };
+    let stage = Value::Text(stage.replace("zero", "zero_"));
+    to.put("zero_optimization.stage", &format!("{full} (stage)"), &Node { span: node.span.clone(), value: stage }, "");
+    for section in ["offload_optimizer", "offload_param"] {
+        if offloads && (section == "offload_optimizer" || name.starts_with("zero3")) {
+            let path = format!("zero_optimization.{section}.device");
+            to.put(&path, &format!("{full} ({section})"), &word("cpu", node), "");
+        }
     }
 }
 

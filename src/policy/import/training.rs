@@ -47,7 +47,11 @@ impl Import<'_> {
 
     pub(super) fn half(&mut self, found: Found<'_>) {
         let Value::Table(entries) = &found.node.value else {
-            return self.undecided(found, "is not a section");
+            let word = if found.key.ends_with("fp16") { "float16" } else { "bfloat16" };
+            let note = format!(
+                "is not a section: DeepSpeed wants {{\"enabled\": true}} in it; set params.dtype = \"{word}\" if that is meant"
+            );
+            return self.undecided(found, scalar::elsewhere(found.node).map_or(note, ToOwned::to_owned));
         };
         for Entry { key, node, .. } in entries {
             let full = format!("{}.{key}", found.key);

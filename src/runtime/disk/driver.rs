@@ -10,7 +10,7 @@ use crate::{
     io::{Direction, IoCompletion},
     memory::SlotLease,
     quantities::UnitId,
-    runtime::{disk::ticket::Ticket, measure::stats::Link, shared::Shared},
+    runtime::{disk::ticket::Ticket, measure::stats::Link, paging::homes::Set, shared::Shared},
 };
 
 /// Starts a named thread that runs `body` per message until the channel closes; an error or a panic fails the runtime.
@@ -22,20 +22,18 @@ pub(crate) fn spawn<T: Send + 'static>(
 ) -> Result<JoinHandle<()>> {
     let shared = Arc::downgrade(shared);
     let label = name.to_owned();
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || {
-            while let Ok(message) = from.recv() {
-                let Some(shared) = shared.upgrade() else { return };
-                let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&shared, message)));
-                match outcome {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => shared.fail(error),
-                    Err(_) => shared.fail(Error::new(Code::Panicked, format!("thread '{label}' panicked."))),
-                }
+    let work = move || {
+        while let Ok(message) = from.recv() {
+            let Some(shared) = shared.upgrade() else { return };
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&shared, message)));
+            match outcome {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => shared.fail(error),
+                Err(_) => shared.fail(Error::new(Code::Panicked, format!("thread '{label}' panicked."))),
             }
-        })
-        .map_err(|e| crate::os_error::no_thread(name, &e, ""))
+        }
+    };
+    crate::os_error::start_thread(name, work).map_err(|e| crate::os_error::no_thread(name, &e, ""))
 }
 
 /// When a request began, by the trace's clock, and the bytes that it moved.
@@ -57,6 +55,8 @@ pub(crate) fn completed(shared: &Shared, done: IoCompletion) -> Result<()> {
         Ticket::Save(number) => shared.saves.reads.ended(numbered(number, done)),
         Ticket::Load(number) => shared.saves.writes.ended(numbered(number, done)),
         Ticket::Fault(number) => shared.faults.reads.ended(numbered(number, done)),
+        Ticket::ReadGrads(unit) => grads_read(shared, unit, slot_of(shared, done)?, moved)?,
+        Ticket::Grads(unit) => grads_written(shared, unit, slot_of(shared, done)?, moved)?,
     }
     Ok(())
 }
@@ -120,7 +120,8 @@ fn chunk_read(shared: &Shared, unit: UnitId, index: u32, mut lease: SlotLease, m
     shared.trace.span("nvme read", "states", u64::from(unit.0), moved.started, moved.bytes);
     let disk = shared.disk()?;
     let chunk = disk.map.chunk(unit, index);
-    disk.map.check(&disk.store, &shared.layout, unit, chunk, Direction::Read, lease.bytes())?;
+    let grads = !shared.homes.unit(unit).grads_in_memory();
+    disk.map.check(&disk.store, &shared.layout, unit, chunk, (Direction::Read, Set::Current, grads), lease.bytes())?;
     let mut inner = shared.lock()?;
     Shared::park_chunk(&mut inner, unit, index, lease);
     shared.apply_event(&mut inner, |m, out| m.chunk_read(unit, index, out))
@@ -130,4 +131,15 @@ fn chunk_written(shared: &Shared, unit: UnitId, index: u32, lease: SlotLease, mo
     shared.trace.span("nvme write", "states", u64::from(unit.0), moved.started, moved.bytes);
     drop(lease);
     shared.event(|m, out| m.chunk_written(unit, index, out))
+}
+
+fn grads_written(shared: &Shared, unit: UnitId, lease: SlotLease, moved: Moved) -> Result<()> {
+    shared.trace.span("nvme write", "gradients", u64::from(unit.0), moved.started, moved.bytes);
+    drop(lease);
+    shared.event(|m, out| m.grads_written(unit, out))
+}
+
+fn grads_read(shared: &Shared, unit: UnitId, lease: SlotLease, moved: Moved) -> Result<()> {
+    shared.trace.span("nvme read", "gradients", u64::from(unit.0), moved.started, moved.bytes);
+    shared.grads_read(unit, lease)
 }

@@ -8,11 +8,13 @@ pub(crate) struct Disk {
     pub(crate) map: Map,
     pub(crate) page_pool: Option<SlotPool>,
     pub(crate) update_pool: SlotPool,
+    /// Where gradients are gathered on their way to NVMe.
+    pub(crate) grad_pool: Option<SlotPool>,
 }
 
 impl Disk {
     pub(crate) fn staging_bytes(&self) -> u64 {
-        let page = self.page_pool.as_ref().map_or(0, |p| p.region().len());
-        (page + self.update_pool.region().len()) as u64
+        let pools = [self.page_pool.as_ref(), self.grad_pool.as_ref(), Some(&self.update_pool)];
+        pools.into_iter().flatten().map(|pool| pool.region().len() as u64).sum()
     }
 }

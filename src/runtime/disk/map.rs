@@ -1,6 +1,9 @@
 //! Which segment of the store holds which kind of which section, and how update chunks cut them.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use crate::{
     dtype::StateKind,
@@ -8,12 +11,14 @@ use crate::{
     io::{Direction, IoPart},
     model::Layout,
     quantities::{Tier, UnitId},
+    runtime::paging::homes::Set,
     schedule::Placement,
     store::Store,
 };
 
-/// The kinds that may lie on NVMe, in the order of an update slot.
-pub const KINDS: [StateKind; 4] = [StateKind::Param, StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq];
+/// The kinds that may lie on NVMe, in the order of an update slot, which has no room for the last where no gradients do.
+pub const KINDS: [StateKind; 5] =
+    [StateKind::Param, StateKind::Master, StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Grad];
 
 /// A piece of an update that is streamed: elements of one section.
 #[derive(Clone, Copy, Debug)]
@@ -29,7 +34,10 @@ pub struct UpdateChunk {
 /// Segment numbers by unit, section and kind.
 #[derive(Debug)]
 pub struct Map {
-    segments: Vec<Vec<[Option<usize>; 4]>>,
+    /// Of both places of a unit; those of a unit with one place are the same.
+    segments: [Vec<Vec<[Option<usize>; KINDS.len()]>>; 2],
+    /// Per unit, whether the second place is the current one.
+    swapped: Vec<AtomicBool>,
     chunks: Vec<Vec<UpdateChunk>>,
     /// Bytes and label of each segment, in the order of their numbers.
     pub specs: Vec<(u64, String)>,
@@ -40,22 +48,31 @@ impl Map {
     /// Numbers the segments of everything that lives on NVMe.
     pub fn new(layout: &Layout, placement: &Placement) -> Self {
         let mut specs = Vec::new();
-        let mut segments = Vec::new();
+        let mut segments = [Vec::new(), Vec::new()];
         let mut chunks = Vec::new();
-        for (unit, home) in layout.units.iter().zip(&placement.homes) {
-            let mut of_unit = Vec::new();
+        for ((unit, home), &spare) in layout.units.iter().zip(&placement.homes).zip(&placement.spare) {
+            let mut of_unit = [Vec::new(), Vec::new()];
             let mut cuts = Vec::new();
             for (index, section) in unit.sections.iter().enumerate() {
-                let mut ids = [None; 4];
+                let mut ids = [[None; KINDS.len()]; 2];
                 for (slot, kind) in KINDS.into_iter().enumerate() {
-                    let tier = if kind == StateKind::Param { home.params } else { home.optimizer };
+                    let tier = match kind {
+                        StateKind::Param => home.params,
+                        StateKind::Grad => home.grads,
+                        _ => home.optimizer,
+                    };
                     let bytes = section.bytes(kind);
                     if tier == Tier::Nvme && bytes > 0 {
-                        ids[slot] = Some(specs.len());
+                        ids[0][slot] = Some(specs.len());
+                        ids[1][slot] = ids[0][slot];
                         specs.push((bytes, format!("{} {}", unit.name, kind.name())));
+                        if spare && kind != StateKind::Grad {
+                            ids[1][slot] = Some(specs.len());
+                            specs.push((bytes, format!("{} {}, second place", unit.name, kind.name())));
+                        }
                     }
                 }
-                if section.trainable && ids.iter().any(Option::is_some) {
+                if section.trainable && ids[0].iter().any(Option::is_some) {
                     let step = placement.update_elems;
                     cuts.extend((0..section.elems).step_by(step as usize).map(|start| UpdateChunk {
                         section: index,
@@ -63,18 +80,29 @@ impl Map {
                         len: step.min(section.elems - start),
                     }));
                 }
-                of_unit.push(ids);
+                of_unit.iter_mut().zip(ids).for_each(|(place, ids)| place.push(ids));
             }
-            segments.push(of_unit);
+            segments.iter_mut().zip(of_unit).for_each(|(place, of_unit)| place.push(of_unit));
             chunks.push(cuts);
         }
-        Self { segments, chunks, specs, update_elems: placement.update_elems }
+        let swapped = layout.units.iter().map(|_| AtomicBool::new(false)).collect();
+        Self { segments, swapped, chunks, specs, update_elems: placement.update_elems }
     }
 
-    /// The segment of a kind of a section, if it lives on NVMe.
+    /// The segment of a kind of a section, if it lives on NVMe, in the unit's current place.
     pub fn segment(&self, unit: UnitId, section: usize, kind: StateKind) -> Option<usize> {
+        self.segment_in(Set::Current, unit, section, kind)
+    }
+
+    fn segment_in(&self, set: Set, unit: UnitId, section: usize, kind: StateKind) -> Option<usize> {
         let slot = KINDS.iter().position(|&k| k == kind)?;
-        self.segments[unit.index()][section][slot]
+        let place = usize::from(self.swapped[unit.index()].load(Ordering::Acquire) == (set == Set::Current));
+        self.segments[place][unit.index()][section][slot]
+    }
+
+    /// Makes a unit's other place the current one.
+    pub fn swap(&self, unit: UnitId) {
+        self.swapped[unit.index()].fetch_xor(true, Ordering::AcqRel);
     }
 
     /// How many pieces a unit's update is streamed in; 0 if nothing of it lives on NVMe.
@@ -99,19 +127,22 @@ impl Map {
         (bytes.start / size) as u32..bytes.end.div_ceil(size) as u32
     }
 
-    /// Parts that move the NVMe kinds of one update chunk. What was never written is skipped on reading; true if there
-    /// was such a piece, and the caller zero-fills the slot first.
+    /// Parts that move the NVMe kinds of one update chunk. Gradients are read only, and only if `grads` says that they are not in memory.
+    /// What was never written is skipped on reading; true if there was such a piece, and the caller zero-fills the slot first.
     pub fn update_parts(
         &self,
         store: &Store,
         layout: &Layout,
         unit: UnitId,
         chunk: UpdateChunk,
-        direction: Direction,
+        (direction, set, grads): (Direction, Set, bool),
         parts: &mut Vec<IoPart>,
     ) -> bool {
         let mut skipped = false;
-        self.for_each(layout, unit, chunk, |segment, kind, bytes| {
+        self.for_each(layout, (unit, set), chunk, |segment, kind, bytes| {
+            if kind == StateKind::Grad && !(grads && direction == Direction::Read) {
+                return;
+            }
             let mut at = self.slot_offset(kind);
             for c in Self::store_chunks(store, bytes) {
                 if direction == Direction::Write || store.written(segment, c) {
@@ -135,11 +166,14 @@ impl Map {
         layout: &Layout,
         unit: UnitId,
         chunk: UpdateChunk,
-        direction: Direction,
+        (direction, set, grads): (Direction, Set, bool),
         slot: &[u8],
     ) -> Result<()> {
         let mut result = Ok(());
-        self.for_each(layout, unit, chunk, |segment, kind, bytes| {
+        self.for_each(layout, (unit, set), chunk, |segment, kind, bytes| {
+            if kind == StateKind::Grad && !(grads && direction == Direction::Read) {
+                return;
+            }
             let mut at = self.slot_offset(kind);
             for c in Self::store_chunks(store, bytes) {
                 let len = store.chunk_len(segment, c) as usize;
@@ -157,13 +191,13 @@ impl Map {
     fn for_each(
         &self,
         layout: &Layout,
-        unit: UnitId,
+        (unit, set): (UnitId, Set),
         chunk: UpdateChunk,
         mut f: impl FnMut(usize, StateKind, Range<u64>),
     ) {
         let section = &layout.unit(unit).sections[chunk.section];
         for kind in KINDS {
-            if let Some(segment) = self.segment(unit, chunk.section, kind) {
+            if let Some(segment) = self.segment_in(set, unit, chunk.section, kind) {
                 let size = kind.element_size(section.dtype) as u64;
                 f(segment, kind, chunk.start * size..(chunk.start + chunk.len) * size);
             }

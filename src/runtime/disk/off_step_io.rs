@@ -29,18 +29,19 @@ use crate::{
 };
 
 impl Shared {
-    /// Moves all parameters of a unit between NVMe and `each`, piece by piece, at offsets in the parameter segment.
-    pub(crate) fn params_io(
+    /// Moves all parameters, or all gradients, of a unit between NVMe and `each`, piece by piece, at offsets in the segment of that kind.
+    pub(crate) fn unit_io(
         &self,
         unit: UnitId,
+        kind: StateKind,
         direction: Direction,
         interrupted: Interrupted<'_>,
         each: &mut dyn FnMut(&mut [u8], usize),
     ) -> Result<()> {
         let disk = self.disk()?;
         for (index, section) in self.layout.unit(unit).sections.iter().enumerate() {
-            if let Some(segment) = disk.map.segment(unit, index, StateKind::Param) {
-                let all = 0..section.bytes(StateKind::Param);
+            if let Some(segment) = disk.map.segment(unit, index, kind) {
+                let all = 0..section.bytes(kind);
                 self.segment_io(disk, segment, all, direction, interrupted, &mut |slot, at| {
                     each(slot, section.offset as usize + at);
                 })?;
@@ -173,16 +174,19 @@ impl Shared {
             return Ok(());
         }
         // Before a write a save has to have seen what is there, for which it waits until that is home.
-        let until = if direction == Direction::Write { Until::Home } else { Until::Made };
+        let until = if direction == Direction::Write { Until::Whole } else { Until::Made };
         self.await_update(unit, None, until, interrupted)?;
         if direction == Direction::Write {
             self.saves.preserve(group_of(unit), interrupted)?;
             self.drop_speculation(unit);
+            self.states_home(unit)?;
+        } else {
+            self.states_current(unit)?;
         }
         let size = kind.element_size(self.layout.unit(unit).sections[section].dtype) as u64;
         let range = (elems.start * size) as usize..(elems.end * size) as usize;
         let slot = StateKind::OPTIMIZER.iter().position(|&k| k == kind);
-        let home = slot.map_or(0, |i| self.homes.unit(unit).states(section, Set::Current)[i]);
+        let home = slot.map_or(0, |i| self.homes.unit(unit).states_at_home(section, Set::Current)[i]);
         if home > 0 {
             let there = (home as usize + range.start) as *mut u8;
             let (src, dst) = if direction == Direction::Read { (there, buffer) } else { (buffer, there) };

@@ -11,6 +11,7 @@ use crate::{
     quantities::UnitId,
     runtime::{
         disk::{files::Disk, ticket::Ticket},
+        paging::homes::Set,
         shared::{Shared, locked::Inner, waits::SLICE},
     },
 };
@@ -58,7 +59,15 @@ impl Shared {
         let mut lease = disk.update_pool.lease().ok_or_else(exhausted)?;
         let mut parts = Self::take_parts(inner);
         let chunk = disk.map.chunk(unit, index);
-        if disk.map.update_parts(&disk.store, &self.layout, unit, chunk, Direction::Read, &mut parts) {
+        let grads = !self.homes.unit(unit).grads_in_memory();
+        if disk.map.update_parts(
+            &disk.store,
+            &self.layout,
+            unit,
+            chunk,
+            (Direction::Read, Set::Current, grads),
+            &mut parts,
+        ) {
             // What was never written is zero.
             lease.bytes().fill(0);
         }
@@ -71,15 +80,70 @@ impl Shared {
         Ok(false)
     }
 
-    pub(crate) fn write_chunk(&self, inner: &mut Inner, unit: UnitId, index: u32) -> Result<()> {
+    /// Writes a chunk to the unit's current places or the others; true if nothing had to be written.
+    pub(crate) fn write_chunk(&self, inner: &mut Inner, unit: UnitId, index: u32, set: Set) -> Result<bool> {
         let disk = self.disk()?;
-        let lost = || Error::new(Code::Stale, "an updated chunk has no slot.");
-        let at = inner.chunks.iter().position(|(u, c, _)| (*u, *c) == (unit, index)).ok_or_else(lost)?;
-        let lease = inner.chunks.swap_remove(at).2;
+        let lease = Self::unpark_chunk(inner, unit, index)?;
         let mut parts = Self::take_parts(inner);
         let chunk = disk.map.chunk(unit, index);
-        disk.map.update_parts(&disk.store, &self.layout, unit, chunk, Direction::Write, &mut parts);
-        self.submit_io(Ticket::WriteChunk(unit, index), lease, parts)
+        disk.map.update_parts(&disk.store, &self.layout, unit, chunk, (Direction::Write, set, false), &mut parts);
+        if parts.is_empty() {
+            // Only the gradients live on NVMe, which an update leaves as they are.
+            Self::return_parts(inner, parts);
+            return Ok(true);
+        }
+        self.submit_io(Ticket::WriteChunk(unit, index), lease, parts)?;
+        Ok(false)
+    }
+
+    /// The slot if nothing had to be read.
+    pub(crate) fn read_grads(&self, inner: &mut Inner, unit: UnitId) -> Result<Option<SlotLease>> {
+        let disk = self.disk()?;
+        let exhausted = || Error::new(Code::Stale, "a gradient slot was promised but none is free.");
+        let mut lease = disk.grad_pool.as_ref().and_then(SlotPool::lease).ok_or_else(exhausted)?;
+        let mut parts = Self::take_parts(inner);
+        let mut skipped = false;
+        for (index, section) in self.layout.unit(unit).sections.iter().enumerate() {
+            let Some(segment) = disk.map.segment(unit, index, StateKind::Grad) else { continue };
+            for c in 0..disk.store.segment_chunks(segment) {
+                let at = section.offset as usize + c as usize * disk.store.chunk_bytes() as usize;
+                if disk.store.written(segment, c) {
+                    disk.store.parts(segment, c..c + 1, Direction::Read, at, &mut parts);
+                } else {
+                    skipped = true;
+                }
+            }
+        }
+        if skipped {
+            lease.bytes().fill(0);
+        }
+        if parts.is_empty() {
+            Self::return_parts(inner, parts);
+            return Ok(Some(lease));
+        }
+        self.submit_io(Ticket::ReadGrads(unit), lease, parts)?;
+        Ok(None)
+    }
+
+    pub(crate) fn write_grads(&self, inner: &mut Inner, unit: UnitId) -> Result<()> {
+        let disk = self.disk()?;
+        let lost = || Error::new(Code::Stale, "gathered gradients have no slot.");
+        let lease = inner.grad_slots[unit.index()].take().ok_or_else(lost)?.lease;
+        let mut parts = Self::take_parts(inner);
+        for (index, section) in self.layout.unit(unit).sections.iter().enumerate() {
+            if let Some(segment) = disk.map.segment(unit, index, StateKind::Grad) {
+                let n = disk.store.segment_chunks(segment);
+                disk.store.parts(segment, 0..n, Direction::Write, section.offset as usize, &mut parts);
+            }
+        }
+        self.submit_io(Ticket::Grads(unit), lease, parts)
+    }
+
+    /// The slot of a chunk that was kept.
+    pub(crate) fn unpark_chunk(inner: &mut Inner, unit: UnitId, chunk: u32) -> Result<SlotLease> {
+        let lost = || Error::new(Code::Stale, "a chunk that was read, or updated, has no slot.");
+        let at = inner.chunks.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk)).ok_or_else(lost)?;
+        Ok(inner.chunks.swap_remove(at).2)
     }
 
     /// Keeps a slot until the machine's next command for it.

@@ -16,6 +16,10 @@ pub(crate) enum Ticket {
     Load(u32),
     /// A read of parameters that a thread touched where they were not; likewise.
     Fault(u32),
+    /// A write of a unit's gradients.
+    Grads(UnitId),
+    /// A read of them.
+    ReadGrads(UnitId),
 }
 
 impl Ticket {
@@ -29,6 +33,8 @@ impl Ticket {
             Self::Save(n) => 3 << 62 | 1 << 32 | u64::from(n),
             Self::Load(n) => 3 << 62 | 2 << 32 | u64::from(n),
             Self::Fault(n) => 3 << 62 | 3 << 32 | u64::from(n),
+            Self::Grads(u) => 3 << 62 | 4 << 32 | u64::from(u.0),
+            Self::ReadGrads(u) => 3 << 62 | 5 << 32 | u64::from(u.0),
         }
     }
 
@@ -43,7 +49,9 @@ impl Ticket {
             _ if unit.0 == 0 => Self::OffStep(chunk),
             _ if unit.0 == 1 => Self::Save(chunk),
             _ if unit.0 == 2 => Self::Load(chunk),
-            _ => Self::Fault(chunk),
+            _ if unit.0 == 3 => Self::Fault(chunk),
+            _ if unit.0 == 4 => Self::Grads(UnitId(chunk)),
+            _ => Self::ReadGrads(UnitId(chunk)),
         }
     }
 }
@@ -66,6 +74,8 @@ mod tests {
             Ticket::Load(u32::MAX),
             Ticket::Fault(0),
             Ticket::Fault(u32::MAX),
+            Ticket::Grads(UnitId(u32::MAX)),
+            Ticket::ReadGrads(UnitId(u32::MAX)),
         ] {
             assert_eq!(Ticket::decode(t.encode()), t);
         }

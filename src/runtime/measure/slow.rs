@@ -15,16 +15,20 @@ pub struct Slow {
     pub update: Duration,
     /// Copies home of parameters that were updated speculatively.
     pub home: Duration,
+    /// States that follow their weights; where it is given, they do so in every step.
+    pub states: Option<Duration>,
+    /// Gradients that a backward adds to are brought up for it on the host device, too.
+    pub sums_up: bool,
 }
 
 impl Default for Slow {
     fn default() -> Self {
-        Self { up: 1, down: 1, update: Duration::ZERO, home: Duration::ZERO }
+        Self { up: 1, down: 1, update: Duration::ZERO, home: Duration::ZERO, states: None, sums_up: false }
     }
 }
 
 impl Slow {
-    /// Takes `up:times=N`, `down:times=N`, `update:delay=Nms` and `home:delay=Nms` out of the rules of `debug.faults`; returns the others too.
+    /// Takes `up:times=N`, `down:times=N`, `update:delay=Nms`, `home:delay=Nms`, `states:delay=Nms` and `sums:up` out of the rules of `debug.faults`; returns the others too.
     ///
     /// # Errors
     /// `FN-E503` naming the rule.
@@ -32,13 +36,13 @@ impl Slow {
         let mut slow = Self::default();
         let mut others = Vec::new();
         for rule in text.split(',').map(str::trim).filter(|rule| !rule.is_empty()) {
-            let Some(place @ ("up" | "down" | "update" | "home")) = rule.split(':').next() else {
+            let Some(place @ ("up" | "down" | "update" | "home" | "states" | "sums")) = rule.split(':').next() else {
                 others.push(rule);
                 continue;
             };
             if slow.set(place, &rule[place.len()..]).is_none() {
                 return Err(Error::new(Code::PolicyValue, format!("debug.faults: '{rule}' slows nothing down."))
-                    .action("Write \"up:times=8\", \"down:times=8\", \"update:delay=20ms\" or \"home:delay=20ms\"."));
+                    .action("Write \"up:times=8\", \"down:times=8\", \"update:delay=20ms\", \"home:delay=20ms\", \"states:delay=20ms\" or \"sums:up\"."));
             }
         }
         Ok((slow, others.join(",")))
@@ -49,10 +53,15 @@ impl Slow {
         match place {
             "up" => self.up = times()?,
             "down" => self.down = times()?,
+            "sums" => self.sums_up = (rest == ":up").then_some(true)?,
             _ => {
                 let delay = rest.strip_prefix(":delay=")?.strip_suffix("ms")?;
                 let delay = Duration::from_millis(delay.parse().ok()?);
-                *if place == "home" { &mut self.home } else { &mut self.update } = delay;
+                match place {
+                    "home" => self.home = delay,
+                    "states" => self.states = Some(delay),
+                    _ => self.update = delay,
+                }
             }
         }
         Some(())
@@ -65,13 +74,15 @@ mod tests {
 
     #[test]
     fn its_rules_are_told_from_those_of_disks() {
-        let (slow, others) =
-            Slow::parse("read:eio@3, up:times=8,update:delay=20ms, write:short,home:delay=3ms").expect("rules");
+        let (slow, others) = Slow::parse(
+            "read:eio@3, up:times=8,update:delay=20ms, write:short,home:delay=3ms,states:delay=0ms,sums:up",
+        )
+        .expect("rules");
         let (update, home) = (Duration::from_millis(20), Duration::from_millis(3));
-        assert_eq!(slow, Slow { up: 8, down: 1, update, home });
+        assert_eq!(slow, Slow { up: 8, down: 1, update, home, states: Some(Duration::ZERO), sums_up: true });
         assert_eq!(others, "read:eio@3,write:short");
         assert_eq!(Slow::parse("").expect("none"), (Slow::default(), String::new()));
-        for wrong in ["up:times=0", "up:delay=2ms", "down", "update:delay=2", "update:times=3"] {
+        for wrong in ["up:times=0", "up:delay=2ms", "down", "update:delay=2", "update:times=3", "sums:down"] {
             let error = Slow::parse(wrong).expect_err(wrong);
             assert_eq!(error.code(), Code::PolicyValue);
             assert!(error.to_string().contains(wrong), "{error}");

@@ -95,6 +95,7 @@ pub struct Stats {
     shadow_peak: AtomicU64,
     home_uses: AtomicU64,
     speculations: [AtomicU64; 2],
+    weights_first: AtomicU64,
     updated: [AtomicU64; 2],
 }
 
@@ -140,9 +141,15 @@ impl Stats {
         self.speculations[usize::from(used)].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Speculative updates: used, and made in vain.
-    pub fn speculations(&self) -> (u64, u64) {
-        (self.speculations[1].load(Ordering::Relaxed), self.speculations[0].load(Ordering::Relaxed))
+    /// Notes an update whose weights were made first.
+    pub fn weights_first(&self) {
+        self.weights_first.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Speculative updates: used, and made in vain; and updates whose weights were made first.
+    pub fn speculations(&self) -> (u64, u64, u64) {
+        let [in_vain, used] = &self.speculations;
+        (used.load(Ordering::Relaxed), in_vain.load(Ordering::Relaxed), self.weights_first.load(Ordering::Relaxed))
     }
 
     /// Notes parameters of paged units that the processor and the device updated.

@@ -56,9 +56,7 @@ pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
     let units: Vec<UnitId> = shared.layout.ids().filter(on_nvme).collect();
     let shared = Arc::downgrade(shared);
     space.serve();
-    std::thread::Builder::new()
-        .name("funicular-faults".into())
-        .spawn(move || serve(&space, &units, &shared))
+    crate::os_error::start_thread("funicular-faults", move || serve(&space, &units, &shared))
         .map(Some)
         .map_err(|e| crate::os_error::no_thread("funicular-faults", &e, ""))
 }

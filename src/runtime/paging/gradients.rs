@@ -8,42 +8,48 @@ use crate::{
     runtime::{
         measure::stats::Cause,
         paging::landing::{Ended, Landing},
-        shared::{Shared, waits::Interrupted},
+        shared::{Shared, settle::Until, waits::Interrupted},
     },
 };
 
 impl Shared {
     /// Copies a gradient down to byte `offset` of the unit's gradient segment, after the work on `stream`; returns the number of the copy.
+    /// Without `keep` the rest of the segment is worth nothing.
     ///
     /// # Safety
     /// `src` must be a valid address of `len` bytes on the device, and the bytes must stay as they are until the copy is over.
     pub(crate) unsafe fn gradient(
         &self,
         unit: UnitId,
-        offset: u64,
+        (offset, keep): (u64, bool),
         src: u64,
         len: u64,
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
-        self.settle_update(unit, stream, interrupted)?;
+        self.wait_for_update(unit, Some(stream), Until::Made, interrupted)?;
         self.drop_speculation(unit);
-        let home = self.homes.unit(unit).grads;
-        if home == 0 || offset.checked_add(len).is_none_or(|end| end > self.layout.unit(unit).grad_bytes()) {
+        if self.homes.unit(unit).grads == 0
+            || offset.checked_add(len).is_none_or(|end| end > self.layout.unit(unit).grad_bytes())
+        {
             return Err(Error::argument(format!("'{}' has no such gradient.", self.layout.unit(unit).name)));
         }
-        let mut inner = self.lock()?;
+        let (mut inner, home) = self.gradient_place(unit, len, keep, stream, interrupted)?;
         let gate = self.device.record(StreamRef::Compute(stream))?;
         self.device.wait(StreamRef::Down, gate)?;
         let before = self.mark(StreamRef::Down);
         for _ in 0..self.slow.down {
-            // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is over.
+            // SAFETY: the source is the caller's promise; the destination is inside the gradient segment, whose update is
+            // over, or inside the unit's slot, which is its own until it is flushed.
             unsafe { self.device.copy(StreamRef::Down, home + offset, src, len as usize)? };
         }
         let marks = (before, self.mark(StreamRef::Down));
         let gate = self.device.record(StreamRef::Down)?;
         inner.last_down = gate;
         self.send(&self.to_down, Ended::Copy(Landing { gate, unit, lease: None, marks, bytes: len }))?;
+        if inner.grad_slots[unit.index()].as_ref().is_some_and(|slot| slot.bytes >= self.trained_bytes(unit)) {
+            self.apply_event(&mut inner, |m, out| m.flush_grads(unit, out))?;
+        }
         drop(inner);
         if self.sync {
             self.block_gate(Some(stream), gate, Cause::Grads, interrupted)?;

@@ -1,10 +1,10 @@
-//! Where the segments that live in host memory lie: three regions of exact size, one per life cycle.
+//! Where the segments that live in host memory lie: regions of exact size, one per life cycle.
 
 use std::{
     ops::Range,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -12,9 +12,9 @@ use crate::{
     dtype::StateKind,
     error::Result,
     memory::{self, HostRegion, Shadow, ShadowSpace, page_size},
-    model::Layout,
+    model::{Layout, SECTION_ALIGN},
     quantities::{ByteCount, Tier, UnitId, round_up},
-    schedule::Placement,
+    schedule::{Placement, placement},
 };
 
 /// Host addresses of one unit's segments.
@@ -22,17 +22,42 @@ use crate::{
 pub struct UnitHome {
     /// The parameter segment: in the region of parameters, or a shadow of what lives on NVMe.
     pub params: u64,
-    /// The gradient segment; 0 where nothing is trained.
+    /// The gradient segment: in the region of gradients, or a shadow of what lives on NVMe; 0 where nothing is trained.
     pub grads: u64,
+    /// Set where the gradients live on NVMe.
+    pub grad_shadow: Option<GradShadow>,
     /// Per section, master, exp_avg and exp_avg_sq; 0 where there is none or it lives elsewhere. The second set is there for
     /// units with a spare copy.
     sets: [Vec<[u64; 3]>; 2],
+    /// Where the bytes of both sets lie in memory of the compute tier, while the states are there.
+    lifted: Lifted,
     /// The second set is the current one.
     swapped: AtomicBool,
     /// Where a speculative update puts the new parameters; 0 without a spare copy.
     pub spare_params: u64,
     /// Set where the parameters live on NVMe.
     pub shadow: Option<Arc<Shadow>>,
+}
+
+/// Where gradients that live on NVMe are read and edited. While they are in memory, that memory is what an update reads.
+#[derive(Debug)]
+pub struct GradShadow {
+    /// The memory, while there is any.
+    pub shadow: Arc<Shadow>,
+    /// All bytes are there: a read that began earlier must not go on, because they may have been edited since.
+    complete: AtomicBool,
+}
+
+impl GradShadow {
+    /// Whether the gradients are in memory, all of them.
+    pub fn in_memory(&self) -> bool {
+        self.complete.load(Ordering::Acquire)
+    }
+
+    /// Takes note that they are, or are not any more.
+    pub fn set_in_memory(&self, complete: bool) {
+        self.complete.store(complete, Ordering::Release);
+    }
 }
 
 /// One of a unit's two sets of states.
@@ -44,12 +69,82 @@ pub enum Set {
     Spare,
 }
 
+/// One state of one section: where it lies at home, and from which byte on in memory of the compute tier.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) home: u64,
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+/// The place of a unit's states in the compute tier. The home stays; it is older while they are there.
+#[derive(Debug, Default)]
+struct Lifted {
+    /// First byte; 0 while the states are at home.
+    base: AtomicU64,
+    /// What both sets take there.
+    bytes: u64,
+    /// Per set, in the order of sections and of [`StateKind::OPTIMIZER`].
+    parts: [Vec<Part>; 2],
+}
+
 impl UnitHome {
-    /// Addresses of master, exp_avg and exp_avg_sq of a section; 0 where there is none or it lives elsewhere. They change with
-    /// [`Self::swap`], so they are asked for when the unit's update is known not to be under way, or by the runner itself.
+    /// Addresses of master, exp_avg and exp_avg_sq of a section where the update finds them, in the compute tier or at home; 0 where
+    /// there is none or it lives elsewhere. They change with [`Self::swap`] and `lift`, so they are asked for with the lock of
+    /// updates (`share`).
     pub fn states(&self, section: usize, set: Set) -> [u64; 3] {
-        let index = usize::from(self.swapped.load(Ordering::Acquire) != (set == Set::Spare));
-        self.sets[index][section]
+        let (home, index) = (self.states_at_home(section, set), self.index(set));
+        let base = self.lifted.base.load(Ordering::Acquire);
+        if base == 0 {
+            return home;
+        }
+        home.map(|at| {
+            let part = self.lifted.parts[index].iter().find(|part| at > 0 && part.home == at);
+            part.map_or(0, |part| base + part.offset)
+        })
+    }
+
+    /// The same, at home. While the states are in the compute tier the bytes there are older.
+    pub fn states_at_home(&self, section: usize, set: Set) -> [u64; 3] {
+        self.sets[self.index(set)][section]
+    }
+
+    /// Which of the two sets is the current one, or the other one.
+    pub(crate) fn index(&self, set: Set) -> usize {
+        usize::from(self.swapped.load(Ordering::Acquire) != (set == Set::Spare))
+    }
+
+    /// What one of the two sets is made of.
+    pub(crate) fn parts(&self, index: usize) -> &[Part] {
+        &self.lifted.parts[index]
+    }
+
+    /// Where the states are in the compute tier; none while they are at home.
+    pub(crate) fn lifted(&self) -> Option<u64> {
+        Some(self.lifted.base.load(Ordering::Acquire)).filter(|&base| base > 0)
+    }
+
+    /// The states are at `base` in the compute tier from now on; none: at home.
+    pub(crate) fn lift(&self, base: Option<u64>) {
+        self.lifted.base.store(base.unwrap_or(0), Ordering::Release);
+    }
+
+    /// Lays both sets out in the compute tier, one behind the other; their homes are known.
+    fn lay_out(&mut self, unit: &crate::model::Unit) {
+        for (set, parts) in self.sets.iter().zip(&mut self.lifted.parts) {
+            for (section, homes) in unit.sections.iter().zip(set) {
+                for (kind, &home) in StateKind::OPTIMIZER.into_iter().zip(homes).filter(|(_, home)| **home > 0) {
+                    let bytes = section.bytes(kind);
+                    parts.push(Part { home, offset: self.lifted.bytes, bytes });
+                    self.lifted.bytes += round_up(bytes, SECTION_ALIGN);
+                }
+            }
+        }
+    }
+
+    /// Whether the gradients are in memory: always, unless they live on NVMe.
+    pub fn grads_in_memory(&self) -> bool {
+        self.grad_shadow.as_ref().is_none_or(GradShadow::in_memory)
     }
 
     /// Makes the spare set the current one.
@@ -69,35 +164,42 @@ pub struct Homes {
     pub states: Arc<HostRegion>,
     /// Spare copies of parameters and states.
     pub spare: Arc<HostRegion>,
-    /// Where what lives on NVMe can be read outside of windows; none if nothing does.
+    /// Where parameters that live on NVMe can be read outside of windows; none if none do.
     pub shadows: Option<Arc<ShadowSpace>>,
+    /// The same for gradients.
+    pub grad_shadows: Option<Arc<ShadowSpace>>,
     bytes: u64,
     units: Vec<UnitHome>,
 }
 
 impl Homes {
-    /// Maps the regions; pages are taken at first touch.
+    /// Maps regions of memory that is this process's own; pages are taken at first touch.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
-    pub fn new(layout: &Layout, placement: &Placement) -> Result<Self> {
+    pub fn private([params, grads, states, spare]: [u64; 4]) -> Result<[Arc<HostRegion>; 4]> {
+        Ok([
+            HostRegion::new(ByteCount(params), "parameters")?,
+            HostRegion::new(ByteCount(grads), "gradients")?,
+            HostRegion::new(ByteCount(states), "optimizer states")?,
+            HostRegion::new(ByteCount(spare), "spare copies")?,
+        ])
+    }
+
+    /// Lays everything out in the regions that `map` makes for these bytes of parameters, gradients, states and spare copies.
+    ///
+    /// # Errors
+    /// `FN-E204` when the system refuses.
+    pub fn new(
+        layout: &Layout,
+        placement: &Placement,
+        map: impl FnOnce([u64; 4]) -> Result<[Arc<HostRegion>; 4]>,
+    ) -> Result<Self> {
         // A forked child that touches any of it ends with a message.
         memory::watch_faults()?;
         let mut units = Vec::with_capacity(layout.units.len());
-        let on_nvme = || {
-            layout
-                .units
-                .iter()
-                .zip(&placement.homes)
-                .filter(|(_, home)| home.params == Tier::Nvme)
-                .map(|(unit, _)| unit)
-        };
-        let (shadows, parts) = match on_nvme().next() {
-            None => (None, Vec::new()),
-            Some(_) => ShadowSpace::reserve(on_nvme().map(|unit| (unit.param_bytes(), &*unit.name)))
-                .map(|(s, p)| (Some(s), p))?,
-        };
-        let mut parts = parts.into_iter();
+        let (shadows, mut parts) = reserve(layout, placement, |home| home.params == Tier::Nvme)?;
+        let (grad_shadows, mut grad_parts) = reserve(layout, placement, |home| home.grads == Tier::Nvme)?;
         let (mut params, mut grads, mut states, mut spare) = (0, 0, 0, 0);
         let take = |total: &mut u64, bytes: u64| {
             let at = *total;
@@ -120,24 +222,33 @@ impl Homes {
             };
             units.push(UnitHome {
                 params: if on_host { take(&mut params, unit.param_bytes()) + 1 } else { 0 },
-                grads: if unit.trainable() && !resident { take(&mut grads, unit.grad_bytes()) + 1 } else { 0 },
-                sets: [set(&mut states, home.optimizer == Tier::Host), set(&mut spare, has_spare)],
+                grads: if unit.trainable() && home.grads == Tier::Host {
+                    take(&mut grads, unit.grad_bytes()) + 1
+                } else {
+                    0
+                },
+                grad_shadow: (home.grads == Tier::Nvme)
+                    .then(|| grad_parts.next())
+                    .flatten()
+                    .map(|shadow| GradShadow { shadow, complete: AtomicBool::new(false) }),
+                sets: [
+                    set(&mut states, home.optimizer == Tier::Host),
+                    set(&mut spare, has_spare && home.optimizer == Tier::Host),
+                ],
+                lifted: Lifted::default(),
                 swapped: AtomicBool::new(false),
-                spare_params: if has_spare { take(&mut spare, unit.param_bytes()) + 1 } else { 0 },
+                spare_params: if has_spare && on_host { take(&mut spare, unit.param_bytes()) + 1 } else { 0 },
                 shadow: if on_host || resident { None } else { parts.next() },
             });
         }
         let bytes = params + grads + states + spare;
-        let params = HostRegion::new(ByteCount(params), "parameters")?;
-        let grads = HostRegion::new(ByteCount(grads), "gradients")?;
-        let states = HostRegion::new(ByteCount(states), "optimizer states")?;
-        let spare = HostRegion::new(ByteCount(spare), "spare copies")?;
+        let [params, grads, states, spare] = map([params, grads, states, spare])?;
         let absolute = |at: &mut u64, region: &HostRegion| {
             if *at > 0 {
                 *at = region.as_ptr() as u64 + (*at - 1);
             }
         };
-        for u in &mut units {
+        for (u, packed) in units.iter_mut().zip(&layout.units) {
             absolute(&mut u.params, &params);
             absolute(&mut u.grads, &grads);
             u.sets[0].iter_mut().flatten().for_each(|s| absolute(s, &states));
@@ -146,8 +257,12 @@ impl Homes {
             if let Some(shadow) = &u.shadow {
                 u.params = shadow.as_ptr() as u64;
             }
+            if let Some(of_grads) = &u.grad_shadow {
+                u.grads = of_grads.shadow.as_ptr() as u64;
+            }
+            u.lay_out(packed);
         }
-        Ok(Self { params, grads, states, spare, shadows, bytes, units })
+        Ok(Self { params, grads, states, spare, shadows, grad_shadows, bytes, units })
     }
 
     /// One unit's addresses.
@@ -155,15 +270,15 @@ impl Homes {
         &self.units[unit.index()]
     }
 
-    /// Where a kind of a section lies now, whose parameters begin at `offset` of the unit's; 0 if not on the host.
+    /// Where a kind of a section has its home now, whose parameters begin at `offset` of the unit's; 0 if not on the host.
     pub fn address(&self, unit: UnitId, section: usize, offset: u64, kind: StateKind) -> u64 {
         let home = self.unit(unit);
         match kind {
             StateKind::Param => home.params + offset,
             StateKind::Grad => home.grads + offset,
-            StateKind::Master => home.states(section, Set::Current)[0],
-            StateKind::ExpAvg => home.states(section, Set::Current)[1],
-            StateKind::ExpAvgSq => home.states(section, Set::Current)[2],
+            StateKind::Master => home.states_at_home(section, Set::Current)[0],
+            StateKind::ExpAvg => home.states_at_home(section, Set::Current)[1],
+            StateKind::ExpAvgSq => home.states_at_home(section, Set::Current)[2],
         }
     }
 
@@ -179,13 +294,25 @@ impl Homes {
     /// Lets forks copy what is left of it when the runtime is closed: tensors that the user kept.
     pub fn let_fork(&self) {
         [&self.params, &self.grads, &self.states, &self.spare].into_iter().for_each(|region| region.let_fork());
-        if let Some(shadows) = &self.shadows {
-            shadows.let_fork();
-        }
+        [&self.shadows, &self.grad_shadows].into_iter().flatten().for_each(|shadows| shadows.let_fork());
     }
 
     /// Bytes that are mapped for homes and gradients.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+}
+
+/// A range of addresses, and its parts.
+type Reserved = (Option<Arc<ShadowSpace>>, std::vec::IntoIter<Arc<Shadow>>);
+
+/// Addresses for what lives on NVMe of the units that `which` selects, as large as their parameters.
+fn reserve(layout: &Layout, placement: &Placement, which: impl Fn(&placement::Homes) -> bool) -> Result<Reserved> {
+    let mut units =
+        layout.units.iter().zip(&placement.homes).filter(|(_, home)| which(home)).map(|(unit, _)| unit).peekable();
+    if units.peek().is_none() {
+        return Ok((None, Vec::new().into_iter()));
+    }
+    let (space, parts) = ShadowSpace::reserve(units.map(|unit| (unit.param_bytes(), &*unit.name)))?;
+    Ok((Some(space), parts.into_iter()))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
-    quantities::{ByteCount, Tier, UnitId},
+    quantities::ByteCount,
     runtime::shared::Shared,
 };
 
@@ -30,19 +30,21 @@ impl Shared {
     /// Host memory for activations, out of what `budget.host` leaves; never given back.
     pub(crate) fn activation_region(&self, least: u64, wanted: u64) -> Result<Arc<HostRegion>> {
         // One unit that lives on NVMe can always be read.
-        let on_nvme = |u: &UnitId| self.placement.homes[u.index()].params == Tier::Nvme;
-        let reads = self.layout.ids().filter(on_nvme).map(|u| self.layout.unit(u).param_bytes()).max().unwrap_or(0);
-        let limit = self.placement.shadow_bytes.saturating_sub(reads);
+        let reads = self.placement.widest_on_nvme(&self.layout);
+        // Each of several ranks has inputs of its own.
+        let ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.spec.size as u64);
+        let limit = self.placement.shadow_bytes.saturating_sub(reads) / ranks;
         let (taken, _) = self.stats.shadows();
         let bytes = wanted.min(limit.saturating_sub(taken)).max(least);
         if !self.stats.lent(bytes, limit) {
             return Err(Error::new(
                 Code::HostBudget,
                 format!(
-                    "a block's input of {} is to wait in host memory; budget.host leaves {}, and {} of it are taken \
+                    "a block's input of {} is to wait in host memory; budget.host leaves {}{}, and {} of it are taken \
                      by such inputs and by reads outside of steps.",
                     ByteCount(least),
                     ByteCount(limit),
+                    if ranks > 1 { " to each rank" } else { "" },
                     ByteCount(taken)
                 ),
             )

@@ -24,4 +24,8 @@ pub(crate) enum Ended {
     Copy(Landing),
     /// A step on the compute stream, and when it ended if that is known.
     Step { gate: Gate, at: Option<u64> },
+    /// The last copy into a unit's gradient slot.
+    Grads { unit: UnitId, gate: Gate },
+    /// The last copy of this rank's slices of a unit's gradients, of that post.
+    Slices { unit: UnitId, post: u64, gate: Gate },
 }

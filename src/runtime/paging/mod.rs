@@ -7,5 +7,7 @@ pub mod homes;
 pub(super) mod host_budget;
 pub(super) mod landing;
 pub(super) mod open;
+pub(super) mod paged_gradients;
 pub(super) mod reapers;
 pub(super) mod shadows;
+pub(super) mod sums;

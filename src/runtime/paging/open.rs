@@ -23,6 +23,7 @@ impl Shared {
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<bool> {
+        self.watch_memory(interrupted)?;
         let opened = self.open(unit, phase, stream, interrupted)?;
         if self.sync {
             let gate = self.lock()?.gates[unit.index()].fill;

@@ -14,7 +14,10 @@ use crate::{
 
 /// Waits for the end of a copy, or of a step.
 pub(crate) fn ended(shared: &Shared, link: Link, what: Ended) -> Result<()> {
-    let (Ended::Copy(Landing { gate, .. }) | Ended::Step { gate, .. }) = what;
+    let (Ended::Copy(Landing { gate, .. })
+    | Ended::Step { gate, .. }
+    | Ended::Grads { gate, .. }
+    | Ended::Slices { gate, .. }) = what;
     if let Ended::Copy(Landing { marks, .. }) = &what
         && link == Link::Up
     {
@@ -31,6 +34,11 @@ pub(crate) fn ended(shared: &Shared, link: Link, what: Ended) -> Result<()> {
     match what {
         Ended::Copy(landing) => landed(shared, link, landing),
         Ended::Step { at, .. } => shared.step_ended(at),
+        Ended::Grads { unit, .. } => shared.grads_landed(unit),
+        Ended::Slices { unit, post, .. } => {
+            shared.slices_landed(unit, post);
+            Ok(())
+        }
     }
 }
 

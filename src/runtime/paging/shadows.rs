@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     device::StreamRef,
+    dtype::StateKind,
     error::Result,
     io::Direction,
     memory::Shadow,
@@ -68,7 +69,7 @@ impl Shared {
         let mut pause = self.pause(Some(stream), Cause::NvmeWrite);
         self.settle_disk(unit, interrupted)?;
         pause.change_cause(Cause::NvmeRead);
-        self.params_io(unit, Direction::Read, interrupted, &mut |slot, at| {
+        self.unit_io(unit, StateKind::Param, Direction::Read, interrupted, &mut |slot, at| {
             // SAFETY: `at` and the length lie in the unit's parameter segment, which the memory covers; a reader
             // of that memory expects the bytes to become the current ones.
             unsafe { std::ptr::copy_nonoverlapping(slot.as_ptr(), base.add(at), slot.len()) };
@@ -89,9 +90,10 @@ impl Shared {
         Ok(())
     }
 
-    fn fill_shadow(&self, shadow: &Shadow, unit: UnitId) -> Result<()> {
+    /// Gives a shadow memory, for what messages call so.
+    pub(super) fn fill_shadow(&self, shadow: &Shadow, what: &str) -> Result<()> {
         let bytes = shadow.len() as u64;
-        self.lend(bytes, &format!("'{}'", self.layout.unit(unit).name))?;
+        self.lend(bytes, what)?;
         if let Err(error) = shadow.fill().and_then(|()| self.expose(shadow)) {
             self.stats.returned(bytes);
             shadow.discard()?;
@@ -105,7 +107,7 @@ impl Shared {
         let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| s.filled()) else { return Ok(()) };
         self.begin_write(unit, interrupted)?;
         let base = shadow.as_ptr();
-        let written = self.params_io(unit, Direction::Write, &mut || false, &mut |slot, at| {
+        let written = self.unit_io(unit, StateKind::Param, Direction::Write, &mut || false, &mut |slot, at| {
             // SAFETY: as in `refresh_shadow`; the caller owns the shadow's contents.
             unsafe { std::ptr::copy_nonoverlapping(base.add(at), slot.as_mut_ptr(), slot.len()) };
         });
@@ -117,6 +119,7 @@ impl Shared {
     /// interruptions after the last look (S3).
     fn begin_write(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         let what = || format!("a read of '{}'", self.layout.unit(unit).name);
+        self.drop_speculation(unit);
         loop {
             self.settle_disk(unit, interrupted)?;
             self.saves.preserve(group_of(unit), interrupted)?;
@@ -134,7 +137,7 @@ impl Shared {
     /// Makes a shadow writable without reading it, for its first contents.
     pub(crate) fn blank_shadow(&self, unit: UnitId) -> Result<()> {
         if let Some(shadow) = self.homes.unit(unit).shadow.as_ref().filter(|s| !s.filled()) {
-            self.fill_shadow(shadow, unit)?;
+            self.fill_shadow(shadow, &format!("'{}'", self.layout.unit(unit).name))?;
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ use crate::{
         handle::Runtime,
         measure::stats::Cause,
         saving::{copy_on_update::group_of, write_behind::WriteBehind},
-        shared::{Shared, waits::Interrupted},
+        shared::{Shared, settle::Until, waits::Interrupted},
     },
 };
 
@@ -100,9 +100,10 @@ impl Runtime {
         let fills = fills(shared, contents, items)?;
         let units: std::collections::BTreeSet<UnitId> = fills.iter().map(|f| f.item.unit).collect();
         for &unit in &units {
-            shared.settle(unit, Some(stream), interrupted)?;
+            shared.await_update(unit, Some(stream), Until::Whole, interrupted)?;
             shared.saves.preserve(group_of(unit), interrupted)?;
             shared.drop_speculation(unit);
+            shared.states_home(unit)?;
         }
         // Kernels may still read a home, and copies up and down may be on their way.
         for on in [StreamRef::Compute(stream), StreamRef::Down, StreamRef::Up] {

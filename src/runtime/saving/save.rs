@@ -17,7 +17,7 @@ use crate::{
             copy_on_update::{Next, PLAIN, group_of},
             read_ahead::ReadAhead,
         },
-        shared::{Shared, closed::closed, waits::Interrupted},
+        shared::{Shared, closed::closed, settle::Until, waits::Interrupted},
     },
 };
 
@@ -139,7 +139,8 @@ fn begin(
     let (homes, after): (Vec<Gate>, Gate) = {
         let mut inner = shared.lock()?;
         let after = shared.device.record(StreamRef::Compute(stream))?;
-        let units = shared.layout.ids().map(|u| (saved.contains(&group_of(u)), inner.machine.update_pending(u)));
+        let updating = |u| Until::Whole.pending(&inner.machine, u);
+        let units = shared.layout.ids().map(|u| (saved.contains(&group_of(u)), updating(u)));
         shared.saves.begin(std::iter::once((saved.contains(&PLAIN), false)).chain(units));
         shared.bring_home(&mut inner, shared.layout.ids().filter(|u| saved.contains(&group_of(*u))))?;
         (inner.gates.iter().map(|g| g.home).collect(), after)
@@ -158,7 +159,7 @@ fn begin(
         watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
     };
     let failed = |e| crate::os_error::no_thread("a save", &e, "");
-    let thread = std::thread::Builder::new().name("funicular-save".into()).spawn(work).map_err(failed)?;
+    let thread = crate::os_error::start_thread("funicular-save", work).map_err(failed)?;
     shared.saves.keep(&control, thread);
     Ok(control)
 }
@@ -181,7 +182,7 @@ pub unsafe fn save_plain(request: Request, sources: Vec<Source>, unchanged: Unch
         watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
     };
     let failed = |e| crate::os_error::no_thread("a save", &e, "");
-    std::thread::Builder::new().name("funicular-save".into()).spawn(work).map_err(failed)?;
+    crate::os_error::start_thread("funicular-save", work).map_err(failed)?;
     Ok(control)
 }
 
@@ -394,6 +395,7 @@ impl SaveSource for Snapshot<'_> {
         block(self.shared, self.homes[unit.index()], control)?;
         let written = self.shared.wait_written(unit, &mut || control.check().is_err());
         written.map_err(|e| given_up(control, e))?;
+        self.shared.states_current(unit)?;
         self.chunks.clear();
         Ok(Some(group))
     }

@@ -9,9 +9,12 @@ use crate::{
     error::{Code, Error, Result},
     model::Layout,
     quantities::ByteCount,
-    runtime::setup::{
-        config::Config,
-        running_notes::{Folder, Note, Other},
+    runtime::{
+        ranks::{shelf, spec::RankSpec},
+        setup::{
+            config::Config,
+            running_notes::{Folder, Note, Other},
+        },
     },
     schedule::{Placement, advice},
 };
@@ -34,7 +37,7 @@ pub(crate) struct Running {
 }
 
 /// Places a model and admits the plan, before anything is allocated. `freed` bytes of this process will be given back as the model
-/// moves in.
+/// moves in. Of several `ranks` the first one answers for all memory of the host.
 ///
 /// # Errors
 /// `FN-E20x` with the numbers and the ways out.
@@ -44,6 +47,7 @@ pub(crate) fn admit(
     granularity: u64,
     on_host: bool,
     freed: ByteCount,
+    ranks: Option<RankSpec>,
 ) -> Result<(Placement, Running)> {
     let limits = config.limits(granularity);
     let ways = || advice::ways(layout, &config.tiers, &config.budgets, &limits);
@@ -62,7 +66,15 @@ pub(crate) fn admit(
         let way_out = config.machine.way_out(ByteCount(short + short / 11));
         advice::with_ways(error.because(&why), None, &ways(), Some(way_out))
     })?;
-    let frames = if on_host && config.budgets.hbm.is_some() { plan.hbm_bytes } else { 0 };
+    let mut frames = if on_host && config.budgets.hbm.is_some() { plan.hbm_bytes } else { 0 };
+    if let Some(spec) = ranks {
+        shelf::check(layout, &plan)?;
+        if !spec.leads() {
+            return Ok((plan, Running { demoted, ..Running::alone(0, 0) }));
+        }
+        // Each rank has frames of its own, all else is there once.
+        frames += if on_host { plan.hbm_bytes * (spec.size as u64 - 1) } else { 0 };
+    }
     let need = plan.host_bytes + plan.widest_on_nvme(layout) + frames;
     let mut running = Running::begin(Path::new(FOLDER), need, config.machine.available().0, freed.0);
     running.demoted = demoted;
@@ -92,7 +104,7 @@ fn short(need: u64, available: u64) -> Error {
 impl Running {
     /// Leaves this run's note in `folder`, and reads those of others. Without such a folder runs do not know of each other.
     fn begin(folder: &Path, mine: u64, available: u64, freed: u64) -> Self {
-        let alone = Self { _note: None, others: Vec::new(), mine, available, demoted: None, unknown: None };
+        let alone = Self::alone(mine, available);
         match Folder::open(folder) {
             Ok(Some(folder)) => {
                 let others = folder.others();
@@ -101,6 +113,11 @@ impl Running {
             Ok(None) => alone,
             Err(reason) => Self { unknown: Some(format!("FN-W211 {reason}")), ..alone },
         }
+    }
+
+    /// A run that knows of no other.
+    fn alone(mine: u64, available: u64) -> Self {
+        Self { _note: None, others: Vec::new(), mine, available, demoted: None, unknown: None }
     }
 
     /// What was demoted, and a line where the plans of all runs are more than there is.

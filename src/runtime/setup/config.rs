@@ -5,12 +5,12 @@ use std::{path::PathBuf, sync::Arc};
 use crate::{
     device::DeviceChoice,
     error::Result,
-    io::{DirectIo, EngineChoice, Faults},
+    io::{DirectIo, EngineChoice, Faults, device_number, free_bytes},
     machine::HostLimits,
     model::Layout,
-    policy::{self, Auto, Direct, OptimizerTier, ParamsTier, Policy, automatic},
+    policy::{self, Auto, Direct, GradientsTier, OptimizerTier, ParamsTier, Policy, automatic},
     quantities::{ByteCount, Tier},
-    runtime::{measure::slow::Slow, update::update_on::UpdateOn},
+    runtime::{measure::slow::Slow, ranks::spec::RankSpec, update::update_on::UpdateOn},
     schedule::{Budgets, LaneUse, Limits, Tiers},
 };
 
@@ -53,6 +53,8 @@ pub struct Config {
     pub machine: HostLimits,
     /// Whether the policy left the host's budget to the machine.
     pub host_is_auto: bool,
+    /// Whether units may live on the compute device.
+    pub residents: bool,
 }
 
 /// Of the memory that is free on a GPU, frames may take this share unless the policy says otherwise; activations need the rest.
@@ -69,12 +71,31 @@ impl Config {
     }
 
     /// Makes a policy concrete. `device_free` is the memory free on the compute device, none on the host; `freed` is host
-    /// memory that will be given back as the model moves in.
+    /// memory that will be given back as the model moves in. Of several `ranks` each has a share of the processors; the first has found out
+    /// whether the host's budget can be had.
     ///
     /// # Errors
     /// `FN-E202` when the host budget is more than the machine or the container can give; a bad fault pattern.
-    pub fn resolve(policy: &Policy, layout: &Layout, device_free: Option<ByteCount>, freed: ByteCount) -> Result<Self> {
-        Self::resolve_on(policy, layout, device_free, &HostLimits::read()?.after(freed))
+    pub fn resolve(
+        policy: &Policy,
+        layout: &Layout,
+        device_free: Option<ByteCount>,
+        freed: ByteCount,
+        ranks: Option<RankSpec>,
+    ) -> Result<Self> {
+        let machine = HostLimits::read()?.after(freed);
+        let mut config = match ranks {
+            None => Self::resolve_on(policy, layout, device_free, &machine)?,
+            Some(spec) => {
+                if spec.leads() {
+                    admit_budget(policy, &machine)?;
+                }
+                Self::concrete(policy, layout, device_free, &machine)?.among(spec, policy)
+            }
+        };
+        // Directories that cannot be used are named when they are opened.
+        config.budgets.nvme_free = free_on(&config.paths).ok().map(ByteCount);
+        Ok(config)
     }
 
     /// As [`Config::resolve`], for a machine of those limits.
@@ -87,10 +108,28 @@ impl Config {
         device_free: Option<ByteCount>,
         machine: &HostLimits,
     ) -> Result<Self> {
-        let host = automatic::resolve_host_budget(machine, policy);
-        if let Auto::Set(asked) = policy.budget.host {
-            machine.admit_budget(asked)?;
+        admit_budget(policy, machine)?;
+        Self::concrete(policy, layout, device_free, machine)
+    }
+
+    /// What several ranks do otherwise: hidden updates and states in free memory of the device are for one rank alone.
+    fn among(mut self, ranks: RankSpec, policy: &Policy) -> Self {
+        self.budgets.spare = Some(ByteCount(0));
+        self.residents = false;
+        if policy.budget.threads.given().is_none() {
+            let size = u32::try_from(ranks.size).unwrap_or(u32::MAX);
+            self.threads = (self.threads / size).max(1);
         }
+        self
+    }
+
+    fn concrete(
+        policy: &Policy,
+        layout: &Layout,
+        device_free: Option<ByteCount>,
+        machine: &HostLimits,
+    ) -> Result<Self> {
+        let host = automatic::resolve_host_budget(machine, policy);
         let (slow, faults) = Slow::parse(&policy.debug.faults)?;
         let largest = layout.units.iter().map(|u| u.param_bytes()).max().unwrap_or(0);
         let hbm = policy.budget.hbm.given().or_else(|| {
@@ -102,6 +141,7 @@ impl Config {
                 hbm,
                 host,
                 nvme: policy.budget.nvme.or(ByteCount(u64::MAX)),
+                nvme_free: None,
                 // Where updates and compute share a processor, a speculative update only takes its time.
                 spare: policy
                     .optimizer
@@ -145,14 +185,33 @@ impl Config {
             slow,
             machine: machine.clone(),
             host_is_auto: policy.budget.host.given().is_none(),
+            residents: true,
         })
     }
 
     /// What the machine dictates to the placement, for frames of that granularity.
     pub fn limits(&self, granularity: u64) -> Limits {
         let (has_nvme, lanes) = (!self.paths.is_empty(), self.updates.1);
-        Limits { granularity, block: self.block, has_nvme, residents: true, lanes }
+        Limits { granularity, block: self.block, has_nvme, residents: self.residents, lanes }
     }
+}
+
+/// Whether the machine can give the host memory that the policy asks for.
+fn admit_budget(policy: &Policy, machine: &HostLimits) -> Result<()> {
+    if let Auto::Set(asked) = policy.budget.host {
+        machine.admit_budget(asked)?;
+    }
+    Ok(())
+}
+
+/// Bytes that files of equal size on all paths may have together.
+fn free_on(paths: &[PathBuf]) -> Result<u64> {
+    let devices = paths.iter().map(|path| device_number(path)).collect::<Result<Vec<_>>>()?;
+    let mut least = u64::MAX;
+    for (path, device) in paths.iter().zip(&devices) {
+        least = least.min(free_bytes(path)? / devices.iter().filter(|d| *d == device).count() as u64);
+    }
+    Ok(least.saturating_mul(paths.len() as u64))
 }
 
 /// Threads of the update pool. The thread that feeds a GPU, and the one that runs its backward, need processors of their own.
@@ -179,6 +238,11 @@ fn tiers(policy: &Policy, unit: &crate::model::Unit) -> Tiers {
             OptimizerTier::Hbm => Some(Tier::Hbm),
             OptimizerTier::Host => Some(Tier::Host),
             OptimizerTier::Nvme => Some(Tier::Nvme),
+        },
+        grads: match policy.gradients.tier {
+            GradientsTier::Auto => None,
+            GradientsTier::Host => Some(Tier::Host),
+            GradientsTier::Nvme => Some(Tier::Nvme),
         },
     }
 }

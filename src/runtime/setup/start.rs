@@ -19,12 +19,14 @@ use crate::{
     quantities::{ByteCount, Tier, UnitId},
     runtime::{
         disk::{driver, files::Disk, map::Map},
+        growth::{asked, state::Growing},
         measure::{
             stats::{Link, Stats},
             step_time::StepTimes,
             trace::Trace,
         },
         paging::{fault_server, faults::Faults, homes::Homes, landing::Ended, reapers},
+        ranks::{shelf, spec::RankSpec, together::Ranks, watcher},
         saving::copy_on_update::Saves,
         setup::{
             admission::{self, Running},
@@ -35,11 +37,9 @@ use crate::{
             lock_order::{Line, Ordered},
             locked::Inner,
         },
-        update::{
-            factors::Factors, job::Job, runner, share::Share, speculation::Clipped, task::Task, update_on::UpdateOn,
-        },
+        update::{factors::Factors, job::Job, rhythm::Rhythm, runner, share::Share, task::Task, update_on::UpdateOn},
     },
-    schedule::{Budgets, LaneUse, Machine, Placement, placement},
+    schedule::{Budgets, LaneUse, Machine, Placement, growth, placement, ranks::posts::State},
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
 };
 
@@ -69,15 +69,39 @@ struct Channels {
 
 /// Plans, takes memory and disk space, and starts the threads. `freed` bytes of host memory are given back as the model moves
 /// in: its own weights.
-pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result<Started> {
+/// Other ranks are told of a failure after they could know of this one.
+pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount, spec: Option<RankSpec>) -> Result<Started> {
+    let mut among = None;
+    let started = begin(layout, policy, freed, spec, &mut among);
+    if let (Err(error), Some(ranks)) = (&started, among) {
+        ranks.ended(State::Failed, Some(&error.to_string()));
+    }
+    started
+}
+
+fn begin(
+    layout: Layout,
+    policy: &Policy,
+    freed: ByteCount,
+    spec: Option<RankSpec>,
+    among: &mut Option<Arc<Ranks>>,
+) -> Result<Started> {
     let device = device::open(Config::device_of(policy))?;
-    let config = &Config::resolve(policy, &layout, device.free_memory()?, freed)?;
+    let device_free = device.free_memory()?;
+    let config = &Config::resolve(policy, &layout, device_free, freed, spec)?;
     let on_host = device.kind() == DeviceKind::Host;
-    let (mut plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed)?;
+    let (mut plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed, spec)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let mut notes = running.notes();
     let share = open_share(|count, bytes| device.create_lanes(count, bytes), config.updates, &mut plan, &mut notes)?;
-    let homes = Homes::new(&layout, &plan)?;
+    let (homes, ranks) = match spec {
+        None => (Homes::new(&layout, &plan, Homes::private)?, None),
+        Some(spec) => {
+            let (homes, ranks) = shelf::open(spec, &layout, &plan, shelf::concrete(policy, config))?;
+            (homes, Some(Arc::new(ranks)))
+        }
+    };
+    among.clone_from(&ranks);
     memory::headroom(
         ByteCount(QUEUES + STACK * (u64::from(config.threads) + THREADS)),
         "the runtime's threads and queues",
@@ -104,17 +128,21 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
     }
     if let Some(disk) = &disk {
         device.register(disk.update_pool.region())?;
-        if let Some(pool) = &disk.page_pool {
+        for pool in [&disk.page_pool, &disk.grad_pool].into_iter().flatten() {
             device.register(pool.region())?;
         }
     }
     let window =
         config.prefetch_window.map_or(plan.ring_chunks, |w| u32::try_from(w.0 / plan.chunk_bytes).unwrap_or(u32::MAX));
     let machine = Machine::new(&plan, &counts, window);
+    let machine = if ranks.is_some() { machine.among_peers() } else { machine };
     let units = layout.units.len();
+    // The GPU alone can update what lies in its memory.
+    let grows = policy.budget.hbm.given().is_none() && ranks.is_none() && (on_host || share.uses_lanes());
+    let candidates = if grows { growth::candidates(&layout, &plan, device.granularity()) } else { Vec::new() };
     let shared = Arc::new(Shared {
         jobs: (0..units).map(|_| Ordered::new(Line::Job, Job::default())).collect(),
-        clipped: Clipped::default(),
+        rhythm: Ordered::new(Line::Moment, Rhythm::default()),
         paging: Ordered::new(Line::Moment, None),
         speculations: (0..units).map(|_| Ordered::new(Line::Speculation, None)).collect(),
         inner: Ordered::new(Line::Inner, Inner::new(machine, units)),
@@ -123,6 +151,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         factors: Factors::new(&*device)?,
         homes,
         share: Ordered::new(Line::Share, share),
+        growing: Growing::new(units, candidates, device_free.unwrap_or_default().0),
         device,
         frames,
         disk,
@@ -137,6 +166,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         off_step_io: Ordered::new(Line::OffStepIo, ()),
         reads: (0..units).map(|_| AtomicU32::new(0)).collect(),
         saves: Saves::default(),
+        ranks,
         faults: Faults::default(),
         checkpoint_io: (engine_options(config), config.direct != DirectIo::Off),
         to_runner: channels.run.0.clone(),
@@ -145,6 +175,7 @@ pub(crate) fn start(layout: Layout, policy: &Policy, freed: ByteCount) -> Result
         to_down: channels.down.0.clone(),
     });
     let threads = spawn(&shared, channels)?;
+    asked::enlist(&shared);
     Ok(Started { shared, threads, budgets: config.budgets, notes, running })
 }
 
@@ -191,8 +222,10 @@ fn open_disk(
     let page_pool = if count > 0 { Some(SlotPool::new(count, ByteCount(bytes), "pages from NVMe")?) } else { None };
     let (count, bytes) = plan.update_slots;
     let update_pool = SlotPool::new(count, ByteCount(bytes), "states from NVMe")?;
+    let (count, bytes) = plan.grad_slots;
+    let grad_pool = if count > 0 { Some(SlotPool::new(count, ByteCount(bytes), "gradients for NVMe")?) } else { None };
     let mut regions = vec![Arc::clone(update_pool.region())];
-    regions.extend(page_pool.as_ref().map(|p| Arc::clone(p.region())));
+    regions.extend([&page_pool, &grad_pool].into_iter().flatten().map(|pool| Arc::clone(pool.region())));
     let chunk_bytes = plan.chunk_on_nvme();
     let spec = StoreSpec {
         paths: config.paths.clone(),
@@ -209,7 +242,7 @@ fn open_disk(
     };
     let OpenedStore { store, notes: said } = Store::open(spec, &regions, sink)?;
     notes.extend(said);
-    Ok(Disk { store, map, page_pool, update_pool })
+    Ok(Disk { store, map, page_pool, update_pool, grad_pool })
 }
 
 fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>> {
@@ -221,5 +254,6 @@ fn spawn(shared: &Arc<Shared>, channels: Channels) -> Result<Vec<JoinHandle<()>>
     ];
     // Last: only the end of a runtime that has started ends this thread.
     threads.extend(fault_server::spawn(shared)?);
+    threads.extend(watcher::spawn(shared)?);
     Ok(threads)
 }

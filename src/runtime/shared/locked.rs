@@ -23,6 +23,13 @@ pub(crate) struct Gates {
     pub(crate) update: [Gate; 3],
 }
 
+/// A slot in which the gradients of a unit are gathered.
+pub(crate) struct Gathered {
+    pub(crate) lease: SlotLease,
+    /// Bytes copied into it so far.
+    pub(crate) bytes: u64,
+}
+
 /// The one request at a time that is not part of a step.
 #[derive(Debug, Default)]
 pub(crate) struct OffStep {
@@ -42,6 +49,11 @@ pub(crate) struct Inner {
     pub(crate) last_down: Gate,
     pub(crate) pages: Vec<Option<SlotLease>>,
     pub(crate) chunks: Vec<(UnitId, u32, SlotLease)>,
+    /// Units whose update is to begin ahead of its step, in the order in which their gradients come.
+    pub(crate) foreseen: Vec<UnitId>,
+    /// Pieces of updates ahead that were read.
+    pub(crate) ahead: Vec<(UnitId, u32, SlotLease)>,
+    pub(crate) grad_slots: Vec<Option<Gathered>>,
     pub(crate) spare_parts: Vec<Vec<IoPart>>,
     pub(crate) off_step: OffStep,
     /// The unit whose home the runner writes now.
@@ -65,6 +77,9 @@ impl Inner {
             last_down: Gate::OPEN,
             pages: (0..units).map(|_| None).collect(),
             chunks: Vec::with_capacity(16),
+            foreseen: Vec::with_capacity(units),
+            ahead: Vec::with_capacity(16),
+            grad_slots: (0..units).map(|_| None).collect(),
             spare_parts: (0..16).map(|_| Vec::with_capacity(64)).collect(),
             off_step: OffStep::default(),
             at_work: None,

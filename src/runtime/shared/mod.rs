@@ -1,7 +1,7 @@
 //! The shared state of a runtime, and the one place that turns the machine's commands into device and disk operations.
 //!
 //! C1: the machine is touched only under the lock. C2: nothing under the lock waits for a device or a disk. C3: a slot's
-//! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, a runner's task or a reaper's.
+//! lease is in exactly one place: the pool, a request in flight, `pages`, `chunks`, `ahead`, `grad_slots`, a runner's task or a reaper's.
 //!
 //! A thread takes locks in this order only; two of one line never together. [`lock_order`] checks it in debug builds.
 //!
@@ -14,7 +14,7 @@
 //! | `jobs` | for a piece of an update | `speculations`, `share` |
 //! | `speculations` | for a piece of a speculative update | `share` |
 //! | `share` | for a piece of an update | all below |
-//! | `Saves::state`, `Saves::running`, `Ends::to`, `Faults::brought`, `Faults::returned`, `paging`, `StepTimes::state` | for a moment | those of the device, the pools, the trace |
+//! | `Saves::state`, `Saves::running`, `Ends::to`, `Faults::brought`, `Faults::returned`, `paging`, `rhythm`, `StepTimes::state`, `Growing::state`, `Ranks::posted`, `Ranks::made`, `Ranks::text` | for a moment | those of the device, the pools, the trace |
 //!
 //! A look at signals (`interrupted`) is made with none of the locks of the runtime held: a handler may call the runtime.
 
@@ -31,7 +31,7 @@ use parking_lot::Condvar;
 
 use self::{
     lock_order::{Ordered, OrderedGuard},
-    locked::Inner,
+    locked::{Gathered, Inner},
 };
 use crate::{
     device::{Device, Frames, Mark, StreamRef},
@@ -42,18 +42,18 @@ use crate::{
     quantities::UnitId,
     runtime::{
         disk::files::Disk,
+        growth::state::Growing,
         measure::{slow::Slow, stats::Stats, step_time::StepTimes, trace::Trace},
-        paging::{faults::Faults, homes::Homes, landing::Ended},
-        saving::copy_on_update::Saves,
-        update::{
-            factors::Factors,
-            job::Job,
-            share::Share,
-            speculation::{Clipped, Speculation},
-            task::Task,
+        paging::{
+            faults::Faults,
+            homes::{Homes, Set},
+            landing::Ended,
         },
+        ranks::together::Ranks,
+        saving::copy_on_update::Saves,
+        update::{factors::Factors, job::Job, rhythm::Rhythm, share::Share, speculation::Speculation, task::Task},
     },
-    schedule::{Command, Machine, Placement},
+    schedule::{Command, Machine, Placement, ranks::posts::State},
 };
 
 /// Everything that threads share.
@@ -63,6 +63,8 @@ pub(crate) struct Shared {
     pub(crate) homes: Homes,
     /// For the runner. Dropped before the device, whose lanes it has.
     pub(crate) share: Ordered<Share>,
+    /// States in free memory of the compute device.
+    pub(crate) growing: Growing,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) frames: Arc<dyn Frames>,
     pub(crate) disk: Option<Disk>,
@@ -72,7 +74,7 @@ pub(crate) struct Shared {
     pub(crate) factors: Factors,
     pub(crate) jobs: Vec<Ordered<Job>>,
     pub(crate) speculations: Vec<Ordered<Option<Speculation>>>,
-    pub(crate) clipped: Clipped,
+    pub(crate) rhythm: Ordered<Rhythm>,
     pub(crate) stats: Stats,
     pub(crate) trace: Trace,
     pub(crate) step_times: StepTimes,
@@ -86,6 +88,8 @@ pub(crate) struct Shared {
     /// How many reads into each unit's shadow are under way: a signal handler may begin one amid another.
     pub(crate) reads: Vec<AtomicU32>,
     pub(crate) saves: Saves,
+    /// Other ranks that train the model, too.
+    pub(crate) ranks: Option<Arc<Ranks>>,
     pub(crate) faults: Faults,
     /// How checkpoints are read and written: the engine, and whether past the page cache.
     pub(crate) checkpoint_io: (EngineOptions, bool),
@@ -145,6 +149,12 @@ impl Shared {
     }
 
     fn fail_locked(&self, inner: &mut Inner, error: Error) {
+        if inner.failed.is_none()
+            && !inner.closing
+            && let Some(ranks) = &self.ranks
+        {
+            ranks.ended(State::Failed, Some(&error.to_string()));
+        }
         inner.failed.get_or_insert(error);
         self.changed.notify_all();
     }
@@ -171,8 +181,40 @@ impl Shared {
                     let lease = at.map(|i| inner.chunks.swap_remove(i).2);
                     self.send(&self.to_runner, Task::Update { unit, chunk, lease })?;
                 }
+                Command::RunStates(unit) => self.send(&self.to_runner, Task::States(unit))?,
                 Command::CopyHome(unit) => self.send(&self.to_runner, Task::Home(unit))?,
-                Command::WriteChunk(unit, chunk) => self.write_chunk(inner, unit, chunk)?,
+                Command::WriteChunk(unit, chunk) => {
+                    if self.write_chunk(inner, unit, chunk, Set::Current)? {
+                        inner.machine.chunk_written(unit, chunk, commands);
+                    }
+                }
+                Command::Decide(unit) => self.send(&self.to_runner, Task::Decide(unit))?,
+                Command::RunAhead(unit, chunk) => {
+                    let lease = Self::unpark_chunk(inner, unit, chunk)?;
+                    inner.ahead.push((unit, chunk, lease));
+                    self.send(&self.to_speculate, unit)?;
+                }
+                Command::WriteAhead(unit, chunk) => {
+                    if self.write_chunk(inner, unit, chunk, Set::Spare)? {
+                        inner.machine.chunk_written(unit, chunk, commands);
+                    }
+                }
+                Command::DropChunk(unit, chunk) => drop(Self::unpark_chunk(inner, unit, chunk)?),
+                Command::SwapPlaces(unit) => {
+                    self.disk()?.map.swap(unit);
+                    self.updated(inner, unit);
+                }
+                Command::ReadGrads(unit) => {
+                    if let Some(lease) = self.read_grads(inner, unit)? {
+                        inner.grad_slots[unit.index()] = Some(Gathered { lease, bytes: 0 });
+                        inner.machine.grads_read(unit, commands);
+                    }
+                }
+                Command::SealGrads(unit) => {
+                    let gate = self.device.record(StreamRef::Down)?;
+                    self.send(&self.to_down, Ended::Grads { unit, gate })?;
+                }
+                Command::WriteGrads(unit) => self.write_grads(inner, unit)?,
             }
         }
         Ok(())

@@ -12,23 +12,38 @@ use crate::{
             waits::{Interrupted, SLICE},
         },
     },
-    schedule::Machine,
+    schedule::{Machine, Want},
 };
 
 /// What a caller that waits for an update needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Until {
-    /// That it is made: its inputs are free, and frames can be filled.
+    /// The weights: frames can be filled.
+    Weights,
+    /// All of it made: its inputs are free, and the states are the new ones.
     Made,
-    /// Its result in the unit's home.
+    /// The weights in the unit's home.
     Home,
+    /// All of it made, and the weights at home.
+    Whole,
 }
 
 impl Until {
     pub(crate) fn pending(self, machine: &Machine, unit: UnitId) -> bool {
         match self {
-            Self::Made => machine.update_queued(unit),
+            Self::Weights => machine.update_queued(unit),
+            Self::Made => machine.update_unmade(unit),
             Self::Home => machine.update_pending(unit),
+            Self::Whole => machine.update_unmade(unit) || machine.update_pending(unit),
+        }
+    }
+
+    fn wants(self) -> &'static [Want] {
+        match self {
+            Self::Weights => &[Want::Weights],
+            Self::Made => &[Want::States],
+            Self::Home => &[Want::Home],
+            Self::Whole => &[Want::States, Want::Home],
         }
     }
 }
@@ -46,12 +61,28 @@ impl Shared {
         self.await_update(unit, stream, Until::Home, interrupted)
     }
 
-    /// Waits until the unit's last update is made: it has read its gradients, and its result may be in the spare copy.
-    pub(crate) fn settle_update(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
-        self.await_update(unit, Some(stream), Until::Made, interrupted)
+    /// Waits for a unit's update. What callers wait for states is taken into account where the next ones are to follow their weights or not.
+    pub(crate) fn await_update(
+        &self,
+        unit: UnitId,
+        stream: Option<u64>,
+        until: Until,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        let trails = matches!(until, Until::Made | Until::Whole) && {
+            let inner = self.inner.lock();
+            inner.machine.update_unmade(unit) && !inner.machine.update_queued(unit)
+        };
+        let since = self.trace.now();
+        let waited = self.wait_for_update(unit, stream, until, interrupted);
+        if trails {
+            self.rhythm.lock().waited(self.trace.now().saturating_sub(since));
+        }
+        waited
     }
 
-    pub(crate) fn await_update(
+    /// As [`Shared::await_update`], for gradients that arrive in backward: the device has more to do meanwhile.
+    pub(crate) fn wait_for_update(
         &self,
         unit: UnitId,
         stream: Option<u64>,
@@ -63,7 +94,7 @@ impl Shared {
             return Ok(());
         }
         inner.usable()?;
-        self.step(&mut inner, |m, out| m.promote(unit, until == Until::Home, out))?;
+        self.step(&mut inner, |m, out| until.wants().iter().for_each(|&want| m.promote(unit, want, out)))?;
         let _pause = self.pause(stream, Cause::Update);
         let what = || format!("the update of '{}'", self.layout.unit(unit).name);
         self.wait(inner, &what, interrupted, |i| Ok((!until.pending(&i.machine, unit)).then_some(())))
@@ -77,19 +108,20 @@ impl Shared {
         };
         if inner.machine.in_spare(unit) {
             // The runner does nothing more once its speculative piece has ended; the lock keeps other threads from doing this too.
-            self.drop_speculation(unit);
+            self.forget_speculation(unit);
             self.copy_home(unit)?;
             inner.machine.homed(unit, &mut Vec::new());
         }
         Ok(())
     }
 
-    /// As [`Shared::settle_update`], for readers of gradients: see [`Shared::settle_home`].
+    /// Waits until the unit's last update is made as a whole: it has read its gradients, and the weights may be in the spare copy. For
+    /// readers of gradients: see [`Shared::settle_home`].
     pub(crate) fn settle_made(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         if self.stopped(unit, interrupted)?.is_some() {
             return Ok(());
         }
-        self.settle_update(unit, stream, interrupted)
+        self.await_update(unit, Some(stream), Until::Made, interrupted)
     }
 
     /// After a failure that the caller has seen, and where the unit's parameters are in host memory: waits until the runner has come to
@@ -112,7 +144,7 @@ impl Shared {
     /// Waits for the updates of all units; writes to NVMe may trail.
     pub(crate) fn settle_all(&self, stream: Option<u64>, until: Until, interrupted: Interrupted<'_>) -> Result<()> {
         let mut inner = self.lock()?;
-        if until == Until::Home {
+        if until == Until::Whole {
             self.bring_home(&mut inner, self.layout.ids())?;
         }
         let _pause = self.pause(stream, Cause::Update);
@@ -121,11 +153,11 @@ impl Shared {
         })
     }
 
-    /// Has the results of units' last updates brought home, without waiting for it.
+    /// Has units' last updates made as a whole and brought home, without waiting for it.
     pub(crate) fn bring_home(&self, inner: &mut Inner, units: impl Iterator<Item = UnitId>) -> Result<()> {
         for unit in units {
-            if inner.machine.update_pending(unit) {
-                self.step(inner, |m, out| m.promote(unit, true, out))?;
+            if Until::Whole.pending(&inner.machine, unit) {
+                self.step(inner, |m, out| Until::Whole.wants().iter().for_each(|&want| m.promote(unit, want, out)))?;
             }
         }
         Ok(())

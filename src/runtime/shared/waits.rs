@@ -42,7 +42,7 @@ impl Shared {
                 if inner.unlocked(&mut *interrupted) {
                     return Err(Error::new(Code::Interrupted, format!("interrupted while waiting for {}.", what())));
                 }
-                if quiet >= STUCK_AFTER_SLICES {
+                if quiet >= STUCK_AFTER_SLICES && !self.awaits_ranks(&inner) {
                     return Err(Error::new(
                         Code::Stuck,
                         format!(
@@ -56,6 +56,12 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Whether an update cannot go on before another rank does something, for which there is no limit.
+    fn awaits_ranks(&self, inner: &Inner) -> bool {
+        let made = |unit| inner.machine.awaits_peers(unit);
+        self.ranks.as_ref().is_some_and(|ranks| ranks.waits() || self.layout.ids().any(made))
     }
 
     /// Makes the user's stream wait for a gate; on the host the caller itself waits.

@@ -2,7 +2,7 @@
 
 use crate::{
     memory::SlotLease,
-    optim::Hyper,
+    optim::{Hyper, Portion},
     quantities::UnitId,
     runtime::{disk::map::UpdateChunk, paging::homes::Set, update::factors},
 };
@@ -56,6 +56,18 @@ pub(crate) struct Job {
     pub(crate) hypers: Vec<StepHyper>,
     /// Gradients and parameters are those from which a speculative update was begun.
     pub(crate) speculated: bool,
+    /// What is left to be done once the weights are made.
+    pub(crate) rest: Option<Rest>,
+    /// The number of the step, among those of all ranks; 0 without other ranks.
+    pub(crate) step: u64,
+}
+
+/// The second pass of an update that made its weights first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rest {
+    pub(crate) portion: Portion,
+    /// Where the old parameters are, which it may read: in the spare copy, or at home.
+    pub(crate) spare: bool,
 }
 
 /// Where the arrays of a span are.
@@ -63,8 +75,8 @@ pub(crate) struct Job {
 pub(crate) enum Arrays<'a> {
     /// In host memory, in one of the two places; `spare`: the parameters are in their spare copy now.
     Places { set: Set, spare: bool },
-    /// What lives on NVMe is in a slot, for one piece of the update.
-    Slot(&'a SlotLease, UpdateChunk),
+    /// What lives on NVMe is in a slot, for one piece of the update; parameters in host memory are in their spare place if the flag is set.
+    Slot(&'a SlotLease, UpdateChunk, bool),
 }
 
 /// How a piece of an update ended.
@@ -74,4 +86,6 @@ pub(crate) enum Outcome {
     Ran,
     /// All of the unit was updated into the other of its two places, which is the current one now.
     Swapped,
+    /// The weights are made, the states are not: in place, or all of the unit's in the other of its two places.
+    Weights { turned: bool },
 }

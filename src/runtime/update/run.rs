@@ -5,9 +5,8 @@ use crate::{
     device::{Elapsed, StreamRef},
     dtype::StateKind,
     error::Result,
-    io::Direction,
     memory::SlotLease,
-    optim::{Hyper, Span},
+    optim::{Hyper, Portion, Span},
     quantities::UnitId,
     runtime::{
         disk::map::UpdateChunk,
@@ -22,25 +21,27 @@ use crate::{
 };
 
 impl Shared {
-    /// Submits the updates of a step, all or none of them.
+    /// Submits the updates of a step, all or none of them; `unpaged` tells what it steps besides, for other ranks to compare.
     pub(crate) fn update(
         &self,
         updates: &[UnitUpdate],
         hypers: &[StepHyper],
+        unpaged: u64,
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
         // A save that waits for an update to be home has to see that one.
-        let until = || if self.saves.active() { Until::Home } else { Until::Made };
+        let until = || if self.saves.active() { Until::Whole } else { Until::Made };
         let mut inner = loop {
             let wanted = until();
             for update in updates {
                 self.await_update(update.unit, Some(stream), wanted, interrupted)?;
             }
+            self.await_agreement(interrupted)?;
             let inner = self.lock()?;
             // Another thread may have submitted in between, or begun a save, which it does under this lock.
             let until = until();
-            if updates.iter().all(|u| !until.pending(&inner.machine, u.unit)) {
+            if updates.iter().all(|u| !until.pending(&inner.machine, u.unit)) && self.agreed() {
                 break inner;
             }
         };
@@ -50,17 +51,24 @@ impl Shared {
             self.device.record(StreamRef::Down)?,
             self.device.record(StreamRef::Up)?,
         ];
+        let step = self.ranks.as_ref().map_or(0, |ranks| ranks.post_step(updates, hypers, unpaged, after));
         for update in updates {
             inner.gates[update.unit.index()].update = after;
+            inner.foreseen.retain(|&u| u != update.unit);
             // Free: the runner holds it only while the unit's update is pending.
             let mut job = self.jobs[update.unit.index()].lock();
             job.spans.clear();
-            job.spans.extend_from_slice(&update.spans);
+            match &self.ranks {
+                None => job.spans.extend_from_slice(&update.spans),
+                Some(ranks) => job.spans.extend(ranks.own(self.layout.unit(update.unit), &update.spans)),
+            }
             job.hypers.clear();
             job.hypers.extend_from_slice(hypers);
             job.speculated = update.speculated;
+            job.rest = None;
+            job.step = step;
         }
-        self.clipped.next_step();
+        self.rhythm.lock().submitted();
         self.apply_event(&mut inner, |m, out| updates.iter().for_each(|u| m.submit(u.unit, out)))?;
         self.stats.stepped();
         self.trace.counter("updates queued", updates.len() as u64);
@@ -69,31 +77,29 @@ impl Shared {
 
     /// Runs the kernel over one piece of a unit's update, whose gates have passed.
     pub(crate) fn run_chunk(&self, unit: UnitId, index: u32, lease: Option<&mut SlotLease>) -> Result<Outcome> {
-        let spare = self.lock()?.machine.in_spare(unit);
+        let (spare, first) = {
+            let inner = self.lock()?;
+            (inner.machine.in_spare(unit), inner.machine.at_first_piece(unit))
+        };
         let mut job = self.jobs[unit.index()].lock();
         let job = &mut *job;
+        if let Some((disk, lease)) = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease) {
+            return self.run_streamed(unit, index, lease, disk, (job, spare, first)).map(|()| Outcome::Ran);
+        }
         if let Some(outcome) = self.finish_speculation(unit, job, spare)? {
             return Ok(outcome);
         }
-        let streamed = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease);
-        let chunk = streamed.as_ref().map(|(disk, _)| disk.map.chunk(unit, index));
+        // From here on the parameters are at home.
         let mut share = self.share.lock();
         share.clear();
         for span in &job.spans {
-            let Some((start, len)) = chunk.map_or(Some((span.start, span.len)), |c| intersect(span, c)) else {
-                continue;
-            };
-            let slot = streamed.as_ref().zip(chunk).map(|((_, lease), c)| Arrays::Slot(lease, c));
-            let source = slot.unwrap_or(Arrays::Places { set: Set::Current, spare: false });
-            let span_of = self.span_of(unit, span, start, len, &source);
-            share.add(span_of, self.hyper_of(job.hypers[span.hyper]), None)?;
+            let source = Arrays::Places { set: Set::Current, spare: false };
+            let span_of = self.span_of(unit, span, span.start, span.len, &source);
+            share.add(span_of, self.hyper_of(job.hypers[span.hyper]), None, Portion::Whole)?;
         }
-        // SAFETY: all ranges lie in homes or in the leased slot, registered regions both, are disjoint, and belong to this update
+        // SAFETY: all ranges lie in homes, registered regions, are disjoint, and belong to this update
         // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
         unsafe { self.run_share(&mut share, unit, "adamw") }?;
-        if let (Some((disk, lease)), Some(chunk)) = (streamed, chunk) {
-            disk.map.check(&disk.store, &self.layout, unit, chunk, Direction::Write, lease.bytes())?;
-        }
         Ok(Outcome::Ran)
     }
 
@@ -111,14 +117,17 @@ impl Shared {
             if size(kind) == 0 {
                 return 0;
             }
-            if let Arrays::Slot(lease, chunk) = source
+            if let Arrays::Slot(lease, chunk, _) = source
                 && let Some(disk) = &self.disk
                 && disk.map.segment(unit, span.section, kind).is_some()
+                && !(kind == StateKind::Grad && home.grads_in_memory())
             {
                 return lease.as_ptr() as u64 + disk.map.slot_offset(kind) as u64 + (start - chunk.start) * size(kind);
             }
-            let (set, spare) =
-                if let Arrays::Places { set, spare } = source { (*set, *spare) } else { (Set::Current, false) };
+            let (set, spare) = match source {
+                Arrays::Places { set, spare } => (*set, *spare),
+                Arrays::Slot(_, _, spare) => (Set::Current, *spare),
+            };
             let [master, exp_avg, exp_avg_sq] = home.states(span.section, set);
             let base = match kind {
                 StateKind::Param if spare == (set == Set::Current) => home.spare_params + section.offset,
@@ -153,9 +162,16 @@ impl Shared {
     /// # Safety
     /// As for [`Share::run`].
     pub(crate) unsafe fn run_share(&self, share: &mut Share, unit: UnitId, name: &'static str) -> Result<()> {
+        share.lanes_alone(self.updates_above(unit));
         // SAFETY: passed on.
         let done = unsafe { share.run(&self.pool, &|| self.trace.now(), &|| self.paging()) }?;
-        self.stats.updated(done.map(|work| work.elems));
+        if share.portion().completes() {
+            self.stats.updated(done.map(|work| work.elems));
+        }
+        // Its rates are those of states at home.
+        if self.homes.unit(unit).lifted().is_none() {
+            self.rhythm.lock().ran(share.portion(), done);
+        }
         let sides = [(Link::Update, "cpu update"), (Link::GpuUpdate, "gpu update")];
         for ((link, track), work) in sides.into_iter().zip(done).filter(|(_, work)| work.elems > 0) {
             self.stats.moved(link, work.bytes, work.time.1.saturating_sub(work.time.0));
@@ -166,7 +182,7 @@ impl Shared {
 }
 
 /// The elements that a span and a chunk have in common.
-fn intersect(span: &JobSpan, chunk: UpdateChunk) -> Option<(u64, u64)> {
+pub(super) fn intersect(span: &JobSpan, chunk: UpdateChunk) -> Option<(u64, u64)> {
     if span.section != chunk.section {
         return None;
     }

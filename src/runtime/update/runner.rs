@@ -11,7 +11,7 @@ use crate::{
     runtime::{
         measure::stats::Link,
         saving::copy_on_update::group_of,
-        shared::Shared,
+        shared::{Shared, locked::Inner, settle::Until},
         update::{job::Outcome, task::Task},
     },
 };
@@ -63,19 +63,19 @@ pub(crate) fn spawn(
 ) -> Result<JoinHandle<()>> {
     let shared = Arc::downgrade(shared);
     let mut runner = Runner { tasks, speculations, step: None, waiting: Waiting::default() };
-    std::thread::Builder::new()
-        .name("funicular-run".to_owned())
-        .spawn(move || {
-            while runner.take() {
-                let Some(shared) = shared.upgrade() else { return };
-                match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runner.work(&shared))) {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => shared.fail(error),
-                    Err(_) => shared.fail(Error::new(Code::Panicked, "thread 'funicular-run' panicked.")),
-                }
+    let body = move || {
+        while runner.take() {
+            let Some(shared) = shared.upgrade() else { return };
+            let work = || runner.work(&shared).and_then(|()| runner.at_leisure(&shared));
+            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => shared.fail(error),
+                Err(_) => shared.fail(Error::new(Code::Panicked, "thread 'funicular-run' panicked.")),
             }
-        })
-        .map_err(|e| crate::os_error::no_thread("funicular-run", &e, ""))
+        }
+    };
+    let started = crate::os_error::start_thread("funicular-run", body);
+    started.map_err(|e| crate::os_error::no_thread("funicular-run", &e, ""))
 }
 
 impl Runner {
@@ -110,12 +110,16 @@ impl Runner {
         if let Some(task) = self.step.take() {
             match task {
                 Task::Home(unit) => return home(shared, unit),
+                Task::States(unit) => return states(shared, unit),
+                Task::Decide(unit) if self.waiting.units.is_empty() || shared.inputs_there(unit)? => {
+                    return decide(shared, unit);
+                }
                 Task::Update { unit, chunk, lease }
                     if self.waiting.units.is_empty() || shared.inputs_there(unit)? =>
                 {
                     return run(shared, unit, chunk, lease);
                 }
-                later @ Task::Update { .. } => self.step = Some(later),
+                later @ (Task::Update { .. } | Task::Decide(_)) => self.step = Some(later),
             }
         }
         match self.waiting.piece(|unit| shared.speculate(unit)) {
@@ -126,6 +130,18 @@ impl Runner {
                 return Err(error);
             }
         }
+        Ok(())
+    }
+
+    /// Moves states up while there is nothing else to do.
+    fn at_leisure(&self, shared: &Shared) -> Result<()> {
+        let idle = || {
+            self.step.is_none()
+                && self.tasks.is_empty()
+                && self.waiting.units.is_empty()
+                && self.speculations.is_empty()
+        };
+        while idle() && shared.rise()? {}
         Ok(())
     }
 }
@@ -141,27 +157,31 @@ impl Shared {
         }
         Ok(true)
     }
+
+    /// A save may read a unit whose update is made as a whole and at home. One that was submitted meanwhile belongs to a save that began
+    /// after it.
+    pub(crate) fn updated(&self, inner: &Inner, unit: UnitId) {
+        if !Until::Whole.pending(&inner.machine, unit) {
+            self.saves.updated(unit);
+        }
+    }
 }
 
 /// Runs one piece of an update.
 fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) -> Result<()> {
     // Copy on update: a save under way reads the unit first.
     shared.saves.preserve(group_of(unit), &mut || false)?;
-    let after = {
-        let mut inner = shared.lock()?;
-        inner.at_work = Some(unit);
-        inner.gates[unit.index()].update
-    };
-    let outcome = {
+    shared.lock()?.at_work = Some(unit);
+    let (outcome, step) = {
         let _at_work = AtWork(shared);
-        for gate in after {
-            while !shared.device.block(gate, Duration::from_millis(100))? {
-                drop(shared.lock()?);
-            }
-        }
+        await_inputs(shared, unit)?;
+        let step = shared.await_quiet(unit)?;
+        shared.rhythm.lock().begins(shared.trace.now());
         std::thread::sleep(shared.slow.update);
         shared.stats.moved(Link::Update, 0, shared.slow.update.as_nanos() as u64);
-        shared.run_chunk(unit, chunk, lease.as_mut())?
+        let outcome = shared.run_chunk(unit, chunk, lease.as_mut())?;
+        shared.rhythm.lock().ends(shared.trace.now());
+        (outcome, step)
     };
     let mut inner = shared.lock()?;
     if let Some(lease) = lease {
@@ -170,11 +190,43 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
     shared.apply_event(&mut inner, |m, out| match outcome {
         Outcome::Ran => m.chunk_ran(unit, chunk, out),
         Outcome::Swapped => m.swapped(unit, out),
+        Outcome::Weights { turned } => m.weights_ran(unit, turned, out),
     })?;
-    if !inner.machine.update_pending(unit) {
-        shared.saves.updated(unit);
+    shared.updated(&inner, unit);
+    shared.publish(unit, step);
+    Ok(())
+}
+
+/// Updates the states of a unit whose weights are updated.
+fn states(shared: &Shared, unit: UnitId) -> Result<()> {
+    shared.lock()?.at_work = Some(unit);
+    {
+        let _at_work = AtWork(shared);
+        std::thread::sleep(shared.slow.states.unwrap_or_default());
+        shared.make_states(unit)?;
+    }
+    let mut inner = shared.lock()?;
+    shared.apply_event(&mut inner, |m, out| m.states_ran(unit, out))?;
+    shared.updated(&inner, unit);
+    Ok(())
+}
+
+/// Waits for the gates of a unit's update.
+fn await_inputs(shared: &Shared, unit: UnitId) -> Result<()> {
+    let after = shared.lock()?.gates[unit.index()].update;
+    for gate in after {
+        while !shared.device.block(gate, Duration::from_millis(100))? {
+            drop(shared.lock()?);
+        }
     }
     Ok(())
+}
+
+/// Finds out whether a step asks for what was begun ahead.
+fn decide(shared: &Shared, unit: UnitId) -> Result<()> {
+    await_inputs(shared, unit)?;
+    let take = shared.take_ahead(unit)?;
+    shared.event(|m, out| m.decided(unit, take, out))
 }
 
 /// Copies parameters home from their spare copy: a caller needs them there.
@@ -188,10 +240,7 @@ fn home(shared: &Shared, unit: UnitId) -> Result<()> {
     }
     let mut inner = shared.lock()?;
     shared.apply_event(&mut inner, |m, out| m.homed(unit, out))?;
-    // An update that was submitted meanwhile belongs to a save that began after it.
-    if !inner.machine.update_pending(unit) {
-        shared.saves.updated(unit);
-    }
+    shared.updated(&inner, unit);
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use std::{
 use crate::{
     device::Lanes,
     error::{Code, Error, Result},
-    optim::{Hyper, Isa, PIECE, Pool, Span, Target, adamw, adamw_into_with, unsupported},
+    optim::{Hyper, Isa, PIECE, Pool, Portion, Span, Target, adamw, adamw_into_with, adamw_portion_with, unsupported},
     runtime::update::{claims::Claims, pace::Pace, update_on::UpdateOn},
 };
 
@@ -35,6 +35,7 @@ struct Part {
     span: Span,
     hyper: Hyper,
     to: Option<Target>,
+    portion: Portion,
 }
 
 // SAFETY: only addresses and numbers; the caller of `Share::run` vouches for the bytes.
@@ -71,6 +72,8 @@ pub(crate) struct Share {
     parts: Vec<Part>,
     pieces: u32,
     flights: Vec<Option<Flight>>,
+    /// The states of this set lie in the device's memory, where the processor does not reach them.
+    above: bool,
 }
 
 impl Share {
@@ -79,7 +82,16 @@ impl Share {
         let group = lanes.as_ref().map_or(1, |(_, elems)| u32::try_from(elems / PIECE as u64).unwrap_or(u32::MAX));
         let lanes = lanes.map(|(lanes, _)| lanes);
         let flights = vec![None; lanes.as_ref().map_or(0, |lanes| lanes.count())];
-        Self { lanes, update_on, group: group.max(1), pace: Pace::default(), parts: Vec::new(), pieces: 0, flights }
+        Self {
+            lanes,
+            update_on,
+            group: group.max(1),
+            pace: Pace::default(),
+            parts: Vec::new(),
+            pieces: 0,
+            flights,
+            above: false,
+        }
     }
 
     /// Sets who updates from now on; false where there are no lanes.
@@ -93,25 +105,36 @@ impl Share {
         self.lanes.is_some() && self.update_on != UpdateOn::Cpu
     }
 
+    /// Has lanes alone update this set, if `above`: its states lie in the device's memory.
+    pub(crate) fn lanes_alone(&mut self, above: bool) {
+        self.above = above;
+    }
+
     /// Begins a new set.
     pub(crate) fn clear(&mut self) {
         self.parts.clear();
         self.pieces = 0;
+        self.above = false;
     }
 
-    /// Adds a span to the set; its new values go to `to`, or where the old ones are.
+    /// Adds a span to the set; its new values, or a portion of them, go to `to`, or where the old ones are.
     ///
     /// # Errors
     /// `FN-E112` for a type that is not trainable.
-    pub(crate) fn add(&mut self, span: Span, hyper: Hyper, to: Option<Target>) -> Result<()> {
+    pub(crate) fn add(&mut self, span: Span, hyper: Hyper, to: Option<Target>, portion: Portion) -> Result<()> {
         if !span.dtype.trainable() {
             return Err(unsupported(span.dtype));
         }
         if span.len > 0 {
-            self.parts.push(Part { first: self.pieces, span, hyper, to });
+            self.parts.push(Part { first: self.pieces, span, hyper, to, portion });
             self.pieces += u32::try_from(span.len.div_ceil(PIECE)).unwrap_or(u32::MAX);
         }
         Ok(())
+    }
+
+    /// The portion of the updates of the set.
+    pub(crate) fn portion(&self) -> Portion {
+        self.parts.first().map_or(Portion::Whole, |part| part.portion)
     }
 
     /// Updates the set; gives what the processor and the lanes did. `now` is the time in nanoseconds, `paging` tells whether a unit is
@@ -121,16 +144,18 @@ impl Share {
     /// A panic on the pool's threads, a failure of the device. Some elements are not updated then.
     ///
     /// # Safety
-    /// For the spans and targets of the set: as for [`adamw`], [`adamw_into_with`] and, with lanes, [`Lanes::launch`].
+    /// For the spans and targets of the set: as for [`adamw`], [`adamw_into_with`], [`adamw_portion_with`] and, with lanes,
+    /// [`Lanes::launch`].
     pub(crate) unsafe fn run(
         &mut self,
         pool: &Pool,
         now: &(dyn Fn() -> u64 + Sync),
         paging: &dyn Fn() -> Result<bool>,
     ) -> Result<[Work; 2]> {
-        let Self { lanes, group, pace, parts, pieces, flights, .. } = self;
-        let lanes = lanes.as_deref().filter(|_| self.update_on != UpdateOn::Cpu);
-        let claims = Claims::new(*pieces, if lanes.is_some() { self.update_on } else { UpdateOn::Cpu });
+        let update_on = if self.above { UpdateOn::Gpu } else { self.update_on };
+        let Self { lanes, group, pace, parts, pieces, flights, above, .. } = self;
+        let lanes = lanes.as_deref().filter(|_| update_on != UpdateOn::Cpu);
+        let claims = Claims::new(*pieces, if lanes.is_some() { update_on } else { UpdateOn::Cpu });
         let (elems, bytes, begun, ended) = (AtomicU64::new(0), AtomicU64::new(0), now(), AtomicU64::new(0));
         let task = |_| {
             let Some(piece) = claims.first() else { return };
@@ -138,13 +163,17 @@ impl Share {
             // The only error, a type without a kernel, was ruled out when the part was added.
             // SAFETY: the caller's contract; every piece is claimed once, and pieces are disjoint.
             let _ = unsafe {
-                match to {
-                    None => adamw(&span, &part.hyper),
-                    Some(to) => adamw_into_with(Isa::best(), &span, &to, &part.hyper),
+                match (part.portion, to) {
+                    (Portion::Whole, None) => adamw(&span, &part.hyper),
+                    (Portion::Whole, Some(to)) => adamw_into_with(Isa::best(), &span, &to, &part.hyper),
+                    (portion, to) => {
+                        let to = to.map_or(span.param, |to| to.param);
+                        adamw_portion_with(Isa::best(), &span, portion, to, &part.hyper)
+                    }
                 }
             };
             elems.fetch_add(span.len as u64, Ordering::Relaxed);
-            bytes.fetch_add(span.traffic(), Ordering::Relaxed);
+            bytes.fetch_add(span.traffic(part.portion), Ordering::Relaxed);
             ended.fetch_max(now(), Ordering::Relaxed);
         };
         let tasks = claims.processors as usize;
@@ -152,13 +181,14 @@ impl Share {
         match lanes {
             None => pool.run(tasks, &task)?,
             Some(lanes) => {
-                let by_pace = self.update_on == UpdateOn::Both;
+                let by_pace = update_on == UpdateOn::Both;
                 let mut feeder = Feeder {
                     lanes,
                     claims: &claims,
                     parts,
                     group: *group,
                     by_pace,
+                    above: *above,
                     pace,
                     flights,
                     now,
@@ -173,7 +203,7 @@ impl Share {
         let time = (begun, ended.into_inner());
         let done = Work { elems: elems.into_inner(), bytes: bytes.into_inner(), time };
         if done.elems > 0 {
-            self.pace.ran(done.elems, time.1 - time.0);
+            self.pace.ran(done.bytes, time.1 - time.0);
         }
         Ok([done, flown])
     }
@@ -200,6 +230,7 @@ struct Feeder<'a> {
     group: u32,
     /// Whether lanes leave to the processor what it would be through with sooner.
     by_pace: bool,
+    above: bool,
     pace: &'a mut Pace,
     flights: &'a mut [Option<Flight>],
     now: &'a (dyn Fn() -> u64 + Sync),
@@ -225,10 +256,13 @@ impl Feeder<'_> {
             let start = |back: u32| self.parts[holder(self.parts, back - 1)].first.max(back.saturating_sub(self.group));
             let Some(pieces) = self.claims.last(start) else { break };
             let (part, span, to) = cut(self.parts, pieces);
-            let flight = Flight { start: (self.now)(), elems: span.len as u64, bytes: span.traffic() };
+            // Parameters up and down, gradients up: of what lies in the device's memory no more crosses the link.
+            let bytes = if self.above { 3 * (span.len * span.dtype.size()) as u64 } else { span.traffic(part.portion) };
+            let flight = Flight { start: (self.now)(), elems: span.len as u64, bytes };
             self.flights[lane] = Some(flight);
+            let to = to.unwrap_or_else(|| Target::in_place(&span));
             // SAFETY: the contract of `Share::run`; the pieces were claimed above, and `land` waits for their end.
-            unsafe { self.lanes.launch(lane, &span, &to.unwrap_or_else(|| Target::in_place(&span)), &part.hyper) }?;
+            unsafe { self.lanes.launch(lane, &span, &to, part.portion, &part.hyper) }?;
         }
         Ok(())
     }
@@ -237,7 +271,7 @@ impl Feeder<'_> {
     fn worth_it(&mut self, round: usize) -> Result<bool> {
         loop {
             let left = self.claims.left();
-            if !self.pace.worth_it(u64::from(left) * PIECE as u64) {
+            if !self.pace.worth_it(u64::from(left) * self.piece_bytes()) {
                 if round == 0 && left >= self.group {
                     self.pace.declined();
                 }
@@ -248,6 +282,11 @@ impl Feeder<'_> {
             }
             std::thread::sleep(NAP);
         }
+    }
+
+    /// Bytes that the update of a piece reads and writes.
+    fn piece_bytes(&self) -> u64 {
+        self.parts.first().map_or(0, |part| Span { len: PIECE, ..part.span }.traffic(part.portion))
     }
 
     /// Waits for the group on a lane, if there is one.
@@ -263,7 +302,7 @@ impl Feeder<'_> {
             }
         }
         let now = (self.now)();
-        if flight.elems == u64::from(self.group) * PIECE as u64 {
+        if flight.elems == u64::from(self.group) * PIECE as u64 && !self.above {
             self.pace.flew(now - flight.start);
         }
         if self.flown.elems == 0 {

@@ -34,7 +34,7 @@ fn parts_of(lens: &[usize]) -> Share {
             dtype: DType::F32,
             reset_master: false,
         };
-        share.add(span, hyper(1), None).expect("trainable");
+        share.add(span, hyper(1), None, Portion::Whole).expect("trainable");
     }
     share
 }
@@ -171,15 +171,55 @@ fn clock() -> impl Fn() -> u64 + Sync {
     move || epoch.elapsed().as_nanos() as u64
 }
 
-/// Runs the spans of `LENS` in place or aside; the elements that each side did.
-fn run(share: &mut Share, pool: &Pool, arrays: &mut [Arrays], aside: bool) -> Result<[Work; 2]> {
+/// Runs a portion of the spans of `LENS` in place or aside; the elements that each side did.
+fn run_portion(
+    share: &mut Share,
+    pool: &Pool,
+    arrays: &mut [Arrays],
+    (aside, portion): (bool, Portion),
+) -> Result<[Work; 2]> {
     share.clear();
     for (step, array) in arrays.iter_mut().enumerate() {
         let to = aside.then(|| array.target());
-        share.add(array.span(), hyper(step as u64 + 1), to)?;
+        share.add(array.span(), hyper(step as u64 + 1), to, portion)?;
     }
+    assert_eq!(share.portion(), portion);
     // SAFETY: the arrays are the test's own and outlive the run.
     unsafe { share.run(pool, &clock(), &|| Ok(false)) }
+}
+
+/// Runs all of them.
+fn run(share: &mut Share, pool: &Pool, arrays: &mut [Arrays], aside: bool) -> Result<[Work; 2]> {
+    run_portion(share, pool, arrays, (aside, Portion::Whole))
+}
+
+#[test]
+fn two_passes_have_the_bits_of_one_wherever_they_are_made() {
+    let pool = Pool::new(Some(2)).expect("threads");
+    let elems = 2 * PIECE as u64;
+    let mut share = Share::new(Some((host_lanes(elems), elems)), UpdateOn::Both);
+    let fresh = || LENS.map(|(dtype, len)| Arrays::new(dtype, len));
+    let mut expected = fresh();
+    share.set_update_on(UpdateOn::Cpu);
+    run(&mut share, &pool, &mut expected, false).expect("works");
+    for (first, second) in [(Portion::Weights, Portion::Moments), (Portion::Param, Portion::States)] {
+        for split in [UpdateOn::Cpu, UpdateOn::Gpu, UpdateOn::Halves, UpdateOn::Both] {
+            assert!(share.set_update_on(split));
+            let aside = first == Portion::Param;
+            let mut arrays = fresh();
+            run_portion(&mut share, &pool, &mut arrays, (aside, first)).expect("works");
+            let moments = |a: &Arrays| a.bytes[3..5].to_vec();
+            assert!(arrays.iter().zip(&fresh()).all(|(a, b)| moments(a) == moments(b)), "{first:?} leaves the moments");
+            let [_, lanes] = run_portion(&mut share, &pool, &mut arrays, (false, second)).expect("works");
+            assert!(lanes.elems > 0 || matches!(split, UpdateOn::Cpu | UpdateOn::Both));
+            for (n, (a, b)) in expected.iter().zip(&arrays).enumerate() {
+                // Behind the last element the other place holds what it held.
+                let param = |words: &[u64]| bytemuck::cast_slice::<u64, u8>(words)[..a.len * a.dtype.size()].to_vec();
+                let same = param(&a.bytes[0]) == param(&b.bytes[if aside { 5 } else { 0 }]);
+                assert!(same && a.bytes[1..5] == b.bytes[1..5], "span {n}, {first:?}, {split:?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -224,6 +264,26 @@ fn the_bits_do_not_depend_on_who_updates() {
 }
 
 #[test]
+fn lanes_alone_update_what_the_processor_does_not_reach() {
+    let pool = Pool::new(Some(2)).expect("threads");
+    let elems = 2 * PIECE as u64;
+    let mut share = Share::new(Some((host_lanes(elems), elems)), UpdateOn::Cpu);
+    let mut array = Arrays::new(DType::Bf16, 9 * PIECE + 77);
+    let mut lanes_with = |above: bool| {
+        share.clear();
+        share.add(array.span(), hyper(1), None, Portion::Whole).expect("trainable");
+        share.lanes_alone(above);
+        // SAFETY: the array is the test's own and outlives the run.
+        let [processor, lanes] = unsafe { share.run(&pool, &clock(), &|| Ok(true)) }.expect("works");
+        (processor.elems, lanes.elems, lanes.bytes)
+    };
+    let all = 9 * PIECE as u64 + 77;
+    assert_eq!(lanes_with(true), (0, all, 6 * all), "6 bytes of a bf16 parameter cross the link");
+    assert_eq!(lanes_with(false), (all, 0, 0), "the next set is as any other");
+    assert!(share.pace.flight.to_bits() == Pace::default().flight.to_bits(), "nothing is learned of other groups");
+}
+
+#[test]
 fn lanes_leave_the_link_to_a_unit_on_its_way_up() {
     let pool = Pool::new(Some(2)).expect("threads");
     let elems = 2 * PIECE as u64;
@@ -233,7 +293,7 @@ fn lanes_leave_the_link_to_a_unit_on_its_way_up() {
         share.pace.ran(1_000_000, 1_000_000_000);
         share.pace.flight = 1.0; // a group is always worth it
         share.clear();
-        share.add(array.span(), hyper(1), None).expect("trainable");
+        share.add(array.span(), hyper(1), None, Portion::Whole).expect("trainable");
         // SAFETY: the array is the test's own and outlives the run.
         let [processor, lanes] = unsafe { share.run(&pool, &clock(), &|| Ok(paging)) }.expect("works");
         assert_eq!(processor.elems + lanes.elems, 64 * PIECE as u64);
@@ -248,7 +308,10 @@ fn nothing_is_added_without_a_kernel_and_nothing_is_nothing() {
     let mut share = Share::new(None, UpdateOn::Gpu);
     let mut array = Arrays::new(DType::F32, 8);
     let opaque = Span { dtype: DType::Opaque { size: 4 }, ..array.span() };
-    assert_eq!(share.add(opaque, hyper(1), None).expect_err("no kernel").code(), Code::UnsupportedParam);
+    assert_eq!(
+        share.add(opaque, hyper(1), None, Portion::Whole).expect_err("no kernel").code(),
+        Code::UnsupportedParam
+    );
     assert!(!share.set_update_on(UpdateOn::Gpu) && !share.uses_lanes());
     let pool = Pool::new(Some(1)).expect("threads");
     // SAFETY: there is nothing in the set.
@@ -260,7 +323,7 @@ fn nothing_is_added_without_a_kernel_and_nothing_is_nothing() {
 fn lanes_take_what_pays_and_are_tried_again() {
     let mut pace = Pace::default();
     assert!(!pace.worth_it(u64::MAX), "nothing is known of the processor");
-    // Four elements a nanosecond; a group of two milliseconds is worth it for more than eight million.
+    // Four bytes a nanosecond; a group of two milliseconds is worth it for more than eight million.
     pace.ran(40_000_000, 10_000_000);
     assert!(!pace.worth_it(7_900_000) && pace.worth_it(8_100_000));
     (0..100).for_each(|_| pace.flew(1_000_000));
@@ -270,7 +333,7 @@ fn lanes_take_what_pays_and_are_tried_again() {
     (0..200).for_each(|_| pace.declined());
     assert!(pace.worth_it(64 << 20));
     (0..1000).for_each(|_| pace.ran(8_000_000, 1_000_000));
-    let rate = pace.elems / pace.nanos;
+    let rate = pace.bytes / pace.nanos;
     assert!((7.9..8.1).contains(&rate), "what was long ago does not count: {rate}");
 }
 
@@ -288,14 +351,14 @@ impl Lanes for Failing {
         self.inner.count()
     }
 
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, hyper: &Hyper) -> Result<()> {
+    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()> {
         if self.launches.fetch_add(1, Ordering::Relaxed) == self.at {
             assert!(!self.panics, "as asked");
             return Err(Error::new(Code::Cuda, "as asked."));
         }
         self.flying.lock().expect("no panic")[lane] = true;
         // SAFETY: passed on.
-        unsafe { self.inner.launch(lane, span, target, hyper) }
+        unsafe { self.inner.launch(lane, span, target, portion, hyper) }
     }
 
     fn block(&self, lane: usize, timeout: Duration) -> Result<bool> {

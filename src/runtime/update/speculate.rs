@@ -14,7 +14,7 @@ use crate::{
     dtype::StateKind,
     error::Result,
     memory::copy_past_caches,
-    optim::Target,
+    optim::{Portion, Target},
     quantities::UnitId,
     runtime::{
         measure::stats::Link,
@@ -37,24 +37,48 @@ impl Shared {
     /// Begins a unit's speculative update; false where the unit has no spare copy, or is being updated.
     pub(crate) fn begin_speculation(&self, update: &UnitUpdate, hypers: &[StepHyper], stream: u64) -> Result<bool> {
         let unit = update.unit;
-        if !self.placement.spare[unit.index()] || self.clipped.expected() {
+        let wears = self.streams_ahead(unit) && self.rhythm.lock().clipped_in_a_row();
+        if !self.placement.spare[unit.index()] || wears || !self.rhythm.lock().speculation_pays() {
             return Ok(false);
         }
         let after = {
             let inner = self.lock()?;
-            if inner.machine.update_queued(unit) {
+            if inner.machine.update_unmade(unit) {
                 return Ok(false);
             }
             [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?]
         };
         let speculation = Speculation::new(update.spans.clone(), hypers.to_vec(), after);
         *self.speculations[unit.index()].lock() = Some(speculation);
+        if self.streams_ahead(unit) {
+            return self.foresee_ahead(unit).map(|()| true);
+        }
         self.send(&self.to_speculate, unit)?;
         Ok(true)
     }
 
     /// Drops a unit's speculative update: one of its inputs is about to change.
     pub(crate) fn drop_speculation(&self, unit: UnitId) {
+        if self.streams_ahead(unit) {
+            let mut inner = self.inner.lock();
+            // What a step has taken over is being completed: its inputs stay as they are until that is done.
+            if inner.machine.update_queued(unit) || inner.failed.is_some() {
+                return;
+            }
+            inner.foreseen.retain(|&u| u != unit);
+            // First, so that no piece of it is used that reads what comes next; this ends with the piece that runs now.
+            if self.apply_event(&mut inner, |m, out| m.drop_ahead(unit, out)).unwrap_or(false) {
+                self.stats.speculated(false);
+            }
+            drop(inner);
+            self.drop_begun(unit);
+        } else {
+            self.forget_speculation(unit);
+        }
+    }
+
+    /// Forgets a unit's speculative update in host memory.
+    pub(crate) fn forget_speculation(&self, unit: UnitId) {
         if self.speculations[unit.index()].lock().take().is_some_and(|speculation| speculation.begun()) {
             self.stats.speculated(false);
         }
@@ -62,6 +86,9 @@ impl Shared {
 
     /// Makes one piece of a unit's speculative update; `None` when nothing is left to do, `Some(false)` if it has to wait.
     pub(crate) fn speculate(&self, unit: UnitId) -> Result<Option<bool>> {
+        if self.streams_ahead(unit) {
+            return self.run_ahead(unit);
+        }
         let (fill, spare) = {
             let inner = self.lock()?;
             (inner.gates[unit.index()].fill, inner.machine.in_spare(unit))
@@ -103,7 +130,7 @@ impl Shared {
             let (start, len) = (span.start + done, room.min(span.len - done));
             let from = self.span_of(unit, &span, start, len, &Arrays::Places { set: Set::Current, spare });
             let to = self.span_of(unit, &span, start, len, &Arrays::Places { set: Set::Spare, spare });
-            share.add(from, speculation.hypers[span.hyper].hyper, Some(Target::in_place(&to)))?;
+            share.add(from, speculation.hypers[span.hyper].hyper, Some(Target::in_place(&to)), Portion::Whole)?;
             room -= len;
             (index, done) = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
         }
@@ -115,16 +142,21 @@ impl Shared {
         Ok(())
     }
 
-    /// At the step: completes the speculative update and swaps the places, if it is what the step asks for. Else, where the parameters are
-    /// in their spare copy, updates into the other places, so that they are at home again; `None` if the update is to be made in place.
-    /// The gates of the job have passed. Where some of the unit is not trained, and so not in the spare copy, parameters go home at once.
-    pub(crate) fn finish_speculation(&self, unit: UnitId, job: &Job, spare: bool) -> Result<Option<Outcome>> {
-        // Multiplying by 1 changes nothing; anything else is not foreseen.
-        let clip = |h: &StepHyper| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits();
-        let clipped = job.hypers.iter().any(clip);
+    /// Whether a step multiplies gradients by anything but 1, which changes nothing; all else is not foreseen, and is taken note of. The gates
+    /// of the job have passed.
+    pub(crate) fn is_clipped(&self, job: &Job) -> bool {
+        let clipped = job.hypers.iter().any(|h| self.hyper_of(*h).clip.to_bits() != 1.0_f32.to_bits());
         if clipped {
-            self.clipped.note();
+            self.rhythm.lock().clipped();
         }
+        clipped
+    }
+
+    /// At the step: completes the speculative update and swaps the places, if it is what the step asks for. Else makes the weights first, if
+    /// that is the better way. Else, where the parameters are in their spare copy, updates into the other places, so that they are at home
+    /// again; `None` if the update is to be made in place. The gates of the job have passed. Where some of the unit is not trained, and so not in the spare copy, parameters go home at once.
+    pub(crate) fn finish_speculation(&self, unit: UnitId, job: &mut Job, spare: bool) -> Result<Option<Outcome>> {
+        let clipped = self.is_clipped(job);
         let speculation = self.speculations[unit.index()].lock().take().filter(Speculation::begun);
         let good = |s: &Speculation| job.speculated && !clipped && s.same_as(job);
         if let Some(speculation) = &speculation {
@@ -135,6 +167,8 @@ impl Shared {
             while !speculation.done() {
                 self.speculate_piece(unit, &mut speculation, spare)?;
             }
+        } else if self.weights_first(unit) {
+            return self.make_weights(unit, job, spare).map(Some);
         } else if !spare {
             return Ok(None);
         } else if covers(packed, &job.spans) {

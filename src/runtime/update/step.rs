@@ -17,6 +17,13 @@ use crate::{
     },
 };
 
+/// A number that tells the updates of parameters that are not paged: other ranks make the same.
+fn told(residents: &[Update]) -> u64 {
+    let one = |update: &Update| (update.span.len, update.span.dtype, update.span.reset_master, update.hyper);
+    let all: Vec<_> = residents.iter().map(one).collect();
+    twox_hash::XxHash3_64::oneshot(format!("{all:?}").as_bytes())
+}
+
 impl Runtime {
     /// Starts an optimizer step on the given units, after the work on `stream`, and takes it on parameters that are not paged
     /// (`residents`), whose arrays all lie on the compute device. Returns at once; with `wait` only when all updates have run.
@@ -37,13 +44,16 @@ impl Runtime {
         wait: bool,
         interrupted: Interrupted<'_>,
     ) -> Result<()> {
-        self.shared()?.update(updates, hypers, stream, interrupted)?;
+        self.shared()?.grow(interrupted)?;
+        let unpaged = if self.shared()?.ranks.is_some() { told(residents) } else { 0 };
+        self.shared()?.update(updates, hypers, unpaged, stream, interrupted)?;
         // SAFETY: passed on.
         unsafe { self.update_residents(residents, stream)? };
         for tier in [Tier::Hbm, Tier::Host, Tier::Nvme] {
             self.shared()?.trace.counter(tier.name(), self.used(tier)?.0);
         }
-        let waited = if wait { self.shared()?.settle_all(Some(stream), Until::Made, interrupted) } else { Ok(()) };
+        let until = if self.shared()?.sync { Until::Made } else { Until::Weights };
+        let waited = if wait { self.shared()?.settle_all(Some(stream), until, interrupted) } else { Ok(()) };
         self.shared()?.end_step(stream)?;
         waited
     }

@@ -56,11 +56,22 @@ impl Machine {
 
     pub(super) fn pump_updates(&mut self, out: &mut Vec<Command>) {
         self.pump_queue(out);
+        self.pump_trail(out);
+        self.pump_ahead(out);
         while self.homing.is_none()
             && let Some(unit) = self.homeward.pop_front()
         {
             // Else an update has brought the parameters home, or will.
-            if self.in_spare(unit) && !self.update_queued(unit) {
+            if self.in_spare(unit) && !self.update_unmade(unit) {
+                if self.is_ahead(unit) || self.is_dropping(unit) {
+                    // It writes to the home that is wanted.
+                    self.homeward.push_front(unit);
+                    if self.is_dropping(unit) {
+                        return;
+                    }
+                    self.drop_ahead(unit, out);
+                    continue;
+                }
                 self.homing = Some(unit);
                 out.push(Command::CopyHome(unit));
             }
@@ -69,6 +80,15 @@ impl Machine {
 
     fn pump_queue(&mut self, out: &mut Vec<Command>) {
         while let Some(&unit) = self.queue.front() {
+            if !self.grads_settled(unit) {
+                // G2: it goes on when they are written.
+                self.flush_grads(unit, out);
+                return;
+            }
+            if self.is_dropping(unit) {
+                // H2: it goes on when what was begun ahead has ended.
+                return;
+            }
             let s = &mut self.units[unit.index()];
             let Update::Queued { next, ran } = s.update else {
                 unreachable!("a queued unit has an update");
@@ -91,6 +111,19 @@ impl Machine {
             if next + 1 == s.chunks {
                 self.queue.pop_front();
             }
+        }
+    }
+
+    /// States that trail follow while no weights can be made, one unit at a time; those that a caller waits for at once.
+    fn pump_trail(&mut self, out: &mut Vec<Command>) {
+        if self.following.is_some() {
+            return;
+        }
+        let wanted = self.trail.iter().position(|u| self.units[u.index()].states_wanted);
+        let idle = (self.running == 0).then_some(0);
+        if let Some(unit) = wanted.or(idle).and_then(|at| self.trail.remove(at)) {
+            self.following = Some(unit);
+            out.push(Command::RunStates(unit));
         }
     }
 

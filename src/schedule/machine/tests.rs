@@ -3,17 +3,17 @@
 use super::*;
 use crate::{model::FrameSpan, schedule::placement::Homes};
 
-const HOST: Homes = Homes { params: Tier::Host, optimizer: Tier::Host };
-const NVME: Homes = Homes { params: Tier::Nvme, optimizer: Tier::Nvme };
+pub(super) const HOST: Homes = Homes { params: Tier::Host, optimizer: Tier::Host, grads: Tier::Host };
+pub(super) const NVME: Homes = Homes { params: Tier::Nvme, optimizer: Tier::Nvme, grads: Tier::Host };
 
 /// A machine whose commands the test sees, over units of the given sizes one after the other around the ring.
-struct Rig {
-    machine: Machine,
-    out: Vec<Command>,
+pub(super) struct Rig {
+    pub(super) machine: Machine,
+    pub(super) out: Vec<Command>,
 }
 
 impl Rig {
-    fn new(ring: u32, window: u32, units: &[(u32, Homes)]) -> Self {
+    pub(super) fn new(ring: u32, window: u32, units: &[(u32, Homes)]) -> Self {
         let mut next = 0;
         let spans = units
             .iter()
@@ -30,6 +30,7 @@ impl Rig {
             spans,
             page_slots: (3, 1),
             update_slots: (5, 1),
+            grad_slots: (0, 1),
             update_elems: 1,
             spare: vec![false; units.len()],
             lane_elems: 0,
@@ -79,7 +80,7 @@ impl Rig {
         self.pass((0..units).rev(), Phase::Backward);
     }
 
-    fn take(&mut self) -> Vec<Command> {
+    pub(super) fn take(&mut self) -> Vec<Command> {
         std::mem::take(&mut self.out)
     }
 
@@ -88,7 +89,7 @@ impl Rig {
     }
 }
 
-const fn u(n: u32) -> UnitId {
+pub(super) const fn u(n: u32) -> UnitId {
     UnitId(n)
 }
 
@@ -224,8 +225,8 @@ fn whoever_is_waited_for_is_updated_first() {
     assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
     rig.machine.chunk_ran(u(0), 0, &mut rig.out);
     assert_eq!(rig.take()[0], Command::RunChunk(u(3), 0), "3 overtakes 2");
-    rig.machine.promote(u(1), false, &mut rig.out);
-    rig.machine.promote(u(2), false, &mut rig.out);
+    rig.machine.promote(u(1), Want::Weights, &mut rig.out);
+    rig.machine.promote(u(2), Want::Weights, &mut rig.out);
     rig.machine.chunk_ran(u(1), 0, &mut rig.out);
     assert_eq!(rig.take()[0], Command::RunChunk(u(2), 0));
     rig.machine.chunk_ran(u(3), 0, &mut rig.out);
@@ -244,10 +245,10 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
         rig.machine.swapped(u(n), &mut rig.out);
     }
     assert_eq!(rig.take(), [2, 3, 4].map(|n| Command::RunChunk(u(n), 0)), "no caller waits for a home");
-    rig.machine.promote(u(2), false, &mut rig.out);
+    rig.machine.promote(u(2), Want::Weights, &mut rig.out);
     assert_eq!(rig.take(), [], "its frames can be filled");
-    rig.machine.promote(u(2), true, &mut rig.out);
-    rig.machine.promote(u(0), true, &mut rig.out);
+    rig.machine.promote(u(2), Want::Home, &mut rig.out);
+    rig.machine.promote(u(0), Want::Home, &mut rig.out);
     assert_eq!(rig.take(), [Command::CopyHome(u(2))], "one at a time");
     rig.machine.homed(u(2), &mut rig.out);
     assert_eq!(rig.take(), [Command::CopyHome(u(0))]);
@@ -268,8 +269,8 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     // The next update of 1 brings it home by itself, be it made ahead or now; the one after that of 2 does not.
     rig.submit(1);
     rig.submit(2);
-    rig.machine.promote(u(1), true, &mut rig.out);
-    rig.machine.promote(u(2), true, &mut rig.out);
+    rig.machine.promote(u(1), Want::Home, &mut rig.out);
+    rig.machine.promote(u(2), Want::Home, &mut rig.out);
     rig.take();
     rig.machine.swapped(u(1), &mut rig.out);
     assert!(!rig.machine.update_pending(u(1)));
@@ -277,16 +278,76 @@ fn parameters_change_places_and_go_home_only_where_somebody_needs_them() {
     assert!(rig.take().contains(&Command::CopyHome(u(2))), "it was wanted before it was made");
 }
 
+/// What was commanded of states and homes since the last look.
+fn states(rig: &mut Rig) -> Vec<Command> {
+    rig.take().into_iter().filter(|c| matches!(c, Command::RunStates(_) | Command::CopyHome(_))).collect()
+}
+
+#[test]
+fn states_follow_once_all_weights_are_made_and_the_last_first() {
+    let mut rig = Rig::on_host(4, 4, 4);
+    rig.step(4);
+    rig.take();
+    (0..4).for_each(|unit| rig.submit(unit));
+    for unit in 0..4 {
+        rig.machine.weights_ran(u(unit), false, &mut rig.out);
+        assert!(!rig.machine.update_queued(u(unit)) && rig.machine.update_unmade(u(unit)));
+        // Its weights can be used.
+        assert_eq!(rig.open(unit, Phase::Forward), Opening::Ready);
+        rig.release(unit);
+    }
+    assert_eq!(states(&mut rig), [Command::RunStates(u(3))]);
+    // Which a caller waits for overtakes the others, but not the one at work.
+    rig.machine.promote(u(1), Want::States, &mut rig.out);
+    assert_eq!(states(&mut rig), []);
+    for (ran, next) in [(3, Some(1)), (1, Some(2)), (2, Some(0)), (0, None)] {
+        assert!(rig.machine.updating());
+        rig.machine.states_ran(u(ran), &mut rig.out);
+        assert!(!rig.machine.update_unmade(u(ran)));
+        assert_eq!(states(&mut rig), next.map(|n| Command::RunStates(u(n))).into_iter().collect::<Vec<_>>());
+    }
+    assert!(!rig.machine.updating());
+}
+
+#[test]
+fn states_that_a_caller_waits_for_do_not_wait_for_weights_and_homes_wait_for_states() {
+    let mut rig = Rig::on_host(4, 4, 4);
+    rig.step(4);
+    (0..4).for_each(|unit| rig.submit(unit));
+    rig.machine.weights_ran(u(0), true, &mut rig.out);
+    rig.machine.weights_ran(u(1), true, &mut rig.out);
+    rig.take();
+    assert!(rig.machine.in_spare(u(0)) && rig.machine.in_spare(u(1)));
+    // Opening a window hurries nothing but weights.
+    assert_eq!(rig.open(3, Phase::Forward), Opening::Pending(Wait::Update));
+    rig.machine.forget(u(3));
+    assert_eq!(states(&mut rig), []);
+    rig.machine.promote(u(0), Want::Home, &mut rig.out);
+    assert_eq!(states(&mut rig), [Command::RunStates(u(0))], "its old weights are at home");
+    rig.machine.states_ran(u(0), &mut rig.out);
+    assert_eq!(states(&mut rig), [Command::CopyHome(u(0))]);
+    rig.machine.homed(u(0), &mut rig.out);
+    // Callers who waited before the weights were made are not forgotten.
+    for want in [Want::States, Want::Home] {
+        let mut rig = Rig::on_host(4, 4, 4);
+        (0..3).for_each(|unit| rig.submit(unit));
+        rig.machine.promote(u(1), want, &mut rig.out);
+        states(&mut rig);
+        rig.machine.weights_ran(u(1), true, &mut rig.out);
+        assert_eq!(states(&mut rig), [Command::RunStates(u(1))], "{want:?}, with weights left to be made");
+    }
+}
+
 #[test]
 fn who_wants_the_next_result_at_home_is_not_served_with_this_one() {
     let mut rig = Rig::on_host(1, 0, 1);
     rig.submit(0);
     rig.machine.swapped(u(0), &mut rig.out);
-    rig.machine.promote(u(0), true, &mut rig.out);
+    rig.machine.promote(u(0), Want::Home, &mut rig.out);
     rig.take();
     // A save that is given up leaves its copy on the way.
     rig.submit(0);
-    rig.machine.promote(u(0), true, &mut rig.out);
+    rig.machine.promote(u(0), Want::Home, &mut rig.out);
     rig.take();
     rig.machine.homed(u(0), &mut rig.out);
     assert!(rig.machine.update_pending(u(0)) && !rig.machine.in_spare(u(0)));
@@ -314,7 +375,7 @@ fn a_promoted_update_in_pieces_goes_on_where_it_was() {
     rig.take();
     rig.machine.chunk_written(u(0), 0, &mut rig.out);
     assert_eq!(rig.take(), [Command::ReadChunk(u(2), 0)]);
-    rig.machine.promote(u(0), false, &mut rig.out);
+    rig.machine.promote(u(0), Want::Weights, &mut rig.out);
     rig.machine.chunk_written(u(1), 0, &mut rig.out);
     assert_eq!(rig.take(), [], "0 is first now, and its last write is under way");
     rig.machine.chunk_written(u(0), 1, &mut rig.out);

@@ -44,8 +44,10 @@ pub(super) fn resident_bytes(unit: &Unit) -> u64 {
 /// host: it needs no store on NVMe, and no place in the compute tier.
 pub(super) fn sound(layout: &Layout, tiers: &[Tiers]) -> Result<Vec<Tiers>> {
     let one = |(unit, wish): (&Unit, &Tiers)| match (wish.params, wish.optimizer) {
-        _ if unit.param_bytes() == 0 => Ok(Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host) }),
-        (_, Some(Tier::Hbm)) if !unit.trainable() => Ok(Tiers { params: wish.params, optimizer: None }),
+        _ if unit.param_bytes() == 0 => {
+            Ok(Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host), grads: Some(Tier::Host) })
+        }
+        (_, Some(Tier::Hbm)) if !unit.trainable() => Ok(Tiers { optimizer: None, ..*wish }),
         (Some(Tier::Host | Tier::Nvme), Some(Tier::Hbm)) => Err(Error::new(
             Code::PolicyValue,
             format!(

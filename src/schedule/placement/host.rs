@@ -15,8 +15,9 @@ const MIN_UPDATE_ELEMS: u64 = SECTION_ALIGN / 2;
 /// Below this, transfers are too short for the drive.
 const FAIR_UPDATE_ELEMS: u64 = 1 << 16;
 const UPDATE_SLOTS: u32 = 5;
-/// Room for parameter, master and both moments, four bytes each.
+/// Room for parameter, master and both moments, four bytes each; and for the gradient where gradients live on NVMe.
 const SLOT_BYTES_PER_ELEM: u64 = 16;
+const SLOT_BYTES_WITH_GRAD: u64 = 20;
 const PAGE_SLOTS: u32 = 3;
 /// Host memory left free for checkpoints at least, so that a model that fits can be saved and loaded: a save gets half of what is
 /// left, of which parameters read outside of steps may hold half.
@@ -33,11 +34,14 @@ pub(super) struct HostNeed<'a> {
     pub(super) grads: u64,
     pub(super) page_slots: (u32, u64),
     pub(super) update_slots: (u32, u64),
+    pub(super) grad_slots: (u32, u64),
     pub(super) update_elems: u64,
     /// Frames of the ring and units that live on the compute tier, where those are the host's memory.
     pub(super) compute: u64,
     frames: u64,
+    /// The largest parameters that live on NVMe, and the largest gradients.
     pub(super) shadow: u64,
+    widest_grads: u64,
 }
 
 impl<'a> HostNeed<'a> {
@@ -49,13 +53,18 @@ impl<'a> HostNeed<'a> {
             grads: 0,
             page_slots: (0, 0),
             update_slots: (0, 0),
+            grad_slots: (0, 0),
             update_elems: MAX_UPDATE_ELEMS,
             compute: 0,
             frames: 0,
             shadow: 0,
+            widest_grads: 0,
         };
         for (unit, home) in layout.units.iter().zip(homes).filter(|(_, h)| h.params != Tier::Hbm) {
-            need.grads += unit.grad_bytes();
+            match home.grads {
+                Tier::Nvme => need.widest_grads = need.widest_grads.max(unit.grad_bytes()),
+                _ => need.grads += unit.grad_bytes(),
+            }
             match home.params {
                 Tier::Host => need.homes += unit.param_bytes(),
                 _ => need.shadow = need.shadow.max(unit.param_bytes()),
@@ -74,13 +83,20 @@ impl<'a> HostNeed<'a> {
         if self.shadow > 0 {
             self.page_slots = (pages, self.shadow);
         }
+        if self.widest_grads > 0 {
+            self.grad_slots = (pages, self.widest_grads);
+        }
         if self.update_slots.0 > 0 {
             self.update_elems = elems;
-            self.update_slots.1 = elems * SLOT_BYTES_PER_ELEM;
+            self.update_slots.1 = elems * self.slot_bytes_per_elem();
         }
         self.frames = frames;
         self.compute = self.device.on_host(frames);
         self
+    }
+
+    fn slot_bytes_per_elem(&self) -> u64 {
+        if self.widest_grads > 0 { SLOT_BYTES_WITH_GRAD } else { SLOT_BYTES_PER_ELEM }
     }
 
     /// With the least staging that works.
@@ -91,7 +107,8 @@ impl<'a> HostNeed<'a> {
     /// With staging for full speed, as far as an eighth of the budget goes.
     pub(super) fn ample(self, budgets: &Budgets) -> Self {
         let mut elems = MAX_UPDATE_ELEMS;
-        while elems > MIN_UPDATE_ELEMS && elems * SLOT_BYTES_PER_ELEM * u64::from(UPDATE_SLOTS) > budgets.host.0 / 8 {
+        let each = self.slot_bytes_per_elem();
+        while elems > MIN_UPDATE_ELEMS && elems * each * u64::from(UPDATE_SLOTS) > budgets.host.0 / 8 {
             elems /= 2;
         }
         self.staged(PAGE_SLOTS, elems, RING_FRAMES)
@@ -102,7 +119,8 @@ impl<'a> HostNeed<'a> {
     pub(super) fn fitted(self, budgets: &Budgets) -> Self {
         let mut need = self.ample(budgets);
         while need.total() > budgets.host.0 {
-            let (pages, elems, frames) = (need.page_slots.0, need.update_elems, need.frames);
+            let pages = need.page_slots.0.max(need.grad_slots.0);
+            let (elems, frames) = (need.update_elems, need.frames);
             let streams = need.update_slots.0 > 0;
             // Short transfers are slower than few slots, and few slots slower than few frames.
             need = if streams && elems > FAIR_UPDATE_ELEMS {
@@ -129,11 +147,12 @@ impl<'a> HostNeed<'a> {
 
     pub(super) fn fixed(&self) -> u64 {
         let slots = |(n, b): (u32, u64)| u64::from(n) * b;
-        self.homes + self.grads + slots(self.page_slots) + slots(self.update_slots) + self.compute
+        let slots = [self.page_slots, self.update_slots, self.grad_slots].into_iter().map(slots).sum::<u64>();
+        self.homes + self.grads + slots + self.compute
     }
 
     pub(super) fn total(&self) -> u64 {
         let read = if self.update_slots.0 > 0 { 2 * chunk_on_nvme(self.update_elems) } else { 0 };
-        self.fixed() + self.shadow + CHECKPOINT_BYTES + read
+        self.fixed() + self.shadow + self.widest_grads + CHECKPOINT_BYTES + read
     }
 }

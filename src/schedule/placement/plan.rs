@@ -14,6 +14,8 @@ pub struct Budgets {
     pub host: ByteCount,
     /// Files.
     pub nvme: ByteCount,
+    /// Space that is free where files will lie, if it is known: second places take at most half of what the first ones leave.
+    pub nvme_free: Option<ByteCount>,
     /// Of `host`, for speculative updates; `None`: at most half of what everything else leaves.
     pub spare: Option<ByteCount>,
 }
@@ -26,6 +28,8 @@ pub struct Tiers {
     pub params: Option<Tier>,
     /// Home of the optimizer's states.
     pub optimizer: Option<Tier>,
+    /// Home of the gradients; `None`: on NVMe only where host memory does not hold them.
+    pub grads: Option<Tier>,
 }
 
 /// What the machine dictates.
@@ -63,6 +67,15 @@ pub struct Homes {
     /// Home of the states; `Hbm` if and only if `params` is: the unit is resident, with its gradients, and has no place in the
     /// ring, on the host or on NVMe.
     pub optimizer: Tier,
+    /// Home of the gradients. A unit without any has it on the host; a resident unit on the compute tier.
+    pub grads: Tier,
+}
+
+impl Homes {
+    /// Whether all of the unit is at home in one tier.
+    pub fn all_in(self, tier: Tier) -> bool {
+        [self.params, self.optimizer, self.grads].iter().all(|&home| home == tier)
+    }
 }
 
 /// Where everything lives.
@@ -81,6 +94,8 @@ pub struct Placement {
     /// Host frames through which states pass on their way from and to NVMe, and their size. One of them serves what is
     /// not part of a step: loading, stray reads, checkpoints.
     pub update_slots: (u32, u64),
+    /// Host frames in which gradients of a unit are gathered on their way to NVMe, and their size.
+    pub grad_slots: (u32, u64),
     /// Elements of one step of an update that streams its states.
     pub update_elems: u64,
     /// Per unit: its update may be speculative, into a second set of states and a second place for its parameters.
@@ -114,7 +129,11 @@ pub(super) const FAIR_FRAMES: u64 = 3;
 pub(super) fn nvme_bytes(layout: &Layout, homes: &[Homes]) -> u64 {
     let on = |tier, bytes| if tier == Tier::Nvme { bytes } else { 0 };
     let units = layout.units.iter().zip(homes);
-    units.map(|(u, h)| on(h.params, u.param_bytes()) + on(h.optimizer, u.optimizer_bytes())).sum()
+    units
+        .map(|(u, h)| {
+            on(h.params, u.param_bytes()) + on(h.optimizer, u.optimizer_bytes()) + on(h.grads, u.grad_bytes())
+        })
+        .sum()
 }
 
 /// Bytes of one chunk of a segment on NVMe. Two bytes per element is the narrowest kind; every kind's piece is then whole
@@ -160,10 +179,13 @@ impl Placement {
         (self.lane_elems, self.lane_bytes) = (0, 0);
     }
 
-    /// The largest parameters that live on NVMe: what is in host memory besides while they are read or written as a whole.
+    /// The largest parameters and the largest gradients that live on NVMe: what is in host memory besides while they are read or
+    /// written as a whole.
     pub fn widest_on_nvme(&self, layout: &Layout) -> u64 {
-        let on_nvme = layout.units.iter().zip(&self.homes).filter(|(_, h)| h.params == Tier::Nvme);
-        on_nvme.map(|(u, _)| u.param_bytes()).max().unwrap_or(0)
+        let units = || layout.units.iter().zip(&self.homes);
+        let params = units().filter(|(_, h)| h.params == Tier::Nvme).map(|(u, _)| u.param_bytes()).max();
+        let grads = units().filter(|(_, h)| h.grads == Tier::Nvme).map(|(u, _)| u.grad_bytes()).max();
+        params.unwrap_or(0) + grads.unwrap_or(0)
     }
 
     /// Chunks of what a save reads from NVMe that are in host memory at a time, of which `slack` bytes are left: at most a quarter of it.

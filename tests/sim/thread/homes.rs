@@ -38,6 +38,7 @@ impl Thread {
                 if world.model.params_on_nvme(unit) {
                     return self.then(&[Act::SettleDisk(unit), Act::BeginWrite(unit, None)]);
                 }
+                world.drop_ahead(unit);
                 let content = self.edit(unit, world);
                 self.kernel(world, Op::Wait(world.gates[unit.index()].home));
                 self.kernel(world, Op::EditHome(unit, content));
@@ -53,6 +54,7 @@ impl Thread {
                 if world.machine.in_spare(unit) {
                     return self.then(&[Act::Settle(unit), act]);
                 }
+                world.drop_ahead(unit);
                 let content = self.edit(unit, world);
                 self.window[unit.index()] = content;
                 self.kernel(world, Op::EditFrames(unit, content));
@@ -80,6 +82,10 @@ impl Thread {
                 }
             }
             Act::BeginWrite(unit, content) => {
+                world.drop_ahead(unit);
+                if world.machine.unsettled(unit) {
+                    return self.then(&[Act::SettleDisk(unit), act]);
+                }
                 world.step(|m, _| m.begin_write(unit));
                 let content = content.unwrap_or_else(|| self.edit(unit, world));
                 self.then(&[Act::AwaitRead(unit, content), Act::EndWrite(unit)])

@@ -2,7 +2,7 @@
 
 use funicular::quantities::UnitId;
 
-use super::{Actor, Io, Purpose, Work, World, state};
+use super::{Actor, Io, Purpose, Task, Work, World, state};
 use crate::{
     chance::{Chance, mix},
     streams::{COMPUTE, DOWN, TORN, UP},
@@ -25,8 +25,14 @@ impl World {
             {
                 out.push((Actor::Runner, weights[4]));
             }
+            if self.ahead_ready().is_some() {
+                out.push((Actor::AheadPiece, weights[6]));
+            }
             if self.model.layout.ids().any(|unit| self.may_begin(unit)) {
                 out.push((Actor::Ahead, weights[6]));
+            }
+            if self.sealing.front().is_some_and(|(gate, _)| self.device.passed(*gate)) {
+                out.push((Actor::Sealer, weights[5]));
             }
             if self.landings.front().is_some_and(|(gate, _)| self.device.passed(*gate)) {
                 out.push((Actor::Reaper, weights[5]));
@@ -59,6 +65,8 @@ impl World {
                 let units: Vec<UnitId> = self.model.layout.ids().filter(|&unit| self.may_begin(unit)).collect();
                 self.begin_ahead(units[chance.index(units.len())]);
             }
+            Actor::AheadPiece => self.run_ahead(),
+            Actor::Sealer => self.grads_landed(),
             Actor::Reaper => {
                 let (_, unit) = self.landings.pop_front().expect("asked only if there is one");
                 self.page_free += 1;
@@ -70,37 +78,48 @@ impl World {
 
     /// One step of a request; true if it is over.
     fn advance_disk(&mut self, at: usize) -> bool {
-        let io = &mut self.disk[at];
-        let u = io.unit.index();
-        let step = io.step;
-        io.step += 1;
-        match io.purpose {
+        let Io { unit, purpose, step, slot, place, .. } = self.disk[at];
+        let u = unit.index();
+        self.disk[at].step += 1;
+        match purpose {
             Purpose::Params | Purpose::Service { write: None } => {
-                let pieces = &self.device.params[u];
-                io.seen.push(pieces[step]);
-                io.seen.len() == pieces.len()
+                let pieces = self.params_in(unit, place);
+                let (piece, all) = (pieces[step], pieces.len());
+                self.disk[at].seen.push(piece);
+                self.disk[at].seen.len() == all
             }
             Purpose::ReadChunk(chunk) => {
                 let c = chunk as usize;
+                let mut slot = slot;
                 if step == 0 {
-                    io.slot.param = self.model.params_on_nvme(io.unit).then_some(self.device.params[u][c]);
+                    slot.grad = self.model.grads_on_nvme(unit).then_some(self.grads[u].1);
+                    slot.param = self.model.params_on_nvme(unit).then_some(self.params_in(unit, place)[c]);
                 } else {
-                    io.slot.state = self.model.states_on_nvme(io.unit).then_some(self.states[u][c]);
+                    slot.state = self.model.states_on_nvme(unit).then_some(self.states[place][u][c]);
                 }
+                self.disk[at].slot = slot;
                 step >= 1
             }
             Purpose::WriteChunk(chunk) => {
                 let c = chunk as usize;
-                if let Some(param) = io.slot.param {
-                    self.device.params[u][c] = if step == 0 { TORN } else { param };
+                if let Some(param) = slot.param {
+                    self.params_in(unit, place)[c] = if step == 0 { TORN } else { param };
                 }
-                if let Some(state) = io.slot.state {
-                    self.states[u][c] = if step == 0 { TORN } else { state };
+                if let Some(state) = slot.state {
+                    self.states[place][u][c] = if step == 0 { TORN } else { state };
                 }
                 step >= 1
             }
+            Purpose::ReadGrads => {
+                self.disk[at].slot.grad = if step == 0 { Some(self.grads[u].1) } else { slot.grad };
+                step >= 1
+            }
+            Purpose::WriteGrads => {
+                self.grads[u].1 = if step == 0 { TORN } else { slot.grad.expect("written from a slot") };
+                step >= 1
+            }
             Purpose::Service { write: Some(content) } => {
-                self.device.params[u].fill(if step == 0 { TORN } else { content });
+                self.params_in(unit, place).fill(if step == 0 { TORN } else { content });
                 step >= 1
             }
         }
@@ -127,8 +146,29 @@ impl World {
                 assert!(self.update_free < self.model.plan.update_slots.0, "R5: more update slots than there are");
                 self.step(|m, out| m.chunk_written(unit, chunk, out));
             }
+            Purpose::WriteGrads => self.grads_written(unit),
+            Purpose::ReadGrads => self.grads_read(unit, slot),
             Purpose::Service { .. } => self.off_step_done = Some(seen),
         }
+    }
+
+    /// Hands a piece of a step's update to the runner.
+    pub(super) fn run_chunk(&mut self, unit: UnitId, chunk: u32) {
+        self.note(mix(6, u64::from(unit.0)));
+        let at = self.parked.iter().position(|(u, c, _)| (*u, *c) == (unit, chunk));
+        let slot = at.map(|i| self.parked.swap_remove(i).2);
+        assert_eq!(slot.is_some(), self.model.chunks[unit.index()] > 0, "R5: {unit}'s update and its slot");
+        // Some units with a spare copy swap places, some have their weights made first; which of their steps is decided by
+        // chance.
+        let in_memory = self.model.chunks[unit.index()] == 0;
+        let spare = self.model.plan.spare[unit.index()] && in_memory;
+        let number = self.jobs[unit.index()].number;
+        let work = match mix(number, u64::from(unit.0)) % 8 {
+            0..3 if in_memory => Work::Weights { turned: spare && !number.is_multiple_of(4) },
+            0..6 if spare => Work::Turn,
+            _ => Work::Update,
+        };
+        self.tasks.push_back(Task { unit, chunk, slot, started: false, work });
     }
 
     /// The runner begins its first task, or ends it.
@@ -137,7 +177,10 @@ impl World {
         let work = self.tasks.front().expect("asked only if there is one").work;
         match work {
             Work::Update => self.run_update(),
+            Work::Decide => self.decide(),
             Work::Turn => self.turn(),
+            Work::Weights { turned } => self.make_weights(turned),
+            Work::States => self.make_states(),
             Work::CopyHome => self.copy_home(),
         }
     }
@@ -145,10 +188,11 @@ impl World {
     /// True if the runner may write a unit's other place: it has one, nothing there is copied up any more, and it is not begun.
     fn may_begin(&self, unit: UnitId) -> bool {
         let u = unit.index();
-        let other = if self.machine.in_spare(unit) { self.device.params[u][0] } else { self.device.spare[u] };
+        let other = if self.machine.in_spare(unit) { self.device.params[u][0] } else { self.device.spare[u][0] };
         self.model.plan.spare[u]
             && self.model.chunks[u] == 0
             && other != TORN
+            && self.jobs[u].trailing.is_none()
             && !self.tasks.iter().any(|task| task.unit == unit && task.started)
             && self.device.passed(self.gates[u].fill)
     }
@@ -161,7 +205,7 @@ impl World {
         if self.machine.in_spare(unit) {
             self.device.params[u].fill(TORN);
         } else {
-            self.device.spare[u] = TORN;
+            self.device.spare[u].fill(TORN);
         }
     }
 
@@ -171,15 +215,73 @@ impl World {
         let u = unit.index();
         let job = &mut self.jobs[u];
         if self.machine.in_spare(unit) {
-            assert_eq!(self.device.spare[u], job.from, "R6: {unit}'s spare copy was not what it was");
+            assert!(self.device.spare[u].iter().all(|&p| p == job.from), "R6: {unit}'s spare copy was not what it was");
             self.device.params[u].fill(job.to);
         } else {
             assert!(self.device.params[u].iter().all(|&p| p == job.from), "R6: {unit}'s home was not what it was");
-            self.device.spare[u] = job.to;
+            self.device.spare[u].fill(job.to);
+        }
+        assert_eq!(self.grads[u].0, job.grad, "the gradients of {unit} changed before its update");
+        assert_eq!(self.states[0][u][0], state(job.number - 1), "{unit}'s states were not what they were");
+        job.ran[0] = true;
+        self.states[0][u][0] = state(job.number);
+        self.step(|m, out| m.swapped(unit, out));
+    }
+
+    /// Makes the weights of an update in two steps, in place or in the other place; the states are as they were.
+    fn make_weights(&mut self, turned: bool) {
+        let task = self.tasks.front_mut().expect("asked only if there is one");
+        let (unit, u) = (task.unit, task.unit.index());
+        let spare = self.machine.in_spare(unit);
+        let job = &mut self.jobs[u];
+        assert_eq!(self.grads[u].0, job.grad, "the gradients of {unit} changed before its update");
+        let to_spare = turned && !spare;
+        let first = !std::mem::replace(&mut task.started, true);
+        if first && spare {
+            assert!(self.device.spare[u].iter().all(|&p| p == job.from), "R6: {unit}'s spare copy was not what it was");
+        } else if first {
+            assert!(self.device.params[u].iter().all(|&p| p == job.from), "R6: {unit}'s home was not what it was");
+        }
+        let content = if first { TORN } else { job.to };
+        if to_spare {
+            self.device.spare[u].fill(content);
+        } else {
+            self.device.params[u].fill(content);
+        }
+        if first {
+            return;
         }
         job.ran[0] = true;
-        self.states[u][0] = state(job.number);
-        self.step(|m, out| m.swapped(unit, out));
+        job.trailing = Some(turned.then_some(spare));
+        self.tasks.pop_front();
+        self.step(|m, out| m.weights_ran(unit, turned, out));
+    }
+
+    /// Makes the states that belong to weights, in two steps.
+    fn make_states(&mut self) {
+        let task = self.tasks.front_mut().expect("asked only if there is one");
+        let (unit, u) = (task.unit, task.unit.index());
+        let job = &mut self.jobs[u];
+        let kept = job.trailing.expect("commanded only then");
+        assert_eq!(self.grads[u].0, job.grad, "R7: the gradients of {unit} changed before its states were made");
+        match kept {
+            Some(true) => {
+                assert!(self.device.spare[u].iter().all(|&p| p == job.from), "R7: the old weights of {unit} are gone");
+            }
+            Some(false) => {
+                assert!(self.device.params[u].iter().all(|&p| p == job.from), "R7: the old weights of {unit} are gone");
+            }
+            None => {}
+        }
+        if !std::mem::replace(&mut task.started, true) {
+            assert_eq!(self.states[0][u][0], state(job.number - 1), "R7: {unit}'s states were not what they were");
+            self.states[0][u][0] = TORN;
+            return;
+        }
+        self.states[0][u][0] = state(job.number);
+        job.trailing = None;
+        self.tasks.pop_front();
+        self.step(|m, out| m.states_ran(unit, out));
     }
 
     fn copy_home(&mut self) {
@@ -190,22 +292,27 @@ impl World {
             return;
         }
         self.tasks.pop_front();
-        self.device.params[u].fill(self.device.spare[u]);
+        self.device.params[u].clone_from(&self.device.spare[u]);
         self.step(|m, out| m.homed(unit, out));
     }
 
     fn run_update(&mut self) {
         let task = self.tasks.front_mut().expect("asked only if there is one");
         let (u, c) = (task.unit.index(), task.chunk as usize);
+        let place = self.current[u];
         let job = &mut self.jobs[u];
         let (on_disk, states_on_disk) = (self.model.params_on_nvme(task.unit), self.model.states_on_nvme(task.unit));
         let on_disk = on_disk && task.slot.is_some();
+        if self.model.grads_on_nvme(task.unit) {
+            let seen = task.slot.and_then(|s| s.grad);
+            assert_eq!(seen, Some(job.grad), "G2: the update of {} finds other gradients", task.unit);
+        }
         let param = if on_disk { task.slot.and_then(|s| s.param) } else { Some(self.device.params[u][c]) };
-        let moments = if states_on_disk { task.slot.and_then(|s| s.state) } else { Some(self.states[u][c]) };
+        let moments = if states_on_disk { task.slot.and_then(|s| s.state) } else { Some(self.states[place][u][c]) };
         if !task.started && self.machine.in_spare(task.unit) {
             // Not all that is trained of it: the rest has to be there too.
-            self.device.params[u][c] = self.device.spare[u];
-            assert_eq!(self.device.spare[u], job.from, "R6: the update of {} finds another spare copy", task.unit);
+            self.device.params[u][c] = self.device.spare[u][c];
+            assert_eq!(self.device.spare[u][c], job.from, "R6: the update of {} finds another spare copy", task.unit);
         } else if !task.started {
             assert_eq!(param, Some(job.from), "R4: the update of {} finds other parameters", task.unit);
             assert_eq!(moments, Some(state(job.number - 1)), "R4: the update of {} finds other states", task.unit);
@@ -229,7 +336,7 @@ impl World {
         if states_on_disk {
             task.slot.as_mut().expect("streamed").state = Some(after);
         } else {
-            self.states[u][c] = after;
+            self.states[place][u][c] = after;
         }
         if let Some(slot) = task.slot {
             self.parked.push((task.unit, task.chunk, slot));

@@ -1,0 +1,127 @@
+//! Several ranks that train one model, as the wrapper sees them.
+
+use pyo3::{prelude::*, types::PyBytes};
+
+use super::{arguments::known, engine::Engine};
+
+/// The number of the file that the ranks share; it stays the engine's.
+#[pyfunction]
+pub(super) fn shared_fd(py: Python<'_>, engine: &Engine) -> PyResult<i32> {
+    engine.call(py, |rt, _| rt.shared_file())
+}
+
+/// The policy with concrete budgets, for the other ranks.
+#[pyfunction]
+pub(super) fn resolved_policy(py: Python<'_>, engine: &Engine) -> PyResult<String> {
+    engine.call(py, |rt, _| rt.concrete_policy())
+}
+
+/// A digest of what all ranks have alike.
+#[pyfunction]
+pub(super) fn plan_hash(py: Python<'_>, engine: &Engine) -> PyResult<u64> {
+    engine.call(py, |rt, _| rt.plan_digest())
+}
+
+/// (section, first element, elements) of a unit that belong to a rank, of trained sections.
+#[pyfunction]
+pub(super) fn owned(py: Python<'_>, engine: &Engine, unit: u32, rank: usize) -> PyResult<Vec<(usize, u64, u64)>> {
+    engine.call(py, |rt, _| {
+        let ranges = rt.owned(known(rt, unit)?, rank)?;
+        Ok(ranges.into_iter().map(|(section, range)| (section, range.start, range.end - range.start)).collect())
+    })
+}
+
+/// Posts which gradients of a unit a backward gave, one byte for each parameter.
+#[pyfunction]
+pub(super) fn post_gradients(
+    py: Python<'_>,
+    engine: &Engine,
+    unit: u32,
+    backward: u64,
+    present: &[u8],
+) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.post_gradients(known(rt, unit)?, backward, present))
+}
+
+/// What all ranks posted for that backward; none until all have.
+#[pyfunction]
+pub(super) fn posted_gradients<'py>(
+    py: Python<'py>,
+    engine: &Engine,
+    unit: u32,
+    backward: u64,
+) -> PyResult<Option<Vec<Bound<'py, PyBytes>>>> {
+    let notes = engine.call(py, |rt, _| rt.posted_gradients(known(rt, unit)?, backward))?;
+    Ok(notes.map(|notes| bytes(py, &notes)))
+}
+
+/// The same, and waits for it.
+#[pyfunction]
+pub(super) fn wait_posted<'py>(
+    py: Python<'py>,
+    engine: &Engine,
+    unit: u32,
+    backward: u64,
+) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+    let notes = engine.call(py, |rt, i| rt.await_gradients(known(rt, unit)?, backward, i))?;
+    Ok(bytes(py, &notes))
+}
+
+fn bytes<'py>(py: Python<'py>, notes: &[Vec<u8>]) -> Vec<Bound<'py, PyBytes>> {
+    notes.iter().map(|note| PyBytes::new(py, note)).collect()
+}
+
+/// This rank's slices of a unit's gradients are on their way down.
+#[pyfunction]
+pub(super) fn gradients_sent(py: Python<'_>, engine: &Engine, unit: u32, backward: u64) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.gradients_sent(known(rt, unit)?, backward))
+}
+
+/// Waits until the slices of all ranks have landed, of what was sent for that backward.
+#[pyfunction]
+pub(super) fn wait_gradients_landed(py: Python<'_>, engine: &Engine, backward: u64) -> PyResult<()> {
+    engine.call(py, |rt, i| rt.await_landed(backward, i))
+}
+
+/// Says that this rank is at its step after so many backwards; the number of a later one that it has to join, if there is one.
+#[pyfunction]
+pub(super) fn at_step(py: Python<'_>, engine: &Engine, backward: u64) -> PyResult<Option<u64>> {
+    engine.call(py, |rt, i| rt.at_step(backward, i))
+}
+
+/// Waits until all ranks have come to this place. `open`: those that have closed their models count as here.
+#[pyfunction]
+#[pyo3(signature = (engine, what, open = false))]
+pub(super) fn meet(py: Python<'_>, engine: &Engine, what: &str, open: bool) -> PyResult<()> {
+    engine.call(py, |rt, i| rt.meet(what, open, i))
+}
+
+/// Raises the error of a rank that was killed or has failed; of one that has closed its model only where a connection was `cut`.
+#[pyfunction]
+pub(super) fn check_peers(py: Python<'_>, engine: &Engine, cut: bool) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.look_at_ranks(cut))
+}
+
+/// Raises if a rank that is to come to this place, outside of the model, waits for this rank in a call of the model.
+#[pyfunction]
+pub(super) fn refuse_call_elsewhere(py: Python<'_>, engine: &Engine, rank: usize, place: &str) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.refuse_call_elsewhere(rank, place))
+}
+
+/// Counts a model among those that this process trains with other ranks.
+#[pyfunction]
+pub(super) fn enlist(py: Python<'_>, engine: &Engine) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.enlist())
+}
+
+/// Ends this rank's model by an error that the others are told.
+#[pyfunction]
+pub(super) fn fail_rank(py: Python<'_>, engine: &Engine, text: &str) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.give_up(text))
+}
+
+/// Tells the other ranks where this one is.
+#[pyfunction]
+pub(super) fn tell_ranks(py: Python<'_>, engine: &Engine, text: &str) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.tell(text))
+}

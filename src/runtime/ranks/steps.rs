@@ -1,0 +1,207 @@
+//! A step of several ranks: each submits it as one rank would, for the elements that it owns; a piece begins when all have posted the same step and
+//! are quiet, and a unit's update is over when all have made their parts.
+
+use std::time::Duration;
+
+use twox_hash::XxHash3_64;
+
+use crate::{
+    device::Gate,
+    error::Result,
+    model::Unit,
+    quantities::UnitId,
+    runtime::{
+        ranks::{
+            spec::RankSpec,
+            together::{Posted, Ranks},
+            waits::Seen,
+        },
+        shared::{
+            Shared,
+            waits::{Interrupted, SLICE},
+        },
+        update::job::{JobSpan, StepHyper, UnitUpdate},
+    },
+    schedule::ranks::{
+        owned::owned,
+        posts::{Line, Look, STEP_PARTS},
+    },
+};
+
+/// What a step consists of, as it is compared.
+const PARTS: [&str; STEP_PARTS] = [
+    "the units that they step",
+    "the parameters that have gradients, or were edited",
+    "the hyperparameters",
+    "which gradients are clipped",
+    "the parameters that are not paged",
+];
+
+/// Numbers that tell a step from any other.
+fn parts(updates: &[UnitUpdate], hypers: &[StepHyper], unpaged: u64) -> [u64; STEP_PARTS] {
+    let digest = |words: Vec<u64>| {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        XxHash3_64::oneshot(&bytes)
+    };
+    let span = |s: &JobSpan| [s.section as u64, s.start, s.len, s.hyper as u64, u64::from(s.reset_master)];
+    [
+        digest(updates.iter().map(|u| u64::from(u.unit.0)).collect()),
+        digest(updates.iter().flat_map(|u| u.spans.iter().flat_map(span)).collect()),
+        XxHash3_64::oneshot(format!("{:?}", hypers.iter().map(|h| h.hyper).collect::<Vec<_>>()).as_bytes()),
+        digest(hypers.iter().map(|h| u64::from(h.clip.is_some())).collect()),
+        unpaged,
+    ]
+}
+
+impl Ranks {
+    /// The parts of spans that this rank owns.
+    pub(crate) fn own<'a>(&self, unit: &'a Unit, spans: &'a [JobSpan]) -> impl Iterator<Item = JobSpan> + 'a {
+        let RankSpec { rank, size, .. } = self.spec;
+        spans.iter().filter_map(move |span| {
+            let part = owned(unit.sections[span.section].elems, rank, size);
+            let (start, end) = (span.start.max(part.start), (span.start + span.len).min(part.end));
+            (start < end).then(|| JobSpan { start, len: end - start, ..*span })
+        })
+    }
+
+    /// Posts a step, whose gates are these; returns its number.
+    pub(crate) fn post_step(
+        &self,
+        updates: &[UnitUpdate],
+        hypers: &[StepHyper],
+        unpaged: u64,
+        gates: [Gate; 3],
+    ) -> u64 {
+        let posts = self.posts();
+        let step = posts.count(Line::Steps) + 1;
+        let factors = hypers.iter().filter_map(|hyper| hyper.clip).collect();
+        self.posted.lock().push_back(Posted { step, gates, factors });
+        posts.post(Line::Steps, &parts(updates, hypers, unpaged));
+        self.words.ring();
+        step
+    }
+
+    /// Whether all ranks have posted the last step that this one has, which is when it may post the next.
+    pub(crate) fn agreed(&self) -> Result<Seen<()>> {
+        let posts = self.posts();
+        match posts.count(Line::Steps) {
+            0 => Ok(Seen::Done(())),
+            step => self.seen(posts.look(Line::Steps, step), step),
+        }
+    }
+
+    fn seen(&self, look: Look, step: u64) -> Result<Seen<()>> {
+        match look {
+            Look::All => Ok(Seen::Done(())),
+            Look::Waits(rank) => Ok(Seen::Waits(rank)),
+            Look::Differs(rank, part) => Err(self.differs(rank, &format!("in step {step}, {}", PARTS[part]))),
+        }
+    }
+
+    /// Whether a piece of a step may begin.
+    fn may_begin(&self, step: u64) -> Result<Seen<()>> {
+        let posts = self.posts();
+        match self.seen(posts.look(Line::Steps, step), step)? {
+            Seen::Done(()) => match posts.look(Line::Quiet, step) {
+                Look::Differs(rank, _) => Err(self.differs(rank, &format!("in step {step}, the factor of clipping"))),
+                look => self.seen(look, step),
+            },
+            waits => Ok(waits),
+        }
+    }
+}
+
+impl Shared {
+    /// Waits until the last step of this rank has been posted by all.
+    pub(crate) fn await_agreement(&self, interrupted: Interrupted<'_>) -> Result<()> {
+        let Some(ranks) = &self.ranks else { return Ok(()) };
+        self.await_ranks(ranks, ("its last step", None), interrupted, || ranks.agreed())
+    }
+
+    /// Whether another step may be posted.
+    pub(crate) fn agreed(&self) -> bool {
+        self.ranks.as_ref().is_none_or(|ranks| matches!(ranks.agreed(), Ok(Seen::Done(()))))
+    }
+
+    /// Waits until all ranks have posted the step that a unit's update belongs to, and are quiet; returns its number.
+    pub(crate) fn await_quiet(&self, unit: UnitId) -> Result<u64> {
+        let Some(ranks) = &self.ranks else { return Ok(0) };
+        let step = self.jobs[unit.index()].lock().step;
+        self.be_quiet(ranks, step)?;
+        let what = format!("step {step}");
+        self.await_ranks(ranks, (&what, None), &mut || false, || ranks.may_begin(step))?;
+        Ok(step)
+    }
+
+    /// Tells the others that this rank is quiet, for all steps up to this one.
+    fn be_quiet(&self, ranks: &Ranks, step: u64) -> Result<()> {
+        loop {
+            // Only this thread takes any out.
+            let Some(gates) = ranks.posted.lock().front().filter(|p| p.step <= step).map(|p| p.gates) else {
+                return Ok(());
+            };
+            for gate in gates {
+                while !self.device.block(gate, Duration::from_millis(100))? {
+                    drop(self.lock()?);
+                }
+            }
+            let Some(posted) = ranks.posted.lock().pop_front() else { return Ok(()) };
+            let bytes: Vec<u8> =
+                posted.factors.iter().flat_map(|&slot| self.factors.value(slot).to_le_bytes()).collect();
+            ranks.posts().post(Line::Quiet, &[XxHash3_64::oneshot(&bytes)]);
+            ranks.words.ring();
+        }
+    }
+
+    /// This rank's slices of a unit's gradients are in the segment.
+    pub(crate) fn slices_landed(&self, unit: UnitId, post: u64) {
+        let Some(ranks) = &self.ranks else { return };
+        ranks.posts().land(unit.index(), post);
+        ranks.words.ring();
+    }
+
+    /// Publishes that this rank's part of a unit's update is made: under the lock under which the machine was told, so that a runtime that
+    /// ends has done both or neither.
+    pub(crate) fn publish(&self, unit: UnitId, step: u64) {
+        let Some(ranks) = &self.ranks else { return };
+        // First, so that the watcher finds it once all have published.
+        ranks.made.lock().push((unit, step));
+        ranks.posts().publish(unit.index(), step);
+        ranks.words.ring();
+    }
+
+    /// Makes what is left of this rank's parts, if no other rank is in the way: they need them. For the end of a runtime.
+    pub(crate) fn finish_parts(&self) {
+        let Some(ranks) = &self.ranks else { return };
+        let mut inner = self.inner.lock();
+        loop {
+            let posts = ranks.posts();
+            let waits = posts.may_begin(posts.count(Line::Steps)) != Look::All;
+            let left = |unit| inner.machine.update_queued(unit) && !inner.machine.awaits_peers(unit);
+            if inner.failed.is_some() || inner.closing || waits || !self.layout.ids().any(left) {
+                return;
+            }
+            inner.wait_for(&self.changed, SLICE);
+        }
+    }
+
+    /// Ends the updates that all ranks have made their parts of.
+    pub(crate) fn end_updates(&self, ranks: &Ranks) -> Result<()> {
+        let units: Vec<(UnitId, u64)> = ranks.made.lock().clone();
+        for (unit, step) in units {
+            let posts = ranks.posts();
+            if let Some(rank) = posts.unpublished(unit.index(), step) {
+                let what = || format!("the update of '{}'", self.layout.unit(unit).name);
+                match ranks.closed(rank, &what()) {
+                    Some(error) if posts.unpublished(unit.index(), step).is_some() => return Err(error),
+                    _ => continue,
+                }
+            }
+            ranks.made.lock().retain(|&made| made != (unit, step));
+            let mut inner = self.lock()?;
+            self.apply_event(&mut inner, |m, out| m.peers_done(unit, out))?;
+            self.updated(&inner, unit);
+        }
+        Ok(())
+    }
+}

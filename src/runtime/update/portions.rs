@@ -1,0 +1,87 @@
+//! Updates in two passes: the weights, which the next forward needs, as soon as the step is there; the states beside forward and backward.
+//!
+//! W1: nothing writes gradients, states or the old weights until the second pass has run; callers wait for it ([`Until::Made`]). W2: both
+//! passes have the same inputs, factors of clipping included, and store different arrays. W3: where all that is trained of a unit has a
+//! spare copy, the weights go to the other of their two places and the old ones stay until the second pass has read them; else weights and
+//! masters are made in place, and the second pass needs neither.
+//!
+//! [`Until::Made`]: crate::runtime::shared::settle::Until::Made
+#![expect(unsafe_code, reason = "hands raw spans of homes and spare copies to the kernel")]
+
+use crate::{
+    error::{Code, Error, Result},
+    optim::{Portion, Target},
+    quantities::{Tier, UnitId},
+    runtime::{
+        paging::homes::Set,
+        shared::Shared,
+        update::{
+            job::{Arrays, Job, Outcome, Rest, StepHyper},
+            speculation::covers,
+            update_on::shares_processor,
+        },
+    },
+};
+
+impl Shared {
+    /// Whether a unit's weights are to be made first, and its states later.
+    pub(super) fn weights_first(&self, unit: UnitId) -> bool {
+        // The second pass reads gradients where the first found them: those on NVMe are gone with its slots. States that have moved up cost
+        // host memory nothing. Other ranks wait for all of a part.
+        let on_host = self.placement.homes[unit.index()].all_in(Tier::Host);
+        if !on_host || self.ranks.is_some() || self.homes.unit(unit).lifted().is_some() {
+            return false;
+        }
+        // Where forward runs on the same cores, the states would only take longer.
+        let forced = self.slow.states.is_some();
+        forced || (!shares_processor(self.device.kind()) && self.rhythm.lock().weights_first())
+    }
+
+    /// Makes the weights of a unit; the gates of the job have passed.
+    pub(super) fn make_weights(&self, unit: UnitId, job: &mut Job, spare: bool) -> Result<Outcome> {
+        for hyper in &mut job.hypers {
+            // Its slot may have another factor by the time of the second pass.
+            *hyper = StepHyper { hyper: self.hyper_of(*hyper), clip: None };
+        }
+        let packed = self.layout.unit(unit);
+        let turned = self.placement.spare[unit.index()]
+            && covers(packed, &job.spans)
+            && packed.sections.iter().all(|s| s.trainable || s.elems == 0);
+        if spare && !turned {
+            self.copy_home(unit)?;
+        }
+        let (first, second) =
+            if turned { (Portion::Param, Portion::States) } else { (Portion::Weights, Portion::Moments) };
+        let spare = spare && turned;
+        let mut share = self.share.lock();
+        share.clear();
+        for span in &job.spans {
+            let at = |set| self.span_of(unit, span, span.start, span.len, &Arrays::Places { set, spare });
+            let to = turned.then(|| Target::in_place(&at(Set::Spare)));
+            share.add(at(Set::Current), job.hypers[span.hyper].hyper, to, first)?;
+        }
+        // SAFETY: as for `run_chunk`, in place; in the other place as for `speculate_piece`, but that no copy up reads it any more because
+        // the gates of the job have passed.
+        unsafe { self.run_share(&mut share, unit, "adamw weights") }?;
+        job.rest = Some(Rest { portion: second, spare });
+        self.stats.weights_first();
+        Ok(Outcome::Weights { turned })
+    }
+
+    /// Makes the states of a unit whose weights were made.
+    pub(super) fn make_states(&self, unit: UnitId) -> Result<()> {
+        let mut job = self.jobs[unit.index()].lock();
+        let job = &mut *job;
+        let none = || Error::new(Code::Stale, format!("no states of {unit} are left to be made."));
+        let Rest { portion, spare } = job.rest.take().ok_or_else(none)?;
+        let mut share = self.share.lock();
+        share.clear();
+        for span in &job.spans {
+            let source = Arrays::Places { set: Set::Current, spare };
+            let span_of = self.span_of(unit, span, span.start, span.len, &source);
+            share.add(span_of, job.hypers[span.hyper].hyper, None, portion)?;
+        }
+        // SAFETY: gradients, states and the old weights are the runner's alone until the machine hears of the end (W1, R7).
+        unsafe { self.run_share(&mut share, unit, "adamw states") }
+    }
+}
