@@ -21,8 +21,11 @@ from funicular.micro_batches.activations import Activations
 from funicular.micro_batches.block import MicroBatches
 from funicular.optim.other_optimizers import watch_optimizers
 from funicular.policy import Policy
+from funicular.ranks.group import resolve
+from funicular.ranks.meeting import agreed, make_engine
 from funicular.report.log import Progress, note, progress
 from funicular.torch_internals.autograd import hooks_of
+from funicular.torch_internals.memory import dense_bytes
 from funicular.torch_internals.modules import own_buffers
 from funicular.torch_internals.nvrtc import tell_core
 from funicular.torch_internals.overrides import unguarded
@@ -33,6 +36,8 @@ from funicular.units.param import PagedParam, link, ref_of
 from funicular.units.unit import Unit
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular.windows.lookup import ATTRIBUTE, offloaded, owner_of, session_of
+from funicular.windows.moved_by_others import refuse_for_ranks, refuse_movers
+from funicular.windows.ranked import leave_ranks, meet
 from funicular.windows.replaced import Held
 from funicular.windows.residents import keep, resident_session, unkeep
 from funicular.windows.session import Session
@@ -42,6 +47,8 @@ from funicular.windows.signals import note_step, refuse
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+
+    from funicular.ranks.group import Group
 
 __all__ = ["offload", "session_of", "unwrap"]
 
@@ -56,8 +63,9 @@ def offload(
     policy: str | os.PathLike[str] | Policy | Mapping[str, Any] | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    group: Any = None,
 ) -> nn.Module:
-    """Page a model's parameters and optimizer states, in place; gradients go to host memory.
+    """Page a model's parameters and optimizer states, in place; gradients go to host memory, or to NVMe.
 
     Parameters
     ----------
@@ -71,6 +79,9 @@ def offload(
         A checkpoint, a directory of the model's safetensors (one file, or shards with an index), or one such file: the weights
         are streamed from there to where they will live. The model may then be on the meta device, so that it never has
         to fit into memory. Its parameters stay the same objects: an optimizer may be made before or after.
+    group : None, ProcessGroup, DeviceMesh or "single"
+        Which processes train the model together (docs/ranks.md): ``None`` is all of the default group of torch.distributed, if there is
+        one. They hold the weights once, and gradients become the mean over ranks. ``"single"``: this process trains a model of its own.
 
     Returns
     -------
@@ -81,8 +92,9 @@ def offload(
     ------
     UsageError, BudgetError, StorageError
         Before anything is touched: bad policy (``FN-E50x``), budgets (``FN-E20x``), paths (``FN-E60x``), parameters that
-        cannot be paged (``FN-E11x``); weights that are missing (``FN-E404``), damaged (``FN-E406``) or of another model
-        (``FN-E407``). What fails later leaves the model where it was; weights that ``params.dtype`` has rounded stay so.
+        cannot be paged (``FN-E11x``) or that another library moves (``FN-E140``); weights that are missing (``FN-E404``), damaged (``FN-E406``) or of another model
+        (``FN-E407``); several ranks that differ (``FN-E703``) or whose model or policy is not supported there (``FN-E704``, ``FN-E720``). What
+        fails later leaves the model where it was; weights that ``params.dtype`` has rounded stay so.
     """
     if session_of(model) is not None:
         raise UsageError(
@@ -94,20 +106,29 @@ def offload(
     for name, p in model.named_parameters():
         if isinstance(p, GuardedParameter) or ref_of(p) is not None or resident_session(p) is not None:
             raise UsageError("FN-E110", f"'{name}' belongs to another offloaded model. Unwrap that one first.")
-    resolved = Policy.load(policy)
-    began = time.monotonic()
-    cast = Cast(resolved.params.dtype)
-    weights = None if checkpoint is None else Weights(model, checkpoint, cast)
+    ranks = resolve(group)
+    with agreed(ranks, "looked at its model and its policy"):
+        refuse_movers(model)
+        resolved = Policy.load(policy)
+        if ranks is not None:
+            refuse_for_ranks(model)
+        began = time.monotonic()
+        cast = Cast(resolved.params.dtype)
+        weights = None if checkpoint is None else Weights(model, checkpoint, cast)
     try:
         if weights is not None:
             weights.materialise()
-        session = _offload(model, resolved, weights, cast)
+        session = _offload(model, resolved, weights, cast, ranks)
     except BaseException:
         if weights is not None:
             weights.undo()
+        if ranks is not None:
+            ranks.close()
         raise
     for text in session.engine.notes():
         note(text)
+    if ranks is None:
+        session.growth.begin()
     if session.held.unpaged:
         _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
     _tell_homes(session, time.monotonic() - began)
@@ -122,16 +143,17 @@ def _tell_homes(session: Session, seconds: float) -> None:
     progress("FN-I302 offloaded in %.1f s; weights: %s", seconds, homes or "none")
 
 
-def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast) -> Session:
-    check_process()
-    found = find_units(model, resolved.unit_patterns())
-    if torch.version.cuda is not None:
-        tell_core()
-    left = unpaged(model)
-    units = [(f.name, [describe(n, p, cast.dtype_of(p)) for n, p in f.params]) for f in found]
-    engine = _core.Engine(units, resolved.to_json(), _freed(found))
+def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast, ranks: Group | None) -> Session:
+    with agreed(ranks, "looked for its model's units"):
+        check_process()
+        found = find_units(model, resolved.unit_patterns())
+        if torch.version.cuda is not None:
+            tell_core()
+        left = unpaged(model)
+        units = [(f.name, [describe(n, p, cast.dtype_of(p)) for n, p in f.params]) for f in found]
+    engine = make_engine(units, resolved.to_json(), _freed(found), ranks)
     where = engine.device()
-    session = Session(engine, torch.device("cpu" if where == "host" else where), resolved)
+    session = Session(engine, torch.device("cpu" if where == "host" else where), resolved, ranks)
     session.held = Held(model, left)
     devices = {id(p): p.device for p in model.parameters()}
     buffers = [(m, name, b) for m in model.modules() for name, b in own_buffers(m).items() if b is not None]
@@ -145,6 +167,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
         model.__dict__[ATTRIBUTE] = session
         if weights is not None:
             weights.fill(session)
+        meet(session, "the end of funicular.offload")
     except BaseException:
         # As it was: nothing of a model is lost because it could not be offloaded.
         for module, name, buffer in buffers:
@@ -178,6 +201,7 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
         residents = [engine.homes(index)[0] == "hbm" for index in range(len(found))]
         paged = {i: _build_unit(session, i, f) for i, f in enumerate(found) if not residents[i]}
         session.units.extend(paged.values())
+        session.gradients.know(session.units)
         for index, unit in paged.items():
             unit.neighbours.extend(paged[v] for v in engine.neighbours(index))
         told, done, total = Progress("FN-I301 offloading"), 0, sum(unit.nbytes for unit in session.units)
@@ -188,8 +212,10 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
                 told.at(done, total)
         # Everything that can fail has been done; from here parameters move.
         moved = 0
+        if session.group is not None:
+            _share_weights(session, filled=filled)
         for unit in session.units:
-            _move_in(session, unit, filled=filled)
+            _move_in(session, unit, filled=filled and session.group is None)
             if not unit.on_nvme:
                 done += unit.nbytes
                 told.at(done, total)
@@ -205,8 +231,10 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
 
 def _build_unit(session: Session, index: int, found: Found) -> Unit:
     engine = session.engine
-    on_nvme, spare_copy = engine.homes(index)[0] == "nvme", engine.has_spare_copy(index)
-    unit = Unit(session, index, found.name, on_nvme=on_nvme, spare_copy=spare_copy)
+    (params, _, grads), spare_copy = engine.homes(index), engine.has_spare_copy(index)
+    unit = Unit(
+        session, index, found.name, on_nvme=params == "nvme", grads_on_nvme=grads == "nvme", spare_copy=spare_copy
+    )
     for (name, p), place in zip(found.params, engine.places(index), strict=True):
         ref = PagedParam(p, name, unit, place, guarded_classes(type(p)))
         build_places(engine, ref)
@@ -242,6 +270,27 @@ def _move_in(session: Session, unit: Unit, *, filled: bool) -> None:
             share_version(ref)
     session.leases.add(unit)
     unit.count_idle()
+
+
+def _share_weights(session: Session, *, filled: bool) -> None:
+    """Have rank 0's weights in the memory of all ranks. The others are told if theirs differ."""
+    group = session.group
+    assert group is not None
+    if filled and group.rank == 0:
+        for unit in session.units:
+            _copy_home(session, unit)
+    meet(session, "the weights of rank 0 in their places")
+    if not filled or group.rank == 0:
+        return
+    for ref in (ref for unit in session.units for ref in unit.params):
+        p = ref.param.data
+        if not torch.equal(dense_bytes(p), dense_bytes(ref.home).to(p.device)):
+            _log.warning(
+                "FN-W720 '%s' has other values on rank %d than on rank 0, whose weights count. Seed all ranks alike, or load the same checkpoint.",
+                ref.name,
+                group.rank,
+            )
+            return
 
 
 def _copy_home(session: Session, unit: Unit) -> None:
@@ -344,6 +393,8 @@ def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> 
 def unwrap(model: nn.Module) -> nn.Module:
     """Make an offloaded model a normal, resident one again, in place.
 
+    All ranks that train it call it, but for those that have ended.
+
     Parameters
     ----------
     model : nn.Module
@@ -367,6 +418,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     refuse(session, "unwrap")
     note_step(session)
     _core.saved(session.engine)
+    leave_ranks(session)
     # Steps of other threads wait, and then find the model ordinary.
     with session.lock:
         if session.engine.failed():
@@ -383,6 +435,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         # Nothing has changed so far.
         _core.complete(lambda: _leave(part, session, taken))
     session.engine.close()
+    if session.group is not None:
+        session.group.close()
     return model
 
 

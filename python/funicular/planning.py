@@ -96,6 +96,13 @@ def _from_config(folder: Path, dtype: str | None) -> nn.Module:
     except ImportError as e:
         raise ImportError("a config.json needs the package transformers; without it give --params and --layers") from e
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized and dtype is None:
+        method = getattr(quantized, "get", lambda _: None)("quant_method") or "quantization_config"
+        raise ValueError(
+            f"its weights are quantized ({method}), and only whole ones are trained here: "
+            "--dtype bf16 plans the model with weights in bf16"
+        )
     # A model is trained in the type that its weights are kept in, unless something else is asked for.
     kept = BY_SHORT_NAME.get(dtype or "", getattr(config, "dtype", None) or torch.float32)
     with torch.device("meta"):

@@ -71,6 +71,13 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Home of the gradients of what is paged."""
+
+    tier: Literal["auto", "host", "nvme"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Units:
     """What is paged as a whole: patterns of names of modules."""
 
@@ -133,6 +140,7 @@ _SECTIONS: dict[str, Any] = {
     "nvme": Nvme,
     "params": Params,
     "optimizer": Optimizer,
+    "gradients": Gradients,
     "units": Units,
     "prefetch": Prefetch,
     "activations": Activations,
@@ -161,6 +169,7 @@ class Policy:
     nvme: Nvme = field(default_factory=Nvme)
     params: Params = field(default_factory=Params)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    gradients: Gradients = field(default_factory=Gradients)
     units: Units = field(default_factory=Units)
     override: tuple[Override, ...] = ()
     prefetch: Prefetch = field(default_factory=Prefetch)
@@ -210,7 +219,7 @@ class Policy:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], **overrides: str) -> Policy:
         """Take a mapping of the same shape as the file."""
-        return cls._resolve(json.dumps(mapping, default=os.fspath), "json", overrides)
+        return cls._resolve(_as_json(mapping), "json", overrides)
 
     @classmethod
     def preset(cls, name: str, **overrides: str) -> Policy:
@@ -231,7 +240,7 @@ class Policy:
 
     def to_json(self) -> str:
         """Return the policy as JSON, every key written out; a file with it reads back as the same policy."""
-        return json.dumps(self.to_dict(), default=os.fspath)
+        return _as_json(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as a mapping of the file's shape."""
@@ -246,6 +255,24 @@ class Policy:
 
 def _readable(text: str) -> str:
     return os.fsencode(text).decode(errors="replace")
+
+
+def _as_json(mapping: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(mapping, default=_path)
+    except (TypeError, ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UsageError(
+            "FN-E503",
+            f"a policy cannot be made of this mapping: {why}. Give text, numbers, booleans, paths, and lists and dicts of them.",
+        ) from None
+
+
+def _path(value: Any) -> str:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str):
+        raise TypeError(f"{value!r:.100} is of type {type(value).__name__}")
+    return path
 
 
 def _typed(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,19 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Hyper", "ReferenceAdamW", "adamw_step", "hyper", "join_master", "norm_sq", "split_master"]
+__all__ = [
+    "Hyper",
+    "ReferenceAdamW",
+    "adamw_step",
+    "backward_of_ranks",
+    "hyper",
+    "join_master",
+    "mean_of_ranks",
+    "norm_sq",
+    "split_master",
+]
 
 NORM_BLOCK = 8192
 """Elements per partial sum of a norm."""
@@ -224,6 +234,58 @@ def norm_sq(x: Tensor) -> float:
     for row in partials:
         total = total + row
     return float(_tree(total))
+
+
+@torch.no_grad()
+def mean_of_ranks(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    """Mean of what each rank has of one gradient: summed in fp32 ascending by rank, divided by the number of ranks, rounded once.
+
+    A rank without one adds nothing, and counts. None if no rank has one.
+    """
+    present = [piece for piece in pieces if piece is not None]
+    if not present:
+        return None
+    total = present[0].to(torch.float32)
+    for piece in present[1:]:
+        total = total + piece.to(torch.float32)
+    ranks = torch.tensor(float(len(pieces)), dtype=torch.float32, device=total.device)
+    return (total / ranks).to(present[0].dtype)
+
+
+def backward_of_ranks(
+    parameters: Iterable[Tensor], losses: Sequence[Callable[[], Tensor] | None]
+) -> list[Tensor | None]:
+    """Do to gradients what one backward on each of several ranks does, in one process.
+
+    Each rank's loss is computed, and its backward run, one after the other; each parameter's gradient is the mean over ranks, or that is added to
+    it as torch adds. What an offloaded model on so many ranks must equal, bit for bit.
+
+    Parameters
+    ----------
+    parameters
+        Those of the model.
+    losses
+        For each rank a function that computes its loss; None for a rank that has no backward.
+
+    Returns
+    -------
+    list of Tensor or None
+        Each rank's loss.
+    """
+    parameters = list(parameters)
+    before = [p.grad for p in parameters]
+    found, pieces = [], []
+    for loss in losses:
+        for p in parameters:
+            p.grad = None
+        found.append(None if loss is None else loss())
+        if found[-1] is not None:
+            torch.autograd.backward(found[-1])
+        pieces.append([p.grad for p in parameters])
+    for p, old, of_ranks in zip(parameters, before, zip(*pieces, strict=True), strict=True):
+        mean = mean_of_ranks(of_ranks)
+        p.grad = old if mean is None else mean if old is None else old.add_(mean)
+    return found
 
 
 class ReferenceAdamW(torch.optim.Optimizer):

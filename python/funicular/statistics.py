@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import html
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from funicular import _core
 from funicular.report.step_time import StepTime, step_time
 from funicular.windows.lookup import offloaded
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Ahead", "Budget", "Link", "Paged", "Prefetch", "Stats", "StepTime", "Updated", "stats"]
+    from funicular.windows.session import Session
+
+__all__ = [
+    "Ahead",
+    "Budget",
+    "Grown",
+    "Link",
+    "Moved",
+    "Paged",
+    "Prefetch",
+    "Ranked",
+    "Stats",
+    "StepTime",
+    "Updated",
+    "stats",
+]
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,11 @@ class Prefetch:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Units whose update began during backward: used by the step, or made in vain."""
+    """Units whose update began during backward: used by the step, or made in vain; those whose weights were made first, their states later."""
 
     used: int
     in_vain: int
+    weights_first: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,37 @@ class Updated:
 
     cpu: int
     gpu: int
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Optimizer states of one unit that moved into free memory of the compute device, or out of it."""
+
+    #: steps taken before it
+    step: int
+    unit: str
+    bytes: int
+    #: up: ``room``; down: ``short`` (too little was free), ``asked`` (torch found no memory, or its cache was emptied), ``written``
+    #: (a load or the program writes them), ``off``
+    why: str
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Optimizer states in memory of the compute device that was free (``budget.hbm = "auto"``), in bytes."""
+
+    #: there now, and at most so far; part of ``budgets["hbm"]``
+    taken: int
+    peak: int
+    #: moved there and back, all steps together
+    up: int
+    down: int
+    #: times that the device had no memory after all
+    refused: int
+    #: what is left free
+    margin: int
+    #: the last moves, in order
+    moves: tuple[Moved, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +124,18 @@ class Paged:
     waiting: int = 0
     #: host memory taken for them, part of the host budget
     reserved: int = 0
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One process among those that train the model together (docs/ranks.md)."""
+
+    rank: int
+    size: int
+    #: bytes of gradients sent to other ranks
+    sent: int
+    #: seconds that the program waited for other ranks, in backwards and at steps
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -105,11 +166,14 @@ class Stats:
     #: reads of parameters outside their windows
     stray_reads: int
     budgets: dict[str, Budget]
+    grown: Grown
     activations: Paged
     #: bytes of parameters that cannot be paged, by device: they are in no budget
     unpaged: dict[str, int]
     #: seconds since the model was offloaded
     seconds: float
+    #: None for a process that trains alone
+    ranks: Ranked | None = None
 
     @property
     def stall_seconds(self) -> float:
@@ -138,11 +202,17 @@ class Stats:
         figures |= {f"stalls/{cause}": seconds for cause, seconds in self.stalls.items()}
         groups: dict[str, Any] = {f"budgets/{tier}": budget for tier, budget in self.budgets.items()}
         groups |= {"prefetch": self.prefetch, "ahead": self.ahead, "updated": self.updated}
-        groups |= {"activations": self.activations}
+        groups |= {"activations": self.activations, "grown": self.grown}
         for name, group in groups.items():
-            figures |= {f"{name}/{key}": value for key, value in asdict(group).items()}
+            figures |= {f"{name}/{key}": value for key, value in asdict(group).items() if key != "moves"}
         figures |= {"home_uses": self.home_uses, "stray_reads": self.stray_reads}
+        of_ranks = dict.fromkeys(("rank", "size", "sent", "waited")) if self.ranks is None else asdict(self.ranks)
+        figures |= {f"ranks/{key}": value for key, value in of_ranks.items()}
         return figures | {"unpaged_bytes": sum(self.unpaged.values())}
+
+    def _repr_html_(self) -> str:
+        """Return what ``print`` shows, for notebooks."""
+        return f'<pre style="line-height: 1.3">{html.escape(str(self))}</pre>'
 
     def __str__(self) -> str:
         lines = [f"funicular on {self.device}, {self.steps} steps, I/O engine {self.engine or 'none'}"]
@@ -153,6 +223,11 @@ class Stats:
         ]
         waited = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in self.stalls.items() if seconds >= 0.005)
         lines.append(f"  stalls           {waited or 'none'}")
+        r = self.ranks
+        if r is not None:
+            lines.append(
+                f"  ranks            rank {r.rank} of {r.size}: {r.sent / 1e9:.3f} GB of gradients sent, waited {r.waited:.2f} s for others"
+            )
         if self.step is not None:
             lines.append(f"  step             {self.step}")
             lines.append(f"  bound by         {self.step.bound}")
@@ -165,12 +240,19 @@ class Stats:
             lines.append(
                 f"  ahead            {self.ahead.used} updates begun in backward and used, {self.ahead.in_vain} in vain"
             )
+        if self.ahead.weights_first:
+            lines.append(f"  weights first    {self.ahead.weights_first} updates, whose states followed later")
         if self.updated.gpu:
             cpu, gpu = self.updated.cpu / 1e9, self.updated.gpu / 1e9
             lines.append(f"  updated          {cpu:.3f} G parameters by the CPU, {gpu:.3f} G by the GPU")
         a = self.activations
         if a.bytes_out:
             lines.append(f"  activations      {a.bytes_out / 1e9:.3f} GB out, {a.bytes_in / 1e9:.3f} GB in")
+        g = self.grown
+        if g.up:
+            lines.append(
+                f"  grown            {g.taken / 1e9:.3f} GB of states in free memory of the device; {g.down / 1e9:.3f} GB moved down"
+            )
         for tier, b in self.budgets.items():
             limit = "unlimited" if b.limit is None else f"{b.limit / 2**20:.1f} MiB"
             lines.append(f"  {tier:16} {b.used / 2**20:.1f} MiB used, {b.peak / 2**20:.1f} MiB peak of {limit}")
@@ -211,7 +293,19 @@ def stats(model: nn.Module) -> Stats:
         home_uses=raw["home_uses"],
         stray_reads=session.strays,
         budgets={tier: Budget(limit, used, peak) for tier, (limit, used, peak) in raw["budgets"].items()},
+        grown=_grown(_core.grown(session.engine)),
         activations=Paged() if session.activations is None else Paged(*session.activations.totals()),
         unpaged=unpaged,
         seconds=time.monotonic() - session.started,
+        ranks=_ranked(session),
     )
+
+
+def _ranked(session: Session) -> Ranked | None:
+    group = session.group
+    return None if group is None else Ranked(group.rank, group.size, group.sent, group.waited)
+
+
+def _grown(raw: dict[str, Any]) -> Grown:
+    moves = tuple(Moved(step, unit, size, why) for _, step, unit, size, why in raw.pop("moves"))
+    return Grown(moves=moves, **raw)

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from funicular import _core
 from funicular.checkpoint.facts import decode, encode
 from funicular.homes.moved import tensor_over
+from funicular.ranks.rounds import Rounds
+from funicular.ranks.slices import cut as cut_gradient
+from funicular.ranks.slices import mean as mean_of_pieces
 from funicular.report.nvtx import Ranges
 from funicular.torch_internals import saved_hooks
 from funicular.units.param import ref_of
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from funicular import _core
     from funicular.units.param import PagedParam
     from funicular.units.unit import Unit as _Unit
     from funicular.windows.session import Session
@@ -31,12 +34,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Inspected",
     "Parameter",
+    "Rounds",
     "Unit",
     "close_all",
+    "cut_gradient",
     "inspect",
     "inspect_parameter",
     "is_offloaded",
     "is_resident",
+    "mean_of_pieces",
     "saved_tensor_hooks",
     "through_manifest",
 ]
@@ -137,6 +143,11 @@ class Unit:
         return self._unit.depth
 
     @property
+    def begun(self) -> bool:
+        """Whether its next update was begun in backward."""
+        return self._unit.begun_from is not None
+
+    @property
     def in_memory(self) -> bool:
         """Whether a copy of weights that live on NVMe is in host memory now."""
         return self._unit.shadow_filled
@@ -183,6 +194,14 @@ class Inspected:
     def start_range(self, name: str) -> Any:
         """Start a range as ``log.nvtx`` does; None where ranges are off."""
         return self._session.ranges.start(name)
+
+    def make_memory_up(self, capacity: int, others: int) -> None:
+        """Have the memory of the host device be so large, in bytes, and so much of it be others': states move up into the rest."""
+        _core.make_memory_up(self._session.engine, capacity, others)
+
+    def give_memory_back(self) -> None:
+        """Move all states down, as torch's allocator has it done when it finds no memory."""
+        _core.give_memory_back(self._session.engine)
 
     def record_ranges(self, start: Callable[[str], Any], end: Callable[[Any], Any]) -> None:
         """Give the ranges of ``log.nvtx`` to two functions: ``start`` takes a name, and ``end`` takes what ``start`` returned."""

@@ -10,6 +10,7 @@ from torch import nn
 from funicular._core import MemoryPlace, SavedTensor, UnitPlace
 from funicular.checkpoint.entries import added_entries
 from funicular.checkpoint.facts import encode
+from funicular.checkpoint.options import encode_options
 from funicular.errors import UsageError
 from funicular.optim.adamw import AdamW
 from funicular.optim.states import ParamStates
@@ -217,8 +218,7 @@ class Snapshot:
                     )
                 members.append(name)
                 self.states(name, p, *states_of(opt, p))
-            options = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
-            groups.append({"options": encode(options, f"group {index}"), "params": members})
+            groups.append({"options": encode_options(opt, group, index), "params": members})
         return groups
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import itertools
 import math
 import random
 import struct
@@ -19,6 +20,8 @@ __all__ = ["check_random_states", "decode", "encode", "random_states", "set_rand
 
 #: levels of JSON that are kept; readers have limits, some at 128
 _DEEPEST = 100
+#: values that are written again because what holds them stands at several places
+_MOST_REPEATED = 1_000_000
 #: dicts that are kept as pairs of keys and values, where JSON's objects would change their keys or their type
 _DICTS: dict[type, str] = {dict: "__dict__", OrderedDict: "__ordered__", Counter: "__counter__"}
 
@@ -39,13 +42,15 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     ------
     UsageError
         ``FN-E408`` for anything but None, bool, int, float, str, and lists, tuples, dicts, ``OrderedDict`` and ``Counter`` of
-        them; for text that is not Unicode, and for more than 100 levels.
+        them; for text that is not Unicode, for more than 100 levels, and for containers that are repeated a million times.
     """
     if depth > _DEEPEST:
         raise UsageError(
             "FN-E408", f"{where[:80]}...: nested more than {_DEEPEST} levels deep, or part of itself. Flatten it."
         )
     kind = type(value)
+    if depth == 0:
+        _check_repeats(value, where)
     if value is None or kind is bool:
         return value
     if kind is str:
@@ -68,6 +73,33 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
         [encode(k, f"{where}: a key", depth + 3), encode(v, f"{where}[{k!r}]", depth + 3)] for k, v in value.items()
     ]
     return {tag: pairs}
+
+
+def _check_repeats(value: Any, where: str) -> None:
+    """Refuse containers that hold the same ones again and again: JSON writes each as often as it is reached."""
+    sizes: dict[int, int] = {}
+    entries = 0
+
+    def size(item: Any, depth: int) -> int:
+        nonlocal entries
+        kind = type(item)
+        if kind is not list and kind is not tuple and kind not in _DICTS:
+            return 1
+        if id(item) not in sizes:
+            sizes[id(item)] = 1  # of one that is part of itself; it is too deep
+            inner = item if kind not in _DICTS else itertools.chain(item.keys(), item.values())
+            if depth <= _DEEPEST:
+                total = 1 + sum(size(i, depth + 1) for i in inner)
+                entries += 1 + (len(item) if kind not in _DICTS else 2 * len(item))
+                sizes[id(item)] = total
+        return sizes[id(item)]
+
+    if size(value, 0) > entries + _MOST_REPEATED:
+        raise UsageError(
+            "FN-E408",
+            f"{where[:80]}: the same lists or dicts stand in it at more than {_MOST_REPEATED} places, and JSON would have each of them "
+            "as often. Save each once, and their places as numbers.",
+        )
 
 
 def _encode_text(value: str, where: str) -> str:

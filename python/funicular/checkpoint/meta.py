@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from funicular.checkpoint.collect import named_tensors
-from funicular.checkpoint.restore import Loader, Source, compare_model
+from funicular.checkpoint.restore import Loader, compare_model
+from funicular.checkpoint.source import Source
 from funicular.errors import UsageError
 from funicular.report.log import Progress, progress
 from funicular.torch_internals.memory import make_subclass, swap
@@ -111,7 +112,11 @@ class Weights:
         told = Progress("FN-I406 loading %s", self.source.path)
         loader = Loader(self.source, self.model, named_tensors(self.model), session)
         loader.model()
-        loader.run(told.at)
+        session.loading = True
+        try:
+            loader.run(told.at)
+        finally:
+            session.loading = False
         if self.source.conversion is not None:
             self.source.conversion.done()
         progress("FN-I407 loaded %s in %.1f s", self.source.path, told.seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,29 +9,29 @@ import torch
 
 from funicular import _core
 from funicular._core import ReadBuffer, RestoredState, UnitPlace
-from funicular.checkpoint.conversion import Conversion
 from funicular.checkpoint.entries import hand_back
 from funicular.checkpoint.facts import decode
 from funicular.checkpoint.quiesce import homes_changed
-from funicular.checkpoint.under_way import finish
-from funicular.errors import StorageError, UsageError
+from funicular.errors import UsageError
 from funicular.optim.states import ParamStates
+from funicular.ranks.meeting import agreed
+from funicular.ranks.slices import dealt
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import MOMENTS, SAFETENSORS, TRAINED, is_half, name_of, state_dtype
 from funicular.units.param import ref_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
     from torch import nn
 
     from funicular.checkpoint.collect import Named
     from funicular.checkpoint.conversion import Made
+    from funicular.checkpoint.source import Source
     from funicular.units.param import PagedParam
     from funicular.windows.session import Session
 
-__all__ = ["Loader", "Source", "compare_groups", "compare_model", "take_groups"]
+__all__ = ["Loader", "compare_groups", "compare_model", "take_groups"]
 
 #: ordinary tensors are filled through buffers of about this many bytes at a time
 _BATCH = 64 << 20
@@ -40,74 +39,6 @@ _TYPES = {name: dtype for dtype, name in SAFETENSORS.items()}
 #: formats that are converted into each other
 _FLOATS = frozenset(SAFETENSORS[dtype] for dtype in TRAINED)
 _log = logging.getLogger("funicular")
-
-
-class Found(NamedTuple):
-    """A tensor of a checkpoint."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class Source:
-    """An opened checkpoint and what it says of itself."""
-
-    def __init__(self, path: Path, *, own: bool) -> None:
-        self.path, self.own = path, own
-        finish(path)
-        self.core = _core.Checkpoint(str(path), own)
-        self.model = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(False)}
-        self.optimizer = {name: Found(dtype, tuple(shape)) for name, dtype, shape in self.core.tensors(True)}
-        said = self.core.training()
-        self.training: dict[str, Any] = {} if said is None else _training_of(path, said)
-        #: types of 16-bit parameters of which the file has the fp32 masters
-        self.masters: dict[str, str] = self.training.get("dtypes", {})
-        #: what modules added to their state: names of tensors, and values
-        said = self.training.get("entries", {"tensors": [], "values": {}})
-        try:
-            self.entries = [str(name) for name in said["tensors"]]
-            self.values: dict[str, Any] = {name: decode(value) for name, value in said["values"].items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(
-                "FN-E406", f"{path}: what its manifest says of added entries is not what a save writes."
-            ) from error
-
-        #: what the file calls the model's tensors, and what of the model is made of others
-        self.names = {name: name for name in self.model}
-        self.conversion: Conversion | None = None
-
-    def convert_for(self, model: nn.Module) -> None:
-        """Have the file's tensors converted as transformers does for this model, if it is one of its own."""
-        if not self.training:
-            self.conversion = Conversion.of(model, {name: found.shape for name, found in self.model.items()})
-        if self.conversion is not None:
-            self.names = self.conversion.names
-
-    def name_of(self, name: str, aliases: dict[str, str]) -> str | None:
-        """Return the name under which the file has a tensor of the model."""
-        return next((self.names[n] for n in _names(name, aliases) if n in self.names), None)
-
-    def made(self, name: str, aliases: dict[str, str]) -> tuple[str, Made] | None:
-        """Return under which of its names a tensor of the model is made of others, and of which."""
-        made = {} if self.conversion is None else self.conversion.made
-        return next(((n, made[n]) for n in _names(name, aliases) if n in made), None)
-
-
-def _names(name: str, aliases: dict[str, str]) -> Iterator[str]:
-    yield name
-    yield from (alias for alias, first in aliases.items() if first == name)
-
-
-def _training_of(path: Path, text: str) -> dict[str, Any]:
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(
-            "FN-E406", f"{path}: what funicular.json says of the training cannot be read ({error})."
-        ) from None
-    if not isinstance(said, dict) or not isinstance(said.get("dtypes", {}), dict):
-        raise StorageError("FN-E406", f"{path}: what funicular.json says of the training is not what a save writes.")
-    return said
 
 
 def _list(title: str, found: list[str]) -> list[str]:
@@ -248,6 +179,8 @@ class _Ordinary(NamedTuple):
     #: which half of an fp32 master, if it is one
     half: str | None
     take: Callable[[torch.Tensor], None]
+    #: the parameter that it is, if its home is the same memory for all ranks
+    shared: PagedParam | None = None
 
 
 class Loader:
@@ -258,6 +191,7 @@ class Loader:
         self._model = model
         self.named = named
         self.session = session
+        self._group = None if session is None else session.group
         self.items: list[RestoredState] = []
         self.ordinary: list[_Ordinary] = []
         #: what is made of several tensors, and where it goes
@@ -276,7 +210,9 @@ class Loader:
             if ref is not None and p.is_contiguous():
                 self.items.append(RestoredState(_place(ref, "param"), ref.numel, False, key, half))
             else:
-                self._ordinary(key, False, p, "param" if half else None, _copier(p))
+                self._ordinary(
+                    key, False, p, "param" if half else None, _copier(p), None if self._group is None else ref
+                )
         for name, b in self.named.buffers.items():
             if self._is_made(name, b):
                 continue
@@ -304,9 +240,15 @@ class Loader:
                 target.copy_(found[name])
 
     def _ordinary(
-        self, name: str, optimizer: bool, like: torch.Tensor, half: str | None, take: Callable[[torch.Tensor], None]
+        self,
+        name: str,
+        optimizer: bool,
+        like: torch.Tensor,
+        half: str | None,
+        take: Callable[[torch.Tensor], None],
+        shared: PagedParam | None = None,
     ) -> None:
-        self.ordinary.append(_Ordinary(name, optimizer, like.shape, like.dtype, half, take))
+        self.ordinary.append(_Ordinary(name, optimizer, like.shape, like.dtype, half, take, shared))
 
     def optimizer(self, opt: torch.optim.Optimizer, groups: list[list[str]]) -> None:
         """List the states of the parameters of all groups."""
@@ -424,22 +366,45 @@ class Loader:
     def _run(self, told: Callable[[int], None] | None) -> None:
         if self.items:
             assert self.session is not None
-            _core.restore(self.session.engine, self.source.core, self.items, self.session.stream(), told)
+            # Ranks have the same memory, and each fills a part of it.
+            mine = dealt([item.place.unit for item in self.items], self._group)
+            with agreed(self._group, "loaded its part of the weights and states", alike=True):
+                items = [item for item, own in zip(self.items, mine, strict=True) if own]
+                _core.restore(self.session.engine, self.source.core, items, self.session.stream(), told)
             refs = [ref for p in self.named.params.values() if (ref := ref_of(p)) is not None]
             homes_changed(self.session, refs)
+        with agreed(self._group, "loaded what takes a way of its own", alike=True):
+            others = self._run_ordinary()
+        # What other ranks have put into homes is an edit here as it is there.
+        for ref in others:
+            with unguarded():
+                torch.autograd.graph.increment_version(ref.param)
+            ref.unit.owner.edited(ref)
+        for note in self.after:
+            note()
+
+    def _run_ordinary(self) -> list[PagedParam]:
+        """Fill what goes through buffers; returns the parameters that other ranks fill."""
+        others: list[PagedParam] = []
         batch: list[tuple[_Ordinary, torch.Tensor]] = []
         size = 0
-        for one in self.ordinary:
+        for one, mine in zip(self.ordinary, dealt(self.ordinary, self._group), strict=True):
+            if one.shared is not None and not mine:
+                others.append(one.shared)
+                continue
             batch.append((one, torch.empty(one.shape, dtype=one.dtype)))
             size += batch[-1][1].nbytes
             if size > _BATCH:
                 self._fill(batch)
                 batch, size = [], 0
         self._fill(batch)
-        for made, targets in self.made.values():
-            self._make(made, targets)
-        for note in self.after:
-            note()
+        for (made, targets), mine in zip(self.made.values(), dealt(self.made, self._group), strict=True):
+            refs = [ref for t in targets.values() if (ref := ref_of(t)) is not None]
+            if mine or len(refs) < len(targets):  # a buffer is each rank's own
+                self._make(made, targets)
+            else:
+                others += refs
+        return others
 
     def _fill(self, batch: list[tuple[_Ordinary, torch.Tensor]]) -> None:
         self.source.core.read([_buffer(t, one.name, one.optimizer, one.half) for one, t in batch])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import threading
 import weakref
@@ -16,15 +17,18 @@ from funicular.checkpoint.collect import Snapshot, config_files, named_tensors
 from funicular.checkpoint.facts import decode, encode, random_states, set_random_states
 from funicular.checkpoint.partial import check_whole, mark_partial, mark_whole
 from funicular.checkpoint.quiesce import between_steps, preserve_aliased, quiesce
-from funicular.checkpoint.restore import Loader, Source, compare_groups, compare_model, take_groups
+from funicular.checkpoint.restore import Loader, compare_groups, compare_model, take_groups
+from funicular.checkpoint.source import Source
 from funicular.checkpoint.training import check_options, check_states, check_training
-from funicular.checkpoint.under_way import ended, prune, started
+from funicular.checkpoint.under_way import ended, finish, prune, started
 from funicular.errors import Error, UsageError
+from funicular.ranks.meeting import agreed
 from funicular.report.log import Progress, note, progress
 from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.modules import uncompiled
 from funicular.windows import signals
-from funicular.windows.lookup import session_within
+from funicular.windows.lookup import session_for
+from funicular.windows.ranked import meet, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,24 +51,27 @@ _hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, torch.utils.hooks.Remov
 class SaveHandle:
     """A save under way. It goes on whether or not the handle is kept; its error is raised here, or by the next save."""
 
-    def __init__(self, path: Path, core: _core.Save) -> None:
+    def __init__(self, path: Path, core: _core.Save | None) -> None:
         self.path = path
+        #: None where another rank writes it
         self._core = core
-        self._told = False
-        started(core, path)
+        self._told = core is None
+        if core is not None:
+            started(core, path)
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self._core.done()
+        return self._core is None or self._core.done()
 
     @property
     def progress(self) -> tuple[int, int]:
         """Bytes done, and bytes in all."""
-        return self._core.progress()
+        return (0, 0) if self._core is None else self._core.progress()
 
     def cancel(self) -> None:
         """Give it up: nothing of it is kept, earlier checkpoints stay. At once if it has ended."""
-        self._core.cancel()
+        if self._core is not None:
+            self._core.cancel()
 
     def wait(self) -> None:
         """Wait until the checkpoint is there, durable and under its name.
@@ -76,6 +83,8 @@ class SaveHandle:
         RuntimeFailure
             ``FN-E411`` if a tensor was changed before it was read, ``FN-E412`` after :meth:`cancel`.
         """
+        if self._core is None:
+            return
         try:
             while (notes := self._core.wait(_TELL)) is None:
                 done, total = self.progress
@@ -105,11 +114,6 @@ class Loaded(NamedTuple):
     extra: Any
 
 
-def _session(model: nn.Module) -> Session | None:
-    found = session_within(model)
-    return None if found is None else found[1]
-
-
 @torch.inference_mode(mode=False)
 def save(
     model: nn.Module,
@@ -124,6 +128,8 @@ def save(
     shard_bytes: int = 5_000_000_000,
 ) -> SaveHandle:
     """Save a model, its optimizer and the random states at ``path``, a directory.
+
+    Of several ranks (docs/ranks.md) rank 0 writes it, and alone may call; for the others the call does nothing.
 
     The weights are sharded safetensors with an index, as ``from_pretrained`` takes them; tied tensors are stored once. The
     states are safetensors too, by parameter name. Gradients are not saved. The directory appears whole or not at all.
@@ -162,16 +168,20 @@ def save(
         ``FN-E409`` if the host budget leaves too little for the frames (128 KiB at least).
     """
     model = uncompiled(model)
-    session = _session(model)
+    session = session_for(model)
     if weights not in ("param", "fp32"):
         raise UsageError("FN-E408", f"weights={weights!r}. Say 'param' or 'fp32'.")
-    if keep is not None and keep < 1:
-        raise UsageError("FN-E408", f"keep={keep}. Keep at least the checkpoint that is being saved.")
+    if keep is not None:
+        keep = _count("keep", keep, "Keep at least the checkpoint that is being saved")
+    shard_bytes = _count("shard_bytes", shard_bytes, "Say how many bytes a file of tensors may have")
     prune()
     before = _last.get(model)
     if before is not None:
         before._raise_untold()
     check_whole(model)
+    ranks = None if session is None else session.group
+    if ranks is not None and ranks.rank != 0:
+        return SaveHandle(Path(path), None)
     if session is None:
         handle = _begin(None, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
     else:
@@ -185,7 +195,8 @@ def save(
             handle = _begin(session, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
             if not wait:
                 preserve_aliased(session)
-                if amid:
+                if amid or ranks is not None:
+                    # The other ranks' updates do not wait for what this process reads.
                     signals.await_reads(session)
     if wait:
         try:
@@ -196,6 +207,17 @@ def save(
     else:
         _last[model] = handle
     return handle
+
+
+def _count(name: str, value: Any, advice: str) -> int:
+    """Return a whole number of at least one, as the core takes it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UsageError("FN-E408", f"{name}={value!r:.100}. {advice}: a whole number, 1 at least.")
+    return min(number, 2**63 - 1)
 
 
 def _begin(
@@ -290,7 +312,7 @@ def load(
 
     Everything but the tensors' bytes is compared before anything is touched. If there is something to lose (the optimizer
     has stepped, or the model is not offloaded), the bytes are compared with their checksums first too; else while they are
-    loaded. A save of this process to the same path is waited for.
+    loaded. A save of this process to the same path is waited for. Of several ranks all call it; random states are rank 0's alone.
 
     Parameters
     ----------
@@ -320,18 +342,23 @@ def load(
         ``FN-E409``.
     """
     model = uncompiled(model)
-    session = _session(model)
-    source = Source(Path(path), own=True)
-    said = check_training(source)
-    named = named_tensors(model)
-    compare_model(source, model, named, exact=True)
-    groups = [] if opt is None else compare_groups(source, opt, named)
-    if opt is not None:
-        check_states(source, named, groups)
-        check_options(source, opt)
-    # A model that is not offloaded runs in torch's own code, which does not know of half a load.
-    if session is None or (opt is not None and any(len(states) > 0 for states in opt.state.values())):
-        source.core.verify()
+    session = session_for(model)
+    ranks = None if session is None else session.group
+    if ranks is not None:
+        finish(path)  # the last save, by rank 0: it has ended before any rank looks
+        meet(session, f"a load of {os.fspath(path)}")
+    with agreed(ranks, f"looked at {os.fspath(path)}", alike=True):
+        source = Source(Path(path), own=True)
+        said = check_training(source)
+        named = named_tensors(model)
+        compare_model(source, model, named, exact=True)
+        groups = [] if opt is None else compare_groups(source, opt, named)
+        if opt is not None:
+            check_states(source, named, groups)
+            check_options(source, opt)
+        # A model that is not offloaded runs in torch's own code, which does not know of half a load.
+        if session is None or (opt is not None and any(len(states) > 0 for states in opt.state.values())):
+            source.core.verify(*((0, 1) if ranks is None else (ranks.rank, ranks.size)))
     if session is None:
         try:
             _fill(source, model, named, None, opt, groups)
@@ -348,10 +375,13 @@ def load(
             except BaseException:
                 session.partial = kept
                 raise
-            _fill(source, model, named, session, opt, groups)
+            with whole([session], "a load"):
+                # None changes what another still reads.
+                meet(session, "a load, before it changes anything")
+                _fill(source, model, named, session, opt, groups)
     if opt is not None:
         take_groups(source, opt)
-    if random and "random" in said:
+    if random and "random" in said and (ranks is None or ranks.rank == 0):
         set_random_states(said["random"])
     return Loaded(said["step"], decode(said["extra"]))
 

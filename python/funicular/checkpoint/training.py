@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from funicular.checkpoint.facts import check_random_states, decode
+from funicular.checkpoint.options import unusable_option
 from funicular.errors import StorageError
+from funicular.optim.adamw import AdamW
+from funicular.optim.load_states import refuse_options
 from funicular.units.dtypes import MOMENTS, SAFETENSORS, TRAINED, is_half
 
 if TYPE_CHECKING:
+    import torch
+
     from funicular.checkpoint.collect import Named
-    from funicular.checkpoint.restore import Source
+    from funicular.checkpoint.source import Source
 
 __all__ = ["check_options", "check_states", "check_training"]
 
@@ -89,10 +91,6 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MOST_STEPS
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and not (type(value) is float and math.isnan(value))
-
-
 def _are_names(value: Any) -> bool:
     return type(value) is list and all(type(name) is str for name in value)
 
@@ -119,21 +117,18 @@ def check_states(source: Source, named: Named, groups: list[list[str]]) -> None:
 
 
 def check_options(source: Source, opt: torch.optim.Optimizer) -> None:
-    """Compare the kinds of the groups' options with those that the optimizer has.
+    """Look whether the optimizer can step with the groups' options.
 
     Raises
     ------
     StorageError
-        ``FN-E406`` for an option of another kind.
+        ``FN-E406`` for an option that no step can use.
+    UsageError
+        ``FN-E117`` for one that ``funicular.AdamW`` does not support.
     """
-    for index, (group, saved) in enumerate(zip(opt.param_groups, source.training["groups"], strict=True)):
-        for key, value in decode(saved["options"]).items():
-            own = group.get(key)
-            if isinstance(own, torch.Tensor) or _is_number(own):
-                right = _is_number(value)
-            elif isinstance(own, (tuple, list)) and own and all(map(_is_number, own)):
-                right = isinstance(value, (tuple, list)) and len(value) == len(own) and all(map(_is_number, value))
-            else:
-                right = True
-            if not right:
-                raise _damaged(source, f"{key} of group {index} is {str(value)[:100]}")
+    for index, saved in enumerate(source.training["groups"]):
+        options = decode(saved["options"])
+        if (why := unusable_option(opt, options)) is not None:
+            raise _damaged(source, f"{why} of group {index}")
+        if isinstance(opt, AdamW):
+            refuse_options(options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from funicular.errors import Error
@@ -17,13 +16,21 @@ if TYPE_CHECKING:
 __all__ = ["ended", "finish", "install", "prune", "started"]
 
 _log = logging.getLogger("funicular")
-_running: dict[_core.Save, str] = {}
-_pid = os.getpid()
+#: where each goes, and the process that asked for it: a forked child has its parent's in this list, and may have its own
+_running: dict[_core.Save, tuple[str, int]] = {}
+
+
+def _place(path: str | os.PathLike[str]) -> str:
+    """Return what two paths to one place have in common; a path that leads nowhere is refused by those who open it."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return os.fspath(path)
 
 
 def started(core: _core.Save, path: str | os.PathLike[str]) -> None:
     """Take note of a save."""
-    _running[core] = str(Path(path).resolve())
+    _running[core] = (_place(path), os.getpid())
 
 
 def ended(core: _core.Save) -> None:
@@ -33,14 +40,18 @@ def ended(core: _core.Save) -> None:
 
 def prune() -> None:
     """Forget all saves that have ended."""
-    for core in [core for core in _running if core.done()]:
+    for core in [core for core, _ in _ours() if core.done()]:
         ended(core)
+
+
+def _ours() -> list[tuple[_core.Save, str]]:
+    return [(core, to) for core, (to, process) in list(_running.items()) if process == os.getpid()]
 
 
 def finish(path: str | os.PathLike[str]) -> None:
     """Wait for the saves of this process to a path that is about to be read: what is read is the last state saved."""
-    place = str(Path(path).resolve())
-    for core in [core for core, to in list(_running.items()) if to == place and os.getpid() == _pid]:
+    place = _place(path)
+    for core in [core for core, to in _ours() if to == place]:
         try:
             while core.wait(60.0) is None:
                 progress("FN-I403 waiting for the save to %s before it is read: %d of %d bytes", path, *core.progress())
@@ -50,9 +61,7 @@ def finish(path: str | os.PathLike[str]) -> None:
 
 def _finish_all() -> None:
     """Let saves that were asked for end: the process leaves nothing half done."""
-    if os.getpid() != _pid:
-        return
-    for one in list(_running):
+    for one, _ in _ours():
         try:
             while one.wait(60.0) is None:
                 progress("FN-I403 waiting for a save before the process ends: %d of %d bytes", *one.progress())

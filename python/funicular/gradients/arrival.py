@@ -14,18 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from funicular.errors import RuntimeFailure
+from funicular.errors import BudgetError, RuntimeFailure
 from funicular.gradients.clipping import note_norm
+from funicular.gradients.paged import others_wanted
 from funicular.guard.classes import GuardedGrad
 from funicular.torch_internals.memory import storage_uses, tensor_uses
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.param import link, ref_of
+from funicular.units.unit import GRADIENTS_UNDER_WAY
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from funicular._core import Engine
+    from funicular.gradients.adding import Backwards
     from funicular.units.param import PagedParam
 
-__all__ = ["Landing", "bring_down", "bring_home", "make_grad", "move_out"]
+__all__ = ["Landing", "bring_down", "bring_home", "is_foreign", "make_grad", "move_out", "place_for", "rebase"]
 
 
 def make_grad(ref: PagedParam) -> torch.Tensor:
@@ -66,18 +71,25 @@ def place_for(ref: PagedParam) -> torch.Tensor:
 class Landing:
     """Gradients on their way down, kept until their copies are over: no more than those of two of the largest units."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, backwards: Backwards) -> None:
+        self._engine, self._backwards = engine, backwards
         #: gradient, and the number of its copy, or None where an interruption kept it from being known
         self._queue: deque[list[Any]] = deque()
         self._most = 0
 
-    def send(self, ref: PagedParam, grad: torch.Tensor, stream: int) -> None:
-        """Begin the copy of a gradient to its place."""
+    def send(self, ref: PagedParam, grad: torch.Tensor, stream: int, at: int = 0) -> None:
+        """Begin the copy of a gradient to its place, or of a part of it that begins ``at`` this element."""
         self._most = max(self._most, 2 * ref.unit.nbytes)
         under_way: list[Any] = [grad, None]
         self._queue.append(under_way)  # before: nothing may free what is being copied
-        under_way[1] = self._engine.gradient(ref.unit.engine_id, ref.offset, grad.data_ptr(), grad.nbytes, stream)
+        keep = not ref.unit.grads_on_nvme or others_wanted(ref, self._backwards)
+        where = (ref.unit.engine_id, ref.offset + at * grad.element_size(), grad.data_ptr(), grad.nbytes, stream, keep)
+        try:
+            under_way[1] = self._engine.gradient(*where)
+        except BudgetError:
+            # Others of its unit, which live on NVMe, have to be in memory beside it.
+            ref.unit.owner.drop_unused()
+            under_way[1] = self._engine.gradient(*where)
 
     def finish(self, stream: int) -> None:
         """Have ``stream`` wait for all copies, and let go of all gradients."""
@@ -110,28 +122,40 @@ def bring_down(landing: Landing, ref: PagedParam, stream: int, norms: str) -> bo
     p = ref.param
     with unguarded():
         grad = p.grad
+        if grad is None:
+            return False
         if grad is ref.grad:
-            return True  # added to in its place
-        if grad is None or grad.requires_grad or grad.layout != torch.strided:
+            # Added to in its place. Its norm is a pass over it: taken where it will be asked for, so that clipping need not touch it. The
+            # memory of one that lives on NVMe may be given back by now.
+            note_norm(ref, grad, grad, norms if ref.last_comes and not ref.unit.grads_on_nvme else "")
+            return True
+        if grad.requires_grad or grad.layout != torch.strided:
             return False
         if grad.dtype != ref.home.dtype or grad.device != ref.home.device or type(grad) is not torch.Tensor:
             return False
-        if _is_kept(_holders(grad)):
-            return False  # its holder may go on to edit it
-        place = place_for(ref)
+        if _is_kept(_holders(grad)) or ref.gradient_is_read(GRADIENTS_UNDER_WAY):
+            return False  # its holder may go on to edit it; or the place is looked at, and the step waits for that
+        place, came = place_for(ref), grad
         if grad.stride() != ref.home.stride():
             grad = torch.empty_like(ref.frame).copy_(grad)
         note_norm(ref, grad, place, norms)
         landing.send(ref, grad, stream)
+        if p.grad is not came:
+            return False  # another thread, or a signal handler, has cleared it meanwhile
         p.grad = place
     return True
 
 
-def bring_home(refs: list[PagedParam]) -> None:
+def is_foreign(ref: PagedParam, grad: torch.Tensor) -> bool:
+    """Whether a gradient has to be copied to its place for a step. One that has come there since the step saw it need not be."""
+    return ref.grad is not None and grad is not ref.grad and ref.param.grad is not ref.grad
+
+
+def bring_home(grads: Mapping[PagedParam, torch.Tensor]) -> None:
     """Make sure that the gradients to be used by a step are the ones in their places."""
-    foreign = [(ref, ref.param.grad) for ref in refs if ref.grad is not None and ref.param.grad is not ref.grad]
+    foreign = [(ref, grad) for ref, grad in grads.items() if is_foreign(ref, grad)]
     # One parameter's place may be another's gradient: all are read before any is written.
-    taken = [(ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign if g is not None]
+    taken = [(ref, g.detach().clone() if ref_of(g) is not None else g.detach()) for ref, g in foreign]
     for ref, grad in taken:
         ref.unit.owner.access_grad(ref)
         place = place_for(ref)
@@ -139,21 +163,24 @@ def bring_home(refs: list[PagedParam]) -> None:
             place.copy_(grad)
 
 
-def move_out(ref: PagedParam) -> None:
-    """Give a gradient, and all views of it, memory of its own with the same bytes. Its place must be settled."""
+def move_out(ref: PagedParam, factor: torch.Tensor | None = None) -> None:
+    """Give a gradient, and all views of it, memory of its own with the same values, or multiplied. Its place must be settled."""
     grad = ref.grad
     assert grad is not None
     with torch.inference_mode(mode=False), torch.no_grad(), unguarded():
         copy = grad.detach().clone()
+        if factor is not None:
+            copy.mul_(factor)
         living = [view() for view in ref.views]
         for tensor in (grad, *living):
             if tensor is not None:
-                _rebase(tensor, copy)
+                rebase(tensor, copy)
         ref.views.clear()
         ref.give_gradient(make_grad(ref))
 
 
-def _rebase(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+def rebase(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    """Have a tensor over a gradient's place, or a view of it, look at the same elements of other memory, as an ordinary tensor."""
     moved = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     moved.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     tensor.data = moved

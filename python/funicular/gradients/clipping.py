@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funicular._core import FACTORS_PER_STEP
-from funicular.torch_internals.operations import FOREACH_MUL, FOREACH_NORM
+from funicular.homes.edits import edit_of_shared
+from funicular.torch_internals.operations import FOREACH_MUL, FOREACH_NORM, ZEROING
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import TRAINED
 from funicular.units.param import ref_of
@@ -66,6 +67,8 @@ def recognised(
         if func is _VECTOR_NORM:
             return _known_norm(args[0], "single") if type(args[0]) is guarded else NotImplemented
         return _norms(args[0], guarded)
+    if func in ZEROING:
+        return _clear(args, guarded)
     if func is FOREACH_MUL or func is _T.mul_:
         grads = args[0] if func is FOREACH_MUL else [args[0]]
         if len(args) == 2 and _postpone(grads, args[1], guarded):
@@ -73,8 +76,24 @@ def recognised(
     return NotImplemented
 
 
+def _clear(args: Sequence[Any], guarded: type[torch.Tensor]) -> Any:
+    """Clear gradients, each for itself where its place is not this process's alone."""
+    grads = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+    refs = [ref_of(grad) if type(grad) is guarded else None for grad in grads]
+    if len(args) != 1 or not any(ref is not None and ref.unit.owner.shared for ref in refs):
+        return NotImplemented
+    for ref, grad in zip(refs, grads, strict=True):
+        if ref is None or not ref.unit.owner.shared:
+            grad.zero_()
+        elif not ref.unit.owner.clear_grad(ref, grad):
+            raise edit_of_shared(f"the gradient of '{ref.name}'")
+    return args[0] if grads is not args[0] else None
+
+
 def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
     found = [_known_norm(t, "foreach") if type(t) is guarded else NotImplemented for t in tensors]
+    if any(ref.unit.grads_on_nvme for ref in map(_living_ref, tensors) if ref is not None):
+        found = [_norm_now(t) if norm is NotImplemented else norm for norm, t in zip(found, tensors, strict=True)]
     missing = [i for i, norm in enumerate(found) if norm is NotImplemented]
     if len(missing) == len(found) or any(type(tensors[i]) is guarded for i in missing):
         return NotImplemented
@@ -86,19 +105,37 @@ def _norms(tensors: Sequence[torch.Tensor], guarded: type[torch.Tensor]) -> Any:
 
 def _living_ref(grad: torch.Tensor) -> PagedParam | None:
     ref = ref_of(grad)
-    return ref if ref is not None and ref.grad is grad else None
+    return ref if ref is not None and (ref.grad is grad or ref.zeros is grad) else None
 
 
 def _known_norm(grad: torch.Tensor, kind: str) -> Any:
     ref = _living_ref(grad)
     if ref is None:
         return NotImplemented
-    ref.unit.owner.want_norms(kind)
+    owner = ref.unit.owner
+    owner.want_norms(kind)
+    if ref.norm is None and ref.factor is None and owner.shared:
+        # Only a factor that stays pending can be taken there, and only where the norm is known.
+        owner.access_grad(ref)
+        with unguarded():
+            note_norm(ref, grad, grad, kind)
     if ref.norm is None or ref.factor is not None:
         return NotImplemented
     norm, version, taken = ref.norm
     with unguarded():
         return norm if grad._version == version and taken == kind else NotImplemented
+
+
+def _norm_now(grad: torch.Tensor) -> Any:
+    """Take the norm of a gradient: one after the other where they live on NVMe, as memory may not hold all of them."""
+    ref = _living_ref(grad)
+    if ref is None:
+        return NotImplemented
+    ref.unit.owner.access_grad(ref)
+    with unguarded():
+        note_norm(ref, grad, grad, "foreach")
+    assert ref.norm is not None
+    return ref.norm[0]
 
 
 def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor, kind: str) -> None:

@@ -1,7 +1,6 @@
 """Speculative updates: they begin during backward, for units whose plan has a spare copy of their states.
 
-A unit's gradients are complete when all of its trained parameters have one from this backward, and this backward is the last
-before the step, as the last step had it. Then the runtime begins the update that the next step will ask for, should nothing change: with
+A unit's gradients are complete when as many have come of each of its trained parameters as came before the last step. Then the runtime begins the update that the next step will ask for, should nothing change: with
 the optimizer's present hyperparameters, into frames that nothing else reads. The step confirms it, or makes the update anew.
 """
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from funicular._core import Engine, Hyper, Span
+    from funicular.gradients.adding import Backwards
     from funicular.units.param import PagedParam
     from funicular.units.unit import Unit
 
@@ -28,38 +28,28 @@ __all__ = ["Speculation"]
 class Speculation:
     """What the last step tells of the next one."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, backwards: Backwards) -> None:
+        self._engine, self._backwards = engine, backwards
         #: by unit: all of its trained parameters were stepped
         self._next: dict[int, Describe] = {}
-        self._backwards = 0
-        self._expected = 1
 
     def learn(self, stepped: Iterable[Unit], whole: dict[Unit, Describe]) -> None:
         """Take note of a step, and of the updates to come of units that it stepped as a whole."""
         self._next = {unit.engine_id: describe for unit, describe in whole.items()}
-        self._expected, self._backwards = max(self._backwards, 1), 0
         for unit in stepped:
             unit.begin_from(None)
+            for ref in unit.params:
+                ref.end_sum()
 
     def arrived(self, ref: PagedParam, stream: int) -> None:
         """Take note of a gradient that is on its way to its segment."""
-        unit = ref.unit
-        if not unit.spare_copy or self._backwards + 1 < self._expected:
-            return
-        unit.arrived.add(ref)
-        if len(unit.arrived) == unit.trained:
-            self._begin(unit, stream)
-
-    def backward_ended(self, units: list[Unit]) -> None:
-        """Count the backwards between two steps."""
-        self._backwards += 1
-        for unit in units:
-            unit.arrived.clear()
+        ref.note_gradient()
+        if ref.unit.spare_copy and ref.unit.has_all_gradients():
+            self._begin(ref.unit, stream)
 
     def _begin(self, unit: Unit, stream: int) -> None:
         describe = self._next.get(unit.engine_id)
-        if describe is None or unit.grads_aliased():
+        if describe is None or unit.grads_aliased() or self._backwards.adds_within(unit):
             return
         spans, hypers = describe()
         if self._engine.speculate(UnitUpdate(unit.engine_id, spans, untouched=False), hypers, stream):

@@ -1,12 +1,18 @@
-"""Arguments and results of operations: tensors in them replaced, gradients wanted, tensors by identity."""
+"""Arguments and results of operations: tensors in them replaced, gradients wanted, tensors by identity, edits refused."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["collect_ids", "needs_grad", "swapped"]
+from funicular.guard.torch_functions import edits
+from funicular.homes.edits import edit_of_shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["collect_ids", "needs_grad", "refuse_edit", "swapped"]
 
 
 def swapped(item: Any, swap: dict[int, Any]) -> Any:
@@ -34,3 +40,20 @@ def collect_ids(item: Any, found: set[int]) -> None:
             collect_ids(i, found)
     else:
         found.add(id(item))
+
+
+def refuse_edit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], names: dict[int, str]) -> None:
+    """Refuse an edit of what is the same memory for several processes.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E722``, before anything is changed.
+    """
+    stored = edits(func, args, kwargs)
+    if stored:
+        flat: set[int] = set()
+        collect_ids(stored, flat)
+        for tensor, name in names.items():
+            if tensor in flat:
+                raise edit_of_shared(name)

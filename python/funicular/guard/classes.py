@@ -17,14 +17,16 @@ from torch import nn
 
 from funicular._core import ThreadSwitch
 from funicular.errors import RuntimeFailure, UsageError
-from funicular.guard.arguments import collect_ids, needs_grad, swapped
+from funicular.guard.arguments import collect_ids, needs_grad, refuse_edit, swapped
 from funicular.guard.sending import packed, spawning
 from funicular.guard.torch_functions import (
     BACKWARDS,
+    BY_TENSOR,
     CLIPPING,
     CONSTANT,
     DATA_GET,
     DATA_SET,
+    GRADIENTS,
     HARMLESS,
     ITSELF,
     NUMPY,
@@ -41,7 +43,7 @@ from funicular.torch_internals.questions import calls_in
 from funicular.torch_internals.saved_hooks import pop, push
 from funicular.torch_internals.sending import reduce_tensor, send_by
 from funicular.units.param import link, ref_of
-from funicular.units.unit import UNDER_WAY, Access
+from funicular.units.unit import GRADIENTS_UNDER_WAY, UNDER_WAY, Access
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -113,13 +115,52 @@ def _leased(refs: list[PagedParam], func: Callable[..., Any], args: tuple[Any, .
 def _operate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that meets guarded tensors."""
     if func in HARMLESS:
+        if func in GRADIENTS and (ref := ref_of(args[0])) is not None:
+            with ref.unit.owner.lock, unguarded():
+                return func(*args, **kwargs)
         with unguarded():
             return func(*args, **kwargs)
     params: list[Any] = []
     grads: list[Any] = []
     _find(args, params, grads)
     _find(kwargs.values(), params, grads)
-    owners = _settle_grads(func, grads) if grads else []
+    if not grads:
+        return _call(func, args, kwargs, params)
+    refs = [ref for ref in map(ref_of, grads) if ref is not None]
+    if func in BACKWARDS:  # too long for a step that waits until its gradient's place is not looked at
+        swap: dict[int, Any] = {id(grad): grad.clone() for grad in grads}
+        return _call(func, swapped(args, swap), swapped(kwargs, swap), params)
+    paged = {ref.unit for ref in refs if ref.unit.grads_on_nvme}
+    if func in BY_TENSOR and len(paged) > 1 and not kwargs and not any(isinstance(a, (list, tuple)) for a in args[1:]):
+        return _in_turn(func, args, kwargs)
+    use = Access()
+    use.look_at(refs)
+    try:
+        GRADIENTS_UNDER_WAY.append(use)
+        return _operate_on_grads(func, args, kwargs, params, grads, refs)
+    finally:
+        GRADIENTS_UNDER_WAY.remove(use)
+
+
+def _in_turn(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run an operation that edits each tensor of a list by itself: unit by unit, as memory may not hold the gradients of all."""
+    parts: dict[Any, list[Any]] = {}
+    for tensor in args[0]:
+        ref = ref_of(tensor) if isinstance(tensor, GuardedGrad) else None
+        parts.setdefault(None if ref is None else ref.unit, []).append(tensor)
+    for part in parts.values():
+        func(part, *args[1:], **kwargs)
+
+
+def _operate_on_grads(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: list[Any],
+    grads: list[Any],
+    refs: list[PagedParam],
+) -> Any:
+    owners = _settle_grads(func, args, kwargs, grads, refs)
     result = _call(func, args, kwargs, params)
     if owners:
         with unguarded():
@@ -156,6 +197,8 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         back: dict[int, Any] = {}
         for owner in dict.fromkeys(ref.unit.owner for ref in outside):
             mine = [ref for ref in outside if ref.unit.owner is owner]
+            if owner.shared:
+                refuse_edit(func, args, kwargs, {id(ref.param): f"'{ref.name}'" for ref in mine})
             for ref in owner.access(mine, use, raw=func in RAW, plain=plain):
                 swap[id(ref.param)] = ref.stand_in
                 back[id(ref.stand_in)] = ref.param
@@ -195,20 +238,20 @@ def _count_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], befo
     return True
 
 
-def _settle_grads(func: Callable[..., Any], grads: list[Any]) -> list[PagedParam]:
+def _settle_grads(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], grads: list[Any], refs: list[PagedParam]
+) -> list[PagedParam]:
     """Make gradients valid for the caller; returns those whose places are looked at."""
-    owners = []
-    for grad in grads:
-        ref = ref_of(grad)
-        if ref is None:
-            continue
-        owner = ref.unit.owner
-        owner.access_grad(ref)
-        if func in TAKING:
-            owner.move_out(ref)
-        else:
-            owners.append(ref)
-    return owners
+    for owner in dict.fromkeys(ref.unit.owner for ref in refs):
+        if owner.shared:
+            names = {id(g): f"the gradient of '{ref.name}'" for g in grads if (ref := ref_of(g)) is not None}
+            refuse_edit(func, args, kwargs, names)
+        owner.access_grads([ref for ref in refs if ref.unit.owner is owner])
+    if func not in TAKING:
+        return refs
+    for ref in refs:
+        ref.unit.owner.move_out(ref)
+    return []
 
 
 def _clipped(
@@ -291,7 +334,7 @@ class GuardedParameter(nn.Parameter):
         return packed(copy) if spawning() else copy.__reduce_ex__(proto)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return "Parameter containing:\n" + repr(self.detach())
+        return "Parameter containing:\n" + repr(self.detach().requires_grad_(self.requires_grad))
 
     # torch asks no guard about these two.
     def as_subclass(self, cls: Any) -> Any:

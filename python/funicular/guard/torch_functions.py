@@ -7,26 +7,31 @@ from typing import Any
 import torch
 
 from funicular.torch_internals.operations import (
+    EDITING_EACH,
     FOREACH_MUL,
     FOREACH_NORM,
     SAYING_NOTHING,
     TYPED_STORAGE,
     USE_COUNT,
+    ZEROING,
     schemas_of,
 )
 
 __all__ = [
     "BACKWARDS",
+    "BY_TENSOR",
     "CLIPPING",
     "CONSTANT",
     "DATA_GET",
     "DATA_SET",
+    "GRADIENTS",
     "HARMLESS",
     "ITSELF",
     "NUMPY",
     "RAW",
     "RESHAPING",
     "TAKING",
+    "edits",
     "written",
 ]
 
@@ -55,6 +60,8 @@ HARMLESS: frozenset[Any] = frozenset(
         torch.result_type, torch.can_cast, torch.promote_types,
     ]
 )  # fmt: skip
+#: What reads, sets or clears a parameter's gradient. Two threads that do this at once may end the process in torch: one after the other.
+GRADIENTS: frozenset[Any] = frozenset([_T.grad.__get__, _T.grad.__set__, _T.grad.__delete__])
 DATA_GET = _T.data.__get__
 DATA_SET = _T.data.__set__
 
@@ -80,10 +87,18 @@ RESHAPING = (
 )  # fmt: skip
 #: What a gradient's place must not be given out for: the gradient moves to ordinary memory before.
 TAKING: frozenset[Any] = frozenset([_T.data_ptr, _T.__dlpack__, *NUMPY, *_STORAGES, DATA_SET, *_known(*RESHAPING)])
-#: What ``clip_grad_norm_`` consists of.
-CLIPPING: frozenset[Any] = frozenset([FOREACH_NORM, FOREACH_MUL, torch.linalg.vector_norm, _T.mul_])
+#: What ``clip_grad_norm_`` and ``zero_grad`` consist of.
+CLIPPING: frozenset[Any] = frozenset([FOREACH_NORM, FOREACH_MUL, torch.linalg.vector_norm, _T.mul_, *ZEROING])
+#: What edits each tensor of its first argument, a list, by itself, and returns nothing.
+BY_TENSOR: frozenset[Any] = frozenset(EDITING_EACH)
 #: What runs a backward, and frees what was saved for it: it cannot be run again.
 BACKWARDS: frozenset[Any] = frozenset([_T.backward, torch.autograd.backward, torch.autograd.grad])
+
+
+def edits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments that a call is going to edit, as far as that is known before it; for those who refuse it."""
+    found = [*written(func, args, kwargs), *([kwargs["out"]] if "out" in kwargs else [])]
+    return [*found, args[0]] if func is _T.__setitem__ or func == DATA_SET else found
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

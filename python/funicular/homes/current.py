@@ -16,7 +16,7 @@ from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
 
 __all__ = ["Homes"]
+
+
+def _nothing(*_: object) -> None:
+    return None
 
 
 class Homes:
@@ -36,6 +40,10 @@ class Homes:
         self._units = units
         #: the unit whose home was made current last, for a use that may be about to begin
         self._used: Unit | None = None
+        #: gives back what else was read for earlier accesses: gradients
+        self.room_elsewhere: Callable[[], None] = _nothing
+        #: raises for an edit that must not be
+        self.refuse: Callable[[PagedParam], None] = _nothing
 
     def stream(self) -> int:
         """Raw handle of the caller's compute stream."""
@@ -67,6 +75,7 @@ class Homes:
 
     def edited(self, ref: PagedParam) -> None:
         """Note that a parameter was edited in its home."""
+        self.refuse(ref)
         ref.mark_edited()
         if ref.unit.on_nvme:
             self.engine.store_shadow(ref.unit.engine_id, self.stream())
@@ -142,6 +151,7 @@ class Homes:
             for ref in unit.params:
                 if ref.states is not None:
                     ref.states.drop_unused()
+        self.room_elsewhere()
 
     def _retire_shadow(self, unit: Unit) -> None:
         if unit.shadow_filled and not unit.is_read() and not unit.home_aliased():

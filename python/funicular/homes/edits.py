@@ -25,6 +25,7 @@ __all__ = [
     "Inside",
     "check_conversion",
     "check_replacement",
+    "edit_of_shared",
     "note",
     "refresh_frames",
     "replace_data",
@@ -96,6 +97,15 @@ def note(owner: Owner, before: dict[PagedParam, int], *, writes: bool) -> None:
         for unit in dict.fromkeys(ref.unit for ref in before):
             if unit.home_aliased() and not (unit.on_nvme and not unit.shadow_filled):
                 look_at_home(unit)
+
+
+def edit_of_shared(what: str) -> UsageError:
+    """Return the error of an edit of what is the same memory for several processes: each of them would make it."""
+    return UsageError(
+        "FN-E722",
+        f"{what} was to be edited, or replaced, and is the same memory for all ranks: each of them would do it. Several ranks train with "
+        "backward, clip_grad_norm_, zero_grad and funicular.AdamW alone so far; edit weights before funicular.offload, or load a checkpoint.",
+    )
 
 
 def touch(ref: PagedParam) -> None:

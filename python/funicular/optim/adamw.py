@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from funicular._core import ALIGN_ELEMENTS, Hyper, Span, UnitUpdate, complete
+from funicular._core import UnitUpdate, complete
 from funicular.errors import UsageError
-from funicular.gradients.arrival import bring_home
+from funicular.gradients.arrival import is_foreign
 from funicular.gradients.clipping import effective_factor
+from funicular.optim.hypers import hyper_of, spans_of
 from funicular.optim.load_states import Sealed, refuse_options, seal, show, unsealed
 from funicular.optim.other_optimizers import label, refuse_meta
 from funicular.optim.resident import resident_update
+from funicular.optim.shared import refuse_same, refuse_shared
 from funicular.optim.state_values import Unusable
 from funicular.optim.states import ParamStates
 from funicular.reference import adamw_step
 from funicular.units.dtypes import TRAINED, is_half
 from funicular.units.param import ref_of
 from funicular.windows.lookup import owner_of
+from funicular.windows.ranked import agree, join_ranks, whole
 from funicular.windows.replaced import check_replaced, refuse_dtensors
 from funicular.windows.residents import resident_session
+from funicular.windows.shutdown import living
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from funicular._core import ResidentUpdate
+    from funicular._core import Hyper, ResidentUpdate, Span
     from funicular.units.param import PagedParam
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
@@ -152,33 +155,40 @@ class AdamW(torch.optim.Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
+            joined = join_ranks(p for group in self.param_groups for p in group["params"])
+            for trained in list(living):
+                trained.bring_down()
             runs: dict[int, _SessionStep] = {}
             plain = []
-            for p, group, ref, states in self._ready():
+            for p, grad, group, ref, states in self._ready():
                 if ref is None:
                     session = resident_session(p)
-                    if session is None or not _run_of(runs, session).add_resident(p, group, states):
-                        plain.append((p, group, states))
+                    if session is None or not _run_of(runs, session).add_resident(p, grad, group, states):
+                        plain.append((p, grad, group, states))
                     continue
                 states.attach(ref)
-                _run_of(runs, owner_of(ref.unit)).add(ref, group, states)
-            for run in runs.values():
-                run.go()
-            for p, group, states in plain:
-                self._step_plain(p, group, states)
+                _run_of(runs, owner_of(ref.unit)).add(ref, grad, group, states)
+            with whole(joined, "a step"):
+                for session in joined:
+                    agree(session, runs[id(session)].units.values() if id(session) in runs else ())
+                for run in runs.values():
+                    run.go()
+            for p, grad, group, states in plain:
+                self._step_plain(p, grad, group, states)
         return loss
 
-    def _ready(self) -> list[tuple[torch.nn.Parameter, dict[str, Any], PagedParam | None, ParamStates]]:
-        """Return what is to be stepped: parameter, group, place and states. All is looked at before anything changes."""
-        params, groups, refs = [], [], []
+    def _ready(self) -> list[tuple[torch.nn.Parameter, torch.Tensor, dict[str, Any], PagedParam | None, ParamStates]]:
+        """Return what is to be stepped: parameter, gradient, group, place and states. All is looked at before anything changes."""
+        params, grads, groups, refs = [], [], [], []
         for group in self.param_groups:
             refuse_options(group)
             for p in group["params"]:
-                if p.grad is None:
+                grad = p.grad  # once: a signal handler, or another thread, may clear it
+                if grad is None:
                     if p.is_meta:
                         refuse_meta(self)
                     continue
-                if p.grad.layout != torch.strided:
+                if grad.layout != torch.strided:
                     raise UsageError(
                         "FN-E116",
                         "a gradient is sparse. Use dense gradients: sparse=False in the embedding.",
@@ -188,9 +198,10 @@ class AdamW(torch.optim.Optimizer):
                     self._check_ordinary(p)
                     ref = None
                 params.append(p)
+                grads.append(grad)
                 groups.append(group)
                 refs.append(ref)
-        return list(zip(params, groups, refs, self._take(params), strict=True))
+        return list(zip(params, grads, groups, refs, self._take(params), strict=True))
 
     def _check_ordinary(self, p: torch.nn.Parameter) -> None:
         if p.is_meta:
@@ -217,13 +228,18 @@ class AdamW(torch.optim.Optimizer):
                 if type(states) is ParamStates and states.param is p:
                     states.check()
                 else:
-                    states = _made(p, states)
+                    refuse_same(self, p, states)
+                    states = ParamStates.made(p, states)
                     new.append((p, states))
             except Unusable as error:
                 if ref_of(p) is not None:
                     raise
                 raise Unusable(p, error.key, error.why, label(self, p)) from None
             found.append(states)
+        if any(states.given for states in found):
+            refuse_shared(self, {**self.state, **dict(new)})
+            for states in found:
+                states.given = False
         if not new:
             return found
         for p, states in new:
@@ -247,13 +263,14 @@ class AdamW(torch.optim.Optimizer):
     def _states(self, p: torch.nn.Parameter) -> ParamStates:
         return self._take([p])[0]
 
-    def _step_plain(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> None:
-        assert p.grad is not None
+    def _step_plain(
+        self, p: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], states: ParamStates
+    ) -> None:
         master = states.tensor("master") if is_half(p.dtype) else None
         edited = states.plain_version not in (-1, p._version)
         adamw_step(
             p,
-            p.grad,
+            grad,
             states.tensor("exp_avg"),
             states.tensor("exp_avg_sq"),
             master,
@@ -306,18 +323,11 @@ class AdamW(torch.optim.Optimizer):
         for group in state["param_groups"]:
             refuse_options(group)
         made, others = unsealed(entries)
+        refuse_shared(self, made)
         super().__setstate__({**state, "state": defaultdict(dict, others)})
         for p, states in made.items():
             self.state[p] = states
             states.install(ref_of(p))
-
-
-def _made(p: torch.nn.Parameter, given: Any) -> ParamStates:
-    if not given:
-        return ParamStates(p)
-    if not isinstance(given, Mapping):
-        raise Unusable(p, "state", f"is a {type(given).__name__}, not a dictionary")
-    return ParamStates.of(p, given)
 
 
 def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
@@ -327,28 +337,14 @@ def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
     return run
 
 
-def _hyper(group: dict[str, Any], states: ParamStates, slot: int | None) -> Hyper:
-    beta1, beta2 = group["betas"]
-    return Hyper(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        step=states.count + 1,
-        maximize=bool(group["maximize"]),
-        slot=slot,
-    )
-
-
 def _described(members: list[_Member]) -> tuple[list[Span], list[Hyper]]:
     """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone."""
     hypers: dict[Hyper, int] = {}
     found = []
     for ref, states, group in members:
-        index = hypers.setdefault(_hyper(group, states, None), len(hypers))
+        index = hypers.setdefault(hyper_of(group, states, None), len(hypers))
         found.append((ref, states, index))
-    return _spans(found), list(hypers)
+    return spans_of(found), list(hypers)
 
 
 class _SessionStep:
@@ -360,16 +356,21 @@ class _SessionStep:
         #: slots of factors that clipping left pending, by factor and element type
         self.slots: dict[tuple[int, torch.dtype], int] = {}
         self.units: dict[Unit, list[_Member]] = {}
+        #: the gradients that the step has seen: others may clear them meanwhile
+        self.grads: dict[PagedParam, torch.Tensor] = {}
         self.residents: list[tuple[torch.nn.Parameter, ParamStates]] = []
         self.resident_updates: list[ResidentUpdate] = []
 
-    def add(self, ref: PagedParam, group: dict[str, Any], states: ParamStates) -> None:
+    def add(self, ref: PagedParam, grad: torch.Tensor, group: dict[str, Any], states: ParamStates) -> None:
+        self.grads[ref] = grad
         self.units.setdefault(ref.unit, []).append((ref, states, group))
 
-    def add_resident(self, p: torch.nn.Parameter, group: dict[str, Any], states: ParamStates) -> bool:
+    def add_resident(
+        self, p: torch.nn.Parameter, grad: torch.Tensor, group: dict[str, Any], states: ParamStates
+    ) -> bool:
         """Add a parameter that is not paged; False if it has to be stepped in plain torch."""
-        index = self.hypers.setdefault(_hyper(group, states, None), len(self.hypers))
-        update = resident_update(self.session, p, states, index)
+        index = self.hypers.setdefault(hyper_of(group, states, None), len(self.hypers))
+        update = resident_update(self.session, p, grad, states, index)
         if update is not None:
             self.residents.append((p, states))
             self.resident_updates.append(update)
@@ -377,10 +378,10 @@ class _SessionStep:
 
     def _index(self, ref: PagedParam, states: ParamStates, group: dict[str, Any]) -> int:
         """Return which hyperparameters a parameter is updated with, the factor of its gradient among them."""
-        return self.hypers.setdefault(_hyper(group, states, self._slot(ref)), len(self.hypers))
+        return self.hypers.setdefault(hyper_of(group, states, self._slot(ref)), len(self.hypers))
 
     def _slot(self, ref: PagedParam) -> int | None:
-        if ref.factor is None or ref.param.grad is not ref.grad:
+        if ref.factor is None or is_foreign(ref, self.grads[ref]):
             return None
         self.session.gradients.clipping.taken = True
         key = (id(ref.factor), ref.home.dtype)
@@ -399,11 +400,22 @@ class _SessionStep:
         started = self.session.ranges.start("step")
         self.session.log.at("the update")
         try:
-            with self.session.lock:
-                self._go(self.session)
+            while not self._went():
+                self.session.gradients.await_readers(self.grads)
         finally:
-            self.session.gradients.clipping.taken = False
             self.session.ranges.end(started)
+
+    def _went(self) -> bool:
+        gradients = self.session.gradients
+        with self.session.lock:
+            try:
+                if gradients.is_read(self.grads):
+                    return False
+                gradients.forget_factors(self.grads)
+                self._go(self.session)
+            finally:
+                gradients.clipping.taken = False  # before another thread has the lock
+        return True
 
     def _go(self, session: Session) -> None:
         units = sorted(self.units, key=lambda u: u.engine_id)
@@ -419,9 +431,9 @@ class _SessionStep:
                     followed.append(states)
                 refs.append(ref)
             self.units[unit] = members
-            spans = _spans([(ref, states, self._index(ref, states, group)) for ref, states, group in members])
+            spans = spans_of([(ref, states, self._index(ref, states, group)) for ref, states, group in members])
             updates.append(UnitUpdate(unit.engine_id, spans, session.gradients.speculation.confirmed(unit)))
-        bring_home(refs)
+        session.gradients.to_step(self.grads)
         counts = [(states, states.count + 1) for members in self.units.values() for _, states, _ in members]
         counts += [(states, states.count + 1) for _, states in self.residents]
         self._submit(session, updates, refs, counts, watched)
@@ -474,21 +486,3 @@ class _Note:
         session.stepped(self.refs, self.watched)
         session.gradients.speculation.learn(self.step.units, self.step.next_updates())
         session.unnoted = None
-
-
-def _spans(members: list[tuple[PagedParam, ParamStates, int]]) -> list[Span]:
-    """Merge neighbours with the same hyperparameters: padding between them is zero and stays zero."""
-    #: section, first element, end, which hyperparameters, master starts anew
-    merged: list[tuple[int, int, int, int, bool]] = []
-    for ref, states, hyper in members:
-        # The fp16 master is the weight itself, and starts from it.
-        reset = ref.edited or not states.begun
-        start, end = ref.start, ref.start + ref.numel
-        if merged:
-            section, first, last, before, was_reset = merged[-1]
-            padded = first + -(-(last - first) // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-            if (section, padded, before, was_reset) == (ref.section, start, hyper, reset):
-                merged[-1] = (section, first, end, hyper, reset)
-                continue
-        merged.append((ref.section, start, end, hyper, reset))
-    return [Span(section, start, end - start, hyper, reset) for section, start, end, hyper, reset in merged]

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["resident_update"]
 
 
-def resident_update(session: Session, p: nn.Parameter, states: ParamStates, hyper: int) -> ResidentUpdate | None:
+def resident_update(
+    session: Session, p: nn.Parameter, grad: torch.Tensor, states: ParamStates, hyper: int
+) -> ResidentUpdate | None:
     """Describe one parameter's update for the runtime; None if its tensors are not as the kernels need them."""
-    grad = p.grad
     known = TRAINED.get(p.dtype)
-    if grad is None or known is None or type(grad) is not torch.Tensor or not isinstance(p, nn.Parameter):
+    if known is None or type(grad) is not torch.Tensor or not isinstance(p, nn.Parameter):
         return None
     if grad.dtype != p.dtype or grad.device != p.device or p.device != session.device or grad.stride() != p.stride():
         return None

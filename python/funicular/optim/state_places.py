@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funicular.errors import BudgetError
+from funicular.homes.edits import edit_of_shared
 from funicular.optim.state_values import (
     Unusable,
     as_torch_loads,
@@ -87,6 +88,8 @@ class StatePlaces:
         self.count = 0
         #: there are states: from the first step on
         self.begun = False
+        #: a tensor of the user's was given as a state since the last step
+        self.given = False
         #: keys that the user removed since
         self._missing: set[str] = set()
         self._ref: Callable[[], PagedParam | None] = _nowhere
@@ -122,6 +125,11 @@ class StatePlaces:
         step = ("step",) if self.begun and "step" not in self._missing else ()
         return (*step, *self._kinds(), *self._own)
 
+    def in_other_hands(self) -> list[tuple[str, torch.Tensor]]:
+        """Return the tensors that stand for states and that the user may have, or have given."""
+        found = [*self._tensors.items(), *((name, handed.tensor) for name, handed in list(self._fetched.items()))]
+        return found if self._step is None else [*found, ("step", self._step.tensor)]
+
     # ------------------------------------------------------------------ before and after a step
 
     def check(self) -> None:
@@ -142,7 +150,7 @@ class StatePlaces:
             self._check_missing()
         if self._step is not None and self.begun:
             self.count = step_count(self.param, self._step.tensor)
-        for key, fetched in self._fetched.items():
+        for key, fetched in list(self._fetched.items()):  # a signal handler may step meanwhile, and forget some
             usable(self.param, key, fetched.tensor)
             if fetched.behind and fetched.edited(self.param):
                 raise Unusable(self.param, key, "was edited before it had followed an interrupted step. Fetch it again")
@@ -150,7 +158,7 @@ class StatePlaces:
         for key in MOMENTS if self.begun and not attached else ():
             if key not in self._tensors:
                 raise Unusable(self.param, key, "is gone: it went with the model that was offloaded")
-        for key, tensor in self._tensors.items():
+        for key, tensor in list(self._tensors.items()):
             if not fits(self.param, key, tensor):
                 usable(self.param, key, tensor)
                 if not attached and ref_of(self.param) is None:
@@ -177,6 +185,20 @@ class StatePlaces:
         return True
 
     keep_edits = flush
+
+    def refuse_edits(self) -> None:
+        """Refuse edits of states that several processes share, of which each would make them.
+
+        Raises
+        ------
+        UsageError
+            ``FN-E722``.
+        """
+        for name, fetched in list(self._fetched.items()):
+            if fetched.edited(self.param):
+                raise edit_of_shared(
+                    f"the state '{name}' of '{self.ref.name if self.ref is not None else 'a parameter'}'"
+                )
 
     def advance(self, count: int) -> None:
         """Note a step, and forget fetched tensors that only this mapping holds. Interrupted, it can be run again."""
@@ -274,7 +296,7 @@ class StatePlaces:
 
     def drop_unused(self) -> None:
         """Give back the memory of fetched tensors that only this mapping holds."""
-        if all(fetched.held() for fetched in self._fetched.values()):
+        if all(fetched.held() for fetched in list(self._fetched.values())):
             return
         with contextlib.suppress(Unusable):
             self.flush()
@@ -339,7 +361,7 @@ class StatePlaces:
             if within is not None:
                 self.attach(within)
                 self._forget(held=True)
-            for name, tensor in self._tensors.items():
+            for name, tensor in list(self._tensors.items()):
                 self.put(name, tensor)
             self.loaded(within, self.count, edited=edited)
         self._own = as_torch_loads(self.param, self._own)
@@ -370,7 +392,8 @@ class StatePlaces:
             raise self._lost
         ref = self.ref
         if ref is not None:
-            return self._lend(ref, name).tensor
+            with ref.unit.owner.lock:  # a step of another thread comes before or after
+                return self._lend(ref, name).tensor
         if name not in self._tensors:
             if self.begun and name != "master":
                 raise Unusable(self.param, name, "is gone: it went with the model that was offloaded")
@@ -388,14 +411,15 @@ class StatePlaces:
     def _copied(self, key: Any) -> Any:
         if key == "step":
             return torch.tensor(float(self.count)) if self._step is None else self._step.tensor.detach().clone()
-        return self._copy(key) if key in self._kinds() else cloned(self._own[key])
+        return cloned(self._own[key]) if key in self._own else self._copy(key)
 
     def _copy(self, name: str) -> torch.Tensor:
         ref = self.ref
-        fetched = self._fetched.get(name)
         if ref is None:
             return self.tensor(name).detach().clone()
-        return self._read(ref, name) if fetched is None or fetched.behind else fetched.tensor.detach().clone()
+        with ref.unit.owner.lock:
+            fetched = self._fetched.get(name)
+            return self._read(ref, name) if fetched is None or fetched.behind else fetched.tensor.detach().clone()
 
     def _lend(self, ref: PagedParam, name: str) -> Handed:
         fetched = self._fetched.get(name)
@@ -430,6 +454,8 @@ class StatePlaces:
 
     def _store(self, ref: PagedParam, name: str, tensor: torch.Tensor) -> None:
         source = packed(self.param, name, usable(self.param, name, tensor, cast=True), "cpu")
+        if not ref.unit.owner.leads:
+            return
         ref.unit.owner.engine.write_state(
             ref.unit.engine_id, ref.section, name, ref.start, ref.numel, source.data_ptr()
         )

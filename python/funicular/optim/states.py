@@ -51,7 +51,7 @@ class ParamStates(StatePlaces, _Dictionary):
         for key in MANAGED:
             if key not in given:
                 raise Unusable(param, key, f"is missing beside {', '.join(present)}")
-        new.count, new.begun = step_count(param, given["step"]), True
+        new.count, new.begun, new.given = step_count(param, given["step"]), True, True
         if _is_step(given["step"]) and not loaded:
             new._step = Handed(given["step"])
         new._tensors = {key: usable(param, key, given[key], cast=loaded) for key in ours if key in given}
@@ -59,6 +59,15 @@ class ParamStates(StatePlaces, _Dictionary):
             new._tensors.pop("master", None)
             new.plain_version = EDITED
         return new
+
+    @classmethod
+    def made(cls, param: torch.Tensor, given: Any) -> ParamStates:
+        """As :meth:`of`, from what stands in ``optimizer.state``; an empty entry has no states yet."""
+        if not given:
+            return cls(param)
+        if not isinstance(given, Mapping):
+            raise Unusable(param, "state", f"is a {type(given).__name__}, not a dictionary")
+        return cls.of(param, given)
 
     def _has_own_master(self) -> bool:
         """Whether the master, if any is wanted, is that of the weight as it is now. Every rest goes with every bf16 weight."""
@@ -109,7 +118,7 @@ class ParamStates(StatePlaces, _Dictionary):
 
     def _set_step(self, value: Any) -> None:
         if _is_step(value):
-            self._step = Handed(value)
+            self._step, self.given = Handed(value), True
         else:
             self.count, self._step = step_count(self.param, value), None
 
@@ -118,7 +127,7 @@ class ParamStates(StatePlaces, _Dictionary):
             raise Unusable(self.param, key, f"is a {type(value).__name__}, not a tensor")
         if value.layout != torch.strided:
             raise Unusable(self.param, key, f"is a {value.layout} tensor, not a dense one")
-        ref = self.ref
+        ref, self.given = self.ref, True
         if value.is_inference():
             with torch.inference_mode(mode=False):
                 value = value.clone()

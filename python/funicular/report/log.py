@@ -10,11 +10,11 @@ import contextlib
 import logging
 import os
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funicular._core import coloured, wrapped
 from funicular.errors import Error, StorageError
 from funicular.report.step_time import step_time
 
@@ -36,7 +36,7 @@ class _StandardError(logging.Handler):
         if self.alone():
             # A terminal that went away stops no training.
             with contextlib.suppress(Exception):
-                sys.stderr.write(_for_terminal(record) if _terminal() else f"{record.getMessage()}\n")
+                sys.stderr.write(_shown(record))
                 sys.stderr.flush()
 
     def alone(self) -> bool:
@@ -64,16 +64,14 @@ def _terminal() -> bool:
         return False
 
 
-def _for_terminal(record: logging.LogRecord) -> str:
-    """Wrap a line to the terminal's width, with its code in colour where colours are wanted."""
-    width = max(40, os.get_terminal_size(sys.stderr.fileno()).columns)
-    text = textwrap.fill(
-        record.getMessage(), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-    colour = _COLOURS.get(record.levelno, "36")
-    if "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb" and text.startswith("FN-"):
+def _shown(record: logging.LogRecord) -> str:
+    """Cut a line for the terminal that it goes to, and colour its code, as the command line does."""
+    text, terminal = record.getMessage(), _terminal()
+    if terminal:
+        text = wrapped(text, max(40, os.get_terminal_size(sys.stderr.fileno()).columns))
+    if text.startswith("FN-") and coloured(terminal):
         code, _, rest = text.partition(" ")
-        text = f"\x1b[{colour}m{code}\x1b[0m {rest}"
+        text = f"\x1b[{_COLOURS.get(record.levelno, '36')}m{code}\x1b[0m {rest}"
     return f"{text}\n"
 
 

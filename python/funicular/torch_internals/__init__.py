@@ -2,5 +2,5 @@
 
 Each file says which names it uses and what takes the place of each, should it go. All of them are in torch 2.4, the oldest version that
 works, unless a later version stands beside the name; such a name has a fallback. No other file of the package uses a private name of torch
-(tests/tidy.rs checks that), with one exception: ``Tensor._version``, which torch's documentation names.
+(tests/tidy/python.rs checks that), with one exception: ``Tensor._version``, which torch's documentation names.
 """

@@ -5,6 +5,9 @@ outputs and behind the last gradient.
 
 ``Variable._execution_engine.queue_callback``: what runs at the end of a backward; torch's own FSDP and DDP use it.
 
+``torch._C._will_engine_execute_node``: whether the backward under way calls a node. Of a leaf that ``torch.autograd.grad`` is asked about it
+raises an error by name. In its place: a hook on the node behind the leaf, which has to be kept.
+
 ``torch._C._autograd._get_current_graph_task_keep_graph`` (2.5): whether a backward may be repeated.
 
 ``torch._C._functorch``: ``peek_interpreter_stack``, ``is_functorch_wrapped_tensor``, ``get_unwrapped``. ``torch._C._get_tracing_state``: in its
@@ -15,14 +18,18 @@ place ``torch.jit.is_tracing``.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from funicular.torch_internals.modes import no_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "adds_to",
     "at_end_of_backward",
     "backward_task",
     "graph_is_kept",
@@ -45,6 +52,45 @@ _kept: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_gra
 def in_backward() -> bool:
     """Whether the calling thread runs inside autograd's backward."""
     return backward_task() != -1
+
+
+class _Told(threading.local):
+    """The backward of which this thread was told last whether it adds to gradients, and the answer."""
+
+    task = -1
+    adds = True
+
+
+_told = _Told()
+
+
+def adds_to(leaf: torch.Tensor) -> bool:
+    """Whether the backward under way adds to a leaf's ``grad``.
+
+    That of ``torch.autograd.grad`` does not, though it runs the hooks of a leaf that it is asked about.
+    """
+    task = backward_task()
+    if task == -1:
+        return True  # called by hand
+    if task != _told.task:
+        adds = _is_added_to(leaf)
+        if adds is None:
+            return False
+        _told.task, _told.adds = task, adds
+    return _told.adds
+
+
+def _is_added_to(leaf: torch.Tensor) -> bool | None:
+    """Ask autograd about a leaf; None if the backward does not reach it."""
+    with torch.inference_mode(mode=False), torch.enable_grad(), no_modes():
+        behind = leaf.view_as(leaf).grad_fn
+        if behind is None:
+            return None  # it was frozen meanwhile
+        node: Any = behind.next_functions[0][0]
+    try:
+        return True if torch._C._will_engine_execute_node(node) else None
+    except RuntimeError as error:
+        return "autograd.grad()" not in str(error)
 
 
 def at_end_of_backward(action: Callable[[], None]) -> None:

@@ -7,6 +7,10 @@ torn into pieces around it. So their forward is compiled instead.
 ``torch._dynamo.utils.counters``: in their place nothing, functions of this package would be compiled with the caller's.
 ``torch._dynamo.eval_frame._TorchDynamoContext``: what ``Module.compile`` was asked for. Without it a warning says what to write.
 ``torch._C._get_tracing_state``: in its place ``torch.jit.is_tracing``.
+``torch._C._get_dispatch_mode`` and ``_TorchDispatchModeKey``: whether operations are recorded (``make_fx``) or only imagined
+(``FakeTensorMode``). In their place nothing: torch's own error of such modes.
+``torch._guards.TracingContext``: whether such modes are ``torch.compile``'s own. In its place nothing.
+``torch/jit/_recursive.py``: the file of ``torch.jit.script`` that asks a module's hooks for their names. In its place: torch's own error.
 ``torch.compiler.is_exporting`` is public, and 2.4 lacks it.
 """
 
@@ -36,6 +40,7 @@ __all__ = [
     "in_compiled_call",
     "keep_out",
     "not_captured",
+    "scripted",
     "untraced",
     "untraced_itself",
 ]
@@ -46,7 +51,16 @@ _kept_out: set[str] = set()
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 #: where the wrapper of compiled functions lies
 _WRAPPER = "torch/_dynamo/eval_frame.py"
+#: where ``torch.jit.script`` looks at hooks
+_SCRIPTS = "torch/jit/_recursive.py"
 _log = logging.getLogger("funicular")
+_tracing: Any = getattr(torch._guards, "TracingContext", None)
+_mode_of: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_recording: list[Any] = [
+    key
+    for name in ("FAKE", "PROXY")
+    if (key := getattr(getattr(torch._C, "_TorchDispatchModeKey", None), name, None)) is not None
+]
 
 
 def untraced(function: _F) -> _F:
@@ -71,7 +85,7 @@ def untraced_itself(function: _F) -> _F:
     Raises
     ------
     UsageError
-        ``FN-E126`` under ``torch.export`` and ``torch.jit.trace``.
+        ``FN-E126`` under ``torch.export``, ``torch.jit.trace``, ``make_fx`` and ``FakeTensorMode``.
     """
     disable: Any = torch._compile._disable_dynamo
     disabled = disable(function, recursive=False)
@@ -87,7 +101,19 @@ def untraced_itself(function: _F) -> _F:
 
 def captured() -> bool:
     """Whether this thread runs a model in order to make a program of it that outlives the call."""
-    return torch._C._get_tracing_state() is not None or _is_exporting()
+    if torch._C._get_tracing_state() is not None or _is_exporting():
+        return True
+    return any(_mode_of(key) is not None for key in _recording) and not _compiling()
+
+
+def _compiling() -> bool:
+    """Whether the modes are those of ``torch.compile``, which runs a function's graph over imagined tensors before it runs the graph."""
+    return _tracing is not None and _tracing.try_get() is not None
+
+
+def scripted() -> bool:
+    """Whether what called the caller is ``torch.jit.script``, which reads the source of modules and of their hooks."""
+    return sys._getframe(2).f_code.co_filename.endswith(_SCRIPTS)
 
 
 def not_captured() -> UsageError:

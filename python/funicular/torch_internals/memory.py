@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "address_of",
+    "dense_bytes",
     "make_subclass",
     "number_of",
     "same_storage",
@@ -48,6 +49,11 @@ address_of: Callable[[torch.UntypedStorage], int] = _Storage.data_ptr
 tensor_uses: Callable[[torch.Tensor], int] = _T._use_count
 #: a tensor of a class, over another tensor's memory: class, tensor, whether it needs a gradient
 make_subclass: Any = _T._make_subclass
+
+
+def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's values as bytes, in the order of its elements: a view if they lie so."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def number_of(storage: torch.UntypedStorage) -> int:

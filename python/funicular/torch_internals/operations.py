@@ -2,6 +2,9 @@
 
 ``torch._foreach_norm``, ``torch._foreach_mul_``: what ``clip_grad_norm_`` calls. In their place: what it calls then.
 
+``torch._foreach_zero_``, ``torch._amp_foreach_non_finite_check_and_unscale_``: what ``zero_grad`` and ``GradScaler`` call. Without them gradients that
+live on NVMe have to fit into memory all at once there, or are refused.
+
 ``torch._has_compatible_shallow_copy_type``: what ``Module.to`` asks before it moves a parameter. In its place: what it asks then.
 
 ``torch._neg_view``: in its place ``torch.neg``, which copies.
@@ -27,12 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "EDITING_EACH",
     "FOREACH_MUL",
     "FOREACH_NORM",
     "MAY_BECOME",
     "SAYING_NOTHING",
     "TYPED_STORAGE",
     "USE_COUNT",
+    "ZEROING",
     "known_to_foreach",
     "neg_view",
     "schemas_of",
@@ -41,6 +46,14 @@ __all__ = [
 _T: Any = torch.Tensor
 FOREACH_NORM: Any = torch._foreach_norm
 FOREACH_MUL: Any = torch._foreach_mul_
+#: what ``zero_grad`` calls where gradients are to stay tensors
+ZEROING: frozenset[Any] = frozenset([_T.zero_, torch._foreach_zero_])
+#: what edits each tensor of a list by itself
+EDITING_EACH: tuple[Any, ...] = (
+    FOREACH_MUL,
+    torch._foreach_zero_,
+    torch._amp_foreach_non_finite_check_and_unscale_,
+)
 #: what ``Module.to`` asks of a parameter and of what it would make of it
 MAY_BECOME: Any = torch._has_compatible_shallow_copy_type
 neg_view: Any = torch._neg_view

@@ -134,7 +134,8 @@ def _check(name: str, p: nn.Parameter) -> None:
     if p.numel() > 0 and not _dense(p):
         raise UsageError(
             "FN-E113",
-            f"'{name}' is expanded or overlaps itself (shape {tuple(p.shape)}, strides {p.stride()}). Call .contiguous() on it.",
+            f"'{name}' is a slice with gaps, is expanded or overlaps itself (shape {tuple(p.shape)}, strides {p.stride()}). Make it of "
+            "tensor.contiguous().",
         )
 
 

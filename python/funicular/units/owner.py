@@ -70,11 +70,25 @@ class Owner(HomeOwner, Protocol):
     def leases(self) -> Leases:
         """Hooks that pack what autograd saves of parameters."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether homes and gradients are the same memory for several processes."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what all that share the memory would write alike."""
+
     def access(self, refs: list[PagedParam], use: Access, *, raw: bool, plain: bool) -> list[PagedParam]:
         """Make homes valid and current for an operation outside of windows; returns whose home is the operand."""
 
     def close_left(self, unit: Unit) -> None:
         """Close a window that had to stay open for another thread's operation."""
+
+    def drop_unused(self) -> None:
+        """Give back the memory of earlier reads that nothing looks at any more."""
+
+    def access_grads(self, refs: list[PagedParam]) -> None:
+        """Make gradients in their segments valid for the caller, all at the same time."""
 
     def access_grad(self, ref: PagedParam) -> None:
         """Make a gradient in its place valid for the caller."""
@@ -86,6 +100,9 @@ class Owner(HomeOwner, Protocol):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], guarded: type[torch.Tensor]
     ) -> Any:
         """Answer an operation of ``clip_grad_norm_`` from what is known; ``NotImplemented`` if it has to be run."""
+
+    def clear_grad(self, ref: PagedParam, grad: torch.Tensor) -> bool:
+        """Carry out ``zero_`` of a shared gradient, for this process; False if it has to be run."""
 
     def want_norms(self, kind: str) -> None:
         """Have the norms of gradients taken as they come, by this operation."""

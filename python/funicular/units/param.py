@@ -7,6 +7,7 @@ statement with their own fields, which no interruption cuts in two.
 from __future__ import annotations
 
 import weakref
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from funicular.torch_internals.memory import same_storage
 
 if TYPE_CHECKING:
     from funicular.units.owner import States
-    from funicular.units.unit import Unit
+    from funicular.units.unit import Access, Unit
 
 __all__ = ["Link", "PagedParam", "link", "ref_of"]
 
@@ -61,7 +62,9 @@ class PagedParam:
 
     __slots__ = (
         "__weakref__",
+        "came",
         "edited",
+        "expected",
         "factor",
         "frame",
         "frame_address",
@@ -80,10 +83,12 @@ class PagedParam:
         "param",
         "section",
         "seen",
+        "shown",
         "stand_in",
         "start",
         "states",
         "stepped",
+        "sum",
         "touched",
         "trainable",
         "unit",
@@ -91,6 +96,7 @@ class PagedParam:
         "version_before",
         "views",
         "window",
+        "zeros",
     )
 
     def __init__(
@@ -124,10 +130,20 @@ class PagedParam:
         self.grad: torch.Tensor | None = None
         #: views of the gradient's place that were handed out
         self.views: list[weakref.ref[torch.Tensor]] = []
+        #: how many gradients have been added up since the last step, and how many had been then
+        self.came = 0
+        self.expected = 0
         #: norm of the gradient when it came, the version of its place then, and the operation that gave it
         self.norm: tuple[torch.Tensor, int, str] | None = None
         #: what the gradient is yet to be multiplied by
         self.factor: torch.Tensor | None = None
+        #: a copy of the gradient on the device, for autograd to add to; the version that it has; and the number under which it comes up, if
+        #: no interruption kept it from being known
+        self.sum: tuple[torch.Tensor, int, int | None] | None = None
+        #: what the parameter's gradient is instead of the place, which is not this process's alone, after it was cleared in place
+        self.zeros: torch.Tensor | None = None
+        #: a copy that the parameter's gradient is instead of either, multiplied as it is yet to be
+        self.shown: torch.Tensor | None = None
         self.trainable = param.requires_grad
         #: the parameter's version when its edits were last taken note of
         self.version = -1
@@ -171,6 +187,14 @@ class PagedParam:
     def give_gradient(self, grad: torch.Tensor) -> None:
         """Take a tensor over its gradient's place."""
         self.grad = grad
+
+    def stand_for_zeros(self, zeros: torch.Tensor | None) -> None:
+        """Take what stands for a gradient that was cleared in place; None: the place counts."""
+        self.zeros = zeros
+
+    def show(self, shown: torch.Tensor | None) -> None:
+        """Take a copy of the gradient that is shown to the program; None: there is none any more."""
+        self.shown = shown
 
     def add_view(self, view: torch.Tensor) -> None:
         """Remember a view of the gradient's place that is handed out."""
@@ -233,6 +257,27 @@ class PagedParam:
         """Take another digest of the frame: its edits are known."""
         self.seen = seen
 
+    def begin_sum(self) -> None:
+        """Take note that the next gradient is the first."""
+        self.came = 0
+
+    def note_gradient(self) -> None:
+        """Take note that a gradient has come to its place."""
+        self.came += 1
+
+    def end_sum(self) -> None:
+        """Take note of a step: the next one is expected after as many gradients."""
+        self.expected, self.came = self.came, 0
+
+    @property
+    def last_comes(self) -> bool:
+        """Whether the gradient that is coming is the last one expected before the step."""
+        return self.came + 1 >= self.expected
+
+    def fetch_sum(self, fetched: tuple[torch.Tensor, int, int | None] | None) -> None:
+        """Take the copy of the gradient that autograd is to add to; None: there is none."""
+        self.sum = fetched
+
     # ------------------------------------------------------------------ clipping
 
     def note_norm(self, norm: tuple[torch.Tensor, int, str]) -> None:
@@ -252,6 +297,11 @@ class PagedParam:
     def at_frame(self) -> bool:
         """Whether the parameter is at its frame; the caller has switched guards off."""
         return same_storage(self.param, self.frame_storage)
+
+    def gradient_is_read(self, under_way: list[Access]) -> bool:
+        """Whether another thread is amid an operation on what is in the gradient's place."""
+        me = get_ident()
+        return bool(under_way) and any(use.thread != me and self in use.gradients for use in list(under_way))
 
     def at_home(self) -> bool:
         """Whether the parameter is at its home; the caller has switched guards off."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from funicular.units.param import PagedParam
 
 __all__ = [
+    "GRADIENTS_UNDER_WAY",
     "UNDER_WAY",
     "Access",
     "ModuleCall",
@@ -34,7 +35,7 @@ __all__ = [
 class Access:
     """One operation on parameters outside of windows."""
 
-    __slots__ = ("themselves", "thread", "units")
+    __slots__ = ("gradients", "themselves", "thread", "units")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -42,10 +43,19 @@ class Access:
         self.units: set[Unit] = set()
         #: whose parameters are the operands, so that they must not move meanwhile
         self.themselves: set[Unit] = set()
+        #: whose gradients' places are looked at
+        self.gradients: list[PagedParam] = []
+
+    def look_at(self, gradients: list[PagedParam]) -> None:
+        """Take note that the operation looks at the places of gradients."""
+        self.units.update(ref.unit for ref in gradients)
+        self.gradients.extend(gradients)
 
 
 #: Operations under way, of all threads. Appending and removing is one call each, so that an interruption leaves nothing behind.
 UNDER_WAY: list[Access] = []
+#: The same for operations on gradients in their places: what is there stays meanwhile, and the memory of those that live on NVMe.
+GRADIENTS_UNDER_WAY: list[Access] = []
 
 
 class ModuleCall:
@@ -78,7 +88,6 @@ class Unit:
     __slots__ = (
         "_owner",
         "addresses",
-        "arrived",
         "begun_from",
         "behind",
         "calls",
@@ -90,6 +99,7 @@ class Unit:
         "frames_seen",
         "grad_idle",
         "grad_storages",
+        "grads_on_nvme",
         "held",
         "home_idle",
         "home_seen",
@@ -107,7 +117,9 @@ class Unit:
         "where",
     )
 
-    def __init__(self, owner: Owner, engine_id: int, name: str, *, on_nvme: bool, spare_copy: bool) -> None:
+    def __init__(
+        self, owner: Owner, engine_id: int, name: str, *, on_nvme: bool, grads_on_nvme: bool, spare_copy: bool
+    ) -> None:
         # Weak, so that a model's memory is given back with its last user and not at some later garbage collection.
         self._owner = weakref.ref(owner)
         self.engine_id = engine_id
@@ -116,11 +128,11 @@ class Unit:
         self.nbytes = 0
         self.neighbours: list[Unit] = []
         self.on_nvme = on_nvme
+        self.grads_on_nvme = grads_on_nvme
         #: it has a spare copy of its states: its update may begin before the step
         self.spare_copy = spare_copy
-        #: how many parameters are trained, those with a gradient from this backward, and what a speculative update began from
+        #: how many parameters are trained, and what a speculative update began from
         self.trained = 0
-        self.arrived: set[PagedParam] = set()
         self.begun_from: list[tuple[bool, int, int]] | None = None
         self.shadow_filled = False
         #: calls of the unit's modules under way
@@ -235,6 +247,10 @@ class Unit:
         self.shadow_filled, self.home_seen = False, None
         engine.discard_shadow(self.engine_id)
 
+    def has_all_gradients(self) -> bool:
+        """Whether as many gradients have come of each trained parameter as came before the last step."""
+        return all(ref.came >= max(ref.expected, 1) for ref in self.params if ref.trainable)
+
     def begin_from(self, inputs: list[tuple[bool, int, int]] | None) -> None:
         """Remember what a speculative update began from; None: there is none."""
         self.begun_from = inputs
@@ -257,12 +273,15 @@ class Unit:
     def note_storages(self) -> None:
         """Note which storages the parameters have."""
         refs = self.params
-        self.frame_storages = [number_of(ref.frame_storage) for ref in refs]
-        self.home_storages = [number_of(ref.home_storage) for ref in refs]
-        self.grad_storages = [number_of(ref.grad_storage) for ref in refs if ref.grad_storage is not None]
+        frames = [number_of(ref.frame_storage) for ref in refs]
+        homes = [number_of(ref.home_storage) for ref in refs]
+        grads = [number_of(ref.grad_storage) for ref in refs if ref.grad_storage is not None]
         # Those of parameters without elements begin nowhere.
-        self.storages = [s for ref in refs if ref.numel > 0 for s in (ref.frame_storage, ref.home_storage)]
-        self.addresses = [a for ref in refs if ref.numel > 0 for a in (ref.frame_address, ref.home_address)]
+        storages = [s for ref in refs if ref.numel > 0 for s in (ref.frame_storage, ref.home_storage)]
+        addresses = [a for ref in refs if ref.numel > 0 for a in (ref.frame_address, ref.home_address)]
+        # Nothing is called in between: an interruption finds all of it or nothing.
+        self.frame_storages, self.home_storages, self.grad_storages = frames, homes, grads
+        self.storages, self.addresses = storages, addresses
 
     def frame_in_use(self) -> bool:
         """Whether anything but the runtime's own tensors looks at the frames."""

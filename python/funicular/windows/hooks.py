@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from torch import nn
 
 from funicular._core import BACKWARD, EVAL, FORWARD
 from funicular.torch_internals.autograd import in_backward
-from funicular.torch_internals.compiling import compile_forward, keep_out, untraced, untraced_itself
+from funicular.torch_internals.compiling import (
+    compile_forward,
+    keep_out,
+    not_captured,
+    scripted,
+    untraced,
+    untraced_itself,
+)
 from funicular.torch_internals.modules import (
     CALL,
     call_of,
@@ -22,10 +30,10 @@ from funicular.torch_internals.modules import (
     pre_hooks,
     set_compiled_call,
 )
-from funicular.torch_internals.saved_hooks import push
+from funicular.torch_internals.saved_hooks import pop, push, top
 from funicular.torch_internals.trees import tree_leaves, tree_map
 from funicular.units.unit import ModuleCall
-from funicular.windows.leases import remove
+from funicular.windows.moved_by_others import warn_of_frozen
 from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
 
@@ -47,6 +55,13 @@ class _Hook:
     """A callable bound to a session; a copied or pickled model gets one that does nothing."""
 
     session: Session
+
+    @property
+    def __name__(self) -> str:
+        if scripted():
+            raise not_captured()
+        kind: type = type(self)
+        return kind.__name__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _inert
@@ -84,8 +99,14 @@ class _Call(ModuleCall):
             push(*self.pair)
 
     def pop_hooks(self) -> None:
-        if self.pair is not None:
-            remove(self.pair)
+        pair = self.pair
+        if pair is None:
+            return
+        found = top()
+        # Asked once more: a signal handler that runs the model may have popped it. None can come between this and the pop.
+        if self.pair is pair and found and found[0] is pair[0]:
+            pop()
+        self.pair = None
 
     def leave(self) -> None:
         """End the windows; may be called again after an interruption."""
@@ -103,10 +124,11 @@ class _Call(ModuleCall):
 
 
 def _unwind(stack: list[_Call], depth: int) -> None:
-    """End the calls that were begun since the stack had this depth."""
-    while len(stack) > depth:
-        stack[-1].leave()
-        stack.pop()
+    """End the calls that were begun since the stack had this depth. A signal handler that runs the model may end them meanwhile."""
+    for call in reversed(stack[depth:]):
+        call.leave()
+        with contextlib.suppress(ValueError):
+            stack.remove(call)
 
 
 class _Enter(_Hook):
@@ -117,6 +139,9 @@ class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         refuse(self.session, "a forward")
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
+        if phase == FORWARD and not self.session.trained:
+            self.session.trained = True
+            warn_of_frozen(self.session)
         call = _Call(self)
         _stack().append(call)
         call.range = self.session.ranges.start(f"{self.name} {'recompute' if phase == BACKWARD else 'forward'}")
@@ -128,6 +153,8 @@ class _Enter(_Hook):
                 unit.calls.append(call)
         if torch.is_grad_enabled():
             call.push_hooks()
+        if call not in _stack():
+            call.leave()  # a signal handler ran the model, which gave this call up
 
 
 class _Leave(_Hook):
@@ -136,13 +163,15 @@ class _Leave(_Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         stack = _stack()
-        if not stack or stack[-1].enter is not self.enter:
+        depth = len(stack) - 1
+        call = next(iter(stack[-1:]), None)
+        if call is None or call.enter is not self.enter:
             return None  # its window was never opened, or has been given up
-        stack[-1].pop_hooks()
+        call.pop_hooks()
         try:
             return self._replace(args, kwargs, output)
         finally:
-            _unwind(stack, len(stack) - 1)
+            _unwind(stack, depth)
 
     def _replace(self, args: Any, kwargs: Any, output: Any) -> Any:
         replaced = None
@@ -209,7 +238,8 @@ class _Around:
         except BaseException:
             _unwind(stack, depth)
             session = self.session()
-            if session is not None and depth == 0 and not in_backward():
+            # A signal handler's call that was refused leaves what it struck as it is.
+            if session is not None and depth == 0 and not in_backward() and not session.busy():
                 session.recover()
             raise
 
@@ -335,6 +365,7 @@ class _EnterRoot(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if in_backward():
             return
+        refuse(self.session, "a forward")  # before what is under way is taken for a forward that ended
         keep_out()
         check_replaced(self.session)
         for ref in self.hooked:

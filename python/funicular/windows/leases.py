@@ -15,7 +15,7 @@ from funicular.torch_internals.autograd import is_wrapped, unwrapped
 from funicular.torch_internals.memory import storage_address
 from funicular.torch_internals.operations import neg_view
 from funicular.torch_internals.overrides import unguarded
-from funicular.torch_internals.saved_hooks import allowed, pop, top
+from funicular.torch_internals.saved_hooks import allowed, top
 from funicular.windows.signals import refuse
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["Lease", "LeaseHooks", "check_version", "remove"]
+__all__ = ["Lease", "LeaseHooks", "check_version"]
 
 
 class Lease(NamedTuple):
@@ -54,13 +54,6 @@ class _Delegated(NamedTuple):
     """Something packed by the hooks that were on the stack before ours."""
 
     packed: Any
-
-
-def remove(pair: Pair) -> None:
-    """Pop a pair, if it was pushed and is there still."""
-    found = top()
-    if found and found[0] is pair[0]:
-        pop()
 
 
 class LeaseHooks:

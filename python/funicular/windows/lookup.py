@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["ATTRIBUTE", "offloaded", "owner_of", "session_of", "session_within"]
+__all__ = ["ATTRIBUTE", "offloaded", "owner_of", "session_for", "session_of"]
 
 ATTRIBUTE = "_funicular_session"
 
@@ -58,6 +58,12 @@ def session_within(model: Any) -> tuple[nn.Module, Session] | None:
         if other is not None and other not in own:
             raise UsageError("FN-E114", f"'{name}' belongs to an offloaded model. {_whole(model, other)}")
     return next(iter(parts.values()), None)
+
+
+def session_for(model: Any) -> Session | None:
+    """Return the session of the offloaded model that a model is or wraps, as :func:`session_within` finds it."""
+    found = session_within(model)
+    return None if found is None else found[1]
 
 
 def offloaded(model: Any) -> tuple[nn.Module, Session]:

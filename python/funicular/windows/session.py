@@ -21,11 +21,13 @@ from funicular.gradients.backward import Gradients
 from funicular.gradients.clipping import recognised
 from funicular.homes.current import Homes
 from funicular.homes.digests import look_at_home
-from funicular.homes.edits import take_frame_edits
+from funicular.homes.edits import edit_of_shared, take_frame_edits
 from funicular.homes.moved import check_places
+from funicular.ranks.gradients import RankGradients
+from funicular.report.growth import Growth
 from funicular.report.log import StepLog
 from funicular.report.nvtx import ranges
-from funicular.torch_internals.autograd import at_end_of_backward, backward_task, in_backward
+from funicular.torch_internals.autograd import adds_to, at_end_of_backward, backward_task, in_backward
 from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.modes import no_modes
 from funicular.torch_internals.overrides import unguarded
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from funicular._core import Engine, Save
     from funicular.policy import Policy
+    from funicular.ranks.group import Group
 
 __all__ = ["Session"]
 
@@ -61,11 +64,14 @@ def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
 class Session:
     """State of one offloaded model on the Python side."""
 
-    def __init__(self, engine: Engine, device: torch.device, policy: Policy) -> None:
+    def __init__(self, engine: Engine, device: torch.device, policy: Policy, group: Group | None = None) -> None:
         self.engine = engine
+        #: the ranks that train the model together; None for a process that trains alone
+        self.group = group
         self.policy = policy
         self.log = StepLog(engine, policy.to_dict())
         self.ranges = ranges(policy.log.nvtx, device)
+        self.growth = Growth(engine, device)
         self.device = device
         self.units: list[Unit] = []
         #: parameters that are not paged: they live on the compute device
@@ -73,7 +79,13 @@ class Session:
         self.poison = policy.debug.poison
         self.homes = Homes(engine, device, self.units)
         self.windows = Windows(self.homes, self.units, poison=self.poison)
-        self.gradients = Gradients(engine, device)
+        self.gradients: Gradients
+        if group is None:
+            self.gradients = Gradients(engine, device, sums_up=_core.brings_sums_up(engine))
+        else:
+            self.gradients = RankGradients(engine, device, group)
+            self.windows.shared, self.homes.refuse = True, self._refuse_edit
+        self.homes.room_elsewhere = self.gradients.make_room
         self.leases = LeaseHooks()
         self.activations: Any = None  # see Activations: block inputs that wait in host memory, where the policy says so
         self.held: Any = None  # see Held: the model that was given to offload, and what it holds
@@ -88,8 +100,6 @@ class Session:
         #: a step waits for its updates where they compete with the forward for the same cores and nothing comes from NVMe
         self.waits = False
         self.strays = 0
-        #: the backward at whose end :meth:`backward_ended` runs
-        self._task = -1
         self.closed = False
         #: the save under way, or the last one
         self.saving: Save | None = None
@@ -98,14 +108,16 @@ class Session:
         self.loading = False
         #: the caller knows of optimizer states that cannot be read
         self.told_lost = False
+        #: whether there was a forward with gradients
+        self.trained = False
         living.add(self)
 
-    def __del__(self) -> None:
-        """Make parameters that are still held ordinary tensors, and give the rest back."""
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
+        """Make parameters that are still held ordinary tensors, and give the rest back; also when Python has unloaded modules."""
         if "closed" not in self.__dict__:
             return  # interrupted while it was made
         self.held = None  # who else holds a parameter is counted below
-        if not self.closed and os.getpid() == self.pid:
+        if not self.closed and getpid() == self.pid:
             with contextlib.suppress(Error):
                 _core.saved(self.engine)
             if self.log.step > 1:  # not where offload failed
@@ -118,7 +130,7 @@ class Session:
         for unit in self.units:
             unit.params.clear()
             unit.neighbours.clear()
-        if os.getpid() == self.pid:
+        if getpid() == self.pid:
             self.engine.close()
 
     # A copied or pickled model is an ordinary one.
@@ -144,8 +156,12 @@ class Session:
         if unit.where is not Where.FRAME:
             self.alive()
         opened = self.windows.open(unit, phase)
-        if opened and in_backward():
-            self._watch_backward()
+        if in_backward():
+            if opened:
+                self._watch_backward()
+            if self.gradients.opened(unit):
+                self._watch_backward()
+                self.gradients.backwards.bring(backward_task())
         return opened
 
     def open_for_backward(self, unit: Unit) -> bool:
@@ -178,9 +194,10 @@ class Session:
 
     def _watch_backward(self) -> None:
         task = backward_task()
-        if task != self._task:
-            self._task = task
-            at_end_of_backward(functools.partial(self.backward_ended, task))
+        if task not in self.gradients.backwards:
+            ending = functools.partial(self.backward_ended, task)
+            self.gradients.watched(task, ending)
+            at_end_of_backward(ending)
 
     # ------------------------------------------------------------------ homes
 
@@ -235,6 +252,7 @@ class Session:
         """Make a unit's home current, for use where its frames are not to be had."""
         self.homes.use_home(unit)
 
+    @_locked
     def drop_unused(self, *, keep: Iterable[Unit] = ()) -> None:
         """Give back the memory of all earlier reads, of weights and of optimizer states, that nothing looks at any more."""
         self.homes.drop_unused(keep=keep)
@@ -253,20 +271,40 @@ class Session:
     # ------------------------------------------------------------------ gradients
 
     def before_accumulate(self, ref: PagedParam) -> None:
-        """Autograd is about to add to a gradient that may still be on its way, or is yet to be multiplied."""
-        if ref.param.grad is ref.grad:
-            self.access_grad(ref)
+        """Take note that a gradient has come of a parameter, which autograd may be about to add to one that is there.
+
+        The latter may still be on its way, or be yet to be multiplied.
+        """
+        if not adds_to(ref.param):
+            return  # ``torch.autograd.grad``, of any thread: it leaves the parameter's gradient alone
+        with self.lock:
+            if in_backward():
+                self._watch_backward()
+                if not self.gradients.about_to_add(ref):
+                    return
+            if ref.unit.grads_on_nvme and ref.param.grad is ref.grad:
+                self.alive()
+                if self.gradients.lift(ref):
+                    return
+            self.gradients.before_accumulate(ref)
 
     @_locked
     def gradient_arrived(self, param: torch.Tensor) -> None:
         """Take note that autograd accumulated into ``param.grad``."""
         self._watch_backward()
+        self.gradients.backwards.bring(backward_task())
         self.gradients.arrived(ref_of(param))
 
     def access_grad(self, ref: PagedParam) -> None:
         """Make a gradient in its segment valid for the caller."""
+        self.access_grads([ref])
+
+    def access_grads(self, refs: list[PagedParam]) -> None:
+        """Make gradients in their segments valid for the caller, all at the same time."""
         self.alive()
-        self.gradients.settle(ref)
+        with self.lock:
+            for ref in refs:
+                self.gradients.settle(ref, refs)
 
     @_locked
     def move_out(self, ref: PagedParam) -> None:
@@ -276,10 +314,13 @@ class Session:
     @_locked
     def backward_ended(self, task: int) -> None:
         """Run at the end of a backward: all gradients are in their segments, where the caller can read them."""
-        self.gradients.backward_ended()
-        self._task = -1
+        if self.closed:
+            return  # the model was used and unwrapped within a backward of another one
+        if self.group is not None or self.gradients.backwards.brings(task):
+            # Not at the end of any other: those of a backward that another thread is in are still coming.
+            self.gradients.backward_ended(task)
+        self.gradients.backwards.end(task)
         self.ranges.backward(None)
-        self.gradients.speculation.backward_ended(self.units)
         for unit in self.units:
             unit.end_backward(task)
             if unit.held and unit.depth == 0:
@@ -289,7 +330,14 @@ class Session:
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], guarded: type[torch.Tensor]
     ) -> Any:
         """Answer an operation of ``clip_grad_norm_`` from what is known; ``NotImplemented`` if it has to be run."""
-        return recognised(func, args, kwargs, guarded)
+        with self.lock:
+            return recognised(func, args, kwargs, guarded)
+
+    def clear_grad(self, ref: PagedParam, grad: torch.Tensor) -> bool:
+        """Carry out ``zero_`` of a shared gradient, for this process; False if it has to be run."""
+        self.alive()
+        with self.lock:
+            return self.gradients.clear(ref, grad)
 
     def want_norms(self, kind: str) -> None:
         """Have the norms of gradients taken as they come, by this operation."""
@@ -299,7 +347,37 @@ class Session:
         """Keep a factor of gradients until the next step; False if there are too many."""
         return self.gradients.clipping.keep(factor)
 
+    # ------------------------------------------------------------------ several ranks
+
+    @property
+    def shared(self) -> bool:
+        """Whether homes and gradients are the same memory for several processes, of which each would make an edit."""
+        return self.group is not None and not self.loading
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what all ranks would write alike."""
+        return self.group is None or self.group.rank == 0 or self.loading
+
+    def _refuse_edit(self, ref: PagedParam) -> None:
+        if self.shared:
+            self.partial = f"'{ref.name}' was edited in memory that all ranks share."
+            _core.fail_rank(self.engine, self.partial)
+            raise edit_of_shared(f"'{ref.name}'")
+
+    @_locked
+    def join(self) -> None:
+        """Wait until all ranks are at their step."""
+        self.alive()
+        self.gradients.join()
+
     # ------------------------------------------------------------------ steps
+
+    def bring_down(self) -> None:
+        """Have gradients that have come sent to their places, before a step looks which there are."""
+        if self.gradients.pending and not self.closed and not self.busy():  # a handler's step is refused
+            with self.lock:
+                self.gradients.bring_down()
 
     @_locked
     def before_step(self, units: list[Unit]) -> list[Unit]:
@@ -331,6 +409,7 @@ class Session:
     def after_step(self, watched: list[Unit]) -> None:
         """Let aliases of homes see the new values."""
         self.log.stepped()
+        self.growth.stepped()
         for unit in watched:
             if unit.behind:
                 self.homes.catch_up(unit)

@@ -30,7 +30,15 @@ def _close_all() -> None:
             if not session.closed:
                 session.log.ended()
             session.closed = True
+            _end_updates(session)
             session.engine.close()
+
+
+def _end_updates(session: Session) -> None:
+    """Have this rank's part of the last step done, which the others wait for."""
+    if session.group is not None:
+        with contextlib.suppress(Error):
+            session.engine.settle_all()
 
 
 def _in_child() -> None:

@@ -47,8 +47,12 @@ def refuse(session: Session, what: str) -> None:
 
 def note_step(session: Session) -> None:
     """Take note of a step that the runtime has taken and that is not noted yet: all of it, also if signals interrupt."""
-    if session.unnoted is not None:
-        _core.complete(session.unnoted)
+    if session.unnoted is None:
+        return
+    # The step of another thread, which holds the lock, takes note of itself; nothing may look at versions halfway.
+    with session.lock:
+        if session.unnoted is not None:
+            _core.complete(session.unnoted)
 
 
 def look(session: Session) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from funicular._core import BACKWARD
 from funicular.homes.digests import digest, look_at_frames, renew_home
-from funicular.homes.edits import Inside, take_frame_edits
+from funicular.homes.edits import Inside, edit_of_shared, take_frame_edits
 from funicular.homes.moved import check_places
 from funicular.torch_internals.autograd import in_backward
 from funicular.torch_internals.overrides import unguarded
@@ -36,6 +36,8 @@ class Windows:
         self._units = units
         #: frames are digested as they are entered, so that edits are found that cannot be followed
         self._poison = poison
+        #: homes are the same memory for several processes
+        self.shared = False
 
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames, for this thread; False if they must be used from their home."""
@@ -95,6 +97,10 @@ class Windows:
             away = [ref for ref in unit.params if not interrupted or ref.numel == 0 or not ref.at_home()]
             for ref in away:
                 inside.look(ref)
+            if self.shared and inside.edited:
+                inside.refused = inside.refused or edit_of_shared(f"'{inside.edited[0].name}'")
+                inside.edited.clear()
+                self._engine.invalidate(unit.engine_id, self._homes.stream())
             for ref in inside.edited:
                 ref.mark_edited()
                 unit.mark_dirty(True)

@@ -1,0 +1,119 @@
+"""Other libraries that move a model's weights or replicate them, and weights that were frozen too late."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from funicular.errors import UsageError
+from funicular.units.classes import pageable
+from funicular.units.dtypes import TRAINED, state_bytes
+from funicular.windows.lookup import session_of
+
+if TYPE_CHECKING:
+    from funicular.windows.session import Session
+
+__all__ = ["refuse_for_ranks", "refuse_movers", "warn_of_frozen", "watch_replication"]
+
+_log = logging.getLogger("funicular")
+#: modules that exchange gradients, or hold parts of weights: named, since an import of them takes seconds
+_SHARDING = frozenset(["DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"])
+
+
+def refuse_movers(model: nn.Module) -> None:
+    """Refuse a model whose weights another library moves.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E140``, before anything is touched.
+    """
+    for name, module in model.named_modules():
+        where = f"'{name}'" if name else f"this {type(module).__name__}"
+        if hasattr(module, "_hf_hook"):
+            raise UsageError(
+                "FN-E140",
+                f"{where} has a hook of accelerate (device_map, dispatch_model, cpu_offload), which moves weights itself. Load the model "
+                "without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True) before funicular.offload.",
+            )
+        if isinstance(module, nn.DataParallel):
+            raise UsageError(
+                "FN-E140", f"{where} is nn.DataParallel, which replicates weights over GPUs. Offload the module in it."
+            )
+
+
+def refuse_for_ranks(model: nn.Module) -> None:
+    """Refuse what several ranks cannot train yet.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E704``, before anything is touched.
+    """
+    for name, module in model.named_modules():
+        kinds = {c.__name__ for c in type(module).__mro__} & _SHARDING
+        if kinds:
+            where = f"'{name}'" if name else "this model"
+            raise UsageError(
+                "FN-E704",
+                f"{where} is {kinds.pop()}, which exchanges gradients itself. Offload the model in it: several ranks exchange their gradients "
+                'without it; or give group="single" for a model of this process alone.',
+            )
+    for name, p in model.named_parameters():
+        if p.requires_grad and (not pageable(p) or p.dtype not in TRAINED):
+            raise UsageError(
+                "FN-E704",
+                f"'{name}' is a {type(p).__name__} of {p.dtype}, which is not paged, and so not exchanged between ranks. Freeze it.",
+            )
+        if p.grad is not None:
+            raise UsageError(
+                "FN-E704",
+                f"'{name}' has a gradient already, which is this rank's alone. Call model.zero_grad() before funicular.offload.",
+            )
+
+
+def watch_replication() -> None:
+    """Have ``nn.DataParallel`` refuse to copy all weights of an offloaded model to each GPU, and DDP to exchange what ranks have exchanged."""
+    replicate = nn.DataParallel.replicate
+
+    def refusing(self: Any, module: Any, device_ids: Any) -> Any:
+        if any(session_of(part) is not None for part in module.modules()):
+            raise UsageError(
+                "FN-E140",
+                "nn.DataParallel would copy all weights of an offloaded model to each GPU. Call the model itself; with the Hugging Face "
+                "Trainer use funicular.integrations.transformers, or show the process one GPU (CUDA_VISIBLE_DEVICES=0).",
+            )
+        return replicate(self, module, device_ids)
+
+    nn.DataParallel.replicate = refusing  # type: ignore[method-assign]
+    begin = nn.parallel.DistributedDataParallel.__init__
+
+    def refusing_ranks(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if any(getattr(session_of(part), "group", None) is not None for part in module.modules()):
+            raise UsageError(
+                "FN-E704",
+                "DistributedDataParallel would exchange gradients that the ranks of an offloaded model exchange themselves. Leave it out, or "
+                'give funicular.offload group="single": then each rank has a copy of everything.',
+            )
+        begin(self, module, *args, **kwargs)
+
+    functools.update_wrapper(refusing_ranks, begin)
+    nn.parallel.DistributedDataParallel.__init__ = refusing_ranks  # type: ignore[method-assign]
+
+
+def warn_of_frozen(session: Session) -> None:
+    """Say how much was set aside for weights that are frozen now: PEFT freezes those of the model that it is given."""
+    frozen = [ref for unit in session.units for ref in unit.params if ref.trainable and not ref.param.requires_grad]
+    wasted = sum(ref.numel * (state_bytes(ref.home.dtype) + ref.home.element_size()) for ref in frozen)
+    whole = sum(ref.numel * ref.home.element_size() for unit in session.units for ref in unit.params)
+    if frozen and wasted > whole:
+        _log.warning(
+            "FN-W140 %d weights ('%s', ...) are frozen, and were not when the model was offloaded: %.2f GB for their gradients and states "
+            "stay reserved and unused. Freeze weights, and call get_peft_model, before funicular.offload.",
+            len(frozen),
+            frozen[0].name,
+            wasted / 1e9,
+        )
