@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import forks
 
 HERE = Path(__file__).parent
+#: where modules of the tests lie
+FOLDERS = [str(HERE), *(str(folder) for folder in sorted(HERE.iterdir()) if folder.is_dir())]
 #: Seconds after which a process hangs. Starting one takes half a minute where eight others want the processor.
 PATIENCE = 400
 
 PRELUDE = """
 import os, signal, sys, threading, time
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-sys.path[:0] = [{here!r}]
+sys.path[:0] = {folders!r}
 import torch
 torch.set_num_threads(1)
 import funicular
@@ -26,19 +30,49 @@ disk = {disk!r}
 world = World({device!r}, (disk,), **{placement!r})
 """
 
+#: Freed memory goes back to the system at once: what the C library would keep of it is in no plan.
+EXACT = ("env", "MALLOC_MMAP_THRESHOLD_=65536")
+#: A model of 64 MiB whose states, and weights, are on disk.
+TRAINED = """
+import gc, facts
+def build():
+    return Stack(block=lambda: __import__("models").Block(1024), depth=8, width=1024)
+def train(model, opt, steps):
+    for _ in range(steps):
+        model(torch.ones(2, 1024)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+MIB = 1 << 20
+HBM, HOST = 3 * 8 * MIB + 64 * 1024, 96 * MIB
+def policy(model, **more):
+    return merge(world.policy(model), {"budget": {"hbm": f"{HBM}B", "host": f"{HOST}B", "nvme": "1GiB"}, "debug": {"poison": False}} | more)
+# What torch needs for itself, and is not given back: threads, pools, code.
+warm = torch.nn.Linear(1024, 1024)
+opt = funicular.AdamW(warm.parameters())
+train(torch.nn.Sequential(warm), opt, 2)
+del warm, opt
+gc.collect()
+# Gradients of two blocks on their way down, and of the one that computes, some of them transposed; code that is used for the first time.
+BESIDE = 5 * 8 * MIB
+"""
+
+
+def program(
+    code: str, device: str = "host", prefix: Sequence[str] = (), cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """Start Python code with pipes for its output: a fork, unless a GPU or a prefix forbids it."""
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
+    if prefix or device != "host":
+        return subprocess.Popen([*prefix, sys.executable, "-c", code], **streams)
+    return forks.python(code, **streams)
+
 
 def start(
     body: str, disk: str, placement: dict[str, str], device: str = "host", prefix: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """Start a script that finds ``funicular``, the models, ``world`` and ``disk``."""
-    code = PRELUDE.format(here=str(HERE), disk=disk, device=device, placement=dict(placement)) + textwrap.dedent(body)
-    return subprocess.Popen(
-        [*prefix, sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ.copy(),
-    )
+    """Start a script that finds ``funicular``, the models, ``world`` and ``disk``; after ``prefix``, if that is given."""
+    code = PRELUDE.format(folders=FOLDERS, disk=disk, device=device, placement=dict(placement)) + textwrap.dedent(body)
+    return program(code, device, prefix)
 
 
 def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str, str]:

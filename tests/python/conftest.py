@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("FUNICULAR_TEST_DEVICE", "host") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests of the host device go the same way on a machine with a GPU
 # Two processes that compile at once can spoil each other's precompiled headers.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault(
@@ -32,12 +34,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in funicular.__all__:
     getattr(funicular, name)  # imports what it needs: now, not within a test
-gc.collect()
-gc.freeze()  # what the imports made stays out of later collections: 0.2 s each otherwise
 torch.set_num_threads(1)  # one order of summation, and no pools that compete with the runtime's
 if CUDA:
     torch.use_deterministic_algorithms(True)
     facts.get_ahead()
+
+#: The file of tests before which everything alive was put aside.
+FROZEN = pytest.StashKey[Path]()
 
 DEVICE = "cuda" if CUDA else "host"
 #: Processors that other programs may keep busy beside a test that judges by times.
@@ -49,9 +52,12 @@ PLACEMENTS = {
     "host": {"params": "host", "optimizer": "host", "engine": "threads"},
     "nvme-threads": {"params": "nvme", "optimizer": "nvme", "engine": "threads"},
     "nvme-io_uring": {"params": "nvme", "optimizer": "nvme", "engine": "io_uring"},
+    "nvme-gradients": {"params": "nvme", "optimizer": "nvme", "gradients": "nvme", "engine": "threads"},
 }
 #: For questions of autograd, which no I/O engine answers: with the engine that works everywhere.
 TWO_PLACEMENTS = ["host", "nvme-threads"]
+#: For questions about gradients.
+OF_GRADIENTS = [*TWO_PLACEMENTS, "nvme-gradients"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,6 +93,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What the imports, the collection of the tests and the files before made stays out of later collections: 0.1 s each otherwise."""
+    if item.config.stash.get(FROZEN, None) != item.path:
+        item.config.stash[FROZEN] = item.path
+        gc.collect()
+        gc.freeze()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -117,7 +133,9 @@ def unchanged() -> Iterator[None]:
     """A test leaves the process as it found it: the next one must not fail, or pass, because of it."""
     before = facts.process()
     yield
-    assert facts.process() == before
+    after = facts.process()
+    facts.restore(before)
+    assert after == before
 
 
 @pytest.fixture
@@ -159,10 +177,13 @@ def make_world(name: str, disk: str, io_uring: bool) -> World:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Questions that the I/O engine could answer differently are asked with both engines: those marked ``io_engines``."""
+    """Questions that the I/O engine could answer differently are asked with both engines: those marked ``io_engines``. Those marked
+    ``gradients`` are asked with gradients on disk, too.
+    """
     if "world" in metafunc.fixturenames:
-        both = metafunc.definition.get_closest_marker("io_engines") is not None
-        metafunc.parametrize("world", PLACEMENTS if both else TWO_PLACEMENTS, indirect=True)
+        marked = {mark.name for mark in metafunc.definition.iter_markers()}
+        few = OF_GRADIENTS if "gradients" in marked else TWO_PLACEMENTS
+        metafunc.parametrize("world", PLACEMENTS if "io_engines" in marked else few, indirect=True)
 
 
 @pytest.fixture

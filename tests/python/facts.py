@@ -6,17 +6,25 @@ import contextlib
 import os
 import resource
 import sys
+import sysconfig
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import funicular
 from funicular import testing
+from models import CUDA
+
+_ROOT = Path(__file__).parents[2]
+#: where packages are installed: in the repository, if the environment is
+_INSTALLED = [Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")]
 
 
 def budget(model: nn.Module, tier: str) -> tuple[int, int | None]:
@@ -35,7 +43,12 @@ def saved_tensor_hooks() -> int:
     return testing.saved_tensor_hooks()
 
 
-def process() -> dict[str, object]:
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is the repository's own: torch's compiler adds some of packages to Python's path."""
+    return folder.is_relative_to(_ROOT) and not any(folder.is_relative_to(installed) for installed in _INSTALLED)
+
+
+def process() -> dict[str, Any]:
     """What of this process later work depends on."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
@@ -43,14 +56,22 @@ def process() -> dict[str, object]:
     return {
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("FUNICULAR", "PYTHON", "LD_", "CUDA"))},
         "folder": str(Path.cwd()),
+        "path": [folder for folder in sys.path if _is_ours(Path(folder))],
         "traced": (sys.gettrace(), sys.getprofile()),
-        "gradients": torch.is_grad_enabled(),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "type": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "references": (sys.getrefcount(gradient), torch.Tensor._use_count(gradient)),
         "limits": [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")],
         "cgroup": Path("/proc/self/cgroup").read_text(),
     }
+
+
+def restore(before: dict[str, Any]) -> None:
+    """Give this thread back the state of torch's that :func:`process` found."""
+    torch.set_grad_enabled(before["gradients"][0])
+    torch.set_default_dtype(before["type"])
+    torch.use_deterministic_algorithms(before["deterministic"])
 
 
 def forget_backwards() -> None:
@@ -117,13 +138,38 @@ def thread_names() -> Counter[str]:
 
 
 def threads() -> int:
-    """How many those are."""
-    return thread_names().total()
+    """How many those are; beside a GPU only the runtime's own, because its driver starts others when it likes."""
+    return sum(n for name, n in thread_names().items() if not CUDA or name.startswith("funicular"))
 
 
 def nap(seconds: float) -> None:
     """Give other threads the time that they get in so many seconds of a quiet machine."""
-    time.sleep(seconds * max(1.0, 4 * os.getloadavg()[0] / (os.cpu_count() or 1)))
+    time.sleep(_beside_others(seconds))
+
+
+def _beside_others(seconds: float) -> float:
+    return seconds * max(1.0, 4 * os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def rest(seconds: float) -> None:
+    """As ``nap``, but no longer than until all other threads of this process have slept for a while: on a busy machine that is much sooner."""
+    end = time.monotonic() + _beside_others(seconds)
+    time.sleep(seconds)
+    quiet = 0
+    while quiet < 6 and time.monotonic() < end:
+        time.sleep(0.004)
+        quiet = 0 if _others_run() else quiet + 1
+
+
+def _others_run() -> bool:
+    """Whether any other thread of this process runs, or wants to."""
+    me = threading.get_native_id()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            if int(task.name) != me and state in "RD":
+                return True
+    return False
 
 
 def busy() -> tuple[float, float, float]:

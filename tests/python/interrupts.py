@@ -107,17 +107,33 @@ class Strike:
             self.left -= 1
             if self.left == 0:
                 self.fired = True
-                raise KeyboardInterrupt
+                self.handle()
+
+    def handle(self) -> None:
+        """What a signal does there."""
+        raise KeyboardInterrupt
 
 
-def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int = 3, first: bool = False) -> None:
-    """Call ``strike(point, visit)``, which says if it struck, for the first visit of one point in ``stride``.
+def chosen(visits: Counter[Point], stride: int) -> list[Point]:
+    """One point in ``stride``, and one of each file in which none of those lies."""
+    points = list(visits)
+    found = set(points[::stride])
+    files = {file for file, *_ in found}
+    for point in points:
+        if point[0] not in files:
+            files.add(point[0])
+            found.add(point)
+    return [point for point in points if point in found]
+
+
+def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int = 27, first: bool = False) -> None:
+    """Call ``strike(point, visit)``, which says if it struck, for the first visit of one point in ``stride``, and of one in each file.
 
     If ``every``, for all points, and unless ``first`` for a visit in the middle and the last one too.
     """
-    assert len(visits) > 60, "the points were not found"
     struck = tried = 0
-    for point, count in list(visits.items())[:: 1 if every else stride]:
+    for point in chosen(visits, 1 if every else stride):
+        count = visits[point]
         for visit in sorted({1, count // 2 + 1, count} if every and not first else {1}):
             tried += 1
             try:
@@ -125,7 +141,7 @@ def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int
             except Exception as error:
                 raise AssertionError(f"struck at {point}, visit {visit} of {count}: {error}") from error
     # Some are visited only when a copy or an update happens to be late.
-    assert struck > 0.9 * tried
+    assert struck > 0.9 * tried - 1
 
 
 def twins(world: World, dtype: torch.dtype) -> list[Run]:
@@ -373,8 +389,8 @@ def offload_and_unwrap(world: World, every: bool) -> int:
     counter = Strike()
     interrupted(counter, action)
     funicular.unwrap(model)
-    # Each takes two engines: one point in twenty is enough for every day.
-    at_every_point(counter.visits, every, strike, stride=20, first=True)
+    # Each takes two engines: one point in fifty is enough for every day.
+    at_every_point(counter.visits, every, strike, stride=50, first=True)
     return len(counter.visits)
 
 

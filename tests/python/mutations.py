@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from funicular.testing import mean_of_pieces as _mean
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -16,8 +18,23 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "skip_backward_reload": ("funicular.windows.session.Session.open_for_backward", lambda self, unit: True),
     "drop_gradient": ("funicular.gradients.arrival.Landing.send", lambda self, ref, grad, stream: None),
     "wrong_gate": ("funicular.gradients.arrival.Landing.finish", lambda self, stream: self.reap(stream)),
+    "add_to_a_copy_of_what_is_held": (
+        "funicular.gradients.sums._is_alone",
+        lambda ref: ref.grad is not None and ref.param.grad is ref.grad and ref.factor is None,
+    ),
     "round_every_slice": ("funicular.micro_batches.block.is_half", lambda dtype: False),
     "skip_random_restore": ("funicular.micro_batches.replay.Randomness._set", lambda self, state: None),
+    # For several ranks: what their owners make of the pieces of all.
+    "swap_ranks": ("funicular.ranks.gradients.mean", lambda pieces, size: _mean([*pieces[1:], pieces[0]], size)),
+    "drop_a_rank": ("funicular.ranks.gradients.mean", lambda pieces, size: _mean(pieces[:-1], size)),
+    "divide_twice": ("funicular.ranks.gradients.mean", lambda pieces, size: _mean(pieces, size) / size),
+    "round_every_sum": ("funicular.ranks.gradients.mean", lambda pieces, size: sum(pieces[1:], pieces[0]) / size),
+    "forget_what_was_there": (
+        "funicular.ranks.gradients.RankGradients._sum",
+        lambda self, ref, one, pieces: _mean(pieces, self._group.size),
+    ),
+    # No fault: what GPUs do.
+    "exchange_early": ("funicular.ranks.gradients._EARLY", frozenset(["cpu", "cuda"])),
     "never_fill": ("funicular.micro_batches.skip_last._compute", lambda waiting: None),
 }
 

@@ -192,7 +192,8 @@ def one(world: World, seed: int, folder: Path, steps: int = 14) -> Run:
     chance = random.Random(seed * 7 + 1)
     dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16])
     frames = chance.choice([1.0, 1.5, 3.0, 9.0])
-    faults = chance.choice(["", "home:delay=3ms", "home:delay=20ms", "update:delay=2ms"])
+    faults = ["", "home:delay=3ms", "home:delay=20ms", "update:delay=2ms", "states:delay=0ms", "states:delay=10ms"]
+    faults = chance.choice([*faults, "states:delay=3ms,home:delay=3ms"])
     sections: dict[str, Any] = {"optimizer": {"spare": "32MiB"}, "debug": {"faults": faults}}
     if chance.random() < 0.6:
         # No step waits for its updates, on the host device neither, where something comes from NVMe.

@@ -40,6 +40,7 @@ class World:
     optimizer: str = "host"
     engine: str = "threads"
     poison: bool = True
+    gradients: str = "auto"
 
     @property
     def torch_device(self) -> torch.device:
@@ -60,6 +61,7 @@ class World:
             "nvme": {"paths": list(self.paths), "engine": self.engine},
             "params": {"tier": self.params},
             "optimizer": {"tier": self.optimizer},
+            "gradients": {"tier": self.gradients},
             "debug": {"poison": self.poison},
         }
         return merge(policy, sections)

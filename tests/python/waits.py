@@ -308,9 +308,12 @@ def refusals(disk: str) -> None:
 
     signal.signal(signal.SIGTERM, handler)
     program.model(program.x).square().mean().backward()
-    while not refused:
-        alarmed(program.once, signal.SIGTERM, 0.05)
-    assert refused == list(actions)
+    for after in (0.02, 0.06, 0.1, 0.15):  # amid the page-in of one block and another
+        refused.clear()
+        while not refused:
+            alarmed(program.once, signal.SIGTERM, after)
+            after *= 0.9
+        assert refused == list(actions)
     program.opt.zero_grad()
     program.goes_on()
 

@@ -1,0 +1,77 @@
+"""Checkpoints know nothing of ranks: what several save, any number of them loads."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from load_checks import same, train_and_save
+from rank_checks import offloaded_alone, train_alone, values
+
+import funicular
+import several
+from twin import World
+
+
+@pytest.mark.parametrize("wait", [True, False], ids=["waiting", "beside"])
+def test_saved_by_two_and_loaded_by_one_two_and_three(wait: bool, host_world: World, tmp_path: Path):
+    folder = str(tmp_path / "saved")
+    first, second = several.run(2, "rank_checks:save_and_go_on", folder, host_world, 2, wait)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    model, opt = offloaded_alone(host_world)
+    funicular.load(folder, model, opt)
+    saved = values(model, opt)
+    assert not all(torch.equal(a, b) for a, b in zip(saved[0], first, strict=True))  # it is the state at the call
+    for size in (2, 3) if wait else ():
+        for found in several.run(size, "rank_checks:resume", folder, host_world):
+            assert same(found, saved)
+    other, its = offloaded_alone(host_world)
+    funicular.load(f"{folder}-alone", other, its)
+    assert same(values(other, its), saved)
+
+
+def test_saved_by_one_and_loaded_by_two(host_world: World, tmp_path: Path):
+    model, opt = offloaded_alone(host_world)
+    train_alone(model, opt)
+    funicular.save(model, opt, tmp_path / "saved")
+    for found in several.run(2, "rank_checks:resume", str(tmp_path / "saved"), host_world):
+        assert same(found, values(model, opt))
+
+
+def test_from_the_meta_device(host_world: World, tmp_path: Path):
+    model, _ = offloaded_alone(host_world)
+    funicular.save(model, None, tmp_path / "saved")
+    first, second = several.run(2, "rank_checks:on_meta", str(tmp_path / "saved"), host_world)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (ordinary,) = {several.run(2, "rank_checks:after_one_step", host_world)[0][0].sum().item()}
+    assert first[0].sum().item() == ordinary
+
+
+def test_unwrapped(host_world: World):
+    first, second = several.run(2, "rank_checks:unwrapped", host_world)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_each_byte_is_read_by_one_rank_and_damage_is_told_on_all(host_world: World, tmp_path: Path):
+    saved, damaged = tmp_path / "saved", tmp_path / "damaged"
+    expected = train_and_save(saved, host_world)
+    shutil.copytree(saved, damaged)
+    for path in damaged.glob("*.safetensors"):
+        # The last tensor of each file, which not all ranks read.
+        with path.open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"bad!")
+    everyone = several.run(3, "load_checks:loads", str(saved), str(damaged), host_world)
+    for way in ("meta", "with states"):
+        parts = [part for found in everyone for part in found[f"read, {way}"]]
+        assert len(parts) == len(set(parts)), f"{way}: read twice"
+        assert all(found[f"read, {way}"] for found in everyone), f"{way}: read by some alone"
+    for rank, found in enumerate(everyone):
+        assert same([found["meta"]], expected[:1])
+        assert same(found["with states"], expected)
+        assert same(found["new"], expected)
+        for name in ("damaged, meta", "damaged, with states", "damaged, new"):
+            assert found[name].startswith("FN-E406"), f"rank {rank}, {name}: {found[name]}"
+        assert found["unchanged"]
+        assert found["step"] == "nothing"
+        assert found["refused"].startswith("FN-E410"), f"rank {rank}: {found['refused']}"

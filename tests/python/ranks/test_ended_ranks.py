@@ -1,0 +1,24 @@
+"""A rank that is killed is a named error on the others, soon."""
+
+import pickle
+
+import pytest
+
+from several import Ranks
+from twin import World
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "step", "after"])
+def test_killed(where: str, host_world: World):
+    size, victim = 3, 1
+    ranks = Ranks(size, "rank_checks:killed", host_world, where, victim)
+    try:
+        ends = ranks.wait()  # whoever waits for long is killed, and has no status
+        assert ends[victim][0] == -9
+        for rank in {*range(size)} - {victim}:
+            assert ends[rank][0] == 0, ends[rank][1]
+            code, text = pickle.loads((ranks.folder / f"{rank}.result").read_bytes())
+            assert code == "FN-E701", text
+            assert f"rank {victim}" in text
+    finally:
+        ranks.end()
