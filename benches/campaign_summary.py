@@ -10,6 +10,9 @@ Line = dict[str, Any]
 
 #: least tokens per second of those in HBM, by tokens of a step and whether blocks are compiled
 TARGETS = {(16384, False): 0.95, (32768, False): 0.98, (16384, True): 0.93, (32768, True): 0.97}
+#: the same where the gradients are clipped in every step, and of steps with two backwards
+CLIPPED = {(16384, False): 0.92, (32768, False): 0.98}
+TWICE = 0.95
 #: bytes over the link, up and down, for each parameter that the GPU updates on behalf of the host
 LANES = (14, 12)
 #: bytes over NVMe for each parameter whose states live there
@@ -31,7 +34,7 @@ def summary(lines: list[Line]) -> list[Line]:
     rates = profiles[-1] if profiles else None
     return [
         {"summary": line.pop("of"), **line}
-        for found in (bits(runs), main(runs, rates), nvme(runs, rates), six(runs, rates), eleven(runs))
+        for found in (bits(runs), main(runs, rates), twice(runs), nvme(runs, rates), six(runs, rates), eleven(runs))
         for line in found
     ]
 
@@ -69,7 +72,8 @@ def main(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
     for (part, system, tokens, compiled, free), x in runs.items():
         base = runs.get((part, "in_hbm", tokens, compiled, free)) or runs.get((part, "in_hbm", tokens, compiled, False))
         if part == "main" and system != "in_hbm" and base is not None:
-            target = TARGETS.get((tokens, compiled))
+            targets = CLIPPED if x["clipped"] == x["steps"] else TARGETS
+            target = targets.get((tokens, compiled))
             ratio = base["seconds"] / x["seconds"]
             line = {"of": "main", "system": system, "tokens": tokens, "compiled": compiled, "max_norm": x["max_norm"]}
             line |= {"clipped": f"{x['clipped']} of {x['steps']}", "ratio": round(ratio, 4)}
@@ -78,6 +82,25 @@ def main(runs: dict[Any, Line], rates: Line | None) -> list[Line]:
             # After other steps the weights are others, and the losses with them.
             same = base["max_norm"] == x["max_norm"] and base["steps_before"] == x["steps_before"]
             out.append(line | (digits(base, x) if same else {}))
+    return out
+
+
+def twice(runs: dict[Any, Line]) -> list[Line]:
+    """Steps of two backwards against those in HBM."""
+    out = []
+    for (part, system, tokens, _, free), x in runs.items():
+        base = runs.get(("twice", "in_hbm", tokens, False, False))
+        if part == "twice" and system != "in_hbm" and base is not None:
+            ratio = base["seconds"] / x["seconds"]
+            line = {
+                "of": "twice",
+                "tokens": tokens,
+                "clipped": f"{x['clipped']} of {x['steps']}",
+                "ratio": round(ratio, 4),
+            }
+            line |= {"target": TWICE, "reached": ratio >= TWICE} if free else {}
+            line |= {"seconds": x["seconds"], "in_hbm": base["seconds"], "binding": x["binding"], "ahead": x["ahead"]}
+            out.append(line)
     return out
 
 

@@ -81,9 +81,11 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         "--steps",
         "3",
     ]
-    main = ["--tokens", s.tokens(16384, free=(16384, 32768, 8192)), "--compiled", s.tokens(free=(16384, 32768))]
-    # After three steps that were clipped nothing is tried ahead any more.
+    main = ["--tokens", s.tokens(16384, 32768, free=(16384, 32768, 8192)), "--compiled", s.tokens(free=(16384, 32768))]
+    # After three steps it is known whether they are clipped.
     main += ["--warmup", "3", "--steps", "3"]
+    twice = ["--backwards", "2", "--tokens", s.tokens(16384, free=(16384, 8192)), "--warmup", "3", "--steps", "3"]
+    twice_in_hbm = ["--backwards", "2", "--tokens", s.tokens(16384, 8192), "--warmup", "2", "--steps", "3"]
     planned = ["--tokens", s.tokens(16384, free=(16384, 8192)), "--warmup", "3", "--steps", "3"]
     few = ["--warmup", "1", "--steps", "2"]
     systems = "reference,in_hbm,host_cpu,host_gpu,host,host_poison"
@@ -121,6 +123,8 @@ def cases(device: str, out: Path, disk: str) -> list[Case]:
         Case("bits", "bits", s.train("0.4", *bits), 40, 90),
         Case("main", "in_hbm", s.train("3.14", "--systems", "in_hbm", *base), 40, 90),
         Case("main", "host", s.train("3.14", "--systems", "host", *main), 60, 120),
+        Case("twice", "in_hbm", s.train("3.14", "--systems", "in_hbm", *twice_in_hbm), 25, 60),
+        Case("twice", "host", s.train("3.14", "--systems", "host", *twice), 40, 90),
         Case("six", "in_hbm", s.train("6.7", *six), 15, 40),
         Case("six", "host", s.train("6.7", "--systems", "host", "--micro-batch", rows, *both, host=f"{most}B"), 60, 120),
         Case("eleven", "compute", s.train("11", "--systems", "compute", "--tokens", s.tokens(16384), *few), 15, 40),

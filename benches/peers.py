@@ -23,12 +23,24 @@ def one_process() -> None:
 
 
 def fsdp2(model: nn.Module, hyper: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """PyTorch's own sharding with its CPU offload, on one GPU; fp32 masters on the host."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    """PyTorch's own sharding with its CPU offload; fp32 masters on the host."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return sharded(model.to("cpu"), hyper, offload_policy=CPUOffloadPolicy())
+
+
+def fsdp2_hbm(model: nn.Module, hyper: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """PyTorch's own sharding with everything on the GPUs; fp32 masters there too."""
+    return sharded(model, hyper)
+
+
+def sharded(model: nn.Module, hyper: dict[str, Any], **options: Any) -> tuple[nn.Module, Any]:
+    """Each block a group of its own, in bf16 over fp32 masters."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     one_process()
-    model = model.to("cpu").float()
-    options = {"offload_policy": CPUOffloadPolicy(), "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    model = model.float()
+    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for layer in model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
@@ -105,4 +117,4 @@ class DeepSpeedAdamW:
         """Done by the step."""
 
 
-PEERS = {"fsdp2": fsdp2, "torchao": torchao, "deepspeed": deepspeed}
+PEERS = {"fsdp2": fsdp2, "fsdp2_hbm": fsdp2_hbm, "torchao": torchao, "deepspeed": deepspeed}

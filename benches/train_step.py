@@ -5,7 +5,8 @@ with fp32 masters, AdamW, gradients clipped to norm 1.0, every block checkpointe
 same initial weights and the same data for all. A system is set up once and goes through all workloads, so that its weights go on
 from one to the next; the losses of all systems are compared. What does not fit is said, and the next system runs.
 
-``--device host --size toy --seq 64 --tokens 128`` runs the same on the processor.
+``--device host --size toy --seq 64 --tokens 128`` runs the same on the processor. Under torchrun all ranks train together, each with
+batches of its own of so many tokens; rank 0 prints (``benches/train_ranks.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import funicular
 from funicular import testing
@@ -36,6 +39,8 @@ from llama import SHAPES, build
 from peers import PEERS
 
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+#: This process among those that train together.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 #: Bytes of HBM per parameter: bf16 weights and gradients; with fp32 masters, moments and gradients beside them.
 COMPUTE_BYTES, ADAMW_BYTES = 4, 20
 
@@ -104,32 +109,37 @@ def wait(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int, max_norm: float) -> dict[str, Any]:
     """Time steps; the loss is read at the end only, so that the program runs ahead of the GPU as it would in training."""
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator().manual_seed(tokens + 1_000_003 * RANK)
     shape = (tokens // args.seq, args.seq + 1)
     count = args.warmup + args.steps
-    data = [torch.randint(args.vocab, shape, generator=generator).to(args.torch_device) for _ in range(count)]
+    batches = [torch.randint(args.vocab, shape, generator=generator) for _ in range(count * args.backwards)]
+    data = [[ids.to(args.torch_device) for ids in batches[i::count]] for i in range(count)]
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     ends = Ends(args.device)
     enqueued: list[tuple[float, float, float]] = []
     before = totals(model)
-    for i, ids in enumerate(data):
-        began = time.perf_counter()
-        loss = model(ids)
-        forward = time.perf_counter()
-        getattr(opt, "backward", Tensor.backward)(loss)
-        backward = time.perf_counter()
+    for i, batches in enumerate(data):
+        spent = [0.0, 0.0]
+        for ids in batches:
+            began = time.perf_counter()
+            loss = model(ids) / args.backwards
+            forward = time.perf_counter()
+            getattr(opt, "backward", Tensor.backward)(loss)
+            backward = time.perf_counter()
+            spent = [spent[0] + forward - began, spent[1] + backward - forward]
         if hasattr(opt, "clip"):
             opt.clip(max_norm)
         elif not isinstance(opt, NoUpdate):
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).detach())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).detach()
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         opt.step()
         if hasattr(opt, "clip"):
             norms.append(opt.norm())
         opt.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss.detach() * args.backwards)
         ends.note()
-        enqueued.append((forward - began, backward - forward, time.perf_counter() - backward))
+        enqueued.append((*spent, time.perf_counter() - backward))
         if i == args.warmup - 1:
             wait(args)
             before = totals(model)
@@ -138,8 +148,8 @@ def train(args: argparse.Namespace, model: nn.Module, opt: Any, tokens: int, max
     seconds = ends.seconds()[args.warmup - 1 :]
     middle = statistics.median(seconds)
     result = {
-        "seconds": round(middle, 4), "mean": round(statistics.mean(seconds), 4), "fastest": round(min(seconds), 4),
-        "slowest": round(max(seconds), 4), "tokens_per_s": round(tokens / middle), "steps": len(seconds),
+        "backwards": args.backwards, "seconds": round(middle, 4), "mean": round(statistics.mean(seconds), 4), "fastest": round(min(seconds), 4),
+        "slowest": round(max(seconds), 4), "ranks": RANKS, "tokens_per_s": round(RANKS * args.backwards * tokens / middle), "steps": len(seconds),
         "enqueue_s": [round(statistics.median(part), 4) for part in zip(*enqueued[args.warmup :], strict=True)],
         "clipped": sum(float(n) > max_norm for n in norms[args.warmup :]), "losses": [float(x) for x in losses],
         "per_step": {k: round((after[k] - before[k]) / len(seconds) / 1e9, 4) for k in after if after[k] > before[k]},
@@ -164,11 +174,12 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def host_gib() -> float:
-    """Proportional share of memory that this process holds."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return round(int(line.split()[1]) / 2**20, 2)
-    return 0.0
+    """Memory that the processes hold, what they share counted once."""
+    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    share = torch.tensor(sum(int(line.split()[1]) for line in rollup if line.startswith("Pss:")), dtype=torch.float64)
+    if RANKS > 1:
+        dist.all_reduce(share)
+    return round(float(share) / 2**20, 2)
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
@@ -236,7 +247,7 @@ def policy_of(args: argparse.Namespace, tiers: dict[str, str]) -> dict[str, Any]
     optimizer = {"tier": tiers.get("optimizer", "auto"), "where": tiers.get("where", "auto")}
     policy: dict[str, Any] = {
         "device": args.device, "budget": {"hbm": args.hbm}, "params": {"tier": tiers.get("params", "auto")},
-        "optimizer": optimizer, "debug": {"poison": "poison" in tiers},
+        "optimizer": optimizer, "gradients": {"tier": tiers.get("gradients", "auto")}, "debug": {"poison": "poison" in tiers},
     }  # fmt: skip
     if args.host:
         policy["budget"]["host"] = args.host
@@ -273,13 +284,15 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any]]] = {
     "host_poison": lambda args: offloaded(args, params="host", optimizer="host", poison="on"),
     "states_nvme": lambda args: offloaded(args, params="host", optimizer="nvme"),
     "nvme": lambda args: offloaded(args, params="nvme", optimizer="nvme"),
+    "nvme_gradients": lambda args: offloaded(args, params="nvme", optimizer="nvme", gradients="nvme"),
     "three_tiers": lambda args: offloaded(args, disk="nvme"),
 } | {name: lambda args, peer=peer: peer(built(args), HYPER) for name, peer in PEERS.items()}
 
 
 def say(line: dict[str, Any]) -> None:
-    """Print it."""
-    print(json.dumps(line), flush=True)
+    """Print it, once."""
+    if RANK == 0:
+        print(json.dumps(line), flush=True)
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -311,7 +324,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         # Systems that made other numbers of steps before have other weights, so other losses.
         result["steps_before"] = len(results) * (args.warmup + args.steps)
         result |= train(args, model, opt, tokens, norm)
-        flops = SHAPES[args.size].flops(tokens, args.seq)
+        flops = args.backwards * SHAPES[args.size].flops(tokens, args.seq)
         result |= {"tflops": round(flops / result["seconds"] / 1e12, 1), "host_gib": host_gib()}
         if is_offloaded(model):
             result |= facts(model)
@@ -350,9 +363,17 @@ def compare(results: list[dict[str, Any]]) -> None:
 
 
 def workloads(text: str) -> list[tuple[int, float]]:
-    """``16384,8192@1e9`` as tokens of a step and the norm that gradients are clipped to, 1 where none is said."""
+    """``16384,8192@1e9`` as tokens of a backward and the norm that gradients are clipped to, 1 where none is said."""
     parts = [part.partition("@") for part in text.split(",") if part]
     return [(int(tokens), float(norm or 1)) for tokens, _, norm in parts]
+
+
+def join(args: argparse.Namespace) -> None:
+    """Meet the other ranks, each on its device with its part of the cores: torchrun gives each rank one thread."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // RANKS))
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
 
 
 def main() -> None:
@@ -363,12 +384,13 @@ def main() -> None:
         "--tokens",
         type=workloads,
         default="16384",
-        help="per step, multiples of --seq: a workload each; @NORM: clipped to it",
+        help="per backward, multiples of --seq: a workload each; @NORM: clipped to it",
     )
     parser.add_argument("--compiled", type=workloads, default="", help="workloads after those, with compiled blocks")
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--warmup", type=int, default=8, help="steps of each workload that do not count")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--backwards", type=int, default=1, help="of so many tokens each, in a step")
     parser.add_argument("--systems", default="in_hbm,host,auto", help=", ".join(SYSTEMS))
     parser.add_argument("--device", default="cuda", choices=["cuda", "host"])
     parser.add_argument("--hbm", default="16GiB", help="budget of the compute tier")
@@ -384,6 +406,8 @@ def main() -> None:
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+    if RANKS > 1:
+        join(args)
     args.vocab, args.torch_device = SHAPES[args.size].vocab, "cuda" if args.device == "cuda" else "cpu"
     args.folder = tempfile.mkdtemp(prefix="train-step-", dir=args.disk)
     try:
@@ -392,6 +416,8 @@ def main() -> None:
         compare([line for name in args.systems.split(",") for line in attempt(name, args)])
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
