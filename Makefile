@@ -2,21 +2,23 @@
 #
 #   make demo                trains a model that does not fit its budgets, and compares it with a run that fits
 #   make test                every test; in parts: make test-rust, make test-python
-#   make test-fast           the Python tests in host memory, without the slow ones: under 3 minutes on two cores
+#   make test-fast           the Python tests in host memory, without the slow ones: some minutes on two cores
 #   make test-rust ARGS=...  only these, such as ARGS="--lib policy::" or ARGS="--test store"
-#   make test-python ARGS=.. only these, such as ARGS="-k clip" or ARGS=tests/python/test_clipping.py
+#   make test-python ARGS=.. only these, such as ARGS="-k clip" or ARGS=tests/python/gradients/test_clipping.py
 #   make test-hangs          close, unwrap, exit, fork and signal handlers beside each kind of wait
+#   make memcheck            unit tests of memory, pools and I/O under valgrind; needs valgrind
 #   make fmt                 formats Rust and Python
 #   make lint                every check of style, types and spelling; in parts: lint-rust lint-python lint-text
 #   make docs                the pages of docs/ and an API reference as a site in target/site
 #   make deny                licences and security advisories of the crates; needs cargo-deny
 #   make wheel wheel-test    a wheel for PyPI in dist/, then the same wheel tried in an environment of its own; make sdist
+#   make test-integrations   Hugging Face's Trainer, accelerate, TRL, PEFT and Lightning, in their newest and their oldest supported versions
 #   make bench gpu-test bench-gpu soak test-oldest clean
 #
 # Options:
 #   PYTHON=python3.12        the interpreter that .venv is made from
 #   VENV=system              use PYTHON as it is, with torch, maturin, pytest, ... installed there; nothing is installed
-#   PROFILE=checked          builds with the checks of debug builds, and sooner; the default is release
+#   PROFILE=dev              builds with the checks of debug builds, and sooner; the default is release
 #   PIP_ARGS=...             more options for pip, such as an index of CPU-only torch wheels
 #   DEMO_ARGS=...            options of examples/demo.py, such as "--steps 20"; also GPU_TEST_ARGS, SOAK_ARGS, BENCH_GPU_ARGS
 
@@ -62,8 +64,8 @@ RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-rust-built test-python test-fast test-hangs test-oldest fmt lint lint-rust lint-python lint-text deny bench
-.PHONY: wheel wheel-test sdist docs gpu-test bench-gpu soak package clean
+.PHONY: help demo test test-rust test-rust-built test-python test-fast test-hangs test-oldest test-integrations fmt lint lint-rust lint-python lint-text deny bench
+.PHONY: memcheck wheel wheel-test sdist docs gpu-test bench-gpu soak package clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -82,14 +84,21 @@ need-python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) -V) is too old; Python 3.10 or newer is needed. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 
+# uv installs what a lock file names in a fraction of pip's time. It reads neither pip's options nor its configuration, so where these name an
+# index, and where uv cannot be had or fails, pip does it. Bytecode is made here: made by an import amid a test, its warnings would be errors.
+install_quickly = { [ -z "$(PIP_ARGS)" ] && ! $1/bin/python -m pip config list | grep index >/dev/null \
+    && $1/bin/python -m pip install --disable-pip-version-check --quiet "$$(grep '^uv==' $2)" \
+    && UV_HTTP_TIMEOUT=180 $1/bin/uv pip install --python $1/bin/python --compile-bytecode -r $2; }
+
 # The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes. Rust is
 # checked first: without it the 5 GB would be installed in vain.
 $(VENV)/.installed: $(LOCK) | need-rust need-python
-	$(call say,Python environment in $(VENV) from $(LOCK) (about 5 GB with torch; several minutes the first time))
+	$(call say,Python environment in $(VENV) from $(LOCK) (about 5 GB with torch; a minute or several the first time))
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt install python3-venv), or use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
 	@[ ! -e $(VENV) ] || [ -e $(VENV)/pyvenv.cfg ] || { echo "error: $(VENV) exists and is not a virtual environment. Move it away, or name another folder: make VENV=/path/to/folder" >&2; exit 1; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $(LOCK) \
+	@$(call install_quickly,$(VENV),$(LOCK)) \
+	    || $(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $(LOCK) \
 	    || { echo "error: installing the packages failed; pip's message is above. Without access to PyPI, use an environment of your own: make VENV=system PYTHON=/path/to/python3" >&2; exit 1; }
 	@touch $@
 
@@ -140,8 +149,8 @@ endif
 
 # Quick feedback: one placement, no slow tests, and without the files that mostly start programs of their own, which take as long as all
 # others together. `make test` is what counts.
-SLOW_FILES := $(addprefix tests/python/test_,admission.py budgets.py can_fail.py checkpoint_async.py checkpoint_cli.py checkpoint_faults.py cli.py \
-    compile.py examples.py plan.py)
+SLOW_FILES := $(foreach name,admission budgets can_fail checkpoint_async checkpoint_cli checkpoint_faults cli compile examples plan, \
+    $(wildcard tests/python/*/test_$(name).py))
 
 test-fast: package
 	$(call say,Python tests in host memory, without the slow ones)
@@ -150,7 +159,16 @@ test-fast: package
 # Close, unwrap, exit, fork and signal handlers beside each kind of wait; with FUNICULAR_TEST_DEVICE=cuda on a GPU.
 test-hangs: package
 	$(call say,nothing hangs)
-	@$(PY) -m pytest tests/python/test_nothing_hangs.py -n $(TEST_JOBS)
+	@$(PY) -m pytest tests/python/windows/test_nothing_hangs.py -n $(TEST_JOBS)
+
+# Unsafe memory under memcheck, which hides AVX-512. Not here: tests/io_engines.rs, which hangs under valgrind 3.19 in its first test.
+MEMCHECK := memory::slots memory::copy memory::page optim::pool io::requests io::transfer io::fault device::host
+HOST_TARGET = $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr a-z- A-Z_)
+
+memcheck: need-rust
+	@command -v valgrind >/dev/null || { echo "error: valgrind is not installed. Install it (Debian, Ubuntu: apt install valgrind) and run make again." >&2; exit 1; }
+	$(call say,unit tests under valgrind)
+	@CARGO_TARGET_$(HOST_TARGET)_RUNNER="valgrind --quiet --error-exitcode=9 --leak-check=no" $(CARGO) test --locked --lib -- --test-threads 1 $(MEMCHECK)
 
 # The oldest torch that pyproject.toml allows, in an environment of its own.
 OLDEST ?= .venv-oldest
@@ -165,6 +183,25 @@ test-oldest: package $(OLDEST)/.installed
 	$(call say,Python tests with torch 2.4)
 	@sed -n 's/^\(tests[^ ]*\) *#.*/--deselect=\1/p' tests/oldest.txt | PYTHONPATH=python xargs $(OLDEST)/bin/python -m pytest tests/python \
 	    -n $(TEST_JOBS) -m "not timing" -W ignore::FutureWarning -p no:cacheprovider
+
+# The training frameworks, each in the newest and in the oldest supported version. `make test` runs what needs no more than accelerate.
+INTEGRATIONS ?= .venv-integrations
+INTEGRATIONS_OLDEST ?= .venv-integrations-oldest
+INTEGRATION_TESTS := tests/python/integrations $(addprefix tests/python/tools/test_trainer_,documents.py examples.py)
+
+$(INTEGRATIONS)/.installed: requirements-integrations.lock | need-python
+$(INTEGRATIONS_OLDEST)/.installed: requirements-integrations-oldest.lock | need-python
+$(INTEGRATIONS)/.installed $(INTEGRATIONS_OLDEST)/.installed:
+	$(call say,Python environment in $(@D) from $< (about 6 GB))
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $<
+	@touch $@
+
+test-integrations: package $(INTEGRATIONS)/.installed $(INTEGRATIONS_OLDEST)/.installed
+	$(call say,training frameworks, the newest versions)
+	@PYTHONPATH=python $(INTEGRATIONS)/bin/python -m pytest $(INTEGRATION_TESTS) -n $(TEST_JOBS) -p no:cacheprovider $(ARGS)
+	$(call say,training frameworks, the oldest versions)
+	@PYTHONPATH=python $(INTEGRATIONS_OLDEST)/bin/python -m pytest $(INTEGRATION_TESTS) -n $(TEST_JOBS) -p no:cacheprovider $(ARGS)
 
 fmt: $(ENVIRONMENT) need-rust
 	@$(CARGO) fmt --all
@@ -280,6 +317,12 @@ soak: package
 	@$(PY) -W ignore tests/python/kill_saves.py 200
 	$(call say,soak: processes that save to one path and read it meanwhile)
 	@$(PY) -W ignore tests/python/saves_beside.py 1000
+	$(call say,soak: several ranks - all kinds of training and fifty ranks killed)
+	@$(PY) -W ignore tests/python/ranks_soak.py 50
+	$(call say,soak: threads that read the model and add to gradients beside training)
+	@$(PY) -W ignore tests/python/threads_soak.py 60
+	$(call say,soak: signal handlers that use the model at every point)
+	@FUNICULAR_EVERY_POINT=1 $(PY) -m pytest tests/python/windows/test_handlers.py -n $(TEST_JOBS) --timeout 20000
 	$(call say,soak: thousands of steps in which nothing may grow)
 	@$(PY) tests/python/soak.py $(SOAK_ARGS)
 
