@@ -64,8 +64,7 @@ class Ranks:
             code = f"import sys; sys.path[:0] = {FOLDERS!r}\nimport several; several.child({str(self.folder)!r}, {rank}, {size})"
             with (self.folder / f"{rank}.said").open("w") as said:
                 streams: dict[str, Any] = {"stdout": said, "stderr": said, "stdin": subprocess.DEVNULL}
-                streams |= {"ready": ready} if ready else {}
-                self.processes.append(forks.python(code, **streams))
+                self.processes.append(_start(code, ready, streams))
 
     def said(self, rank: int) -> str:
         """What a rank wrote."""
@@ -105,6 +104,13 @@ class Ranks:
                 process.kill()
                 process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start(code: str, ready: str, streams: dict[str, Any]) -> subprocess.Popen[str]:
+    if CUDA:
+        # The threads that torch starts for the backwards of several GPUs find its pool of threads broken after a fork.
+        return subprocess.Popen([sys.executable, "-c", f"{ready}\n{code}"], **streams)
+    return forks.python(code, **streams, **({"ready": ready} if ready else {}))
 
 
 def run(size: int, function: str, *arguments: Any, broken: str = "", ready: str = "") -> list[Any]:

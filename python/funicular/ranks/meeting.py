@@ -100,13 +100,14 @@ def make_engine(units: list[Any], policy: str, freed: int, group: Group | None) 
     Raises
     ------
     UsageError
-        ``FN-E703`` if the ranks' models, policies or versions differ, ``FN-E704`` if they are on several hosts.
+        ``FN-E703`` if the ranks' models, policies or versions differ, ``FN-E704`` if they are on several hosts or share a GPU.
     """
     if group is None:
         return Engine(units, policy, freed)
     compare(group.gather(_host()), UsageError, "FN-E704", "All ranks run on one host, in one container, so far.")
     advice = "All ranks offload the same model with the same policy."
     compare(group.gather(_described(units, policy)), UsageError, "FN-E703", advice)
+    _refuse_shared(group.gather(_gpu(json.loads(policy)["device"])))
     engine: Engine | None = None
     try:
         with agreed(group, "made its runtime"):
@@ -130,6 +131,26 @@ def make_engine(units: list[Any], policy: str, freed: int, group: Group | None) 
             engine.close()
         raise
     return engine
+
+
+def _gpu(device: str) -> str:
+    """Return what tells one GPU of a host from another; nothing for the host device."""
+    if device == "host" or not torch.cuda.is_available():
+        return ""
+    number = torch.device("cuda" if device == "auto" else device).index or 0
+    # torch 2.4 knows no identifier of a device.
+    known = getattr(torch.cuda.get_device_properties(number), "uuid", None)
+    return str(known or (os.environ.get("CUDA_VISIBLE_DEVICES"), number))
+
+
+def _refuse_shared(gpus: list[str]) -> None:
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpus.index(gpu) != rank:
+            raise UsageError(
+                "FN-E704",
+                f"ranks {gpus.index(gpu)} and {rank} both compute on GPU {gpu}; each needs one of its own. Call "
+                "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before funicular.offload, or name it in the policy.",
+            )
 
 
 def _described(units: list[Any], policy: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -209,7 +210,8 @@ def sharing(world: World) -> list[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    mesh, near = init_device_mesh("cpu", (dist.get_world_size(),)), torch.device("cpu")
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    near = torch.device("cuda", torch.cuda.current_device()) if DEVICE.type == "cuda" else DEVICE
     ways = {
         "DistributedDataParallel": DistributedDataParallel,
         "DataParallel": nn.DataParallel,
@@ -228,6 +230,13 @@ def sharing(world: World) -> list[Any]:
         said[f"{name}, itself"] = message(lambda outer=outer: funicular.offload(outer, world.policy(wide())))
     said["DataParallel, around"] = message(lambda: nn.DataParallel(model).replicate(model, [0]))
     return [said, message(lambda: train_one(model, opt, 0))]
+
+
+def on_one_gpu(world: World) -> str:
+    """All ranks on the same GPU, as where a program forgets to choose one."""
+    model = wide()
+    with mock.patch("funicular.ranks.meeting._gpu", lambda _: "GPU-7"):
+        return message(lambda: funicular.offload(model, world.policy(model)))
 
 
 def alone_each(world: World) -> list[Any]:

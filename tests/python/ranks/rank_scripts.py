@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from funicular.reference import ReferenceAdamW, backward_of_ranks, mean_of_ranks
-from models import CUDA, Block, Decoder, Stack
+from models import CUDA, WIDTH, Block, Decoder, Stack
 from several import Ranked
 from sliced import slice_blocks
 from twin import SEED
@@ -39,7 +39,7 @@ def small(dtype: torch.dtype) -> nn.Module:
 
 def batch(rank: int, step: int, dtype: torch.dtype) -> torch.Tensor:
     """A rank's input; ranks have different numbers of rows."""
-    return torch.randn(3 + rank, 32, generator=torch.Generator().manual_seed(100 * step + rank)).to(DEVICE, dtype)
+    return torch.randn(3 + rank, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank)).to(DEVICE, dtype)
 
 
 def loss_of(model: Any, rank: int, step: int, dtype: torch.dtype) -> torch.Tensor:

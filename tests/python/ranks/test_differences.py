@@ -139,6 +139,12 @@ def test_what_exchanges_gradients_or_moves_weights_itself(host_world: World):
         assert after == "nothing"
 
 
+def test_ranks_on_one_gpu(host_world: World):
+    for said in several.run(2, "rank_checks:on_one_gpu", host_world):
+        assert said.startswith("FN-E704 ranks 0 and 1 both compute on GPU GPU-7")
+        assert "set_device" in said
+
+
 def test_on_nvme(nvme_world: World):
     first, second = several.run(2, "rank_checks:refused_policy", nvme_world, {})
     assert "FN-E704" in first[0]

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import os
 import weakref
 
@@ -100,6 +101,23 @@ def test_wrap_a_part_or_the_whole(host_world):
     with pytest.raises(funicular.Error, match="FN-E110"):
         funicular.offload(inner.layers, host_world.policy(inner))
     inner(run.data(4, WIDTH)).mean().backward()
+
+
+@pytest.mark.parametrize(("said", "meant"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("host", "host")])
+def test_torchs_current_gpu_is_meant(monkeypatch, said, meant):
+    """Where a policy names no GPU: as in programs that call ``torch.cuda.set_device``."""
+
+    class Asked(Exception):
+        pass
+
+    def make(units, policy, freed, group):
+        raise Asked(json.loads(policy)["device"])
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("funicular.offloading.make_engine", make)
+    with pytest.raises(Asked, match=meant):
+        funicular.offload(Stack(), {"device": said})
 
 
 def test_unwrap_of_a_plain_model():
