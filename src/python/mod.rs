@@ -52,6 +52,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ranks::posted_gradients, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::wait_posted, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::gradients_sent, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::has_failed, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::wait_gradients_landed, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::at_step, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::meet, m)?)?;

@@ -102,6 +102,12 @@ pub(super) fn check_peers(py: Python<'_>, engine: &Engine, cut: bool) -> PyResul
     engine.call(py, |rt, _| rt.look_at_ranks(cut))
 }
 
+/// Whether the runtime has failed, of which the program may not have been told yet.
+#[pyfunction]
+pub(super) fn has_failed(py: Python<'_>, engine: &Engine) -> PyResult<bool> {
+    engine.call(py, |rt, _| rt.has_failed())
+}
+
 /// Raises if a rank that is to come to this place, outside of the model, waits for this rank in a call of the model.
 #[pyfunction]
 pub(super) fn refuse_call_elsewhere(py: Python<'_>, engine: &Engine, rank: usize, place: &str) -> PyResult<()> {

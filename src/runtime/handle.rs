@@ -57,6 +57,11 @@ impl Runtime {
         Ok(inner.failed.is_some() && inner.failure_seen)
     }
 
+    /// True once the runtime has failed, whether or not the caller has been told.
+    pub fn has_failed(&self) -> Result<bool> {
+        Ok(self.shared()?.inner.lock().failed.is_some())
+    }
+
     /// Ends the waits of calls under way in other threads, and of later ones, with `FN-E104`; a save under way is given up.
     pub fn shut(&self) {
         if let Ok(shared) = self.shared() {

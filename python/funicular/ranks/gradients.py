@@ -20,6 +20,7 @@ from funicular.gradients.arrival import make_grad, move_out, place_for, rebase
 from funicular.gradients.backward import Gradients
 from funicular.guard.classes import GuardedGrad
 from funicular.homes.edits import edit_of_shared
+from funicular.ranks.on_gpu import Beside
 from funicular.ranks.rounds import CLIPPED, PIECE, SHARED, STATES, ZEROS, Rounds
 from funicular.ranks.slices import cut, flat, mean
 from funicular.torch_internals.autograd import backward_task
@@ -75,6 +76,7 @@ class RankGradients(Gradients):
     def __init__(self, engine: Engine, device: torch.device, group: Group) -> None:
         super().__init__(engine, device, sums_up=False)
         self._group = group
+        self._beside = Beside(device)
         self._units: dict[int, Unit] = {}
         self._slices: dict[PagedParam, list[Slice]] = {}
         self._index: dict[PagedParam, int] = {}
@@ -179,9 +181,10 @@ class RankGradients(Gradients):
             self._landed()
 
     def _landed(self) -> None:
-        stream = stream_of(self._device)
         if self._under_way:
-            self._landing.finish(stream)
+            with self._beside.exchange([]):
+                self._landing.finish(stream_of(self._device))
+            self._beside.join()
             _core.tell_ranks(self._engine, "at the end of a backward, waiting for the gradients of others")
             with self._group.waiting():
                 _core.wait_gradients_landed(self._engine, self._rounds.number)
@@ -381,8 +384,23 @@ class RankGradients(Gradients):
 
     def _exchange_unit(self, engine_id: int, number: int, posts: list[bytes]) -> None:
         """Exchange a unit's gradients, and send the means of this rank's elements to their places."""
-        unit, me = self._units[engine_id], self._group.rank
+        unit = self._units[engine_id]
         self._compare(unit, posts)
+        used: list[torch.Tensor] = []
+        with self._beside.exchange(used):
+            came = self._swap(unit, posts, used)
+        _core.gradients_sent(self._engine, unit.engine_id, number)
+        for ref in came:
+            self._under_way.add(ref)
+            ref.forget_norm()
+            ref.stand_for_zeros(None)
+            _let_go(ref)
+            with unguarded():
+                ref.param.grad = ref.grad
+
+    def _swap(self, unit: Unit, posts: list[bytes], used: list[torch.Tensor]) -> list[PagedParam]:
+        """Give the others their parts of this rank's gradients, ``used``, and sum theirs. Returns whose gradients have come on any rank."""
+        me = self._group.rank
         sends: list[tuple[int, torch.Tensor]] = []
         receives: list[tuple[int, torch.Tensor]] = []
         sums: list[tuple[PagedParam, Slice, list[torch.Tensor]]] = []
@@ -393,6 +411,8 @@ class RankGradients(Gradients):
                 continue
             came.append(ref)
             mine = self._mine.pop(ref, None)
+            if mine is not None:
+                used.append(mine)
             for one in self._slices[ref]:
                 part = slice(one.start, one.start + one.numel)
                 if one.owner != me:
@@ -407,14 +427,7 @@ class RankGradients(Gradients):
         for ref, one, pieces in sums:
             self._landing.send(ref, self._sum(ref, one, pieces), stream, at=one.start)
         self._landing.reap(stream)
-        _core.gradients_sent(self._engine, unit.engine_id, number)
-        for ref in came:
-            self._under_way.add(ref)
-            ref.forget_norm()
-            ref.stand_for_zeros(None)
-            _let_go(ref)
-            with unguarded():
-                ref.param.grad = ref.grad
+        return came
 
     def _sum(self, ref: PagedParam, one: Slice, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Return the mean over ranks, added to what is there if that counts."""

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from funicular import _core
 from funicular.errors import Error, RuntimeFailure, UsageError
 from funicular.ranks.apart import Apart
+from funicular.ranks.on_gpu import Guard, connect
 from funicular.torch_internals.process_groups import default_store
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _log = logging.getLogger("funicular")
 _PATIENCE = datetime.timedelta(hours=6)
 #: Connections of models that are gone, by the group of all processes and the members. torch would make new ones under the name of the old.
 #: Each has a number.
-_free: dict[tuple[int, ...], list[tuple[Any, int, Any]]] = {}
+_free: dict[tuple[int, ...], list[_Connections]] = {}
 #: how often some ranks have offloaded a model, by the members
 _begun: dict[tuple[int, ...], int] = {}
 #: seconds for the runtime to name the rank whose end has cut a connection
@@ -42,11 +43,19 @@ _LOOK, _SILENCE = 0.02, 30.0
 _living: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
+class _Connections(NamedTuple):
+    world: Any
+    number: int
+    #: for words between ranks, and for gradients in host memory, of any kind of group that the caller has
+    control: Any
+    #: between their GPUs, if a model has computed there
+    gpus: Any = None
+
+
 class Group:
     """The ranks that train one model. Numbers count within the group."""
 
     def __init__(self, group: Any) -> None:
-        self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         #: bytes of gradients that were sent, and seconds that the program waited for other ranks
         self.sent, self.waited = 0, 0.0
@@ -54,21 +63,28 @@ class Group:
         self.runtime: Engine | None = None
         self._members: list[int] = dist.get_process_group_ranks(group)
         self._apart = Apart()
-        #: for words between ranks, and for gradients in host memory, of any kind of group that the caller has
-        self._number, self._control = _connect(self._members, self._apart)
+        self._connections = _connect(self._members, self._apart)
+        self._guard: Guard | None = None
 
     def begin(self, runtime: Engine) -> None:
         """Take note of this rank's runtime: from now on ranks wait for each other there, before they speak."""
         self.runtime = runtime
         _core.enlist(runtime)
         _living.add(self)
+        if (where := runtime.device()) != "host":
+            gpus = self._connections.gpus
+            if gpus is None:
+                device = torch.device(where)
+                gpus = self._speak(lambda: connect(self._members, device, _PATIENCE), "the connection of their GPUs")
+                self._connections = self._connections._replace(gpus=gpus)
+            self._guard = Guard(runtime, gpus)
 
     def gather(self, what: Any, place: str = "") -> list[Any]:
         """Return what each rank gives, by rank. All ranks call it, with the same ``place``, which messages name."""
 
         def exchange() -> list[Any]:
             found: list[Any] = [None] * self.size
-            dist.all_gather_object(found, what, group=self._control)
+            dist.all_gather_object(found, what, group=self._connections.control)
             return found
 
         return self._speak(exchange, place)
@@ -79,7 +95,7 @@ class Group:
         def exchange() -> list[bytes]:
             mine = torch.frombuffer(bytearray(what), dtype=torch.uint8)
             found = [torch.empty_like(mine) for _ in range(self.size)]
-            dist.all_gather(found, mine, group=self._control)
+            dist.all_gather(found, mine, group=self._connections.control)
             return [bytes(one.numpy()) for one in found]
 
         return self._speak(exchange, place)
@@ -98,7 +114,7 @@ class Group:
     def transfer(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Send and receive bytes; between two ranks in the order of the lists. Returns when all have come."""
         near = all(t.device.type == "cpu" for _, t in (*sends, *receives))
-        group = self._control if near else self.group
+        group = self._connections.control if near else self._connections.gpus
         pairs = [(dist.isend, sends), (dist.irecv, receives)]
         ops = [
             dist.P2POp(way, tensor.view(torch.uint8), self._members[rank], group)
@@ -159,8 +175,9 @@ class Group:
     def close(self) -> None:
         """Leave the connections to the next model. All ranks end their models in the same order."""
         _living.discard(self)
-        if dist.is_initialized() and not self._apart.left:
-            _free.setdefault(tuple(self._members), []).append((dist.group.WORLD, self._number, self._control))
+        whole = self._guard is None or self._guard.close()
+        if dist.is_initialized() and not self._apart.left and whole:
+            _free.setdefault(tuple(self._members), []).append(self._connections._replace(world=dist.group.WORLD))
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
@@ -232,15 +249,16 @@ def _tell_missing(missing: list[int]) -> None:
     )
 
 
-def _connect(members: list[int], apart: Apart) -> tuple[int, Any]:
-    """Return connections between some ranks that no other model uses, and their number."""
+def _connect(members: list[int], apart: Apart) -> _Connections:
+    """Return connections between some ranks that no other model uses."""
     left = _free.setdefault(tuple(members), [])
-    left[:] = [one for one in left if one[0] is dist.group.WORLD]
-    number, control = left.pop(0)[1:] if left else (0, None)
-    if _await_all(members, number):
-        return number, control
+    left[:] = [one for one in left if one.world is dist.group.WORLD]
+    found = left.pop(0) if left else None
+    if _await_all(members, 0 if found is None else found.number) and found is not None:
+        return found
     options: dict[str, Any] = {"timeout": _PATIENCE, "backend": "gloo", "use_local_synchronization": True}
-    return _begun[tuple(members)], apart.run(lambda: dist.new_group(members, **options), lambda: None)
+    control = apart.run(lambda: dist.new_group(members, **options), lambda: None)
+    return _Connections(dist.group.WORLD, _begun[tuple(members)], control)
 
 
 def resolve(group: Any) -> Group | None:

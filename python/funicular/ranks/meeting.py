@@ -145,6 +145,12 @@ def _gpu(device: str) -> str:
 
 def _refuse_shared(gpus: list[str]) -> None:
     for rank, gpu in enumerate(gpus):
+        if bool(gpu) != bool(gpus[0]):
+            where = {True: "a GPU", False: "the host"}
+            raise UsageError(
+                "FN-E704",
+                f"rank {rank} computes on {where[bool(gpu)]}, and rank 0 on {where[bool(gpus[0])]}. Say the same kind of device in all policies.",
+            )
         if gpu and gpus.index(gpu) != rank:
             raise UsageError(
                 "FN-E704",

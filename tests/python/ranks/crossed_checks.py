@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from rank_checks import message, offloaded, own_batch, train_one
+from rank_scripts import DEVICE
 
 import funicular
 from several import PATIENCE
@@ -129,6 +130,8 @@ def handled(world: World) -> list[Any]:
     signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
     model, opt = offloaded(world)
     for step, function in enumerate(("funicular._core.wait_posted", "funicular._core.at_step")):
+        if DEVICE.type == "cuda" and step == 0:
+            continue  # in the thread of a GPU's backward Python looks at no signals
         told = here / f"seen {step}"
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() and step == 0:

@@ -1,0 +1,109 @@
+"""What ranks on GPUs have beside those on the host: connections that can be ended, and a stream for exchanges.
+
+A kernel of NCCL that waits for a rank which has failed holds the GPU, and with it each call that waits for the GPU, until NCCL's own time limit. The
+connections are the model's own, so that they can be ended as soon as the model has failed; those of the program stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from funicular import _core
+from funicular.errors import Error
+from funicular.torch_internals.process_groups import abort
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+
+    from funicular._core import Engine
+
+__all__ = ["Beside", "Guard", "connect"]
+
+#: seconds between two looks for a failure
+_LOOK = 0.2
+#: units whose exchanges may be under way before backward waits for the first of them: their gradients stay in memory for so long
+_UNITS = 2
+
+
+def connect(members: list[int], device: torch.device, patience: timedelta) -> Any:
+    """Return a group of NCCL between the GPUs of these ranks, connected. All of them call it."""
+    group = dist.new_group(members, backend="nccl", timeout=patience, use_local_synchronization=True)
+    with torch.cuda.device(device):
+        # Only a collective connects all of them: an exchange may leave some out.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        torch.cuda.synchronize()
+    return group
+
+
+class Guard:
+    """Ends connections between GPUs once the model has failed."""
+
+    def __init__(self, runtime: Engine, group: Any) -> None:
+        self._closed = threading.Event()
+        # It must not keep the model, nor the process.
+        look = (weakref.ref(self), self._closed, runtime, group)
+        threading.Thread(target=_guard, args=look, name="funicular-guard", daemon=True).start()
+
+    def close(self) -> bool:
+        """End looking. False if the connections were ended, or may be."""
+        ended = self._closed.is_set()
+        self._closed.set()
+        return not ended
+
+
+def _guard(guard: weakref.ref[Guard], closed: threading.Event, runtime: Engine, group: Any) -> None:
+    while not closed.wait(_LOOK):
+        try:
+            failed = _core.has_failed(runtime)
+        except Error:
+            return  # it is closed
+        if failed:
+            closed.set()
+            with contextlib.suppress(RuntimeError, ValueError):  # the program has ended it
+                abort(group)
+            return
+        if guard() is None:
+            return
+
+
+class Beside:
+    """A stream for exchanges beside backward; the computing one waits for those of earlier units alone. On the host there is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._device = device
+        #: the end of each exchange, and the gradients that it reads
+        self._under_way: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
+
+    @contextlib.contextmanager
+    def exchange(self, used: list[torch.Tensor]) -> Iterator[None]:
+        """Have an exchange of these gradients beside what is computed from now on."""
+        if self._stream is None:
+            yield
+            return
+        compute = torch.cuda.current_stream(self._device)
+        self._let_go(compute, _UNITS - 1)
+        self._stream.wait_stream(compute)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._under_way.append((self._stream.record_event(), used))
+
+    def join(self) -> None:
+        """Have what is computed from now on see all exchanges."""
+        if self._stream is not None:
+            self._let_go(torch.cuda.current_stream(self._device), 0)
+
+    def _let_go(self, compute: torch.cuda.Stream, left: int) -> None:
+        while len(self._under_way) > left:
+            event, _ = self._under_way.popleft()
+            compute.wait_event(event)
