@@ -149,6 +149,9 @@ class Gradients:
     def drop_unfinished(self) -> None:
         """Have no gradient that a backward that failed has left between two places."""
 
+    def closing(self) -> None:
+        """Before the model ends."""
+
     def clear(self, ref: PagedParam, grad: torch.Tensor) -> bool:
         """Carry out ``grad.zero_()``; False if it has to be run as it is written."""
         return False

@@ -9,13 +9,14 @@ shown to the program as a copy. At the step every gradient must be what has been
 
 from __future__ import annotations
 
+import contextlib
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from funicular import _core
-from funicular.errors import RuntimeFailure, UsageError
+from funicular.errors import Error, RuntimeFailure, UsageError
 from funicular.gradients.arrival import make_grad, move_out, place_for, rebase
 from funicular.gradients.backward import Gradients
 from funicular.guard.classes import GuardedGrad
@@ -121,17 +122,27 @@ class RankGradients(Gradients):
         if self._rounds.open and not self.backwards:
             self._broken = True
         if self._broken:
-            _core.fail_rank(self._engine, "a backward failed amid the exchange of its gradients")
+            self._give_up("a backward failed amid the exchange of its gradients")
             raise RuntimeFailure(
                 "FN-E723",
                 "a backward failed on this rank amid the exchange of its gradients, which other ranks have, or wait for. "
                 "End all ranks, and go on from a checkpoint.",
             )
 
+    def _give_up(self, why: str) -> None:
+        self._broken = True
+        _core.fail_rank(self._engine, why)
+
+    def closing(self) -> None:
+        """Before this rank ends its model: have the other ranks told of a backward that failed, and what waits for them on a GPU ended."""
+        with contextlib.suppress(Error):
+            self._check()
+
     def before_accumulate(self, ref: PagedParam) -> None:
         """Set what is there aside: autograd brings this rank's gradient of this backward alone."""
         self._check()
         if self._rounds.posted(ref.unit.engine_id):
+            self._give_up(f"a gradient of '{ref.name}' came after its exchange")
             raise RuntimeFailure(
                 "FN-E724",
                 f"a gradient of '{ref.name}' came more often in one backward than in any before, after its unit was exchanged. "

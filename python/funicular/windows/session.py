@@ -131,6 +131,7 @@ class Session:
             unit.params.clear()
             unit.neighbours.clear()
         if getpid() == self.pid:
+            self.gradients.closing()
             self.engine.close()
 
     # A copied or pickled model is an ordinary one.
@@ -153,7 +154,7 @@ class Session:
             self.ranges.backward(unit.name)
         if phase != EVAL:
             self.log.at(unit.name)
-        if unit.where is not Where.FRAME:
+        if unit.where is not Where.FRAME or os.getpid() != self.pid:  # a child may be forked amid a window
             self.alive()
         opened = self.windows.open(unit, phase)
         if in_backward():

@@ -37,6 +37,7 @@ def _close_all() -> None:
 def _end_updates(session: Session) -> None:
     """Have this rank's part of the last step done, which the others wait for."""
     if session.group is not None:
+        session.gradients.closing()
         with contextlib.suppress(Error):
             session.engine.settle_all()
 

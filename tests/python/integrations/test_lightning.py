@@ -31,6 +31,13 @@ from trainer_runs import llama, weights
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def _order_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning sets this on a GPU; the next test is to find what was there."""
+    if CUDA:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
 def equal(a: Any, b: Any) -> bool:
     one, other = weights(a), weights(b)
     return a.losses == b.losses and all(torch.equal(one[name], other[name]) for name in one)

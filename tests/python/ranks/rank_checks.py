@@ -237,7 +237,7 @@ def sharing(world: World) -> list[Any]:
 def on_one_gpu(world: World) -> str:
     """All ranks on the same GPU, as where a program forgets to choose one."""
     model = wide()
-    with mock.patch("funicular.ranks.meeting._gpu", lambda _: "GPU-7"):
+    with mock.patch("funicular.ranks.meeting._gpu", return_value="GPU-7"):
         return message(lambda: funicular.offload(model, world.policy(model)))
 
 
