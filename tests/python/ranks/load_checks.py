@@ -42,7 +42,9 @@ def train_and_save(folder: Path, world: World) -> list[list[torch.Tensor]]:
 
 def same(one: list[list[torch.Tensor]], other: list[list[torch.Tensor]]) -> bool:
     """Whether weights and states are equal."""
-    return all(torch.equal(a.cpu(), b.cpu()) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    return all(
+        torch.equal(a.cpu(), b.cpu()) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 def loads(saved: str, damaged: str, world: World) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def test_wrap_a_part_or_the_whole(host_world):
     inner(run.data(4, WIDTH)).mean().backward()
 
 
-@pytest.mark.parametrize(("said", "meant"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("host", "host")])
+@pytest.mark.parametrize(
+    ("said", "meant"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("host", "host")]
+)
 def test_torchs_current_gpu_is_meant(monkeypatch, said, meant):
     """Where a policy names no GPU: as in programs that call ``torch.cuda.set_device``."""
 
