@@ -99,6 +99,15 @@ fn every_isa_gives_the_bits_of_the_python_reference() {
             unsafe { adamw_into_with(isa, &span, &target, &case.hyper) }.expect("trainable");
             assert!(state == case.before, "case {index}: the source was touched");
             assert!(into == case.after, "case {index} {:?} {}: out of place", case.dtype, isa.name());
+            // Parameters in place, their states elsewhere.
+            let mut beside = state[0].clone();
+            let own = beside.as_mut_ptr().cast();
+            // SAFETY: as above.
+            unsafe {
+                adamw_into_with(isa, &Span { param: own, ..span }, &Target { param: own, ..target }, &case.hyper)
+            }
+            .expect("trainable");
+            assert!(beside == case.after[0] && into == case.after, "case {index} {:?}: beside", case.dtype);
             // SAFETY: as above.
             unsafe { adamw_with(isa, &span, &case.hyper) }.expect("trainable");
             for (kind, (ours, theirs)) in STATE.iter().zip(state.iter().zip(&case.after)) {

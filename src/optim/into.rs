@@ -15,7 +15,8 @@ use crate::{
     },
 };
 
-/// Where the new values of a span go; the types are those of [`Span`], the arrays disjoint from it and from each other.
+/// Where the new values of a span go; the types are those of [`Span`], the arrays disjoint from it and from each other, but that the parameter
+/// may be the span's own.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
     /// The parameter.
@@ -68,15 +69,44 @@ struct New<'a, W: Weight> {
     v: &'a mut [f32],
 }
 
-/// Updates a span into `to` with an instruction set of the caller's choice; the span itself is only read.
+/// Elements whose old parameters are kept beside the new ones where these take their place.
+const KEPT: usize = 4096;
+
+/// Updates a span into `to` with an instruction set of the caller's choice; the span itself is only read, but for a parameter that is also the
+/// target's.
 ///
 /// # Errors
 /// As for [`super::adamw`].
 ///
 /// # Safety
 /// The span's pointers are valid for reading `len` elements, those of `to` for writing them; all arrays are aligned to their
-/// elements and disjoint. During the call no other code writes the span's arrays or accesses those of `to`.
+/// elements and disjoint, but that `to.param` may be `span.param`, which is valid for both then. During the call no other code writes the span's
+/// arrays or accesses those of `to`.
 pub unsafe fn adamw_into_with(isa: Isa, span: &Span, to: &Target, hyper: &Hyper) -> Result<()> {
+    if to.param != span.param {
+        // SAFETY: the caller's contract; the arrays are disjoint.
+        return unsafe { adamw_apart(isa, span, to, hyper) };
+    }
+    if !span.dtype.trainable() {
+        return Err(unsupported(span.dtype));
+    }
+    let mut kept = [0_u64; KEPT / 2];
+    for start in (0..span.len).step_by(KEPT) {
+        let piece = span.piece(start, KEPT);
+        let param = kept.as_mut_ptr().cast::<u8>();
+        // SAFETY: the caller's contract; the copy has room for that many elements of at most four bytes, as trained ones are, and is disjoint
+        // from all else.
+        unsafe {
+            std::ptr::copy_nonoverlapping(piece.param, param, piece.len * span.dtype.size());
+            adamw_apart(isa, &Span { param, ..piece }, &to.from(start, span.dtype), hyper)?;
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As for [`adamw_into_with`], with arrays that are all disjoint.
+unsafe fn adamw_apart(isa: Isa, span: &Span, to: &Target, hyper: &Hyper) -> Result<()> {
     if span.len == 0 {
         return Ok(());
     }

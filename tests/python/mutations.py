@@ -24,6 +24,7 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "round_every_slice": ("funicular.micro_batches.block.is_half", lambda dtype: False),
     "skip_random_restore": ("funicular.micro_batches.replay.Randomness._set", lambda self, state: None),
+    "keep_what_was_begun": ("funicular.gradients.speculation.Speculation.drop", lambda self, unit: None),
     # For several ranks: what their owners make of the pieces of all.
     "swap_ranks": ("funicular.ranks.gradients.mean", lambda pieces, size: _mean([*pieces[1:], pieces[0]], size)),
     "drop_a_rank": ("funicular.ranks.gradients.mean", lambda pieces, size: _mean(pieces[:-1], size)),

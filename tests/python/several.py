@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import facts
 import forks
 import funicular
 from children import FOLDERS
@@ -207,6 +208,8 @@ class Ranked:
         if self.rank in taking:
             own = loss(self.rank)
             own.backward()
+            if self.world.spare != "auto":
+                facts.rest(0.02)  # what is begun ahead is made
         self.notes.append(("losses", kept(own)))
 
     def _all(self, losses: list[Any]) -> list[Tensor | None]:

@@ -41,6 +41,7 @@ class World:
     engine: str = "threads"
     poison: bool = True
     gradients: str = "auto"
+    spare: str = "auto"
 
     @property
     def torch_device(self) -> torch.device:
@@ -60,7 +61,7 @@ class World:
             "budget": {"hbm": f"{hbm}B", "host": roomy, "nvme": roomy},
             "nvme": {"paths": list(self.paths), "engine": self.engine},
             "params": {"tier": self.params},
-            "optimizer": {"tier": self.optimizer},
+            "optimizer": {"tier": self.optimizer, "spare": self.spare},
             "gradients": {"tier": self.gradients},
             "debug": {"poison": self.poison},
         }

@@ -44,10 +44,12 @@ class Speculation:
     def arrived(self, ref: PagedParam, stream: int) -> None:
         """Take note of a gradient that is on its way to its segment."""
         ref.note_gradient()
-        if ref.unit.spare_copy and ref.unit.has_all_gradients():
-            self._begin(ref.unit, stream)
+        self.look(ref.unit, stream)
 
-    def _begin(self, unit: Unit, stream: int) -> None:
+    def look(self, unit: Unit, stream: int) -> None:
+        """Begin a unit's update if its gradients are all on their way to their segment."""
+        if not unit.spare_copy or not unit.has_all_gradients():
+            return
         describe = self._next.get(unit.engine_id)
         if describe is None or unit.grads_aliased() or self._backwards.adds_within(unit):
             return

@@ -455,6 +455,8 @@ class StatePlaces:
     def _store(self, ref: PagedParam, name: str, tensor: torch.Tensor) -> None:
         source = packed(self.param, name, usable(self.param, name, tensor, cast=True), "cpu")
         if not ref.unit.owner.leads:
+            # The process that does has other states there from now on.
+            ref.unit.owner.engine.drop_speculation(ref.unit.engine_id)
             return
         ref.unit.owner.engine.write_state(
             ref.unit.engine_id, ref.section, name, ref.start, ref.numel, source.data_ptr()

@@ -306,6 +306,7 @@ class RankGradients(Gradients):
         with torch.no_grad(), unguarded():
             if ref.param.grad is not grad:
                 return False
+            self.speculation.drop(ref.unit)
             ref.forget_norm()
             if grad is ref.grad:
                 self.settle(ref, [ref])
@@ -403,11 +404,16 @@ class RankGradients(Gradients):
         _core.gradients_sent(self._engine, unit.engine_id, number)
         for ref in came:
             self._under_way.add(ref)
+            if not self._aside[ref] & (SHARED | ZEROS):
+                ref.begin_sum()
+            ref.note_gradient()
             ref.forget_norm()
             ref.stand_for_zeros(None)
             _let_go(ref)
             with unguarded():
                 ref.param.grad = ref.grad
+        if len(came) == unit.trained:
+            self.speculation.look(unit, stream_of(self._device))
 
     def _swap(self, unit: Unit, posts: list[bytes], used: list[torch.Tensor]) -> list[PagedParam]:
         """Give the others their parts of this rank's gradients, ``used``, and sum theirs. Returns whose gradients have come on any rank."""

@@ -5,6 +5,9 @@
 //! writes elements that it owns, and no others: by updates, and gradients that it has summed. K3: no wait for another rank holds a lock of
 //! the runtime; each ends by an error when the rank that it waits for is gone.
 
+mod ahead;
+#[cfg(test)]
+mod ahead_tests;
 pub(super) mod calls;
 mod crossed;
 mod elsewhere;

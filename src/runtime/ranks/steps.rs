@@ -133,6 +133,14 @@ impl Shared {
         Ok(step)
     }
 
+    /// Whether a unit's update, whose gates have passed, need not wait for other ranks; true where there is an error, which who waits finds.
+    pub(crate) fn is_quiet(&self, unit: UnitId) -> Result<bool> {
+        let Some(ranks) = &self.ranks else { return Ok(true) };
+        let step = self.jobs[unit.index()].lock().step;
+        self.be_quiet(ranks, step)?;
+        Ok(!matches!(ranks.may_begin(step), Ok(Seen::Waits(_))))
+    }
+
     /// Tells the others that this rank is quiet, for all steps up to this one.
     fn be_quiet(&self, ranks: &Ranks, step: u64) -> Result<()> {
         loop {
@@ -199,6 +207,7 @@ impl Shared {
             }
             ranks.made.lock().retain(|&made| made != (unit, step));
             let mut inner = self.lock()?;
+            self.turn_places(unit);
             self.apply_event(&mut inner, |m, out| m.peers_done(unit, out))?;
             self.updated(&inner, unit);
         }

@@ -26,10 +26,10 @@ use crate::{
 };
 
 /// A section of four blocks, the last one short, and one that is smaller than a block.
-const SIZES: [u64; 2] = [3 * 8192 + 128, 256];
-const UNITS: u32 = 3;
+pub(super) const SIZES: [u64; 2] = [3 * 8192 + 128, 256];
+pub(super) const UNITS: u32 = 3;
 
-fn never() -> bool {
+pub(super) fn never() -> bool {
     false
 }
 
@@ -47,15 +47,19 @@ fn layout() -> Layout {
     Layout::new(&(0..UNITS).map(unit).collect::<Vec<_>>()).unwrap()
 }
 
-fn open(policy: &str, ranks: Option<RankSpec>) -> Result<Runtime> {
+pub(super) fn open(policy: &str, ranks: Option<RankSpec>) -> Result<Runtime> {
     Runtime::open(layout(), &Policy::from_json_str(policy, "test").unwrap(), ByteCount(0), ranks)
 }
 
-const POLICY: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "256KiB", "threads": 1}}"#;
+pub(super) const POLICY: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "256KiB", "threads": 1}}"#;
 
 /// The runtimes of a run, rank 0 first.
 fn together(size: usize) -> Vec<Runtime> {
-    let first = open(POLICY, Some(RankSpec { rank: 0, size, file: None })).unwrap();
+    together_by(POLICY, size)
+}
+
+pub(super) fn together_by(policy: &str, size: usize) -> Vec<Runtime> {
+    let first = open(policy, Some(RankSpec { rank: 0, size, file: None })).unwrap();
     let (policy, file) = (first.concrete_policy().unwrap(), first.shared_file().unwrap());
     let mut all = vec![first];
     all.extend((1..size).map(|rank| open(&policy, Some(RankSpec { rank, size, file: Some(file) })).unwrap()));
@@ -64,12 +68,12 @@ fn together(size: usize) -> Vec<Runtime> {
     all
 }
 
-fn hyper(lr: f64, step: u64) -> StepHyper {
+pub(super) fn hyper(lr: f64, step: u64) -> StepHyper {
     let options = AdamWOptions { lr, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, maximize: false };
     StepHyper { hyper: Hyper::new(&options, step, 1.0), clip: None }
 }
 
-fn whole(unit: u32, first: bool) -> UnitUpdate {
+pub(super) fn whole(unit: u32, first: bool) -> UnitUpdate {
     let span = |section| JobSpan { section, start: 0, len: SIZES[section], hyper: 0, reset_master: first };
     UnitUpdate { unit: UnitId(unit), spans: vec![span(0), span(1)], speculated: false }
 }
@@ -81,14 +85,14 @@ fn step(rt: &Runtime, number: u64, lr: f64) -> Result<()> {
 }
 
 /// Bytes that tell where they are, and which step they are for.
-fn made_up(unit: u32, section: usize, step: u64, bytes: u64) -> Vec<u8> {
+pub(super) fn made_up(unit: u32, section: usize, step: u64, bytes: u64) -> Vec<u8> {
     // The high byte of a number stays small.
     let byte = |at: u64| (at.wrapping_mul(0x9e37_79b9) >> 7).wrapping_add(u64::from(unit) * 31 + step * 7) as u8 & 0x3b;
     (0..bytes).map(|at| byte(at + section as u64 * 77)).collect()
 }
 
 /// Sends the slices that a rank owns of the gradients of a step, or all of them.
-fn gradients(rt: &Runtime, owner: Option<usize>, step: u64) {
+pub(super) fn gradients(rt: &Runtime, owner: Option<usize>, step: u64) {
     let mut sent = Vec::new();
     for unit in (0..UNITS).map(UnitId) {
         let sections = &rt.layout().unwrap().unit(unit).sections;
@@ -131,7 +135,7 @@ fn train(rt: &Runtime, rank: usize, number: u64) {
 }
 
 /// All bytes of the model's parameters, gradients and states.
-fn contents(rt: &Runtime) -> Vec<Vec<u8>> {
+pub(super) fn contents(rt: &Runtime) -> Vec<Vec<u8>> {
     rt.settle_all(&mut never).unwrap();
     let (layout, homes) = (rt.layout().unwrap(), rt.homes().unwrap());
     let mut all = Vec::new();
@@ -195,7 +199,7 @@ fn no_rank_sees_a_step_before_all_take_it_and_a_slow_one_is_waited_for() {
 }
 
 /// The parameters as they lie in memory now.
-fn look(rt: &Runtime) -> Vec<u8> {
+pub(super) fn look(rt: &Runtime) -> Vec<u8> {
     let homes = rt.homes().unwrap();
     // SAFETY: memory of the runtime; atomic enough for a test that compares bytes which nothing should write.
     unsafe { std::slice::from_raw_parts(homes.params.as_ptr(), homes.params.len()) }.to_vec()

@@ -112,9 +112,8 @@ impl Config {
         Self::concrete(policy, layout, device_free, machine)
     }
 
-    /// What several ranks do otherwise: hidden updates and states in free memory of the device are for one rank alone.
+    /// What several ranks do otherwise: no unit stays on the device of one of them.
     fn among(mut self, ranks: RankSpec, policy: &Policy) -> Self {
-        self.budgets.spare = Some(ByteCount(0));
         self.residents = false;
         if policy.budget.threads.given().is_none() {
             let size = u32::try_from(ranks.size).unwrap_or(u32::MAX);

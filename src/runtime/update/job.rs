@@ -56,6 +56,8 @@ pub(crate) struct Job {
     pub(crate) hypers: Vec<StepHyper>,
     /// Gradients and parameters are those from which a speculative update was begun.
     pub(crate) speculated: bool,
+    /// All that is trained of the unit is updated, by this rank or by others.
+    pub(crate) covers: bool,
     /// What is left to be done once the weights are made.
     pub(crate) rest: Option<Rest>,
     /// The number of the step, among those of all ranks; 0 without other ranks.

@@ -17,7 +17,6 @@ use crate::{
         shared::Shared,
         update::{
             job::{Arrays, Job, Outcome, Rest, StepHyper},
-            speculation::covers,
             update_on::shares_processor,
         },
     },
@@ -45,7 +44,7 @@ impl Shared {
         }
         let packed = self.layout.unit(unit);
         let turned = self.placement.spare[unit.index()]
-            && covers(packed, &job.spans)
+            && job.covers
             && packed.sections.iter().all(|s| s.trainable || s.elems == 0);
         if spare && !turned {
             self.copy_home(unit)?;

@@ -16,6 +16,7 @@ use crate::{
         update::{
             job::{Arrays, JobSpan, Outcome, StepHyper, UnitUpdate},
             share::Share,
+            speculation::covers,
         },
     },
 };
@@ -65,6 +66,7 @@ impl Shared {
             job.hypers.clear();
             job.hypers.extend_from_slice(hypers);
             job.speculated = update.speculated;
+            job.covers = covers(self.layout.unit(update.unit), &update.spans);
             job.rest = None;
             job.step = step;
         }
@@ -86,7 +88,11 @@ impl Shared {
         if let Some((disk, lease)) = self.disk.as_ref().filter(|d| d.map.chunk_count(unit) > 0).zip(lease) {
             return self.run_streamed(unit, index, lease, disk, (job, spare, first)).map(|()| Outcome::Ran);
         }
-        if let Some(outcome) = self.finish_speculation(unit, job, spare)? {
+        let finished = match self.ranks {
+            None => self.finish_speculation(unit, job, spare)?,
+            Some(_) => self.finish_own(unit, job)?,
+        };
+        if let Some(outcome) = finished {
             return Ok(outcome);
         }
         // From here on the parameters are at home.

@@ -111,12 +111,10 @@ impl Runner {
             match task {
                 Task::Home(unit) => return home(shared, unit),
                 Task::States(unit) => return states(shared, unit),
-                Task::Decide(unit) if self.waiting.units.is_empty() || shared.inputs_there(unit)? => {
+                Task::Decide(unit) if self.waiting.units.is_empty() || shared.may_begin(unit)? => {
                     return decide(shared, unit);
                 }
-                Task::Update { unit, chunk, lease }
-                    if self.waiting.units.is_empty() || shared.inputs_there(unit)? =>
-                {
+                Task::Update { unit, chunk, lease } if self.waiting.units.is_empty() || shared.may_begin(unit)? => {
                     return run(shared, unit, chunk, lease);
                 }
                 later @ (Task::Update { .. } | Task::Decide(_)) => self.step = Some(later),
@@ -147,15 +145,15 @@ impl Runner {
 }
 
 impl Shared {
-    /// True if the gates that a unit's update waits for have passed.
-    fn inputs_there(&self, unit: UnitId) -> Result<bool> {
+    /// True if the gates that a unit's update waits for have passed, and other ranks are where it may begin.
+    fn may_begin(&self, unit: UnitId) -> Result<bool> {
         let gates = self.lock()?.gates[unit.index()].update;
         for gate in gates {
             if !self.device.passed(gate)? {
                 return Ok(false);
             }
         }
-        Ok(true)
+        self.is_quiet(unit)
     }
 
     /// A save may read a unit whose update is made as a whole and at home. One that was submitted meanwhile belongs to a save that began

@@ -9,6 +9,8 @@
 //! the old ones. A4: only the runner works on it, piece by piece, and does first what a step needs.
 #![expect(unsafe_code, reason = "hands raw spans of homes and spare copies to the kernel")]
 
+use std::ops::Range;
+
 use crate::{
     device::{Gate, StreamRef},
     dtype::StateKind,
@@ -22,7 +24,7 @@ use crate::{
         shared::Shared,
         update::{
             job::{Arrays, Job, Outcome, StepHyper, UnitUpdate},
-            speculation::{Speculation, covers},
+            speculation::Speculation,
         },
     },
 };
@@ -48,7 +50,14 @@ impl Shared {
             }
             [self.device.record(StreamRef::Compute(stream))?, self.device.record(StreamRef::Down)?]
         };
-        let speculation = Speculation::new(update.spans.clone(), hypers.to_vec(), after);
+        let spans = match &self.ranks {
+            None => update.spans.clone(),
+            Some(ranks) => ranks.own(self.layout.unit(unit), &update.spans).collect(),
+        };
+        if spans.is_empty() {
+            return Ok(false);
+        }
+        let speculation = Speculation::new(spans, hypers.to_vec(), after);
         *self.speculations[unit.index()].lock() = Some(speculation);
         if self.streams_ahead(unit) {
             return self.foresee_ahead(unit).map(|()| true);
@@ -120,7 +129,7 @@ impl Shared {
     }
 
     /// Updates the next piece into the other place.
-    fn speculate_piece(&self, unit: UnitId, speculation: &mut Speculation, spare: bool) -> Result<()> {
+    pub(crate) fn speculate_piece(&self, unit: UnitId, speculation: &mut Speculation, spare: bool) -> Result<()> {
         let mut share = self.share.lock();
         share.clear();
         let mut room = PIECE[usize::from(share.uses_lanes())];
@@ -152,26 +161,33 @@ impl Shared {
         clipped
     }
 
+    /// Completes the speculative update of a unit, if the step asks for the same; false if there is none, or it does not.
+    pub(crate) fn complete_speculation(&self, unit: UnitId, job: &Job, spare: bool) -> Result<bool> {
+        let clipped = self.is_clipped(job);
+        let begun = self.speculations[unit.index()].lock().take().filter(Speculation::begun);
+        let good = |s: &Speculation| job.speculated && job.covers && !clipped && s.same_as(job);
+        if let Some(speculation) = &begun {
+            self.stats.speculated(good(speculation));
+        }
+        let Some(mut speculation) = begun.filter(good) else { return Ok(false) };
+        while !speculation.done() {
+            self.speculate_piece(unit, &mut speculation, spare)?;
+        }
+        Ok(true)
+    }
+
     /// At the step: completes the speculative update and swaps the places, if it is what the step asks for. Else makes the weights first, if
     /// that is the better way. Else, where the parameters are in their spare copy, updates into the other places, so that they are at home
     /// again; `None` if the update is to be made in place. The gates of the job have passed. Where some of the unit is not trained, and so not in the spare copy, parameters go home at once.
     pub(crate) fn finish_speculation(&self, unit: UnitId, job: &mut Job, spare: bool) -> Result<Option<Outcome>> {
-        let clipped = self.is_clipped(job);
-        let speculation = self.speculations[unit.index()].lock().take().filter(Speculation::begun);
-        let good = |s: &Speculation| job.speculated && !clipped && s.same_as(job);
-        if let Some(speculation) = &speculation {
-            self.stats.speculated(good(speculation));
-        }
         let packed = self.layout.unit(unit);
-        if let Some(mut speculation) = speculation.filter(good) {
-            while !speculation.done() {
-                self.speculate_piece(unit, &mut speculation, spare)?;
-            }
+        if self.complete_speculation(unit, job, spare)? {
+            // Only the places are left to be swapped.
         } else if self.weights_first(unit) {
             return self.make_weights(unit, job, spare).map(Some);
         } else if !spare {
             return Ok(None);
-        } else if covers(packed, &job.spans) {
+        } else if job.covers {
             let hypers = job.hypers.iter().map(|h| StepHyper { hyper: self.hyper_of(*h), clip: None }).collect();
             let mut whole = Speculation::new(job.spans.clone(), hypers, [Gate::OPEN; 2]);
             while !whole.done() {
@@ -191,12 +207,21 @@ impl Shared {
 
     /// Copies the parameters, all that is trained of them, from the spare copy to their home, which never moves.
     pub(crate) fn copy_home(&self, unit: UnitId) -> Result<()> {
+        let sections = self.layout.unit(unit).sections.iter().enumerate().filter(|(_, section)| section.trainable);
+        self.copy_parts_home(unit, sections.map(|(index, section)| (index, 0..section.elems)))
+    }
+
+    /// The same of some elements of sections.
+    pub(crate) fn copy_parts_home(&self, unit: UnitId, parts: impl Iterator<Item = (usize, Range<u64>)>) -> Result<()> {
         let start = self.trace.now();
-        let packed = self.layout.unit(unit);
-        let home = self.homes.unit(unit);
-        for section in packed.sections.iter().filter(|s| s.trainable) {
-            let (from, to) = (home.spare_params + section.offset, home.params + section.offset);
-            let len = section.bytes(StateKind::Param) as usize;
+        let (packed, home, mut moved) = (self.layout.unit(unit), self.homes.unit(unit), 0);
+        for (index, elems) in parts {
+            let section = &packed.sections[index];
+            let size = StateKind::Param.element_size(section.dtype) as u64;
+            let at = section.offset + elems.start * size;
+            let (from, to) = (home.spare_params + at, home.params + at);
+            let len = ((elems.end - elems.start) * size) as usize;
+            moved += 2 * len as u64;
             self.pool.run(len.div_ceil(COPY), &|piece| {
                 let at = piece * COPY;
                 let bytes = COPY.min(len - at);
@@ -206,9 +231,8 @@ impl Shared {
                 }
             })?;
         }
-        let bytes = 2 * packed.param_bytes();
-        self.stats.moved(Link::Update, bytes, self.trace.now().saturating_sub(start));
-        self.trace.span("cpu update", "copy home", u64::from(unit.0), start, bytes);
+        self.stats.moved(Link::Update, moved, self.trace.now().saturating_sub(start));
+        self.trace.span("cpu update", "copy home", u64::from(unit.0), start, moved);
         Ok(())
     }
 }

@@ -28,7 +28,7 @@ impl Speculation {
         self.at != (0, 0)
     }
 
-    pub(super) fn done(&self) -> bool {
+    pub(crate) fn done(&self) -> bool {
         self.at.0 == self.spans.len()
     }
 

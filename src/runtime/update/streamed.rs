@@ -19,7 +19,7 @@ use crate::{
         update::{
             job::{Arrays, Job},
             run::intersect,
-            speculation::{Speculation, covers},
+            speculation::Speculation,
         },
     },
 };
@@ -49,7 +49,7 @@ impl Shared {
             self.drop_begun(unit);
         }
         // Parameters that are in their spare place go home with the update; with what it leaves as it is, if there is any.
-        let turn = spare && covers(self.layout.unit(unit), &job.spans);
+        let turn = spare && job.covers;
         if spare && !turn && first {
             self.copy_home(unit)?;
         }

@@ -249,6 +249,37 @@ def cleared(run: Ranked) -> None:
     run.step()
 
 
+def rates(run: Ranked) -> None:
+    """Learning rates that change between steps, and between backward and step; other numbers of backwards; a step that is taken twice."""
+    run.model = run.wrap(wide())
+    run.opt = run.adamw()
+    group = run.opt.param_groups[0]
+    for step in range(6):
+        for _ in range(1 + (step in (2, 3))):
+            run.backward(lambda rank: loss(run, rank))
+        if step == 4:
+            group["lr"] *= 0.5
+        run.opt.step()
+        group["weight_decay"] *= 0.5
+        if step == 1:
+            run.opt.step()
+        run.opt.zero_grad()
+
+
+def states_written(run: Ranked) -> None:
+    """Optimizer states that are loaded, and edited, between backward and step."""
+    run.model = run.wrap(wide())
+    run.opt = run.adamw()
+    for step in range(4):
+        run.backward(lambda rank: loss(run, rank))
+        if step:
+            saved = run.opt.state_dict()
+            for states in saved["state"].values():
+                states["exp_avg"].mul_(0.5)
+            run.opt.load_state_dict(saved)
+        run.step()
+
+
 def between(run: Ranked) -> None:
     """Rank 0 alone evaluates, reads and prints between backward and step, and after it, while the others go on."""
     run.model = run.wrap(wide())

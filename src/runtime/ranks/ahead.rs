@@ -1,0 +1,58 @@
+//! Updates that several ranks begin before their step, each of the elements that it owns, into second places that all have in one region.
+//!
+//! S1: what is made ahead is the owner's alone until the step: other ranks, and readers on this one, look at homes and at current states. S2: at
+//! the step, which begins only when all have posted it, the owner brings its parameters home. They stay there: a reader on any rank needs
+//! no other one, and the next update ahead writes nothing that it looks at. S3: states stay where they were made. Whether a unit's change
+//! places with a step follows from what the ranks have posted alike: it has second places, and all that is trained of it is stepped. Then
+//! each rank makes its part in the other place, also one that has begun nothing ahead. S4: they have changed places for a rank when it knows that all
+//! have made their parts.
+#![expect(unsafe_code, reason = "hands raw spans of homes and spare copies to the kernel")]
+
+use crate::{
+    error::Result,
+    optim::{Portion, Target},
+    quantities::UnitId,
+    runtime::{
+        paging::homes::Set,
+        shared::Shared,
+        update::job::{Arrays, Job, Outcome},
+    },
+};
+
+impl Shared {
+    /// Whether the states of a unit change places with its update, on all ranks (S3).
+    fn turns(&self, unit: UnitId, job: &Job) -> bool {
+        self.placement.spare[unit.index()] && job.covers
+    }
+
+    /// At the step, which all ranks have posted: completes what was begun ahead of this rank's part of a unit, if it is what the step asks for;
+    /// else makes the part where the step has it. None if that is in place. The gates of the job have passed.
+    pub(crate) fn finish_own(&self, unit: UnitId, job: &Job) -> Result<Option<Outcome>> {
+        if self.complete_speculation(unit, job, false)? {
+            let own = job.spans.iter().map(|span| (span.section, span.start..span.start + span.len));
+            self.copy_parts_home(unit, own)?;
+            return Ok(Some(Outcome::Ran));
+        }
+        if !self.turns(unit, job) {
+            return Ok(None);
+        }
+        let mut share = self.share.lock();
+        share.clear();
+        for span in &job.spans {
+            let at = |set, spare| self.span_of(unit, span, span.start, span.len, &Arrays::Places { set, spare });
+            // Both have the parameters at home.
+            let (from, to) = (at(Set::Current, false), at(Set::Spare, true));
+            share.add(from, self.hyper_of(job.hypers[span.hyper]), Some(Target::in_place(&to)), Portion::Whole)?;
+        }
+        // SAFETY: as for `run_chunk`; the states' other place is this rank's alone until all have made their parts.
+        unsafe { self.run_share(&mut share, unit, "adamw") }?;
+        Ok(Some(Outcome::Ran))
+    }
+
+    /// All ranks have made their parts of a unit's update: its states are where that has put them (S4).
+    pub(super) fn turn_places(&self, unit: UnitId) {
+        if self.turns(unit, &self.jobs[unit.index()].lock()) {
+            self.homes.unit(unit).swap();
+        }
+    }
+}

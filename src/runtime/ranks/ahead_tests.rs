@@ -1,0 +1,193 @@
+//! Updates that ranks begin before their step: the bits are those of one process that begins none, and nothing shows before all take the step.
+#![expect(unsafe_code, reason = "hands buffers of its own to the runtime, and looks at homes")]
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::{
+    sync::Barrier,
+    thread::{scope, sleep},
+    time::Duration,
+};
+
+use super::tests::{POLICY, UNITS, contents, gradients, hyper, look, never, open, together_by, whole};
+use crate::{
+    error::Code,
+    quantities::UnitId,
+    runtime::{Runtime, StepHyper, UnitUpdate, paging::homes::Set},
+};
+
+const SPARE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "256KiB", "threads": 1}, "optimizer": {"spare": "16MiB"}}"#;
+
+/// What happens between the beginning of updates and the step.
+#[derive(Clone, Copy, Debug)]
+enum Between {
+    Nothing,
+    /// The step has another learning rate.
+    OtherRate,
+    /// The gradients are multiplied.
+    Clipped(f32),
+    /// Other gradients come.
+    Again,
+    /// A section of each unit is not stepped.
+    Partial,
+}
+
+const STEPS: [Between; 11] = [
+    Between::Nothing,
+    Between::Nothing,
+    Between::OtherRate,
+    Between::Clipped(1.0),
+    Between::Again,
+    Between::Nothing,
+    Between::Partial,
+    Between::Nothing,
+    Between::Clipped(0.5),
+    Between::Nothing,
+    Between::Nothing,
+];
+
+/// Begins the updates of all units, and waits until they are made; how many there were.
+fn begin(rt: &Runtime, updates: &[UnitUpdate], hypers: &[StepHyper]) -> usize {
+    let begun = updates.iter().filter(|update| rt.update_speculatively(update, hypers, 0).unwrap()).count();
+    let shared = rt.shared().unwrap();
+    let left = |unit: UnitId| shared.speculations[unit.index()].lock().as_ref().is_some_and(|s| !s.done());
+    while (0..UNITS).map(UnitId).any(left) {
+        sleep(Duration::from_millis(1));
+    }
+    begun
+}
+
+/// The gradients of a backward are exchanged, or come of one process.
+fn backward(rt: &Runtime, rank: Option<usize>, number: u64) {
+    if rank.is_some() {
+        for unit in (0..UNITS).map(UnitId) {
+            rt.post_gradients(unit, number, &[1, 1]).unwrap();
+            rt.await_gradients(unit, number, &mut never).unwrap();
+        }
+    }
+    gradients(rt, rank, number);
+    if rank.is_some() {
+        rt.await_landed(number, &mut never).unwrap();
+    }
+}
+
+fn updates(number: u64) -> Vec<UnitUpdate> {
+    (0..UNITS).map(|unit| UnitUpdate { speculated: true, ..whole(unit, number == 1) }).collect()
+}
+
+/// A step, for which updates were begun or not; how many were.
+fn take(rt: &Runtime, rank: Option<usize>, number: u64, between: Between, ahead: bool) -> usize {
+    backward(rt, rank, 2 * number);
+    let (mut updates, mut hypers) = (updates(number), [hyper(0.1, number)]);
+    let begun = if ahead { begin(rt, &updates, &hypers) } else { 0 };
+    match between {
+        Between::Nothing => {}
+        Between::OtherRate => hypers = [hyper(0.2, number)],
+        Between::Clipped(factor) => {
+            // SAFETY: the number lives until the copy is over, which is at once on this device.
+            hypers[0].clip = Some(unsafe { rt.factor(std::ptr::from_ref(&factor) as u64, 0) }.unwrap());
+        }
+        Between::Again => backward(rt, rank, 2 * number + 1),
+        Between::Partial => updates.iter_mut().for_each(|update| update.spans.truncate(1)),
+    }
+    // SAFETY: there are no residents.
+    unsafe { rt.update(&updates, &hypers, &[], 0, false, &mut never) }.unwrap();
+    begun
+}
+
+fn used(rt: &Runtime) -> u64 {
+    rt.stats().unwrap().speculations().0
+}
+
+#[test]
+fn what_ranks_begin_ahead_or_not_gives_the_bits_of_one() {
+    let alone = open(POLICY, None).unwrap();
+    let expected: Vec<_> = (1..)
+        .zip(STEPS)
+        .map(|(number, between)| {
+            take(&alone, None, number, between, false);
+            contents(&alone)
+        })
+        .collect();
+    // All ranks begin ahead, or none, or some of them in some steps.
+    for (size, which) in [(2, 3_usize), (2, 0), (2, 1), (3, 2), (3, 5), (8, 0xff)] {
+        let all = together_by(SPARE, size);
+        let barrier = Barrier::new(size);
+        scope(|scope| {
+            for (rank, rt) in all.iter().enumerate() {
+                let (barrier, expected) = (&barrier, &expected);
+                scope.spawn(move || {
+                    for ((number, between), expected) in (1..).zip(STEPS).zip(expected) {
+                        let ahead = which >> ((rank + number as usize) % size) & 1 == 1;
+                        let (before, owns) = (used(rt), rt.owned(UnitId(0), rank).unwrap());
+                        let begun = take(rt, Some(rank), number, between, ahead);
+                        let same = contents(rt) == *expected;
+                        assert!(same, "{size} ranks, {which:b}: rank {rank} after step {number}, {between:?}");
+                        let taken = matches!(between, Between::Nothing | Between::Clipped(1.0));
+                        assert_eq!(used(rt) - before, if taken { begun as u64 } else { 0 }, "step {number}");
+                        // Later it may have learned from clipping that it does not pay.
+                        let sure = ahead && number < 9 && owns.iter().any(|(_, part)| !part.is_empty());
+                        assert!(begun == if sure { UNITS as usize } else { begun }, "step {number}: {begun}");
+                        barrier.wait();
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn what_is_begun_ahead_is_seen_when_all_have_taken_the_step() {
+    let all = together_by(SPARE, 2);
+    let seen = || all.iter().map(|rt| (look(rt), places(rt))).collect::<Vec<_>>();
+    let mut before = Vec::new();
+    for number in 1..=3 {
+        scope(|scope| {
+            for (rank, rt) in all.iter().enumerate() {
+                scope.spawn(move || backward(rt, Some(rank), number));
+            }
+        });
+        let asked: Vec<_> = all.iter().map(contents).collect();
+        before = seen();
+        let hypers = [hyper(0.1, number)];
+        for rt in &all {
+            assert_eq!(begin(rt, &updates(number), &hypers), UNITS as usize);
+        }
+        assert!(seen() == before, "before any rank takes step {number}");
+        // SAFETY: there are no residents.
+        unsafe { all[0].update(&updates(number), &hypers, &[], 0, false, &mut never) }.unwrap();
+        sleep(Duration::from_millis(50));
+        assert!(seen() == before, "before rank 1 takes step {number}");
+        // SAFETY: there are no residents.
+        unsafe { all[1].update(&updates(number), &hypers, &[], 0, false, &mut never) }.unwrap();
+        assert!(contents(&all[0]) == contents(&all[1]) && contents(&all[0]) != asked[0]);
+        assert!(places(&all[0]) == places(&all[1]) && places(&all[0]) != before[0].1, "states change places");
+    }
+    assert!(seen() != before);
+}
+
+/// Which of two places the states of each unit are in.
+fn places(rt: &Runtime) -> Vec<usize> {
+    (0..UNITS).map(|unit| rt.homes().unwrap().unit(UnitId(unit)).index(Set::Current)).collect()
+}
+
+#[test]
+fn a_step_that_others_take_otherwise_makes_nothing_of_what_was_begun() {
+    let all = together_by(SPARE, 2);
+    for rt in &all {
+        gradients(rt, None, 1);
+        begin(rt, &updates(1), &[hyper(0.1, 1)]);
+    }
+    let before: Vec<_> = all.iter().map(|rt| (look(rt), places(rt))).collect();
+    scope(|scope| {
+        for (rank, rt) in all.iter().enumerate() {
+            let hypers = [hyper(if rank == 0 { 0.1 } else { 0.2 }, 1)];
+            // SAFETY: there are no residents. Who comes last may be told at once.
+            scope.spawn(move || drop(unsafe { rt.update(&updates(1), &hypers, &[], 0, false, &mut never) }));
+        }
+    });
+    for rt in &all {
+        let error = rt.settle_all(&mut never).unwrap_err();
+        assert!(matches!(error.code(), Code::RanksDiffer | Code::PeerLost), "{error}");
+    }
+    assert!(all.iter().map(|rt| (look(rt), places(rt))).collect::<Vec<_>>() == before);
+}

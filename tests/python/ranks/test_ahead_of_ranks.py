@@ -1,0 +1,72 @@
+"""Several ranks whose updates begin before the step: the same bits, whatever happens in between, and used where nothing happens."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import several
+from twin import Mismatch, World
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def spare_world(host_world: World) -> World:
+    """Host memory, with second places for all units."""
+    return dataclasses.replace(host_world, spare="32MiB")
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {"steps": 4}),
+        (3, {"steps": 4, "dtype": BF16, "clip": 0.05, "accumulate": 2}),
+        (2, {"steps": 4, "dtype": torch.float16, "clip": 1e9, "look": False}),
+        (3, {"steps": 4, "to_none": False, "accumulate": 2, "dtype": BF16, "broken": "exchange_early"}),
+        (2, {"steps": 3, "model": "decoder", "tie": True, "ckpt": "reentrant", "broken": "exchange_early"}),
+        (2, {"steps": 3, "rows": 1, "accumulate": 2, "dtype": BF16, "clip": 0.05}),
+    ],
+    ids=str,
+)
+def test_training(size: int, options: dict[str, Any], spare_world: World):
+    several.compare("rank_scripts:train", size, spare_world, **options)
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["skipping", "two_optimizers", "looking", "cleared", "between", "differentiating", "rates", "states_written", "experts"],
+)
+def test_use(script: str, spare_world: World):
+    several.compare(f"rank_scripts:{script}", 3 if script == "experts" else 2, spare_world)
+
+
+def test_what_was_begun_is_used(spare_world: World):
+    """All units but in the first step, which teaches; what a rank does alone meanwhile changes nothing."""
+    found = {}
+    for between in ("nothing", "read", "1e9"):
+        for (used, in_vain), begun, weights in several.run(2, "ahead_checks:counted", spare_world, between):
+            assert begun == [[False] * len(begun[0])] + [[True] * len(begun[0])] * 5, between
+            assert used >= 5, "hardly anything was begun"
+            assert in_vain == 0, between
+            found.setdefault("weights", weights)
+            assert all(torch.equal(a, b) for a, b in zip(found["weights"], weights, strict=True))
+
+
+def test_what_is_clipped_is_begun_in_vain(spare_world: World):
+    for (used, in_vain), _, _ in several.run(2, "ahead_checks:counted", spare_world, "1e-3"):
+        assert used == 0
+        assert in_vain > 0
+
+
+def test_nothing_is_begun_without_second_places(host_world: World):
+    for counts, begun, _ in several.run(2, "ahead_checks:counted", host_world, "nothing"):
+        assert counts == [0, 0]
+        assert not any(map(any, begun))
+
+
+def test_can_fail(spare_world: World):
+    """What was begun from gradients that are cleared since shows."""
+    with pytest.raises(Mismatch):
+        several.compare("rank_scripts:cleared", 2, spare_world, broken="keep_what_was_begun")
