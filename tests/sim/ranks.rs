@@ -28,6 +28,7 @@
 //!
 //! Not caught, because another check covers it: who has passed is not looked at first; a rank at its step after fewer backwards counts as there.
 
+mod ahead;
 mod elsewhere;
 mod memory;
 mod program;
@@ -63,11 +64,19 @@ pub(crate) enum Fault {
     Alone,
     /// A rank does not say where it waits.
     Silent,
+    /// What was made ahead is brought home before all have posted the step.
+    Forward,
+    /// What was made ahead is used, whatever numbers the step has.
+    Stubborn,
+    /// What was made ahead is used, though other gradients have come.
+    Outdated,
+    /// A rank that has made nothing ahead makes its part where its states are.
+    Aside,
     /// Stores may be seen in any order.
     Weak,
 }
 
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 13] = [
     Fault::Loud,
     Fault::Early,
     Fault::Hasty,
@@ -76,6 +85,10 @@ const FAULTS: [Fault; 9] = [
     Fault::Unasked,
     Fault::Alone,
     Fault::Silent,
+    Fault::Forward,
+    Fault::Stubborn,
+    Fault::Outdated,
+    Fault::Aside,
     Fault::Weak,
 ];
 
@@ -115,7 +128,7 @@ fn simulate(seed: u64, fault: Fault) -> u64 {
         idle = if turn == Turn::Moved { 0 } else { idle + 1 };
         assert!(idle < 4000, "deadlock: {}", described(&ranks));
     }
-    model.check_end(&program);
+    model.check_end(&program, &ranks);
     course
 }
 

@@ -24,6 +24,15 @@ pub(crate) enum Op {
     Meet { place: u64 },
 }
 
+/// How a step updates its units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    /// All of them, so that states change places.
+    pub(crate) whole: bool,
+    /// By the numbers that the last one told.
+    pub(crate) foreseen: bool,
+}
+
 /// A run.
 #[derive(Debug)]
 pub(crate) struct Program {
@@ -32,6 +41,8 @@ pub(crate) struct Program {
     pub(crate) units: Vec<usize>,
     /// Per step, the units that it updates.
     pub(crate) steps: Vec<Vec<usize>>,
+    /// Per step, how.
+    pub(crate) ways: Vec<Way>,
     pub(crate) ops: Vec<Vec<Op>>,
     /// Per rank, whether it does fewer backwards somewhere.
     pub(crate) fewer: Vec<bool>,
@@ -106,6 +117,7 @@ impl Program {
         for ops in &mut ops {
             (0..units.len()).for_each(|unit| ops.push(Op::Read(unit)));
         }
-        Self { size, units, steps, ops, fewer, crossed }
+        let ways = steps.iter().map(|_| Way { whole: chance.percent(80), foreseen: chance.percent(70) }).collect();
+        Self { size, units, steps, ways, ops, fewer, crossed }
     }
 }

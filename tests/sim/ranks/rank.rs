@@ -1,4 +1,4 @@
-//! One rank: its training thread, its runner, its device; and the bytes of the model.
+//! One rank: its training thread, its runner, its device; and the bytes of the model. Updates made ahead stand in [`super::ahead`].
 
 use std::collections::VecDeque;
 
@@ -10,8 +10,9 @@ use funicular::schedule::ranks::{
 
 use super::{
     Fault,
+    ahead::{Ahead, Places},
     memory::{Clock, Memory, View},
-    program::{Op, Program},
+    program::{Op, Program, Way},
 };
 use crate::chance::Chance;
 
@@ -26,14 +27,14 @@ pub(crate) enum Turn {
 
 /// Bytes with one owner: which version they are, and who wrote and read them when.
 #[derive(Clone, Debug, Default)]
-struct Bytes {
+pub(super) struct Bytes {
     version: u64,
     written: Option<(usize, u64)>,
     read: Vec<(usize, u64)>,
 }
 
 impl Bytes {
-    fn write(&mut self, memory: &Memory, rank: usize, version: u64, what: &str) {
+    pub(super) fn write(&mut self, memory: &Memory, rank: usize, version: u64, what: &str) {
         for (reader, action) in self.read.drain(..) {
             assert!(memory.knows(rank, reader, action), "{what}: rank {rank} writes what rank {reader} may be reading");
         }
@@ -41,7 +42,7 @@ impl Bytes {
         self.written = Some((rank, memory.act(rank)[rank]));
     }
 
-    fn read(&mut self, memory: &Memory, rank: usize, version: u64, what: &str) {
+    pub(super) fn read(&mut self, memory: &Memory, rank: usize, version: u64, what: &str) {
         assert_eq!(self.version, version, "{what}: rank {rank} reads another version than it should");
         if let Some((writer, action)) = self.written {
             assert!(memory.knows(rank, writer, action), "{what}: rank {rank} reads what rank {writer} may be writing");
@@ -54,8 +55,9 @@ impl Bytes {
 #[derive(Debug)]
 pub(crate) struct Model {
     pub(crate) board: Board,
-    weights: Vec<Vec<Bytes>>,
-    grads: Vec<Vec<Bytes>>,
+    pub(super) weights: Vec<Vec<Bytes>>,
+    pub(super) grads: Vec<Vec<Bytes>>,
+    pub(super) places: Places,
     /// In the order in which each rank comes to them.
     exchanges: Vec<Exchange>,
 }
@@ -73,13 +75,18 @@ impl Model {
     pub(crate) fn new(program: &Program) -> Self {
         let parts = vec![vec![Bytes::default(); program.size]; program.units.len()];
         let board = Board::new(program.size, program.units.iter().copied());
-        Self { board, weights: parts.clone(), grads: parts, exchanges: Vec::new() }
+        let places = Places::new(&parts);
+        Self { board, weights: parts.clone(), grads: parts, places, exchanges: Vec::new() }
     }
 
-    pub(crate) fn check_end(&self, program: &Program) {
+    pub(crate) fn check_end(&self, program: &Program, ranks: &[Rank]) {
         for (unit, parts) in self.weights.iter().enumerate() {
             let last = program.steps.iter().rposition(|units| units.contains(&unit)).map_or(0, |at| at as u64 + 1);
-            assert!(parts.iter().all(|part| part.version == last), "unit {unit} ends as {parts:?}, not as step {last}");
+            for rank in ranks {
+                let (step, result) = (rank.versions[unit], rank.ahead.results[unit]);
+                let alike = step == last && parts.iter().all(|part| part.version == result);
+                assert!(alike, "unit {unit} ends as {parts:?}, not as step {last}");
+            }
         }
     }
 
@@ -104,7 +111,7 @@ impl Model {
 enum Work {
     Read {
         unit: usize,
-        version: u64,
+        result: u64,
     },
     Slice {
         unit: usize,
@@ -120,20 +127,22 @@ enum Work {
 /// A rank.
 #[derive(Debug)]
 pub(crate) struct Rank {
-    rank: usize,
-    fault: Fault,
+    pub(super) rank: usize,
+    pub(super) fault: Fault,
     ops: VecDeque<Op>,
     steps: Vec<Vec<usize>>,
+    ways: Vec<Way>,
+    pub(super) ahead: Ahead,
     parameters: Vec<usize>,
     device: VecDeque<Work>,
     /// The last step whose gate has passed, and the last one that was said to be.
     passed: u64,
     quiet: u64,
     /// Units to update, with the step, and the step of each unit's last update.
-    queue: Vec<(usize, u64)>,
-    versions: Vec<u64>,
+    pub(super) queue: Vec<(usize, u64)>,
+    pub(super) versions: Vec<u64>,
     /// The backward of each unit's last exchange in which any rank had a gradient.
-    exchanged: Vec<u64>,
+    pub(super) exchanged: Vec<u64>,
     exchanges: usize,
     /// How many units of the backward at work were exchanged.
     through: usize,
@@ -153,6 +162,8 @@ impl Rank {
             fault,
             ops: program.ops[rank].iter().cloned().collect(),
             steps: program.steps.clone(),
+            ways: program.ways.clone(),
+            ahead: Ahead::new(program.units.len()),
             parameters: program.units.clone(),
             device: VecDeque::new(),
             passed: 0,
@@ -210,11 +221,12 @@ impl Rank {
         let (rank, view) = (self.rank, memory.view(self.rank));
         match self.device.pop_front() {
             None => return false,
-            Some(Work::Read { unit, version }) => {
-                model.weights[unit].iter_mut().for_each(|part| part.read(memory, rank, version, "weights"));
+            Some(Work::Read { unit, result }) => {
+                model.weights[unit].iter_mut().for_each(|part| part.read(memory, rank, result, "weights"));
             }
             Some(Work::Slice { unit, post, backward }) => {
                 model.grads[unit][rank].write(memory, rank, backward, "gradients");
+                self.ahead.landed(unit, backward);
                 posts(&model.board, &view, rank).land(unit, post);
             }
             Some(Work::Gate { step }) => self.passed = step,
@@ -222,9 +234,12 @@ impl Rank {
         true
     }
 
-    /// The runner: a piece of a step's update.
+    /// The runner: a piece of a step's update, or of one ahead.
     fn update(&mut self, memory: &Memory, model: &mut Model, chance: &mut Chance) -> bool {
         let (rank, view) = (self.rank, memory.view(self.rank));
+        if chance.percent(50) && self.make_ahead(memory, model) {
+            return true;
+        }
         let Some(at) = (!self.queue.is_empty()).then(|| chance.index(self.queue.len())) else { return false };
         let (unit, step) = self.queue[at];
         let posts = posts(&model.board, &view, rank);
@@ -245,9 +260,8 @@ impl Rank {
         if self.fault == Fault::Hasty {
             posts.publish(unit, step);
         }
-        model.grads[unit][rank].read(memory, rank, self.exchanged[unit], "gradients of an update");
-        model.weights[unit][rank].write(memory, rank, step, "weights");
-        posts.publish(unit, step);
+        self.make_own(memory, model, unit);
+        self::posts(&model.board, &view, rank).publish(unit, step);
         true
     }
 
@@ -257,12 +271,11 @@ impl Rank {
         let Some(op) = self.ops.front().cloned() else { return false };
         let done = match op {
             Op::Read(unit) => {
-                let version = self.versions[unit];
                 let there = !self.queue.iter().any(|&(queued, _)| queued == unit)
-                    && (self.fault == Fault::Blind
-                        || posts(&model.board, &view, rank).unpublished(unit, version).is_none());
+                    && (self.fault == Fault::Blind || self.settled(memory, model, unit));
                 if there {
-                    self.device.push_back(Work::Read { unit, version });
+                    self.device.push_back(Work::Read { unit, result: self.ahead.results[unit] });
+                    self.read_states(memory, model, unit);
                 }
                 there
             }
@@ -311,6 +324,7 @@ impl Rank {
             }
             self.exchanges += 1;
             self.exchanged[unit] = backward;
+            self.ahead.foresee(unit, self.fault == Fault::Outdated);
             if self.fault == Fault::Airborne {
                 posts(&model.board, &view, rank).land(unit, post);
             }
@@ -368,13 +382,10 @@ impl Rank {
     fn step(&mut self, memory: &Memory, model: &mut Model, number: u64) -> bool {
         let (rank, view) = (self.rank, memory.view(self.rank));
         let posts = posts(&model.board, &view, rank);
-        let units = &self.steps[number as usize - 1];
+        let (units, way) = (self.steps[number as usize - 1].clone(), self.ways[number as usize - 1]);
         let before = posts.count(Line::Steps);
-        let pending = |&unit: &usize| {
-            let queued = self.queue.iter().any(|&(queued, _)| queued == unit);
-            queued || posts.unpublished(unit, self.versions[unit]).is_some()
-        };
-        if units.iter().any(pending) {
+        let queued = |&unit: &usize| self.queue.iter().any(|&(queued, _)| queued == unit);
+        if units.iter().any(queued) || !units.clone().into_iter().all(|unit| self.settled(memory, model, unit)) {
             return false;
         }
         match if before > 0 { posts.look(Line::Steps, before) } else { Look::All } {
@@ -384,9 +395,10 @@ impl Rank {
         }
         self.device.push_back(Work::Gate { step: number });
         posts.post(Line::Steps, &[number, number * 3, 5, 7, 9]);
-        for &unit in units {
+        for unit in units {
             self.queue.push((unit, number));
             self.versions[unit] = number;
+            self.ahead.step(unit, self.exchanged[unit], way);
         }
         true
     }
@@ -411,6 +423,6 @@ impl Rank {
     }
 }
 
-fn posts<'a>(board: &'a Board, view: &'a View<'a>, rank: usize) -> Posts<'a, View<'a>> {
+pub(super) fn posts<'a>(board: &'a Board, view: &'a View<'a>, rank: usize) -> Posts<'a, View<'a>> {
     Posts { board, words: view, rank }
 }
