@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
-from rank_checks import offloaded, own_batch
+from crossed_checks import await_file, signalled
+from rank_checks import offloaded, own_batch, train_one, values
 from rank_scripts import WIDE
 from torch import nn
 
@@ -36,3 +41,46 @@ def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], li
     ahead = funicular.stats(model).ahead
     assert ahead.weights_first == 0
     return [ahead.used, ahead.in_vain], begun, weights
+
+
+def interrupted(world: World) -> tuple[list[str], list[torch.Tensor]]:
+    """Train as :func:`counted`; in every step but the first rank 0 is interrupted at its step, calls again, and then rank 1 comes there."""
+    model, opt = offloaded(world)
+    said = []
+    for step in range(6):
+        model(own_batch(step)).square().mean().backward()
+        facts.rest(0.02)
+        told = Path(os.environ["RANKS_FOLDER"]) / f"interrupted {step}"
+        if step and dist.get_rank():
+            await_file(told)
+        elif step:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("funicular._core.at_step", signalled("funicular._core.at_step"))
+                try:
+                    opt.step()
+                except KeyboardInterrupt:
+                    said.append("KeyboardInterrupt")
+            told.touch()
+        opt.step()
+        opt.zero_grad()
+    return said, [p.detach().clone() for p in model.parameters()]
+
+
+def saved_and_loaded(folder: str, world: World) -> list[list[torch.Tensor]]:
+    """A save beside the next step, a load between backward and step, and rank 0 alone that reads states there."""
+    model, opt = offloaded(world)
+    for step in range(2):
+        train_one(model, opt, step)
+    funicular.save(model, opt, folder, wait=False)
+    found = []
+    for step in range(2, 5):
+        model(own_batch(step)).square().mean().backward()
+        facts.rest(0.02)
+        if dist.get_rank() == 0:
+            opt.state_dict()
+        if step == 3:
+            funicular.load(folder, model, opt)
+        opt.step()
+        opt.zero_grad()
+        found += values(model, opt)
+    return found

@@ -1,6 +1,7 @@
 """Several ranks whose updates begin before the step: the same bits, whatever happens in between, and used where nothing happens."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import several
 from twin import Mismatch, World
 
-FP32, BF16 = torch.float32, torch.bfloat16
+BF16 = torch.bfloat16
 
 
 @pytest.fixture
@@ -64,6 +65,22 @@ def test_nothing_is_begun_without_second_places(host_world: World):
     for counts, begun, _ in several.run(2, "ahead_checks:counted", host_world, "nothing"):
         assert counts == [0, 0]
         assert not any(map(any, begun))
+
+
+def test_an_interrupted_step_is_taken_again(spare_world: World):
+    (first, weights), (second, others) = several.run(2, "ahead_checks:interrupted", spare_world)
+    assert first == ["KeyboardInterrupt"] * 5
+    assert second == []
+    for _, _, plain in several.run(2, "ahead_checks:counted", spare_world, "nothing"):
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, weights, others, strict=True))
+
+
+def test_a_save_and_a_load(host_world: World, spare_world: World, tmp_path: Path):
+    """They see what they see where nothing is made ahead."""
+    plain = several.run(2, "ahead_checks:saved_and_loaded", str(tmp_path / "plain"), host_world)
+    for rank in several.run(2, "ahead_checks:saved_and_loaded", str(tmp_path / "ahead"), spare_world):
+        for a, b in zip(plain[0], rank, strict=True):
+            assert all(torch.equal(c, d) for c, d in zip(a, b, strict=True))
 
 
 def test_can_fail(spare_world: World):

@@ -1,5 +1,6 @@
 """A rank that is killed is a named error on the others, soon."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -8,10 +9,14 @@ from several import Ranks
 from twin import World
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "step", "after"])
-def test_killed(where: str, host_world: World):
+@pytest.mark.parametrize(
+    ("where", "spare"),
+    [("forward", "auto"), ("backward", "auto"), ("step", "auto"), ("after", "auto"), ("step", "32MiB"), ("after", "32MiB")],
+)
+def test_killed(where: str, spare: str, host_world: World):
+    """Also where updates of the step have begun."""
     size, victim = 3, 1
-    ranks = Ranks(size, "rank_checks:killed", host_world, where, victim)
+    ranks = Ranks(size, "rank_checks:killed", dataclasses.replace(host_world, spare=spare), where, victim)
     try:
         ends = ranks.wait()  # whoever waits for long is killed, and has no status
         assert ends[victim][0] == -9
