@@ -7,8 +7,11 @@
 //! In a quarter of the programs one rank comes to a meeting alone while the others step: that must be found (A6), by ranks that wait for each
 //! other, before all stand still. In the others nothing of that kind must be found, at any time.
 //!
+//! Ranks make updates ahead of their step, or do not, as it comes: whether a step is the one that was foreseen is in the program, and readers of
+//! weights and states must find the same, whichever ranks made theirs ahead.
+//!
 //! Each fault of [`Fault`] is planted into ranks or memory; some seed must find it. What else was seen to be caught, one line of
-//! `src/schedule/ranks/` broken at a time, failing seeds of 600:
+//! `src/schedule/ranks/` broken at a time, failing seeds of 600 (before updates were made ahead here):
 //!
 //! | Broken | Seeds |
 //! |---|---:|
