@@ -12,10 +12,11 @@ use super::tests::{POLICY, UNITS, contents, gradients, hyper, look, never, open,
 use crate::{
     error::Code,
     quantities::UnitId,
-    runtime::{Runtime, StepHyper, UnitUpdate, paging::homes::Set},
+    runtime::{Runtime, StepHyper, UnitUpdate, paging::homes::Set, update::update_on::UpdateOn},
 };
 
-const SPARE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "256KiB", "threads": 1}, "optimizer": {"spare": "16MiB"}}"#;
+/// With lanes, which update half of the pieces where a test says so.
+const SPARE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "16MiB", "where": "gpu"}}"#;
 
 /// What happens between the beginning of updates and the step.
 #[derive(Clone, Copy, Debug)]
@@ -111,6 +112,9 @@ fn what_ranks_begin_ahead_or_not_gives_the_bits_of_one() {
     // All ranks begin ahead, or none, or some of them in some steps.
     for (size, which) in [(2, 3_usize), (2, 0), (2, 1), (3, 2), (3, 5), (8, 0xff)] {
         let all = together_by(SPARE, size);
+        for rt in &all {
+            assert!(rt.set_update_on(if which == 3 { UpdateOn::Cpu } else { UpdateOn::Halves }).unwrap());
+        }
         let barrier = Barrier::new(size);
         scope(|scope| {
             for (rank, rt) in all.iter().enumerate() {
