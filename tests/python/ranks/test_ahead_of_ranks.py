@@ -37,7 +37,17 @@ def test_training(size: int, options: dict[str, Any], spare_world: World):
 
 @pytest.mark.parametrize(
     "script",
-    ["skipping", "two_optimizers", "looking", "cleared", "between", "differentiating", "rates", "states_written", "experts"],
+    [
+        "skipping",
+        "two_optimizers",
+        "looking",
+        "cleared",
+        "between",
+        "differentiating",
+        "rates",
+        "states_written",
+        "experts",
+    ],
 )
 def test_use(script: str, spare_world: World):
     several.compare(f"rank_scripts:{script}", 3 if script == "experts" else 2, spare_world)

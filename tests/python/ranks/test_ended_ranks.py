@@ -11,7 +11,14 @@ from twin import World
 
 @pytest.mark.parametrize(
     ("where", "spare"),
-    [("forward", "auto"), ("backward", "auto"), ("step", "auto"), ("after", "auto"), ("step", "32MiB"), ("after", "32MiB")],
+    [
+        ("forward", "auto"),
+        ("backward", "auto"),
+        ("step", "auto"),
+        ("after", "auto"),
+        ("step", "32MiB"),
+        ("after", "32MiB"),
+    ],
 )
 def test_killed(where: str, spare: str, host_world: World):
     """Also where updates of the step have begun."""
