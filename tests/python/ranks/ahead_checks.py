@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from crossed_checks import await_file, signalled
-from rank_checks import offloaded, own_batch, train_one, values
+from rank_checks import message, offloaded, own_batch, train_one, values
 from rank_scripts import WIDE
 from torch import nn
 
@@ -33,7 +33,11 @@ def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], li
             model.eval()(torch.ones(1, WIDE))
             assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
             model.train()
-        elif between != "nothing" and between != "read":
+        elif between == "edit":
+            # Refused, on one rank alone as on all.
+            said = message(lambda step=step: model.out.weight.grad.mul_(0.5) if dist.get_rank() <= step % 2 else None)
+            assert ("FN-E722" in said) == (dist.get_rank() <= step % 2), said
+        elif between not in ("nothing", "read"):
             nn.utils.clip_grad_norm_(model.parameters(), float(between))
         opt.step()
         opt.zero_grad()

@@ -56,7 +56,7 @@ def test_use(script: str, spare_world: World):
 def test_what_was_begun_is_used(spare_world: World):
     """All units but in the first step, which teaches; what a rank does alone meanwhile changes nothing."""
     found = {}
-    for between in ("nothing", "read", "1e9"):
+    for between in ("nothing", "read", "edit", "1e9"):
         for (used, in_vain), begun, weights in several.run(2, "ahead_checks:counted", spare_world, between):
             assert begun == [[False] * len(begun[0])] + [[True] * len(begun[0])] * 5, between
             assert used >= 5, "hardly anything was begun"
