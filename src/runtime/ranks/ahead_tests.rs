@@ -13,6 +13,7 @@ use crate::{
     error::Code,
     quantities::UnitId,
     runtime::{Runtime, StepHyper, UnitUpdate, paging::homes::Set, update::update_on::UpdateOn},
+    schedule::placement::spare_bytes,
 };
 
 /// With lanes, which update half of the pieces where a test says so.
@@ -167,6 +168,32 @@ fn what_is_begun_ahead_is_seen_when_all_have_taken_the_step() {
         assert!(places(&all[0]) == places(&all[1]) && places(&all[0]) != before[0].1, "states change places");
     }
     assert!(seen() != before);
+}
+
+#[test]
+fn second_places_are_there_once_and_within_the_budget() {
+    let bytes = |policy: &str, size| {
+        let all = together_by(policy, size);
+        let (plan, layout) = (all[0].placement().unwrap(), all[0].layout().unwrap());
+        let units: Vec<UnitId> = layout.ids().filter(|unit| plan.spare[unit.index()]).collect();
+        let spare: u64 = units.iter().map(|&unit| spare_bytes(layout.unit(unit), plan.homes[unit.index()]).0).sum();
+        assert!(
+            all.iter().all(|rt| rt.homes().unwrap().spare.len() as u64 == all[0].homes().unwrap().spare.len() as u64)
+        );
+        let file = all[0].shared().unwrap().ranks.as_ref().unwrap().file.size();
+        (units.len(), spare, plan.host_bytes, file)
+    };
+    let small = SPARE.replace("16MiB\", \"where", "400KiB\", \"where");
+    for size in [2, 8] {
+        let (none, some, all) = (
+            bytes(&SPARE.replace("\"spare\": \"16MiB\"", "\"spare\": \"0B\""), size),
+            bytes(&small, size),
+            bytes(SPARE, size),
+        );
+        assert_eq!((none.0, some.0, all.0), (0, 1, UNITS as usize));
+        assert_eq!((some.2 - none.2, all.2 - none.2), (some.1, all.1), "{size} ranks plan with them once");
+        assert!(all.3 - none.3 >= all.1 && all.3 - none.3 < 2 * all.1 + (4 << 20), "{size} ranks: {all:?} {none:?}");
+    }
 }
 
 /// Which of two places the states of each unit are in.
