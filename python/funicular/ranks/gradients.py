@@ -19,15 +19,14 @@ from funicular import _core
 from funicular.errors import Error, RuntimeFailure, UsageError
 from funicular.gradients.arrival import make_grad, move_out, place_for, rebase
 from funicular.gradients.backward import Gradients
-from funicular.guard.classes import GuardedGrad
 from funicular.homes.edits import edit_of_shared
 from funicular.ranks.on_gpu import Beside
 from funicular.ranks.rounds import CLIPPED, PIECE, SHARED, STATES, ZEROS, Rounds
 from funicular.ranks.slices import cut, flat, mean
+from funicular.ranks.stand_ins import guard, let_go, zeros_of
 from funicular.torch_internals.autograd import backward_task
 from funicular.torch_internals.memory import dense_bytes, stream_of
 from funicular.torch_internals.overrides import unguarded
-from funicular.units.param import link
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -250,7 +249,7 @@ class RankGradients(Gradients):
             grad = ref.param.grad
             if grad is None or grad is ref.grad or grad is ref.zeros:
                 return
-            _let_go(ref)
+            let_go(ref)
             there = ref.zeros if ref.zeros is not None else ref.grad
             assert there is not None
             same = grad.shape == there.shape and grad.dtype == there.dtype and grad.device == there.device
@@ -281,14 +280,14 @@ class RankGradients(Gradients):
                 return
             if grad is not None and grad is ref.zeros:
                 rebase(grad, grad * ref.factor)
-                ref.stand_for_zeros(_zeros(ref))
+                ref.stand_for_zeros(zeros_of(ref))
             else:
                 was_there = grad is ref.grad
                 move_out(ref, ref.factor)
                 if grad is None or not was_there:
                     return
             # The object stays the gradient, for all that hold it.
-            _guard(grad, ref)
+            guard(grad, ref)
             ref.show(grad)
 
     def drop_unfinished(self) -> None:
@@ -317,8 +316,8 @@ class RankGradients(Gradients):
                 grad.zero_()
             else:
                 ref.give_gradient(make_grad(ref))
-                grad.data = _zeros(ref)
-            _guard(grad, ref)
+                grad.data = zeros_of(ref)
+            guard(grad, ref)
             ref.stand_for_zeros(grad)
             ref.show(None)
         return True
@@ -409,7 +408,7 @@ class RankGradients(Gradients):
             ref.note_gradient()
             ref.forget_norm()
             ref.stand_for_zeros(None)
-            _let_go(ref)
+            let_go(ref)
             with unguarded():
                 ref.param.grad = ref.grad
         if len(came) == unit.trained:
@@ -481,28 +480,6 @@ class RankGradients(Gradients):
                         f"before this backward the gradient of '{ref.name}' was {_WORDS[here]} on rank {rank}, and {_WORDS[first]} on rank 0. "
                         "All ranks take as many backwards between two steps, and clear gradients alike.",
                     )
-
-
-def _let_go(ref: PagedParam) -> None:
-    """Make a copy that was shown an ordinary tensor, for those who hold it."""
-    shown = ref.shown
-    if shown is not None:
-        shown.__class__ = torch.Tensor
-        del shown._funicular_ref  # type: ignore[attr-defined]
-        ref.show(None)
-
-
-def _zeros(ref: PagedParam) -> torch.Tensor:
-    """Return a gradient of zeros, guarded as one in its place is, that takes no memory."""
-    zeros = torch.zeros((), dtype=ref.home.dtype, device=ref.home.device).expand(ref.home.shape)
-    _guard(zeros, ref)
-    return zeros
-
-
-def _guard(grad: torch.Tensor, ref: PagedParam) -> None:
-    """Have edits of a gradient noticed that is this rank's alone."""
-    grad.__class__ = GuardedGrad
-    link(grad, ref)
 
 
 def _empty(ref: PagedParam, numel: int) -> torch.Tensor:
