@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from funicular import _core
-from funicular.report.step_time import StepTime, step_time
+from funicular.report.step_time import PEERS, StepTime, step_time
 from funicular.windows.lookup import offloaded
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Ranked:
     size: int
     #: bytes of gradients sent to other ranks
     sent: int
-    #: seconds that the program waited for other ranks, in backwards and at steps
+    #: seconds that the compute stream waited for other ranks: the stalls ``peers_grads``, ``peers_step`` and ``peers_update``
     waited: float
 
 
@@ -226,7 +226,8 @@ class Stats:
         r = self.ranks
         if r is not None:
             lines.append(
-                f"  ranks            rank {r.rank} of {r.size}: {r.sent / 1e9:.3f} GB of gradients sent, waited {r.waited:.2f} s for others"
+                f"  ranks            rank {r.rank} of {r.size}: {r.sent / 1e9:.3f} GB of gradients sent, "
+                f"{self.stalls['exchange']:.2f} s in their exchange, waited {r.waited:.2f} s for others"
             )
         if self.step is not None:
             lines.append(f"  step             {self.step}")
@@ -297,13 +298,15 @@ def stats(model: nn.Module) -> Stats:
         activations=Paged() if session.activations is None else Paged(*session.activations.totals()),
         unpaged=unpaged,
         seconds=time.monotonic() - session.started,
-        ranks=_ranked(session),
+        ranks=_ranked(session, raw["stalls"]),
     )
 
 
-def _ranked(session: Session) -> Ranked | None:
+def _ranked(session: Session, stalls: dict[str, int]) -> Ranked | None:
     group = session.group
-    return None if group is None else Ranked(group.rank, group.size, group.sent, group.waited)
+    if group is None:
+        return None
+    return Ranked(group.rank, group.size, group.sent, sum(stalls[cause] for cause in PEERS) / 1e9)
 
 
 def _grown(raw: dict[str, Any]) -> Grown:

@@ -19,6 +19,8 @@ const TIERS: [Tier; 3] = [Tier::Hbm, Tier::Host, Tier::Nvme];
 
 /// Everything counted so far.
 pub(super) struct Figures {
+    /// Other ranks train with this one.
+    ranked: bool,
     times: Times,
     links: [FlowTotals; Link::ALL.len()],
     stalls: [u64; Cause::ALL.len()],
@@ -48,6 +50,7 @@ impl Figures {
             *budget = (rt.limit(tier)?, used, peak);
         }
         Ok(Self {
+            ranked: rt.rank()?.is_some(),
             times,
             links: Link::ALL.map(|link| stats.flow(link)),
             stalls: Cause::ALL.map(|cause| stats.stall(cause)),
@@ -69,11 +72,12 @@ impl Figures {
     pub(super) fn into_dict(self, py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         let out = PyDict::new(py);
         let links = PyDict::new(py);
-        for (link, flow) in Link::ALL.into_iter().zip(&self.links) {
+        let known = if self.ranked { (Link::ALL.len(), Cause::ALL.len()) } else { (Link::ALONE, Cause::ALONE) };
+        for (link, flow) in Link::ALL.into_iter().zip(&self.links).take(known.0) {
             links.set_item(link.name(), (flow.bytes, flow.busy_nanos))?;
         }
         let stalls = PyDict::new(py);
-        for (cause, nanos) in Cause::ALL.into_iter().zip(self.stalls) {
+        for (cause, nanos) in Cause::ALL.into_iter().zip(self.stalls).take(known.1) {
             stalls.set_item(cause.name(), nanos)?;
         }
         let budgets = PyDict::new(py);
@@ -85,8 +89,8 @@ impl Figures {
         out.set_item("stalls", stalls)?;
         out.set_item("budgets", budgets)?;
         out.set_item("timed", (times.steps, times.lost))?;
-        out.set_item("time", step_time(&times.total))?;
-        out.set_item("last", step_time(&times.last))?;
+        out.set_item("time", step_time(&times.total, known))?;
+        out.set_item("last", step_time(&times.last, known))?;
         out.set_item("steps", self.steps)?;
         out.set_item("home_uses", self.home_uses)?;
         out.set_item("ahead", self.ahead)?;
@@ -98,7 +102,7 @@ impl Figures {
     }
 }
 
-/// Wall, compute, stalls by cause, busy time by link.
-fn step_time(time: &StepTime) -> (u64, u64, [u64; Cause::ALL.len()], [u64; Link::ALL.len()]) {
-    (time.wall, time.compute, time.stalls, time.busy)
+/// Wall, compute, stalls by cause, busy time by link, of so many of them.
+fn step_time(time: &StepTime, (links, causes): (usize, usize)) -> (u64, u64, Vec<u64>, Vec<u64>) {
+    (time.wall, time.compute, time.stalls[..causes].to_vec(), time.busy[..links].to_vec())
 }

@@ -54,6 +54,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ranks::gradients_sent, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::has_failed, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::wait_gradients_landed, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::begin_wait, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::end_wait, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::at_step, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::meet, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::check_peers, m)?)?;

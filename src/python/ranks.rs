@@ -3,6 +3,11 @@
 use pyo3::{prelude::*, types::PyBytes};
 
 use super::{arguments::known, engine::Engine};
+use crate::{
+    error::{Error, Result},
+    quantities::UnitId,
+    runtime::{Runtime, measure::stats::Cause},
+};
 
 /// The number of the file that the ranks share; it stays the engine's.
 #[pyfunction]
@@ -81,6 +86,41 @@ pub(super) fn gradients_sent(py: Python<'_>, engine: &Engine, unit: u32, backwar
 #[pyfunction]
 pub(super) fn wait_gradients_landed(py: Python<'_>, engine: &Engine, backward: u64) -> PyResult<()> {
     engine.call(py, |rt, i| rt.await_landed(backward, i))
+}
+
+/// From here on the program waits for other ranks, by `cause`; returns the time.
+#[pyfunction]
+pub(super) fn begin_wait(
+    py: Python<'_>,
+    engine: &Engine,
+    stream: u64,
+    cause: &str,
+    unit: Option<u32>,
+) -> PyResult<u64> {
+    engine.call(py, |rt, _| {
+        let (cause, unit) = wait(rt, cause, unit)?;
+        rt.begin_wait(stream, cause, unit)
+    })
+}
+
+/// That wait, which began then, is over; so many bytes came and went in it.
+#[pyfunction]
+pub(super) fn end_wait(
+    py: Python<'_>,
+    engine: &Engine,
+    stream: u64,
+    cause: &str,
+    unit: Option<u32>,
+    since: u64,
+    nbytes: u64,
+) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.end_wait(stream, wait(rt, cause, unit)?, since, nbytes))
+}
+
+fn wait(rt: &Runtime, cause: &str, unit: Option<u32>) -> Result<(Cause, Option<UnitId>)> {
+    let found = Cause::ALL.into_iter().skip(Cause::ALONE).find(|one| one.name() == cause);
+    let found = found.ok_or_else(|| Error::argument(format!("ranks do not wait for '{cause}'.")))?;
+    Ok((found, unit.map(|unit| known(rt, unit)).transpose()?))
 }
 
 /// Says that this rank is at its step after so many backwards; the number of a later one that it has to join, if there is one.

@@ -127,6 +127,11 @@ impl Runtime {
         Ok(self.shared()?.disk.as_ref().map(|d| d.store.engine().kind().name()))
     }
 
+    /// Which of several ranks this is.
+    pub fn rank(&self) -> Result<Option<RankSpec>> {
+        Ok(self.shared()?.ranks.as_ref().map(|ranks| ranks.spec))
+    }
+
     /// Threads of the update pool.
     pub fn pool_threads(&self) -> Result<usize> {
         Ok(self.shared()?.pool.threads())

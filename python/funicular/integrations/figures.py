@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from funicular.report.step_time import PEERS
 from funicular.statistics import stats
 from funicular.windows.lookup import session_for
 
@@ -41,7 +42,7 @@ class Figures:
         self._tokens = 0
         self._per_token = _operations_per_token(model)
         self._began = time.monotonic()
-        self._waited = 0.0
+        self._stalls: dict[str, float] = {}
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def close(self) -> None:
@@ -64,7 +65,11 @@ class Figures:
             return {}
         now, said = time.monotonic(), stats(self._model)
         seconds = max(now - self._began, 1e-9)
-        figures = {"funicular/stalled": (said.stall_seconds - self._waited) / seconds}
+        stalls = {cause: waited - self._stalls.get(cause, 0.0) for cause, waited in said.stalls.items()}
+        figures = {"funicular/stalled": sum(stalls.values()) / seconds}
+        if said.ranks is not None:
+            figures["funicular/exchange"] = stalls["exchange"] / seconds
+            figures["funicular/peers"] = sum(stalls[cause] for cause in PEERS) / seconds
         if self._tokens:
             rate = self._tokens / seconds
             figures["funicular/tokens_per_second"] = rate
@@ -72,7 +77,7 @@ class Figures:
             if peak:
                 figures["funicular/mfu"] = rate * self._per_token / peak
         figures |= {f"funicular/{tier}_gib": budget.used / 2**30 for tier, budget in said.budgets.items()}
-        self._began, self._waited, self._tokens = now, said.stall_seconds, 0
+        self._began, self._stalls, self._tokens = now, said.stalls, 0
         return figures
 
 

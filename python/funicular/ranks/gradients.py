@@ -62,11 +62,11 @@ class _Page:
         return _core.posted_gradients(self._engine, unit, number)
 
     def wait(self, unit: int, number: int) -> list[bytes]:
-        with self._group.waiting():
+        with self._group.waiting("peers_grads", unit):
             return _core.wait_posted(self._engine, unit, number)
 
     def at_step(self, number: int) -> int | None:
-        with self._group.waiting():
+        with self._group.waiting("peers_step"):
             return _core.at_step(self._engine, number)
 
 
@@ -196,7 +196,7 @@ class RankGradients(Gradients):
                 self._landing.finish(stream_of(self._device))
             self._beside.join()
             _core.tell_ranks(self._engine, "at the end of a backward, waiting for the gradients of others")
-            with self._group.waiting():
+            with self._group.waiting("peers_grads"):
                 _core.wait_gradients_landed(self._engine, self._rounds.number)
             self._under_way.clear()
         for ref, state in self._aside.items():
@@ -438,7 +438,7 @@ class RankGradients(Gradients):
                 pieces = [mine[part] if rank == me and mine is not None else _empty(ref, one.numel) for rank in ranks]
                 receives += [(rank, piece) for rank, piece in zip(ranks, pieces, strict=True) if rank != me]
                 sums.append((ref, one, pieces))
-        self._group.transfer(sends, receives)
+        self._group.transfer(sends, receives, unit.engine_id)
         stream = stream_of(self._device)
         for ref, one, pieces in sums:
             self._landing.send(ref, self._sum(ref, one, pieces), stream, at=one.start)

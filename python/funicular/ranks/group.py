@@ -17,6 +17,7 @@ from funicular import _core
 from funicular.errors import Error, RuntimeFailure, UsageError
 from funicular.ranks.apart import Apart
 from funicular.ranks.on_gpu import Guard, connect
+from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.process_groups import default_store
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ class Group:
 
     def __init__(self, group: Any) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        #: bytes of gradients that were sent, and seconds that the program waited for other ranks
-        self.sent, self.waited = 0, 0.0
+        #: bytes of gradients that were sent
+        self.sent = 0
         #: the runtime of this rank, once there is one: it knows which ranks are dead
         self.runtime: Engine | None = None
+        self._device = torch.device("cpu")
         self._members: list[int] = dist.get_process_group_ranks(group)
         self._apart = Apart()
         self._connections = _connect(self._members, self._apart)
@@ -72,9 +74,9 @@ class Group:
         _core.enlist(runtime)
         _living.add(self)
         if (where := runtime.device()) != "host":
+            device = self._device = torch.device(where)
             gpus = self._connections.gpus
             if gpus is None:
-                device = torch.device(where)
                 gpus = self._speak(lambda: connect(self._members, device, _PATIENCE), "the connection of their GPUs")
                 self._connections = self._connections._replace(gpus=gpus)
             self._guard = Guard(runtime, gpus)
@@ -101,18 +103,21 @@ class Group:
         return self._speak(exchange, place)
 
     def _speak(self, exchange: Callable[[], _R], place: str) -> _R:
-        if self.runtime is not None:
-            # Connections know neither who is slow nor who waits elsewhere.
-            _core.meet(self.runtime, place)
-        with self._connected():
-            return self._apart.run(exchange, self._look)
+        with self.waiting("peers_step"):
+            if self.runtime is not None:
+                # Connections know neither who is slow nor who waits elsewhere.
+                _core.meet(self.runtime, place)
+            with self._connected():
+                return self._apart.run(exchange, self._look)
 
     def _look(self) -> None:
         if self.runtime is not None:
             _core.check_peers(self.runtime, False)
 
-    def transfer(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Send and receive bytes; between two ranks in the order of the lists. Returns when all have come."""
+    def transfer(
+        self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]], unit: int
+    ) -> None:
+        """Send and receive bytes of a unit; between two ranks in the order of the lists. Returns when all have come."""
         near = all(t.device.type == "cpu" for _, t in (*sends, *receives))
         group = self._connections.control if near else self._connections.gpus
         pairs = [(dist.isend, sends), (dist.irecv, receives)]
@@ -129,20 +134,27 @@ class Group:
                 work.wait()
 
         self.sent += sum(part.nbytes for _, part in sends)
-        with self._connected(), self.waiting():
+        both_ways = sum(part.nbytes for _, part in (*sends, *receives))
+        with self._connected(), self.waiting("exchange", unit, both_ways):
             if near:
                 self._apart.run(exchange, self._look)
             else:
                 exchange()
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time within as waited for other ranks."""
-        began = time.monotonic()
+    def waiting(self, cause: str, unit: int | None = None, nbytes: int = 0) -> Iterator[None]:
+        """Count the time within as waited for other ranks, or for bytes of theirs, by ``cause`` (docs/stats.md)."""
+        runtime = self.runtime
+        if runtime is None or runtime.failed():
+            yield
+            return
+        stream = stream_of(self._device)
+        since = _core.begin_wait(runtime, stream, cause, unit)
         try:
             yield
         finally:
-            self.waited += time.monotonic() - began
+            with contextlib.suppress(Error):  # of a model that has ended meanwhile
+                _core.end_wait(runtime, stream, cause, unit, since, nbytes)
 
     @contextlib.contextmanager
     def whole(self, what: str) -> Iterator[None]:

@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from funicular._core import _Raw
 
-__all__ = ["StepTime", "step_time"]
+__all__ = ["PEERS", "StepTime", "step_time"]
 
 #: Of a step's time: where stalls are less, it is bound by compute.
 COMPUTE_BOUND = 0.1
 #: Of a step's time: where updates are waited for longer, copies are late because updates are.
 CHAINED = 0.01
 
+#: Causes of waits for other ranks.
+PEERS = ("peers_grads", "peers_step", "peers_update")
 #: What a wait is for tells which resource is late, but for updates: they pass through several.
 _RESOURCES = {
     "nvme_read": "nvme_read",
     "nvme_write": "nvme_write",
     "copy": "host_to_device",
     "grads": "device_to_host",
+    "exchange": "exchange",
+    **dict.fromkeys(PEERS, "peers"),
 }
 #: What makes each resource less of a bound.
 _ADVICE = {
@@ -31,6 +35,8 @@ _ADVICE = {
     "nvme_write": "another drive in nvme.paths, a larger budget.host, or more tokens per step",
     "cpu_update": 'more budget.threads, optimizer.where = "auto" with a GPU, or more tokens per step',
     "gpu_update": "a larger budget.hbm, or more tokens per step",
+    "exchange": "more tokens per step, or several backwards of one step in micro-batches (activations.micro_batch)",
+    "peers": "batches that cost the same on all ranks, and processors and links that are as free on each",
 }
 _UPDATE_STAGES = ("cpu_update", "gpu_update", "nvme_read", "nvme_write")
 
@@ -83,9 +89,12 @@ class StepTime:
         """Seconds that a step would be shorter if one resource were twice as fast, at most; the most helpful first.
 
         No resource saves more than half of what it is busy, nor more than what is waited for it; and a step stays as long as what
-        is busy longest beside compute.
+        is busy longest beside compute. Of other ranks (``peers``) it is what is waited for them.
         """
-        gains = {resource: min(seconds, self.busy[resource] / 2) for resource, seconds in self.waited.items()}
+        gains = {
+            resource: seconds if resource == "peers" else min(seconds, self.busy[resource] / 2)
+            for resource, seconds in self.waited.items()
+        }
         longest = max(self.busy.values(), default=0.0)
         gains["compute"] = max(0.0, min(self.compute / 2, self.seconds - longest))
         return dict(sorted(gains.items(), key=lambda gain: -gain[1]))
@@ -106,7 +115,8 @@ class StepTime:
         gain = self.gains[resource]
         if gain <= 0.005 * self.seconds:
             return ""
-        return f"{resource} twice as fast would save at most {gain:.4f} s ({self._percent(gain)}): {_ADVICE[resource]}"
+        what = "other ranks that are never late" if resource == "peers" else f"{resource} twice as fast"
+        return f"{what} would save at most {gain:.4f} s ({self._percent(gain)}): {_ADVICE[resource]}"
 
     def to_dict(self) -> dict[str, float]:
         """Return the figures with the names that docs/stats.md lists."""

@@ -26,7 +26,8 @@ __all__ = ["agree", "join_ranks", "leave_ranks", "meet", "together", "whole"]
 def meet(session: Session | None, what: str) -> None:
     """Wait until all ranks are here; nothing for a process alone."""
     if session is not None and session.group is not None:
-        _core.meet(session.engine, what)
+        with session.group.waiting("peers_step"):
+            _core.meet(session.engine, what)
 
 
 @contextlib.contextmanager

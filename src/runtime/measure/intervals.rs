@@ -102,8 +102,30 @@ impl Shared {
         self.device.mark(stream).unwrap_or(Mark::LOST)
     }
 
+    /// From here on the compute stream waits for other ranks, or for bytes of them. `unit`: what for; none for all.
+    pub(crate) fn begin_wait(&self, stream: u64, cause: Cause, unit: Option<UnitId>) -> u64 {
+        let unit = unit.map_or(u64::MAX, |unit| u64::from(unit.0));
+        self.begin_interval_of(Some(stream), Some(cause), false, Some(LastWindow { unit, phase: cause.wait() }));
+        self.trace.now()
+    }
+
+    /// That wait, which began then, is over. `bytes`: what went over the exchange meanwhile.
+    pub(crate) fn end_wait(&self, stream: u64, (cause, unit): (Cause, Option<UnitId>), since: u64, bytes: u64) {
+        self.begin_interval(Some(stream), None, false);
+        let unit = unit.map_or(u64::MAX, |unit| u64::from(unit.0));
+        self.trace.span("training thread", cause.name(), unit, since, bytes);
+        if cause == Cause::Exchange {
+            self.stats.moved(Link::Exchange, bytes, 0);
+        }
+    }
+
     /// From here on the compute stream computes, or waits for a cause.
     fn begin_interval(&self, stream: Option<u64>, cause: Option<Cause>, ends_step: bool) {
+        self.begin_interval_of(stream, cause, ends_step, None);
+    }
+
+    /// The same, for something else than the last window.
+    fn begin_interval_of(&self, stream: Option<u64>, cause: Option<Cause>, ends_step: bool, of: Option<LastWindow>) {
         let stream = match (stream, self.device.kind()) {
             (Some(stream), _) => stream,
             (None, DeviceKind::Host) => 0,
@@ -117,7 +139,7 @@ impl Shared {
             // The device has given up the mark of the oldest one, too.
             state.advance(None);
         }
-        let (mark, window) = (self.mark(StreamRef::Compute(stream)), state.window);
+        let (mark, window) = (self.mark(StreamRef::Compute(stream)), of.unwrap_or(state.window));
         state.intervals.push_back(Interval { mark, cause, window, ends_step });
     }
 
@@ -170,6 +192,9 @@ impl Shared {
             drop(state);
             if let (Some(cause), Some(nanos)) = (interval.cause, nanos) {
                 self.stats.stalled(cause, nanos);
+                if cause == Cause::Exchange {
+                    self.stats.moved(Link::Exchange, 0, nanos);
+                }
             }
             let name = interval.cause.map_or(interval.window.phase, Cause::wait);
             self.trace.device_span(&*self.device, TRACK, name, interval.window.unit, (interval.mark, next.mark), 0)?;

@@ -17,11 +17,16 @@ pub enum Link {
     Update,
     /// AdamW on the device for what has its home on the host; bytes are those over the link, both ways.
     GpuUpdate,
+    /// Gradients to and from other ranks; bytes are those of both ways. Last: a process alone has none.
+    Exchange,
 }
 
 impl Link {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Up, Self::Down, Self::NvmeRead, Self::NvmeWrite, Self::Update, Self::GpuUpdate];
+    pub const ALL: [Self; 7] =
+        [Self::Up, Self::Down, Self::NvmeRead, Self::NvmeWrite, Self::Update, Self::GpuUpdate, Self::Exchange];
+    /// How many of these, the first, a process alone has.
+    pub const ALONE: usize = 6;
 
     /// The name in statistics and traces.
     pub const fn name(self) -> &'static str {
@@ -32,6 +37,7 @@ impl Link {
             Self::NvmeWrite => "nvme_write",
             Self::Update => "cpu_update",
             Self::GpuUpdate => "gpu_update",
+            Self::Exchange => "exchange",
         }
     }
 }
@@ -49,11 +55,31 @@ pub enum Cause {
     Copy,
     /// For gradients on their way to the host.
     Grads,
+    /// For gradients on their way between ranks. From here on: with other ranks only.
+    Exchange,
+    /// For other ranks that have to come to an exchange of gradients, or to end it.
+    PeersGrads,
+    /// For other ranks that have to come to a step, or to another call of all.
+    PeersStep,
+    /// For the parts of an update that other ranks make.
+    PeersUpdate,
 }
 
 impl Cause {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Update, Self::NvmeRead, Self::NvmeWrite, Self::Copy, Self::Grads];
+    pub const ALL: [Self; 9] = [
+        Self::Update,
+        Self::NvmeRead,
+        Self::NvmeWrite,
+        Self::Copy,
+        Self::Grads,
+        Self::Exchange,
+        Self::PeersGrads,
+        Self::PeersStep,
+        Self::PeersUpdate,
+    ];
+    /// How many of these, the first, a process alone has.
+    pub const ALONE: usize = 5;
 
     /// The name in statistics and traces.
     pub const fn name(self) -> &'static str {
@@ -63,6 +89,10 @@ impl Cause {
             Self::NvmeWrite => "nvme_write",
             Self::Copy => "copy",
             Self::Grads => "grads",
+            Self::Exchange => "exchange",
+            Self::PeersGrads => "peers_grads",
+            Self::PeersStep => "peers_step",
+            Self::PeersUpdate => "peers_update",
         }
     }
 
@@ -74,6 +104,10 @@ impl Cause {
             Self::NvmeWrite => "wait: nvme_write",
             Self::Copy => "wait: copy",
             Self::Grads => "wait: grads",
+            Self::Exchange => "exchange",
+            Self::PeersGrads => "wait: peers_grads",
+            Self::PeersStep => "wait: peers_step",
+            Self::PeersUpdate => "wait: peers_update",
         }
     }
 }

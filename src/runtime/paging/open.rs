@@ -65,12 +65,12 @@ impl Shared {
         }
         let mut answer = self.step(&mut inner, |m, out| m.open(unit, phase, first, out))?;
         if let Opening::Pending(why) = answer {
-            let mut pause = self.pause(Some(stream), cause_of(why));
+            let mut pause = self.pause(Some(stream), self.cause_of(&inner, unit, why));
             let name = || format!("'{}' ({why:?})", self.layout.unit(unit).name);
             let waited = self.wait(inner, &name, interrupted, |inner| {
                 let again = self.step(inner, |m, out| m.open(unit, phase, false, out))?;
                 if let Opening::Pending(why) = again {
-                    pause.change_cause(cause_of(why));
+                    pause.change_cause(self.cause_of(inner, unit, why));
                     return Ok(None);
                 }
                 Ok(Some(again))
@@ -138,12 +138,12 @@ impl Shared {
         inner.gates[unit.index()].fill = gate;
         self.send(&self.to_up, Ended::Copy(Landing { gate, unit, lease, marks, bytes }))
     }
-}
 
-fn cause_of(wait: Wait) -> Cause {
-    match wait {
-        Wait::Update => Cause::Update,
-        Wait::NvmeRead => Cause::NvmeRead,
-        Wait::NvmeWrite => Cause::NvmeWrite,
+    fn cause_of(&self, inner: &Inner, unit: UnitId, wait: Wait) -> Cause {
+        match wait {
+            Wait::Update => self.update_cause(inner, [unit].into_iter()),
+            Wait::NvmeRead => Cause::NvmeRead,
+            Wait::NvmeWrite => Cause::NvmeWrite,
+        }
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     quantities::UnitId,
     runtime::{
         handle::Runtime,
+        measure::stats::Cause,
         paging::landing::Ended,
         ranks::{together::Ranks, waits::Seen},
         shared::{Shared, waits::Interrupted},
@@ -166,6 +167,17 @@ impl Runtime {
             Look::Waits(rank) => Ok(Seen::Waits(rank)),
             Look::Differs(rank, _) => Err(shared.end_crossed(ranks, Call::Meeting, rank, Call::Meeting)),
         })
+    }
+
+    /// From here on the program waits for other ranks, or for bytes of them, of a unit or of all; returns the time.
+    pub fn begin_wait(&self, stream: u64, cause: Cause, unit: Option<UnitId>) -> Result<u64> {
+        Ok(self.together()?.0.begin_wait(stream, cause, unit))
+    }
+
+    /// That wait, which began then, is over; so many bytes came and went in it.
+    pub fn end_wait(&self, stream: u64, wait: (Cause, Option<UnitId>), since: u64, bytes: u64) -> Result<()> {
+        self.together()?.0.end_wait(stream, wait, since, bytes);
+        Ok(())
     }
 
     /// Looks whether a rank that is to come to a call outside of this model, `place`, waits for this rank in one of the model.

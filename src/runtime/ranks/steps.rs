@@ -11,6 +11,7 @@ use crate::{
     model::Unit,
     quantities::UnitId,
     runtime::{
+        measure::stats::Cause,
         ranks::{
             spec::RankSpec,
             together::{Posted, Ranks},
@@ -113,8 +114,9 @@ impl Ranks {
 
 impl Shared {
     /// Waits until the last step of this rank has been posted by all.
-    pub(crate) fn await_agreement(&self, interrupted: Interrupted<'_>) -> Result<()> {
+    pub(crate) fn await_agreement(&self, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
+        let _pause = self.pause(Some(stream), Cause::PeersStep);
         self.await_ranks(ranks, ("its last step", None), interrupted, || ranks.agreed())
     }
 
@@ -129,7 +131,12 @@ impl Shared {
         let step = self.jobs[unit.index()].lock().step;
         self.be_quiet(ranks, step)?;
         let what = format!("step {step}");
-        self.await_ranks(ranks, (&what, None), &mut || false, || ranks.may_begin(step))?;
+        self.await_ranks(ranks, (&what, None), &mut || false, || {
+            let seen = ranks.may_begin(step)?;
+            // Who waits for the update waits for other ranks from now on, or no more.
+            self.changed.notify_all();
+            Ok(seen)
+        })?;
         Ok(step)
     }
 

@@ -5,6 +5,7 @@ use crate::{
     quantities::{Tier, UnitId},
     runtime::{
         measure::stats::Cause,
+        ranks::together::Ranks,
         shared::{
             Shared,
             lock_order::OrderedGuard,
@@ -95,9 +96,22 @@ impl Shared {
         }
         inner.usable()?;
         self.step(&mut inner, |m, out| until.wants().iter().for_each(|&want| m.promote(unit, want, out)))?;
-        let _pause = self.pause(stream, Cause::Update);
+        let mut pause = self.pause(stream, self.update_cause(&inner, [unit].into_iter()));
         let what = || format!("the update of '{}'", self.layout.unit(unit).name);
-        self.wait(inner, &what, interrupted, |i| Ok((!until.pending(&i.machine, unit)).then_some(())))
+        self.wait(inner, &what, interrupted, |i| {
+            let pending = until.pending(&i.machine, unit);
+            if pending {
+                pause.change_cause(self.update_cause(i, [unit].into_iter()));
+            }
+            Ok((!pending).then_some(()))
+        })
+    }
+
+    /// Why updates of these units are waited for: this rank has to make its part of one, or all wait for other ranks.
+    pub(crate) fn update_cause(&self, inner: &Inner, mut units: impl Iterator<Item = UnitId>) -> Cause {
+        // Who waits here is not among those that wait for ranks, but the runner may be.
+        let peers = |ranks: &Ranks| ranks.waits() || units.all(|unit| inner.machine.awaits_peers(unit));
+        if self.ranks.as_deref().is_some_and(peers) { Cause::PeersUpdate } else { Cause::Update }
     }
 
     /// As [`Shared::settle`], for readers. After a failure that the caller has seen nothing is awaited but the runner: what is in
@@ -147,9 +161,14 @@ impl Shared {
         if until == Until::Whole {
             self.bring_home(&mut inner, self.layout.ids())?;
         }
-        let _pause = self.pause(stream, Cause::Update);
+        let mut pause = self.pause(stream, Cause::Update);
         self.wait(inner, &|| "the updates".into(), interrupted, |i| {
-            Ok((!self.layout.ids().any(|unit| until.pending(&i.machine, unit))).then_some(()))
+            let mut pending = self.layout.ids().filter(|&unit| until.pending(&i.machine, unit)).peekable();
+            if pending.peek().is_none() {
+                return Ok(Some(()));
+            }
+            pause.change_cause(self.update_cause(i, pending));
+            Ok(None)
         })
     }
 

@@ -38,7 +38,7 @@ impl Shared {
             for update in updates {
                 self.await_update(update.unit, Some(stream), wanted, interrupted)?;
             }
-            self.await_agreement(interrupted)?;
+            self.await_agreement(stream, interrupted)?;
             let inner = self.lock()?;
             // Another thread may have submitted in between, or begun a save, which it does under this lock.
             let until = until();

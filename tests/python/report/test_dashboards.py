@@ -22,14 +22,17 @@ from twin import World
 
 DOCS = Path(__file__).parents[3] / "docs"
 PLACEHOLDERS = {"LINK": LINKS, "CAUSE": CAUSES, "TIER": {"hbm", "host", "nvme"}}
+#: with several ranks there are these besides
+RANKED = {"LINK": {"exchange"}, "CAUSE": {"exchange", "peers_grads", "peers_step", "peers_update"}, "TIER": set()}
 
 
-def documented() -> set[str]:
+def documented(*, ranked: bool = False) -> set[str]:
     """The names in the table of docs/stats.md, each placeholder filled in."""
     section = (DOCS / "stats.md").read_text().split("\n## to_dict\n")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     names = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
-    for placeholder, values in PLACEHOLDERS.items():
+    for placeholder, of_all in PLACEHOLDERS.items():
+        values = of_all | RANKED[placeholder] if ranked else of_all
         names = {name.replace(placeholder, value) for name in names for value in values}
     return names
 
