@@ -39,6 +39,7 @@ use crate::{
         profile::Profile,
     },
     quantities::ByteCount,
+    runtime::measure::trace_merge,
     text::{printable, printable_lines},
 };
 
@@ -65,6 +66,9 @@ enum Command {
     /// List, check and export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Put traces of several ranks together.
+    #[command(subcommand)]
+    Trace(TraceCommand),
     /// Say what a code such as FN-E202 means and what to do; list all codes without one. Exit code 2 if there is no such code.
     Errors {
         /// A code of an error, a warning or a fact.
@@ -212,6 +216,19 @@ enum CheckpointCommand {
     },
 }
 
+#[derive(Subcommand)]
+enum TraceCommand {
+    /// Write the traces of all ranks of a run as one, a process for each rank. Exit code 1 if they are not that, 2 after an error.
+    Merge {
+        /// What the ranks wrote, such as trace.rank0.json and trace.rank1.json.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The file to write. Only an earlier trace is replaced.
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+}
+
 /// Runs the command line. `arguments` are those after the program's name; `relaunch` is the command that starts this
 /// program again, for probes in a child process: the program itself, or `[sys.executable, "-m", "funicular"]`.
 /// `loader` builds models that only Python can. Returns the exit code.
@@ -235,6 +252,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, relaunch: &[OsString],
         Command::Plan(arguments) => said(&plan::run(*arguments, loader)),
         Command::Policy(command) => said(&policy(command)),
         Command::Checkpoint(command) => finish(checkpoints(command)),
+        Command::Trace(command) => finish(trace(&command)),
         Command::Errors { code } => said(&errors::run(code.as_deref())),
         Command::PageLock { device, up_to } => finish(
             doctor::page_lock(device, ByteCount(up_to))
@@ -257,6 +275,20 @@ fn checkpoints(command: CheckpointCommand) -> Result<i32> {
     };
     print(&text)?;
     Ok(i32::from(!good))
+}
+
+fn trace(command: &TraceCommand) -> Result<i32> {
+    let TraceCommand::Merge { files, output } = command;
+    match trace_merge::merge(files, output) {
+        Ok((ranks, events)) => {
+            print(&format!("{events} events of {ranks} ranks in {}\n", output.display())).map(|()| 0)
+        }
+        Err(error) if error.code() == Code::RankTraces => {
+            eprintln!("{}", error_for_terminal(&error.to_string()));
+            Ok(1)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn policy(command: PolicyCommand) -> Output {

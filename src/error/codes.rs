@@ -106,7 +106,7 @@ codes! {
     OptimizerParam = "FN-E131", Usage, "an optimizer holds parameters without memory",
         "The model has others in their place. Make the optimizer anew, from `model.parameters()`.";
     MovedByOthers = "FN-E140", Usage, "another library moves the model's weights, or replicates them",
-        "Load the model without `device_map`, remove accelerate's hooks, and leave out `nn.DataParallel`: `funicular.offload` places weights itself.";
+        "Load the model without `device_map`, remove accelerate's hooks, and leave out `nn.DataParallel` and FSDP: `funicular.offload` places weights itself.";
     TrainerSetting = "FN-E141", Usage, "a trainer's setting does not go with an offloaded model",
         "The message names the setting, and what to say in its place.";
     HbmBudget = "FN-E201", Budget, "the compute tier's budget is too small",
@@ -173,6 +173,8 @@ codes! {
         "Free the space, inodes or quota that the message names, or add a path.";
     OutputFile = "FN-E606", Storage, "a file to be written exists and is not ours, or cannot be written",
         "Name another file, or remove that one. `funicular bench` replaces only files that it wrote itself, `log.trace` only traces.";
+    RankTraces = "FN-E607", Usage, "files are not the traces of all ranks of one run",
+        "Give `funicular trace merge` the files that all ranks of one run wrote for the same steps, such as `trace.rank0.json` and `trace.rank1.json`, when all have ended.";
     PeerLost = "FN-E701", Runtime, "another rank is gone: it was killed, failed, or closed its model while this one needed it",
         "The message names the rank, its process and where it was. Look at that rank's own output first: this error only follows it. Start all ranks again from the last checkpoint, on any number of ranks.";
     RanksDiffer = "FN-E702", Runtime, "ranks that train one model do different things",
@@ -251,6 +253,11 @@ const LINES: &[Entry] = &[
         "FN-W308",
         "steps of `log.trace_steps` did not come, or none is named",
         "Name steps that come. What was traced until then is in the file.",
+    ),
+    line(
+        "FN-W309",
+        "traces of several ranks were not merged (`log.trace`)",
+        "The message says why. Each rank's trace is in a file of its own: run the command of the message when all ranks have ended.",
     ),
     line(
         "FN-W402",
@@ -348,6 +355,7 @@ const LINES: &[Entry] = &[
         "",
     ),
     line("FN-I309", "optimizer states have moved into free memory of the GPU, or out of it; why", ""),
+    line("FN-I310", "the traces of all ranks have been merged (`log.trace`)", ""),
     line("FN-I401", "what a save that did not end had left behind was removed, or given its name", ""),
     line("FN-I402", "a checkpoint was removed, as `keep` asks", ""),
     line("FN-I403", "a save is waited for: its path is read, or the process ends", ""),

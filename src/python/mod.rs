@@ -57,6 +57,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ranks::begin_wait, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::end_wait, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::at_step, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::trace_of_rank, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::merge_traces, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::meet, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::check_peers, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::refuse_call_elsewhere, m)?)?;

@@ -1,12 +1,21 @@
 //! Several ranks that train one model, as the wrapper sees them.
 
+use std::path::{Path, PathBuf};
+
 use pyo3::{prelude::*, types::PyBytes};
 
-use super::{arguments::known, engine::Engine};
+use super::{
+    arguments::known,
+    engine::Engine,
+    failures::{check, guarded},
+};
 use crate::{
     error::{Error, Result},
     quantities::UnitId,
-    runtime::{Runtime, measure::stats::Cause},
+    runtime::{
+        Runtime,
+        measure::{stats::Cause, trace_merge},
+    },
 };
 
 /// The number of the file that the ranks share; it stays the engine's.
@@ -70,6 +79,20 @@ pub(super) fn wait_posted<'py>(
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
     let notes = engine.call(py, |rt, i| rt.await_gradients(known(rt, unit)?, backward, i))?;
     Ok(bytes(py, &notes))
+}
+
+/// Where a rank writes its trace, if all together are to be at `path`.
+#[pyfunction]
+pub(super) fn trace_of_rank(path: &str, rank: usize) -> String {
+    trace_merge::path_of_rank(Path::new(path), rank).to_string_lossy().into_owned()
+}
+
+/// Writes the traces of all ranks, which lie beside `path`, as one to `path`; returns the number of events.
+#[pyfunction]
+pub(super) fn merge_traces(py: Python<'_>, path: PathBuf, ranks: usize) -> PyResult<usize> {
+    let files: Vec<PathBuf> = (0..ranks).map(|rank| trace_merge::path_of_rank(&path, rank)).collect();
+    let merged = py.detach(|| guarded(|| trace_merge::merge(&files, &path)));
+    check(py, merged.map(|(_, events)| events))
 }
 
 fn bytes<'py>(py: Python<'py>, notes: &[Vec<u8>]) -> Vec<Bound<'py, PyBytes>> {

@@ -76,7 +76,12 @@ impl Runtime {
     /// behind.
     pub fn open(layout: Layout, policy: &Policy, freed: ByteCount, ranks: Option<RankSpec>) -> Result<Self> {
         if !policy.log.trace_steps.is_empty() {
-            measure::trace::check(std::path::Path::new(&policy.log.trace))?;
+            let path = std::path::Path::new(&policy.log.trace);
+            let of_rank = ranks.map(|ranks| measure::trace_merge::path_of_rank(path, ranks.rank));
+            if ranks.is_none_or(|ranks| ranks.rank == 0) {
+                measure::trace::check(path)?;
+            }
+            of_rank.map_or(Ok(()), |path| measure::trace::check(&path))?;
         }
         let Started { shared, threads, budgets, notes, running } = setup::start::start(layout, policy, freed, ranks)?;
         Ok(Self { shared: Some(shared), threads, pid: std::process::id(), budgets, notes, running: Some(running) })

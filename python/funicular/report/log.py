@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funicular._core import coloured, wrapped
+from funicular._core import coloured, merge_traces, trace_of_rank, wrapped
 from funicular.errors import Error, StorageError
 from funicular.report.step_time import step_time
 
@@ -126,15 +127,20 @@ class Progress:
 
 
 class StepLog:
-    """Counts steps of one model."""
+    """Counts steps of one model; of one of several ranks, by its number and how many there are."""
 
-    def __init__(self, engine: Engine, policy: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, policy: dict[str, Any], ranks: tuple[int, int] | None = None) -> None:
         log = policy["log"]
         self.engine = engine
         self.every = int(log["every"])
         self.wants_trace = bool(log["trace"])
         # Here and now: the program may go to another folder.
         self.trace = str(Path(str(log["trace"])).absolute())
+        self._ranks = ranks
+        #: where this process writes
+        self._own = self.trace if ranks is None else trace_of_rank(self.trace, ranks[0])
+        #: the traces of all ranks are to be merged, by this one
+        self._unmerged = False
         self.traced = frozenset(int(step) for step in log["trace_steps"])
         self.step = 1
         self._tracing = self._over = False
@@ -153,6 +159,7 @@ class StepLog:
     def stepped(self) -> None:
         """Note the end of an optimizer step. The step is taken: a trace that cannot be written any more is no error of it."""
         step, self.step = self.step, self.step + 1
+        self._merge()  # all have written theirs: they have taken the step before this one
         if self._first is not None:
             progress("FN-I304 the first step took %.1f s; it learned the order of the units", self._first.seconds)
             self._first = None
@@ -173,6 +180,7 @@ class StepLog:
             except Error as error:
                 _log.error("%s", error)
         self._tracing = False
+        self._merge()
         missing = sorted(step for step in self.traced if step >= self.step)
         if self.wants_trace and (missing or not self.traced):
             _log.warning(
@@ -184,10 +192,29 @@ class StepLog:
 
     def _write_trace(self, step: int) -> None:
         try:
-            events = self.engine.write_trace(self.trace)
-            tell("FN-I306 trace of step %d with %d events in %s", step, events, self.trace)
+            events = self.engine.write_trace(self._own)
+            tell("FN-I306 trace of step %d with %d events in %s", step, events, self._own)
+            self._unmerged = self._ranks is not None and self._ranks[0] == 0
         except StorageError as error:
             _log.error("%s", error)
+
+    def _merge(self) -> None:
+        """Have the traces of all ranks in one file, if they are to be. Nothing is waited for: one that is not there yet is told."""
+        if not self._unmerged or self._ranks is None:
+            return
+        self._unmerged = False
+        size = self._ranks[1]
+        try:
+            events = merge_traces(self.trace, size)
+            tell("FN-I310 traces of %d ranks with %d events in %s", size, events, self.trace)
+        except Error as error:
+            files = " ".join(shlex.quote(trace_of_rank(self.trace, rank)) for rank in range(size))
+            _log.warning(
+                "FN-W309 the traces of the ranks were not merged: %s When all ranks have ended: funicular trace merge %s -o %s",
+                error,
+                files,
+                shlex.quote(self.trace),
+            )
 
     def _trace_next(self) -> None:
         wanted = self.step in self.traced

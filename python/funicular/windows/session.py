@@ -69,7 +69,7 @@ class Session:
         #: the ranks that train the model together; None for a process that trains alone
         self.group = group
         self.policy = policy
-        self.log = StepLog(engine, policy.to_dict())
+        self.log = StepLog(engine, policy.to_dict(), None if group is None else (group.rank, group.size))
         self.ranges = ranges(policy.log.nvtx, device)
         self.growth = Growth(engine, device)
         self.device = device

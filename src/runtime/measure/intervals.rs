@@ -270,6 +270,7 @@ impl Runtime {
         let units = &shared.layout.units;
         let name =
             |u: u64| usize::try_from(u).ok().and_then(|i| units.get(i)).map_or(String::new(), |u| u.name.clone());
-        shared.trace.write(path, &name)
+        let of_rank = shared.ranks.as_ref().map(|ranks| (ranks.spec, ranks.posts().identity()));
+        shared.trace.write(path, of_rank, &name)
     }
 }

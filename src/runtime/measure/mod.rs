@@ -6,3 +6,4 @@ pub mod stats;
 pub mod step_time;
 pub mod trace;
 mod trace_file;
+pub mod trace_merge;

@@ -2,17 +2,18 @@
 
 use std::{
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Instant,
 };
 
 use parking_lot::Mutex;
 
 pub(crate) use super::trace_file::check;
-use super::trace_file::{self, CAPACITY, Event, STEPS};
+use super::trace_file::{self, CAPACITY, Event, OfRank, STEPS, Source};
 use crate::{
     device::{Device, Elapsed, Mark},
     error::{Code, Error, Result},
+    runtime::ranks::spec::RankSpec,
 };
 
 /// How the device's clock relates to the trace's: a time on it is that of the base plus what elapsed since then.
@@ -44,12 +45,15 @@ pub struct Trace {
     on: AtomicBool,
     events: Mutex<Events>,
     clock: Mutex<Clock>,
+    /// How many were written.
+    written: AtomicU64,
 }
 
 impl Default for Trace {
     fn default() -> Self {
         let clock = Clock { base: Mark::LOST, at: 0, began: 0, late: None, step: None };
-        Self { epoch: Instant::now(), on: AtomicBool::new(false), events: Mutex::default(), clock: Mutex::new(clock) }
+        let (on, events, clock) = (AtomicBool::new(false), Mutex::default(), Mutex::new(clock));
+        Self { epoch: Instant::now(), on, events, clock, written: AtomicU64::new(0) }
     }
 }
 
@@ -207,15 +211,31 @@ impl Trace {
         }
     }
 
-    /// Writes what was collected as Chrome trace JSON and forgets it; returns the number of events.
+    /// The zero of its times, by the host's monotonic clock: that of [`Instant`], too.
+    fn began(&self) -> u64 {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let nanos = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
+        u64::try_from(nanos).unwrap_or(0).saturating_sub(self.now())
+    }
+
+    /// Writes what was collected as Chrome trace JSON and forgets it; returns the number of events. `of_rank`: which of several ranks, and what
+    /// tells their run from others.
     ///
     /// # Errors
     /// `FN-E301` with the file and the reason; `FN-E606` if there is a file that funicular did not write.
-    pub fn write(&self, path: &Path, unit_name: &dyn Fn(u64) -> String) -> Result<usize> {
+    pub fn write(
+        &self,
+        path: &Path,
+        of_rank: Option<(RankSpec, u64)>,
+        unit_name: &dyn Fn(u64) -> String,
+    ) -> Result<usize> {
         let Events { kept, left_out } = std::mem::take(&mut *self.events.lock());
         let late = self.clock.lock().late.unwrap_or(0);
+        let part = self.written.fetch_add(1, Ordering::Relaxed);
+        let of = |(RankSpec { rank, size: ranks, .. }, run)| OfRank { rank, ranks, run, part, began_ns: self.began() };
+        let source = Source { late, left_out, of: of_rank.map(of) };
         check(path)?;
-        trace_file::write(path, &kept, late, left_out, unit_name).map_err(|e| {
+        trace_file::write(path, &kept, &source, unit_name).map_err(|e| {
             Error::new(Code::IoFailed, format!("the trace '{}' could not be written: {e}.", path.display()))
                 .errno(e.raw_os_error().unwrap_or(0))
                 .action("Name a writable file in log.trace.")
@@ -233,7 +253,7 @@ mod tests {
 
     fn written(trace: &Trace) -> Vec<serde_json::Value> {
         let file = tempfile::NamedTempFile::new().expect("file");
-        trace.write(file.path(), &|u| format!("u{u}")).expect("writes");
+        trace.write(file.path(), None, &|u| format!("u{u}")).expect("writes");
         let text = std::fs::read_to_string(file.path()).expect("reads");
         let json: serde_json::Value = serde_json::from_str(&text).expect("parses");
         json["traceEvents"].as_array().expect("a list").iter().filter(|e| e["ph"] != "M").cloned().collect()

@@ -5,6 +5,7 @@ use std::{
     path::Path,
 };
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{Code, Error, Result};
@@ -14,11 +15,56 @@ pub(super) const CAPACITY: usize = 200_000;
 /// The track of the steps: a slice from the end of the step before to its own end.
 pub(super) const STEPS: &str = "steps";
 
-/// How a trace begins, by which it is known as ours; and as the versions before this one began it.
-const HEAD: &str = r#"{"displayTimeUnit":"ms","otherData":{"made_by":"funicular"},"traceEvents":["#;
+/// How a trace begins, by which it is known as ours; and as versions before this one began it.
+const OURS: &str = r#"{"displayTimeUnit":"ms","otherData":{"made_by":"funicular""#;
 const HEAD_BEFORE: &str = r#"{"displayTimeUnit":"ms","traceEvents":["#;
-/// The first thread's number: viewers take 0 for the system's idle thread, and that of the process for its main thread.
-const FIRST_THREAD: usize = 2;
+/// The first line of a trace that is of no one rank.
+pub(super) const HEAD: &str = r#"{"displayTimeUnit":"ms","otherData":{"made_by":"funicular"},"traceEvents":["#;
+/// The last line.
+pub(super) const END: &str = "]}";
+/// Numbers between the processes of two ranks: those of their threads lie between.
+const PER_RANK: usize = 10_000;
+
+/// Whose trace it is, where several ranks write one each; on its first line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct OfRank {
+    /// Its number, and how many there are.
+    pub(super) rank: usize,
+    pub(super) ranks: usize,
+    /// What tells this run from others, and which of its traces it is.
+    pub(super) run: u64,
+    pub(super) part: u64,
+    /// The zero of its times, by the host's monotonic clock.
+    pub(super) began_ns: u64,
+}
+
+/// What is known of a trace besides its events.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Source {
+    /// What times of the device lie late.
+    pub(super) late: i64,
+    /// Events that had no room.
+    pub(super) left_out: u64,
+    pub(super) of: Option<OfRank>,
+}
+
+impl Source {
+    /// The number of the process that viewers show.
+    fn process(&self) -> usize {
+        1 + self.of.map_or(0, |of| of.rank * PER_RANK)
+    }
+
+    /// The first thread's number: viewers take 0 for the system's idle thread, and that of the process for its main thread.
+    fn first_thread(&self) -> usize {
+        self.process() + 1
+    }
+
+    fn head(&self) -> std::io::Result<String> {
+        let Some(of) = self.of else { return Ok(HEAD.to_owned()) };
+        let of = serde_json::to_string(&of)?;
+        Ok(format!("{OURS},{},\"traceEvents\":[", of.trim_start_matches('{')))
+    }
+}
 
 /// Whether a trace can be written there, without touching what is there.
 ///
@@ -45,7 +91,9 @@ pub(crate) fn check(path: &Path) -> Result<()> {
     let read = std::fs::OpenOptions::new().read(true).write(true).open(path);
     match read.and_then(|file| file.take(HEAD.len() as u64).read_to_end(&mut head)) {
         Err(e) => refused(format!("it cannot be written: {e}")),
-        Ok(_) if head.is_empty() || head == HEAD.as_bytes() || head.starts_with(HEAD_BEFORE.as_bytes()) => Ok(()),
+        Ok(_) if head.is_empty() || head.starts_with(OURS.as_bytes()) || head.starts_with(HEAD_BEFORE.as_bytes()) => {
+            Ok(())
+        }
         Ok(_) => refused("it exists, and is not a trace that funicular wrote".into()),
     }
 }
@@ -86,23 +134,23 @@ struct Placed<'a> {
 }
 
 impl Placed<'_> {
-    fn counter(&self) -> Value {
+    fn counter(&self, process: usize) -> Value {
         let Event { name, value, .. } = self.event;
-        json!({"ph": "C", "pid": 1, "name": name, "ts": micros(self.start), "args": {"bytes": value}})
+        json!({"ph": "C", "pid": process, "name": name, "ts": micros(self.start), "args": {"bytes": value}})
     }
 
-    fn slice(&self, thread: usize, of: &str) -> Value {
+    fn slice(&self, (process, thread): (usize, usize), of: &str) -> Value {
         let Event { track, name, bytes, .. } = self.event;
         #[expect(clippy::cast_precision_loss, reason = "microseconds in a trace")]
         let dur = (self.end - self.start) as f64 / 1e3;
-        json!({"ph": "X", "pid": 1, "tid": thread, "ts": micros(self.start), "dur": dur,
+        json!({"ph": "X", "pid": process, "tid": thread, "ts": micros(self.start), "dur": dur,
             "name": format!("{name} {of}").trim_end(), "cat": track, "args": {"bytes": bytes}})
     }
 }
 
 /// A time in a trace. Viewers multiply it in floating point and drop what is left of a nanosecond: half of one more makes sure that
 /// they get the right one. One too little would let a slice begin before the end of the slice before it.
-fn micros(nanos: i64) -> f64 {
+pub(super) fn micros(nanos: i64) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "microseconds in a trace")]
     let exact = nanos as f64;
     (exact + 0.5) / 1e3
@@ -129,65 +177,72 @@ impl Tracks {
         (track, lane)
     }
 
-    /// The number of a lane among all threads: those of a track follow each other.
+    /// The number of a lane among all threads of the process: those of a track follow each other.
     fn thread(&self, (track, lane): (usize, usize)) -> usize {
-        FIRST_THREAD + self.0[..track].iter().map(|(_, lanes)| lanes.len()).sum::<usize>() + lane
+        self.0[..track].iter().map(|(_, lanes)| lanes.len()).sum::<usize>() + lane
     }
 
     /// Names and order of the threads.
-    fn names(&self) -> Vec<Value> {
+    fn names(&self, source: &Source) -> Vec<Value> {
+        let process = source.process();
         let lanes = self.0.iter().enumerate().flat_map(|(n, (track, lanes))| {
             (0..lanes.len()).map(move |lane| {
                 let name = if lane == 0 { (*track).to_owned() } else { format!("{track} {}", lane + 1) };
-                (self.thread((n, lane)), name)
+                (source.first_thread() + self.thread((n, lane)), name)
             })
         });
         let lines = lanes.flat_map(|(thread, name)| {
             let about =
-                |what: &str, args: Value| json!({"ph": "M", "pid": 1, "tid": thread, "name": what, "args": args});
+                |what: &str, args: Value| json!({"ph": "M", "pid": process, "tid": thread, "name": what, "args": args});
             [about("thread_name", json!({"name": name})), about("thread_sort_index", json!({"sort_index": thread}))]
         });
         lines.collect()
     }
 }
 
-/// Writes events whose times of the device lie `late`.
+/// Writes events, a line each.
 pub(super) fn write(
     path: &Path,
     events: &[Event],
-    late: i64,
-    left_out: u64,
+    source: &Source,
     unit_name: &dyn Fn(u64) -> String,
 ) -> std::io::Result<()> {
-    let mut placed: Vec<Placed<'_>> = events.iter().map(|event| event.placed(late)).collect();
+    let process = source.process();
+    let mut placed: Vec<Placed<'_>> = events.iter().map(|event| event.placed(source.late)).collect();
     placed.sort_by_key(|event| event.start);
     let mut tracks = Tracks(vec![(STEPS, Vec::new())]);
     let lanes: Vec<Option<(usize, usize)>> =
         placed.iter().map(|e| (!e.event.is_counter()).then(|| tracks.place(e))).collect();
     let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
-    writeln!(out, "{HEAD}")?;
+    writeln!(out, "{}", source.head()?)?;
     for (e, lane) in placed.iter().zip(lanes) {
         let of = |e: &Event| if e.track == STEPS { e.value.to_string() } else { unit_name(e.value) };
-        let line = lane.map_or_else(|| e.counter(), |lane| e.slice(tracks.thread(lane), &of(e.event)));
+        let thread = |lane| (process, source.first_thread() + tracks.thread(lane));
+        let line = lane.map_or_else(|| e.counter(process), |lane| e.slice(thread(lane), &of(e.event)));
         writeln!(out, "{line},")?;
     }
-    for line in tracks.names() {
+    for line in tracks.names(source) {
         writeln!(out, "{line},")?;
     }
-    if left_out > 0 {
+    if source.left_out > 0 {
         let ts = micros(placed.last().map_or(0, |e| e.start));
-        let name = format!("{left_out} events were left out: a trace holds {CAPACITY}. Trace fewer steps.");
-        writeln!(out, "{},", json!({"ph": "i", "s": "g", "pid": 1, "tid": FIRST_THREAD, "ts": ts, "name": name}))?;
+        let name = format!("{} events were left out: a trace holds {CAPACITY}. Trace fewer steps.", source.left_out);
+        let thread = source.first_thread();
+        writeln!(out, "{},", json!({"ph": "i", "s": "g", "pid": process, "tid": thread, "ts": ts, "name": name}))?;
     }
-    let end = json!({"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "funicular"}});
-    write!(out, "{end}\n]}}\n")?;
+    let about = |what: &str, args: Value| json!({"ph": "M", "pid": process, "name": what, "args": args});
+    if let Some(of) = source.of {
+        writeln!(out, "{},", about("process_sort_index", json!({"sort_index": of.rank})))?;
+    }
+    let name = source.of.map_or_else(|| "funicular".to_owned(), |of| format!("funicular, rank {}", of.rank));
+    write!(out, "{}\n{END}\n", about("process_name", json!({"name": name})))?;
     out.flush()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::measure::trace::Trace;
+    use crate::runtime::{measure::trace::Trace, ranks::spec::RankSpec};
 
     fn span(track: &'static str, start: i64, nanos: u64) -> Event {
         Event { track, name: "params", value: 1, start, nanos, bytes: 1, on_device: false }
@@ -195,7 +250,8 @@ mod tests {
 
     fn written(events: &[Event], left_out: u64) -> Vec<Value> {
         let file = tempfile::NamedTempFile::new().expect("file");
-        write(file.path(), events, 0, left_out, &|u| format!("u{u}")).expect("writes");
+        let source = Source { left_out, ..Source::default() };
+        write(file.path(), events, &source, &|u| format!("u{u}")).expect("writes");
         let json: Value = serde_json::from_slice(&std::fs::read(file.path()).expect("reads")).expect("parses");
         json["traceEvents"].as_array().expect("a list").clone()
     }
@@ -244,11 +300,13 @@ mod tests {
         std::fs::write(at("empty"), "").expect("writes");
         check(&at("new")).expect("there is nothing");
         check(&at("empty")).expect("nothing is lost");
-        Trace::default().write(&at("trace"), &|_| String::new()).expect("writes");
-        Trace::default().write(&at("trace"), &|_| String::new()).expect("its own");
+        Trace::default().write(&at("trace"), None, &|_| String::new()).expect("writes");
+        let of = Some((RankSpec { rank: 1, size: 2, file: None }, 7));
+        Trace::default().write(&at("trace"), of, &|_| String::new()).expect("its own");
+        Trace::default().write(&at("trace"), None, &|_| String::new()).expect("that of a rank");
         for wrong in [at("thesis"), folder.path().to_path_buf(), at("none/at/all")] {
             assert_eq!(check(&wrong).expect_err("refused").code(), Code::OutputFile, "{}", wrong.display());
-            Trace::default().write(&wrong, &|_| String::new()).expect_err("refused");
+            Trace::default().write(&wrong, None, &|_| String::new()).expect_err("refused");
         }
         assert_eq!(std::fs::read_to_string(at("thesis")).expect("reads"), "text");
         assert!(!at("new").exists(), "a look leaves nothing");

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,3 +88,22 @@ def late(world: World, where: str) -> funicular.Stats:
             opt.step()
             opt.zero_grad()
     return funicular.stats(model)
+
+
+def traced(world: World, path: str, steps: int, ended: str) -> list[str]:
+    """Train with steps 2 and 3 traced; ``ended``: at the end the model is unwrapped, or rank 0 finds a trace missing. What the log says."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("funicular").addHandler(handler)
+    logging.getLogger("funicular").setLevel("INFO")
+    model, opt = offloaded(world, log={"trace": path, "trace_steps": [2, 3]})
+    train(model, opt, 3)
+    if ended == "missing":
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(path).with_suffix(".rank1.json").unlink()
+    train(model, opt, steps - 3)
+    if ended == "unwrap":
+        funicular.unwrap(model)
+    return [line for line in lines if line[:8] in ("FN-I306 ", "FN-I310 ", "FN-W308 ", "FN-W309 ")]
