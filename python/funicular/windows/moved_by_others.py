@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from funicular.errors import UsageError
+from funicular.torch_internals.sharding import watch_sharding
 from funicular.units.classes import pageable
 from funicular.units.dtypes import TRAINED, state_bytes
+from funicular.units.param import ref_of
 from funicular.windows.lookup import session_of
 
 if TYPE_CHECKING:
     from funicular.windows.session import Session
 
-__all__ = ["refuse_for_ranks", "refuse_movers", "warn_of_frozen", "watch_replication"]
+__all__ = ["refuse_for_ranks", "refuse_movers", "refuse_sharding", "warn_of_frozen", "watch_replication"]
 
 _log = logging.getLogger("funicular")
 #: modules that exchange gradients, or hold parts of weights: named, since an import of them takes seconds
@@ -76,7 +78,8 @@ def refuse_for_ranks(model: nn.Module) -> None:
 
 
 def watch_replication() -> None:
-    """Have ``nn.DataParallel`` refuse to copy all weights of an offloaded model to each GPU, and DDP to exchange what ranks have exchanged."""
+    """Have ``nn.DataParallel`` and FSDP refuse to take an offloaded model, and DDP to exchange what ranks have exchanged."""
+    watch_sharding(refuse_sharding)
     replicate = nn.DataParallel.replicate
 
     def refusing(self: Any, module: Any, device_ids: Any) -> Any:
@@ -102,6 +105,25 @@ def watch_replication() -> None:
 
     functools.update_wrapper(refusing_ranks, begin)
     nn.parallel.DistributedDataParallel.__init__ = refusing_ranks  # type: ignore[method-assign]
+
+
+def refuse_sharding(by: str, modules: Any) -> None:
+    """Refuse that FSDP takes an offloaded model, a part of one, or one with an offloaded part.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E140``, before anything is touched.
+    """
+    every = [modules] if isinstance(modules, nn.Module) else [m for m in modules if isinstance(m, nn.Module)]
+    offloaded = any(session_of(part) is not None for module in every for part in module.modules())
+    if offloaded or any(ref_of(p) is not None for module in every for p in module.parameters()):
+        raise UsageError(
+            "FN-E140",
+            f"{by} (FSDP) would cut the weights of an offloaded model into parts and hold them itself. Leave it out: several ranks of a host "
+            "train an offloaded model without it, and hold its weights once (torch.distributed.init_process_group() before "
+            "funicular.offload). To use FSDP in its place, call funicular.unwrap(model) first.",
+        )
 
 
 def warn_of_frozen(session: Session) -> None:

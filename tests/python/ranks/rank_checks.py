@@ -241,6 +241,31 @@ def on_one_gpu(world: World) -> str:
         return message(lambda: funicular.offload(model, world.policy(model)))
 
 
+def sharded_by_fsdp(world: World) -> list[Any]:
+    """FSDP around an offloaded model, a block of it, blocks of it, and what holds it; a step after that; and FSDP once it is unwrapped."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    mesh, near = init_device_mesh("cpu", (dist.get_world_size(),)), torch.device("cpu")
+    model, opt = offloaded(world)
+    places = {id(p): p.data_ptr() for p in model.parameters()}
+    tries = {
+        "FullyShardedDataParallel": lambda: FullyShardedDataParallel(model, device_id=near),
+        "FullyShardedDataParallel of a block": lambda: FullyShardedDataParallel(model.layers[0], device_id=near),
+        "fully_shard": lambda: fully_shard(model, mesh=mesh),
+        "fully_shard of a block": lambda: fully_shard(model.layers[0], mesh=mesh),
+        "fully_shard of blocks": lambda: fully_shard([model.layers[0], model.layers[1]], mesh=mesh),
+        "fully_shard of what holds it": lambda: fully_shard(nn.Sequential(model), mesh=mesh),
+    }
+    said = {name: message(way) for name, way in tries.items()}
+    same = {id(p): p.data_ptr() for p in model.parameters()} == places and "_fsdp" not in repr(vars(model))
+    after = message(lambda: train_one(model, opt, 0))
+    funicular.unwrap(model)
+    fully_shard(model, mesh=mesh)
+    model(own_batch(1)).sum().backward()
+    return [said, same, after, type(model).__name__]
+
+
 def alone_each(world: World) -> list[Any]:
     """``group="single"``: each rank trains a model of its own, also inside DDP."""
     torch.manual_seed(SEED)

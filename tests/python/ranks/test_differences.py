@@ -129,12 +129,12 @@ def test_a_gradient_that_comes_too_late(host_world: World):
 
 def test_what_exchanges_gradients_or_moves_weights_itself(host_world: World):
     """Around an offloaded model, in one, and as the model; another one trains on."""
-    around = {"DataParallel": "FN-E140", "DistributedDataParallel": "FN-E704", "FullyShardedDataParallel": "FN-E722"}
+    around = {"DistributedDataParallel": "FN-E704"}
     for said, after in several.run(2, "rank_checks:sharing", host_world):
         for name, text in said.items():
             kind, where = name.split(", ")
             code = (
-                around.get(kind, "FN-E115") if where == "around" else "FN-E140" if kind == "DataParallel" else "FN-E704"
+                around.get(kind, "FN-E140") if where == "around" else "FN-E140" if kind == "DataParallel" else "FN-E704"
             )
             assert text.startswith(code), f"{name}: {text}"
             assert where == "around" or kind in text, f"{name}: {text}"
@@ -145,6 +145,18 @@ def test_ranks_on_one_gpu(host_world: World):
     for said in several.run(2, "rank_checks:on_one_gpu", host_world):
         assert said.startswith("FN-E704 ranks 0 and 1 both compute on GPU GPU-7")
         assert "set_device" in said
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fsdp_is_refused_by_name(size: int, host_world: World):
+    """Of one rank and of several, before anything is touched; of a model that is not offloaded any more it is FSDP as ever."""
+    for said, same, after, name in several.run(size, "rank_checks:sharded_by_fsdp", host_world):
+        for kind, text in said.items():
+            assert text.startswith(f"FN-E140 {kind.split(' ')[0]} (FSDP) would cut"), f"{kind}: {text}"
+            assert "funicular.unwrap(model)" in text
+        assert same
+        assert after == "nothing"
+        assert name.startswith("FSDP")
 
 
 def test_on_nvme(nvme_world: World):

@@ -342,16 +342,17 @@ def test_distributed_before_offload(way: Any, mesh: Any, host_world: World):
 
 
 @pytest.mark.parametrize("use", ["forward", "step", "save", "load"])
-@pytest.mark.parametrize("way", WAYS)
-def test_distributed_after_offload(way: Any, use: str, mesh: Any, host_world: World, tmp_path: Path):
-    """Named at the next use, whichever it is."""
+def test_distributed_after_offload(use: str, mesh: Any, host_world: World, tmp_path: Path):
+    """Named at the next use, whichever it is; FSDP is refused at once."""
     run = Run(host_world, True)
     run.model = run.wrap(net())
     run.opt = run.adamw()
     steps(run, 1)
     funicular.save(run.model, None, tmp_path / "c")
     run.model(torch.ones(2, WIDTH)).sum().backward()
-    way(run.model, mesh)
+    with pytest.raises(funicular.UsageError, match=r"FN-E140 fully_shard \(FSDP\)"):
+        by_fully_shard(run.model, mesh)
+    by_parallelize_module(run.model, mesh)
     calls: dict[str, Callable[[], Any]] = {
         "forward": lambda: run.model(torch.ones(2, WIDTH)),
         "step": run.opt.step,
