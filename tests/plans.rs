@@ -116,3 +116,40 @@ fn gradients_go_to_nvme_where_nothing_else_makes_the_model_fit() {
     );
     assert!(refused.contains("It does not fit") && refused.contains("gradients.tier"), "{refused}");
 }
+
+#[test]
+fn ranks_share_the_hosts_memory() {
+    let model = "--params 7B --layers 32 --gpu 24GB --ram 160GB --cpus 64";
+    let rates = "--profile examples/profiles/h200.toml --tokens 16384 --flops 400e12 --recompute --set optimizer.where=cpu --set budget.hbm=2GiB";
+    let planned = |more: &str| -> serde_json::Value {
+        serde_json::from_str(&plan(&format!("{model} {rates} --json {more}"))).unwrap()
+    };
+    let [one, two, eight] = ["", "--ranks 2", "--ranks 8"].map(planned);
+    assert!(one.get("ranks").is_none() && planned("--ranks 1") == one, "one process is planned as ever");
+    let per_parameter = |plan: &serde_json::Value| plan["ranks"]["per_parameter"].as_f64().unwrap();
+    // 28 + 4 N; what the ring holds still is not copied again.
+    assert!((34.5..36.1).contains(&per_parameter(&two)), "{}", per_parameter(&two));
+    assert!((54.5..60.1).contains(&per_parameter(&eight)), "{}", per_parameter(&eight));
+    let host = |plan: &serde_json::Value| plan["tiers"][1]["holds"].clone();
+    assert_eq!(host(&two), host(&eight), "host memory is there once");
+    assert_eq!(two["ranks"]["hbm"].as_u64().unwrap() * 4, eight["ranks"]["hbm"].as_u64().unwrap());
+    let rate = |plan: &serde_json::Value| plan["step"]["tokens_per_second"].as_f64().unwrap();
+    assert!(rate(&one) < rate(&two) && rate(&two) < rate(&eight) && rate(&eight) < 8.0 * rate(&one));
+    assert_eq!(eight["step"]["binding"], "host_memory", "{}", eight["step"]);
+    let text = plan(&format!("{model} --ranks 2"));
+    assert!(text.contains("2 ranks: the tier host is there once") && text.contains("Per rank and step:"), "{text}");
+}
+
+#[test]
+fn what_ranks_cannot_have_is_refused() {
+    let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
+        .args([
+            "plan", "--params", "7B", "--layers", "32", "--gpu", "24GB", "--ram", "64GB", "--disk", "1TB", "--ranks",
+            "2",
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(run.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(said.contains("FN-E704") && said.contains("on NVMe"), "{said}");
+}

@@ -96,7 +96,7 @@ fn every_line_is_accounted_for() {
 #[test]
 fn what_needs_a_decision_is_asked() {
     for (name, parts) in [
-        ("launcher_stage2.yaml", &["num_processes = 8: here one process trains and holds what 8 shared"][..]),
+        ("launcher_stage2.yaml", &["num_processes = 8: start as many here, on one host, by torchrun"][..]),
         (
             "launcher_beside_zero.json",
             &["zero_optimization.offload_param.device = \"nvme\": contradicts deepspeed_config"],
@@ -113,7 +113,7 @@ fn what_needs_a_decision_is_asked() {
         ),
         ("documents.yaml", &["document 2 = {...}: another DeepSpeed configuration; document 1 was taken"]),
         ("axolotl/full.yml", &["optimizer = \"paged_adamw_8bit\": AdamW here keeps its states in fp32"]),
-        ("fabric.yaml", &["trainer.devices = 2: here one process"]),
+        ("fabric.yaml", &["trainer.devices = 2: start as many here"]),
         ("script_computed.py", &["is computed by the script", "what the file offloads cannot be told from it"]),
     ] {
         let (_, output) = load(name);

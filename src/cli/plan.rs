@@ -92,6 +92,10 @@ pub(super) struct PlanArguments {
     /// Forwards and backwards before each update.
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     passes: u32,
+    /// Processes of one host that train the model together, each with such a GPU and with tokens of its own.
+    #[arg(long, value_name = "N", default_value = "1", hide_default_value = true,
+        value_parser = clap::value_parser!(u64).range(1..=1024))]
+    ranks: u64,
     /// A line for each unit.
     #[arg(long)]
     units: bool,
@@ -217,7 +221,8 @@ fn machine(arguments: &PlanArguments, policy: &Policy) -> Result<Machine> {
         }
         None => crate::device::open(plan::device_here(policy))?.free_memory()?,
     };
-    Ok(Machine { gpu, limits, disk: arguments.disk, profile })
+    let ranks = usize::try_from(arguments.ranks).unwrap_or(1);
+    Ok(Machine { gpu, limits, disk: arguments.disk, profile, ranks })
 }
 
 fn dtype(word: &str) -> DType {

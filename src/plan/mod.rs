@@ -4,15 +4,20 @@
 
 pub mod activations;
 pub mod growth;
+pub mod ranks;
 pub mod source;
 mod text;
+mod time;
 
 use serde::Serialize;
 
 pub use activations::Activations;
 pub use growth::Grows;
+pub use ranks::RanksPlan;
 pub use source::{PlannedUnit, Unpaged};
 pub use text::text;
+pub use time::Compute;
+use time::{lanes_alone, rates, work};
 
 use crate::{
     device::DeviceChoice,
@@ -21,7 +26,7 @@ use crate::{
     model::Layout,
     policy::{Policy, profile::Profile},
     quantities::{ByteCount, Tier, UnitId},
-    runtime::{Config, UpdateOn},
+    runtime::{Config, RankSpec, UpdateOn, check_ranks},
     schedule::{
         Budgets, Limits, Placement, advice,
         cost::{self, Rates, Resource, Work},
@@ -35,14 +40,11 @@ use crate::{
 const GPU_GRANULARITY: u64 = 2 << 20;
 /// The same on the host device.
 const HOST_GRANULARITY: u64 = 4096;
-/// Host memory that AdamW moves per bf16 parameter, which is what profiles count.
-const BF16_TRAFFIC: f64 = 26.0;
-/// The same over NVMe where its states live there, read and written.
-const BF16_STATES: f64 = 20.0;
-/// AdamW on a GPU whose rate is not known, parameters per second: a low figure for cards with HBM.
-const DEVICE_UPDATE: f64 = 50e9;
 /// Rated writes of a consumer drive per byte of its size; data sheets say 600 TBW per TB.
 const WRITES_PER_BYTE: f64 = 600.0;
+
+/// What ranks share, in tables.
+const HOST_MEMORY: &str = "host_memory";
 
 /// The machine planned for.
 #[derive(Clone, Debug)]
@@ -55,21 +57,8 @@ pub struct Machine {
     pub disk: Option<ByteCount>,
     /// Its rates, if they were measured.
     pub profile: Option<Profile>,
-}
-
-/// What a step computes.
-#[derive(Clone, Copy, Debug)]
-pub struct Compute {
-    /// Tokens (or other items) of all forwards of a step together.
-    pub tokens: u64,
-    /// Arithmetic that the model sustains on the device, per second.
-    pub flops: f64,
-    /// Seconds of a step's forwards and backwards, in place of tokens and flops.
-    pub seconds: Option<f64>,
-    /// Whether blocks are computed again in the backward.
-    pub recompute: bool,
-    /// Forwards and backwards before each update.
-    pub passes: u32,
+    /// How many processes train the model together, each with a GPU like that.
+    pub ranks: usize,
 }
 
 /// Bytes of one tier.
@@ -115,7 +104,7 @@ pub struct UnitPlan {
 pub struct StepPlan {
     /// From one step to the next.
     pub seconds: f64,
-    /// Tokens of a step by its time, where they are known.
+    /// Tokens of a step, of all ranks, by its time, where they are known.
     pub tokens_per_second: Option<f64>,
     /// Of those, computing.
     pub compute_seconds: f64,
@@ -167,6 +156,9 @@ pub struct Plan {
     pub step: Option<StepPlan>,
     /// Writes to the drives.
     pub wear: Wear,
+    /// What several ranks take; none for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RanksPlan>,
     /// Memory of activations, where something says how large the model's blocks are.
     pub activations: Option<Activations>,
     /// What it grows to, where `budget.hbm` is auto.
@@ -193,7 +185,11 @@ impl Plan {
 /// A policy that contradicts itself, or that no budget helps.
 pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: Compute) -> Result<Plan> {
     let layout = Layout::new(&units.iter().map(|u| u.spec.clone()).collect::<Vec<_>>())?;
-    let config = Config::resolve_on(policy, &layout, machine.gpu, &machine.limits)?;
+    let mut config = Config::resolve_on(policy, &layout, machine.gpu, &machine.limits)?;
+    let several = machine.ranks > 1;
+    if several {
+        config = config.among(RankSpec { rank: 0, size: machine.ranks, file: None }, policy);
+    }
     let granularity = if machine.gpu.is_some() { GPU_GRANULARITY } else { HOST_GRANULARITY };
     let limits = config.limits(granularity);
     let placed = advice::place_or_demote(&layout, &config.tiers, &config.budgets, &limits, config.demote);
@@ -203,6 +199,9 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     }
     let (refusal, budgets, placed) = match placed {
         Ok((placed, demoted)) => {
+            if several {
+                check_ranks(&layout, &placed)?;
+            }
             notes.extend(demoted);
             (None, config.budgets, placed)
         }
@@ -212,7 +211,8 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         }
     };
     let ways = match &refusal {
-        Some(error) if error.code() == crate::Code::HostBudget => {
+        // Others than more host memory need a tier that ranks cannot use.
+        Some(error) if error.code() == crate::Code::HostBudget && !several => {
             advice::ways(&layout, &config.tiers, &config.budgets, &limits)
         }
         _ => Vec::new(),
@@ -220,12 +220,25 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let uses = Uses { passes: compute.passes.max(1), backward: units.iter().map(|u| u.backward).collect() };
     let sight = Sight { layout: &layout, config: &config, limits, budgets, placed: &placed };
     let moved = crate::schedule::traffic::of_step(&layout, &placed, &uses);
-    let step = match machine.profile.as_ref().and_then(|p| rates(p, machine.gpu.is_some(), config.threads)) {
-        Some(rates) => work(&layout, uses, compute, &config).map(|work| sight.step(&rates, &work, compute.tokens)),
-        None => None,
-    };
+    let on_host = machine.gpu.is_none();
+    let ranks = several
+        .then(|| ranks::of(&layout, &placed, &moved, (machine.ranks, config.threads), compute.passes.max(1), on_host));
+    let step = timed(&sight, machine, compute, uses, ranks.as_ref());
     let (by_cpu, by_gpu) = sight.updates(moved.update, step.as_ref());
-    let grows = policy.budget.hbm.given().is_none() && placed.lane_elems > 0;
+    let share = |all: u64| ranks.as_ref().map_or(all, |ranks| ranks.share(all));
+    let mut traffic = vec![
+        ("host_to_device", moved.up),
+        ("device_to_host", share(moved.down)),
+        ("nvme_read", moved.nvme_read),
+        ("nvme_write", moved.nvme_write),
+        ("cpu_update", share(by_cpu)),
+        ("gpu_update", share(by_gpu)),
+    ];
+    if let Some(ranks) = &ranks {
+        traffic.push(("exchange", ranks.exchange));
+        notes.push("The exchange of gradients between ranks is not in the time: its rate is not measured.".to_owned());
+    }
+    let grows = !several && policy.budget.hbm.given().is_none() && placed.lane_elems > 0;
     let order = if grows { candidates(&layout, &placed, granularity) } else { Vec::new() };
     // Counted from the model's parameters, as sections are padded.
     let params = || units.iter().flat_map(|u| &u.spec.params);
@@ -237,21 +250,47 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         ways: ways.iter().map(advice::Way::describe).collect(),
         tiers: sight.tiers(config.budgets),
         units: sight.units(),
-        traffic: vec![
-            ("host_to_device", moved.up),
-            ("device_to_host", moved.down),
-            ("nvme_read", moved.nvme_read),
-            ("nvme_write", moved.nvme_write),
-            ("cpu_update", by_cpu),
-            ("gpu_update", by_gpu),
-        ],
+        traffic,
         wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
         step,
+        ranks,
         activations: None,
         grows: None,
         order,
         notes,
     })
+}
+
+/// The time of a step, where rates and compute are known. Of several ranks it is at least what their bytes take through the host's memory.
+fn timed(
+    sight: &Sight<'_>,
+    machine: &Machine,
+    compute: Compute,
+    uses: Uses,
+    ranks: Option<&RanksPlan>,
+) -> Option<StepPlan> {
+    let profile = machine.profile.as_ref()?;
+    let memory = profile.memory.bandwidth;
+    let threads = sight.config.threads * ranks.map_or(1, |ranks| u32::try_from(ranks.ranks).unwrap_or(u32::MAX));
+    let mut speed = rates(profile, machine.gpu.is_some(), threads)?;
+    if let Some(ranks) = ranks {
+        speed = ranks.rates(&speed, memory);
+    }
+    let work = work(sight.layout, uses, compute, sight.config)?;
+    let tokens = compute.tokens * machine.ranks as u64;
+    let mut step = sight.step(&speed, &work, tokens);
+    if let Some(ranks) = ranks.filter(|_| memory > 0.0) {
+        #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
+        let (busy, tokens) = (ranks.through_host as f64 / memory, tokens as f64);
+        let waits = (busy - step.seconds).max(0.0);
+        step.parts.push((HOST_MEMORY, busy, waits));
+        if waits > 0.0 {
+            (step.seconds, step.binding) = (busy, HOST_MEMORY);
+            step.tokens_per_second = step.tokens_per_second.map(|_| tokens / busy);
+            (step.twice_as_fast, step.more_memory) = (vec![(HOST_MEMORY, waits.min(busy / 2.0))], None);
+        }
+    }
+    Some(step)
 }
 
 /// The device that a policy means on this machine, for planning here.
@@ -396,65 +435,6 @@ impl Sight<'_> {
         };
         named.into_iter().filter_map(gain).max_by(|a, b| a.1.total_cmp(&b.1))
     }
-}
-
-/// Whether the GPU is to make all updates.
-fn lanes_alone(config: &Config) -> bool {
-    config.updates.0 == UpdateOn::Gpu
-}
-
-/// The rates of a profile, or none if it was not measured for such a device.
-fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates> {
-    let on_host = profile.device.name == "host";
-    if gpu == on_host || profile.device.host_to_device <= 0.0 || profile.memory.adamw_params <= 0.0 {
-        return None;
-    }
-    let known = |rate: f64, else_| if rate > 0.0 { rate } else { else_ };
-    // Rates of threads add up until the memory is saturated, which may take fewer threads than there are.
-    let all = profile.memory.adamw_params;
-    let one = known(profile.memory.adamw_params_one_thread, all / f64::from(profile.memory.threads.max(1)));
-    let share = (one * f64::from(threads) / all).min(1.0);
-    let nvme = |rate: f64| known(rate, f64::MIN_POSITIVE);
-    Some(Rates {
-        up: profile.device.host_to_device,
-        down: profile.device.device_to_host,
-        both: known(profile.device.bidirectional, profile.device.host_to_device + profile.device.device_to_host),
-        nvme_read: nvme(profile.nvme.read),
-        nvme_write: nvme(profile.nvme.write),
-        // At the rate of updates that stream: some disks serve those better than single reads and writes in turn.
-        nvme_both: nvme(known(profile.nvme.adamw_params * BF16_STATES, profile.nvme.read_write)),
-        update: profile.memory.adamw_params * BF16_TRAFFIC * share,
-        update_beside: known(profile.memory.adamw_params_beside_copies, 0.7 * profile.memory.adamw_params)
-            * BF16_TRAFFIC
-            * share,
-        device_update: match on_host {
-            true => profile.memory.adamw_params * share,
-            false => known(profile.device.adamw_params, DEVICE_UPDATE),
-        },
-        shared: on_host.then_some(threads.max(1)),
-    })
-}
-
-/// The seconds of each unit's windows: two operations per parameter and token forward, four backward, two more where
-/// blocks are computed again. None if neither `seconds` nor `flops` says how fast that is.
-fn work(layout: &Layout, uses: Uses, compute: Compute, config: &Config) -> Option<Work> {
-    #[expect(clippy::cast_precision_loss, reason = "a prediction is no bookkeeping")]
-    let size = |u: UnitId| -> f64 {
-        let elems: u64 = layout.unit(u).sections.iter().filter(|s| s.dtype.trainable()).map(|s| s.elems).sum();
-        if uses.backward[u.index()] { elems as f64 } else { 0.0 }
-    };
-    let sizes: Vec<f64> = layout.ids().map(size).collect();
-    let all: f64 = sizes.iter().sum();
-    let again = if compute.recompute { 1.0 } else { 0.0 };
-    #[expect(clippy::cast_precision_loss, reason = "as above")]
-    let total = match compute.seconds {
-        Some(seconds) => seconds,
-        None if compute.flops > 0.0 => all * 2.0 * (3.0 + again) * compute.tokens as f64 / compute.flops,
-        None => return None,
-    };
-    let per_pass = total / (3.0 + again) / f64::from(uses.passes);
-    let part = |times: f64| sizes.iter().map(|s| if all > 0.0 { s / all * per_pass * times } else { 0.0 }).collect();
-    Some(Work { forward: part(1.0), backward: part(2.0 + again), rest: 0.0, uses, lanes_alone: lanes_alone(config) })
 }
 
 fn wear(bytes_per_step: u64, step: Option<&StepPlan>, disk: Option<ByteCount>) -> Wear {

@@ -32,6 +32,9 @@ pub fn text(plan: &Plan, units: bool) -> String {
             }
         }
     }
+    if let Some(ranks) = &plan.ranks {
+        line(&mut out, format_args!("{ranks}"));
+    }
     let moved: Vec<String> = plan
         .traffic
         .iter()
@@ -40,7 +43,11 @@ pub fn text(plan: &Plan, units: bool) -> String {
         .collect();
     line(
         &mut out,
-        format_args!("Per step: {}.", if moved.is_empty() { "nothing is moved".to_owned() } else { moved.join(", ") }),
+        format_args!(
+            "Per {}step: {}.",
+            if plan.ranks.is_some() { "rank and " } else { "" },
+            if moved.is_empty() { "nothing is moved".to_owned() } else { moved.join(", ") }
+        ),
     );
     if let Some(step) = &plan.step {
         out += &times(step);

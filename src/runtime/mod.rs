@@ -36,6 +36,7 @@ pub use growth::{
     record::{Moved, Record, Why},
 };
 pub use handle::Runtime;
+pub(crate) use ranks::shelf::check as check_ranks;
 pub use ranks::spec::RankSpec;
 pub use saving::{
     restore::{Buffer, Item, aside, read_buffers},

@@ -80,12 +80,15 @@ class _Finder(importlib.abc.MetaPathFinder):
         for finder in sys.meta_path:
             spec = None if isinstance(finder, _Finder) else finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                load = spec.loader.exec_module
-
-                def loaded(module: ModuleType) -> None:
-                    load(module)
-                    _watch(module, kind, self._refuse)
-
-                spec.loader.exec_module = loaded  # type: ignore[method-assign]
+                self._have_watched(spec.loader, kind)
                 return spec
         return None
+
+    def _have_watched(self, loader: Any, kind: str) -> None:
+        load = loader.exec_module
+
+        def loaded(module: ModuleType) -> None:
+            load(module)
+            _watch(module, kind, self._refuse)
+
+        loader.exec_module = loaded

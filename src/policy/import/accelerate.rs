@@ -187,20 +187,20 @@ pub(super) fn mixed_precision(to: &mut Rewrite<'_>, full: &str, node: &Node) {
     }
 }
 
-/// How many took part: here it is one process, which holds what all of them held.
+/// How many took part: here as many processes of one host may, which hold the model once together.
 pub(super) fn processes(to: &mut Rewrite<'_>, full: &str, node: &Node) {
     match scalar::count(node) {
         Ok(read) if read.value <= 1 => to.ignored(full, node, "one, as here"),
         Ok(read) => {
             let note = format!(
-                "here one process trains and holds what {} shared: multiply what it accumulates by that for the same batch, and see funicular plan for the memory",
+                "start as many here, on one host, by torchrun: they hold the model once together (funicular plan --ranks {0} says what it takes); with one process multiply what it accumulates by {0} for the same batch",
                 read.value
             );
             to.undecided(full, node, &note);
         }
         Err(_) if scalar::is_auto(node) || matches!(node.value, Value::Null) => {
-            to.ignored(full, node, "one process here")
+            to.ignored(full, node, "as many as are started here")
         }
-        Err(_) => to.undecided(full, node, "says how many processes shared the model; here it is one"),
+        Err(_) => to.undecided(full, node, "says how many processes took part: start as many here, on one host"),
     }
 }

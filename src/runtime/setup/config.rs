@@ -113,7 +113,7 @@ impl Config {
     }
 
     /// What several ranks do otherwise: no unit stays on the device of one of them.
-    fn among(mut self, ranks: RankSpec, policy: &Policy) -> Self {
+    pub fn among(mut self, ranks: RankSpec, policy: &Policy) -> Self {
         self.residents = false;
         if policy.budget.threads.given().is_none() {
             let size = u32::try_from(ranks.size).unwrap_or(u32::MAX);

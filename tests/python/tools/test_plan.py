@@ -16,6 +16,7 @@ from torch import nn
 import facts
 import forks
 import funicular
+import several
 
 MIB = 1 << 20
 _FACTORY = """
@@ -308,6 +309,44 @@ def test_the_plan_is_what_a_run_does(name: str, factory: Path, disk: str, monkey
         if link == "cpu_update" and name == "spare frames":
             most = (28 + 2 * 4) / 28 + 0.01  # after an update ahead of the step the parameters are copied home
         assert expected * 0.99 <= moved(link, after) <= expected * most, (link, moved(link, after), expected)
+
+
+def test_ranks_take_what_the_plan_says(factory: Path) -> None:
+    """Host memory once, frames and exchanged bytes of each, and what all move together."""
+    policy = {"device": "host", "budget": {"host": "256MiB", "hbm": "6MiB", "threads": 1}}
+    file = factory / "policy.json"
+    file.write_text(json.dumps(policy))
+    planned = plan("mine:build", "--policy", str(file), "--ranks", "2", cwd=factory)
+    both = several.run(2, "planned_checks:trained", _FACTORY, policy)
+    for _, after in both:
+        for tier in planned["tiers"]:
+            used, most = after.budgets[tier["tier"]].peak, max(tier[when] for when in ("steady", "init", "step"))
+            assert used <= most <= used * 1.02 + 4096, (tier, used)
+    assert planned["ranks"]["hbm"] == sum(after.budgets["hbm"].peak for _, after in both)
+    params = sum(p.numel() for p in _built().parameters())
+    assert planned["ranks"]["own_gradients"] == [4 * params, 4 * params]
+    for link, expected in planned["traffic"]:
+        moved = [(after.links[link].bytes - before.links[link].bytes) / 4 for before, after in both]
+        if link == "exchange":
+            assert moved == [expected, expected] == [4 * params, 4 * params]
+        elif link == "host_to_device":
+            assert all(expected * 0.99 <= one <= expected * 1.25 for one in moved), (moved, expected)
+        else:
+            # Each rank has its part, and none the very half.
+            assert 2 * expected * 0.98 <= sum(moved) <= 2 * expected * 1.01, (link, moved, expected)
+    through = sum(
+        (after.links[link].bytes - before.links[link].bytes) / 4
+        for before, after in both
+        for link in ("host_to_device", "device_to_host", "cpu_update")
+    )
+    assert planned["ranks"]["through_host"] == pytest.approx(through, rel=0.1)
+
+
+def _built() -> nn.Module:
+    space: dict[str, Any] = {}
+    exec(_FACTORY, space)
+    model: nn.Module = space["build"]()
+    return model
 
 
 @pytest.mark.parametrize("name", ["automatic", "host", "all on NVMe", "a tight host"])
