@@ -28,6 +28,8 @@ use crate::{
 
 /// How much is written and read back to see whether direct I/O works.
 const PROBE_BYTES: usize = 1 << 20;
+/// After so many bytes what it writes repeats.
+const PATTERN_BYTES: usize = 4093;
 
 /// Whether files are opened for direct I/O.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -193,8 +195,10 @@ fn write_and_read_back(dir: &Path, direct: bool) -> Result<std::result::Result<(
     let scratch = HostRegion::new(ByteCount(PROBE_BYTES as u64), "the direct I/O probe")?;
     // SAFETY: the region is this function's own, and this is the only reference into it.
     let buffer = unsafe { std::slice::from_raw_parts_mut(scratch.as_ptr(), PROBE_BYTES) };
-    for (i, byte) in buffer.iter_mut().enumerate() {
-        *byte = (i / 7) as u8 ^ 0x5a;
+    // A length that divides no block: one that came from another place would differ.
+    let pattern: Vec<u8> = (0..PATTERN_BYTES).map(|i| (i / 7) as u8 ^ 0x5a).collect();
+    for part in buffer.chunks_mut(PATTERN_BYTES) {
+        part.copy_from_slice(&pattern[..part.len()]);
     }
     let attempt = |buffer: &mut [u8]| -> std::result::Result<(), OsError> {
         let file = unlinked_file(dir, direct)?;
@@ -213,12 +217,12 @@ fn write_and_read_back(dir: &Path, direct: bool) -> Result<std::result::Result<(
     if let Err(e) = attempt(buffer) {
         return Ok(Err(e));
     }
-    match buffer.iter().enumerate().position(|(i, &byte)| byte != (i / 7) as u8 ^ 0x5a) {
+    match buffer.chunks(PATTERN_BYTES).position(|part| part != &pattern[..part.len()]).map(|n| n * PATTERN_BYTES) {
         None => Ok(Ok(())),
         Some(at) => Err(Error::new(
             Code::Corrupted,
             format!(
-                "{}: a file written there reads back differently at offset {at} (direct I/O: {direct}).",
+                "{}: a file written there reads back differently near offset {at} (direct I/O: {direct}).",
                 dir.display()
             ),
         )
