@@ -137,11 +137,14 @@ test-rust: need-rust
 	$(call say,Rust tests)
 	@$(CARGO) test --locked $(ARGS)
 
+# The files with tests that judge by times: to collect all takes ten seconds.
+TIMING = $(shell grep -rl "mark\.timing" tests/python --include="test_*.py")
+
 ifeq ($(ARGS),)
 test-python: package
 	$(call say,Python tests)
-	@$(PY) -m pytest tests/python -n $(TEST_JOBS) -m "not timing" $(if $(CI),--durations=15)
-	@$(PY) -m pytest tests/python -q -m timing
+	@$(PY) -m pytest tests/python -n $(TEST_JOBS) --dist worksteal -m "not timing" $(if $(CI),--durations=15)
+	@$(PY) -m pytest $(TIMING) -q -m timing
 else
 test-python: package
 	@$(PY) -m pytest $(ARGS)
@@ -302,7 +305,7 @@ gpu-test: need-python
 	$(call say,device conformance on the GPU)
 	@FUNICULAR_REQUIRE_CUDA=1 $(CARGO) test --release --locked --test device_conformance
 	$(call say,Python tests on the GPU)
-	@FUNICULAR_REQUIRE_CUDA=1 FUNICULAR_TEST_DEVICE=cuda $(PY) -m pytest tests/python $(GPU_TEST_ARGS)
+	@FUNICULAR_REQUIRE_CUDA=1 FUNICULAR_TEST_DEVICE=cuda $(PY) -m pytest tests/python --full $(GPU_TEST_ARGS)
 
 # Lines go to standard output and into $(OUT), if that is set.
 bench-gpu: package
@@ -321,6 +324,8 @@ soak: package
 	@$(PY) -W ignore tests/python/ranks_soak.py 50
 	$(call say,soak: threads that read the model and add to gradients beside training)
 	@$(PY) -W ignore tests/python/threads_soak.py 60
+	$(call say,soak: all cases of the products of which make test takes some)
+	@$(PY) -m pytest tests/python --full -m covering -n $(TEST_JOBS)
 	$(call say,soak: signal handlers that use the model at every point)
 	@FUNICULAR_EVERY_POINT=1 $(PY) -m pytest tests/python/windows/test_handlers.py -n $(TEST_JOBS) --timeout 20000
 	$(call say,soak: thousands of steps in which nothing may grow)

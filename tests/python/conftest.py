@@ -14,6 +14,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if os.environ.get("FUNICULAR_TEST_DEVICE", "host") != "cuda":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests of the host device go the same way on a machine with a GPU
+# torch's compiler starts six processes, each of which imports torch, to see whether this machine runs what its compiler makes.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Two processes that compile at once can spoil each other's precompiled headers.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault(
@@ -21,11 +23,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         str(Path(tempfile.gettempdir()) / f"funicular-inductor-{os.getuid()}-{os.environ['PYTEST_XDIST_WORKER']}"),
     )
 
+gc.disable()  # until all is imported and collected: nothing of that is garbage
+
 import pytest
 import torch
 
 import facts
 import funicular
+from covering import thin
 from models import CUDA, Stack
 from twin import World
 
@@ -66,6 +71,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=",".join(PLACEMENTS),
         help="only the cases in these placements, of %(default)s; and all those that run in none by name",
     )
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="all cases of the tests with the mark covering, of which some stand for the others",
+    )
 
 
 def in_worlds(item: pytest.Item, worlds: set[str]) -> bool:
@@ -82,14 +92,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(
             f"--worlds: no placement {', '.join(sorted(unknown))}; known are {', '.join(PLACEMENTS)}"
         )
-    left_out = [item for item in items if not in_worlds(item, worlds)]
+    left_out = {item for item in items if not in_worlds(item, worlds)}
+    if not config.getoption("--full"):
+        left_out.update(thin([item for item in items if item not in left_out]))
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if in_worlds(item, worlds)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     skip = pytest.mark.skip(reason="needs FUNICULAR_TEST_DEVICE=cuda")
     for item in items:
         if item.get_closest_marker("gpu") and not CUDA:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

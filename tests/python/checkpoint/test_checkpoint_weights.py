@@ -201,6 +201,7 @@ def test_a_buffer_that_cannot_be_made(host_world: World, tmp_path: Path):
     funicular.offload(model, host_world.policy(Table()), checkpoint=tmp_path / "w.safetensors")
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("weights", ["param", "fp32"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_from_pretrained_gives_the_same_logits(kind: str, weights: str, two_worlds: World, tmp_path: Path):

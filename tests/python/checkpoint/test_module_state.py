@@ -126,6 +126,7 @@ def trained(
     return run
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("offloaded", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Scaled, Hooked, Extra, ExtraTensor, Defaults])

@@ -24,6 +24,7 @@ def ahead_world(request: pytest.FixtureRequest, disk: str, io_uring: bool) -> Wo
     return World(DEVICE, (disk,), "host", "nvme")
 
 
+@pytest.mark.covering(1, times=2)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_same_bits(ahead_world, script):
     compare(ahead_world, stack(), script, optimizer=SPARE)

@@ -29,6 +29,7 @@ def clipped_steps(run: Run, steps: int, *, max_norm: float, look: bool = False, 
         run.opt.zero_grad()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("look", [False, True], ids=["blind", "looking"])
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6], ids=["bites", "idle"])
 @pytest.mark.parametrize("options", [{}, {"foreach": False}, {"foreach": True}], ids=["auto", "single", "foreach"])

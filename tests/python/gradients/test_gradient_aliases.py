@@ -61,6 +61,7 @@ def shown(kept):
     ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("clear", ["none", "zero"])
 @pytest.mark.parametrize("kind", KEEP)
 def test_kept(kind, clear, two_worlds):

@@ -18,8 +18,6 @@ from models import CUDA, Block, stack
 from mutations import wrap
 from twin import Mismatch, Run, World, compare
 
-pytestmark = pytest.mark.io_engines
-
 #: Beside the least host memory there is room for the gradients of two of its blocks.
 DEPTH, WIDE = 8, 192
 build = stack(lambda: Block(WIDE), DEPTH, width=WIDE)
@@ -35,9 +33,16 @@ def least_host(world: World, dtype: torch.dtype = torch.float32) -> int:
     return int(found[1]) << {"K": 10, "M": 20}[found[2]]
 
 
-@pytest.fixture(params=["threads", "io_uring"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What reads and writes are asked for is the same with both engines: few tests look at these."""
+    if "paged" in metafunc.fixturenames:
+        both = any(metafunc.definition.iter_markers("io_engines"))
+        metafunc.parametrize("paged", ["threads", "io_uring"] if both else ["threads"], indirect=True)
+
+
+@pytest.fixture
 def paged(request: pytest.FixtureRequest, disk: str, io_uring: bool) -> World:
-    """Everything on disk, with each engine."""
+    """Everything on disk."""
     if request.param == "io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
     return World(DEVICE, (disk,), "nvme", "nvme", request.param, gradients="nvme")
@@ -60,6 +65,7 @@ def backward(run: Run) -> None:
     run.model(run.data(4, WIDE)).square().mean().backward()
 
 
+@pytest.mark.io_engines
 def test_they_are_there(paged: World) -> None:
     run = Run(paged, True)
     run.model = run.wrap(build())
@@ -72,6 +78,7 @@ def test_they_are_there(paged: World) -> None:
     facts.eventually(lambda: funicular.stats(run.model).links["nvme_write"].bytes >= (1 + 3 * 4) * size)
 
 
+@pytest.mark.io_engines
 def test_steps(tight) -> None:
     tight(lambda run: run.train(4, look=False))
 
@@ -81,6 +88,7 @@ def test_steps_that_look(tight) -> None:
     tight(lambda run: run.train(4))
 
 
+@pytest.mark.io_engines
 @pytest.mark.parametrize("to_none", [True, False], ids=["none", "zero"])
 def test_accumulation(tight, to_none: bool) -> None:
     def script(run: Run) -> None:
@@ -118,6 +126,7 @@ def test_sums_are_made_on_the_device(tight, monkeypatch: pytest.MonkeyPatch) -> 
     assert not brought
 
 
+@pytest.mark.io_engines
 def test_held_over_backwards(tight) -> None:
     """What the program holds of a gradient becomes the sum, as autograd adds in place."""
 
@@ -147,6 +156,7 @@ def test_halves(tight, dtype: torch.dtype) -> None:
     tight(script, dtype)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6], ids=["bites", "idle"])
 @pytest.mark.parametrize("foreach", [None, False], ids=["auto", "single"])
 def test_clipping(tight, max_norm: float, foreach: bool | None) -> None:
@@ -232,6 +242,7 @@ def test_scaler(tight) -> None:
     tight(script)
 
 
+@pytest.mark.io_engines
 def test_parts_of_the_model(tight) -> None:
     """Backwards that reach some blocks, or some parameters of a block, and one that fails amid it."""
 
@@ -259,6 +270,7 @@ def test_parts_of_the_model(tight) -> None:
     tight(script)
 
 
+@pytest.mark.io_engines
 def test_too_many_at_once(paged: World) -> None:
     """What takes the gradients of all units in one operation is refused by name, and nothing is lost."""
 
@@ -276,6 +288,7 @@ def test_too_many_at_once(paged: World) -> None:
     compare(paged, build, script, budget={"host": f"{least_host(paged)}B"})
 
 
+@pytest.mark.io_engines
 def test_unwrap_and_save(tight, tmp_path) -> None:
     """Gradients of an unfinished step survive both."""
 
@@ -302,6 +315,7 @@ def test_what_leaves_has_its_gradients(paged: World) -> None:
     compare(paged, build, script)
 
 
+@pytest.mark.io_engines
 def test_closed_amid_a_backward(paged: World) -> None:
     """What is gathered, or on its way, is let go of."""
     run = Run(paged, True)
@@ -319,6 +333,7 @@ def test_closed_amid_a_backward(paged: World) -> None:
     del grad
 
 
+@pytest.mark.io_engines
 @pytest.mark.parametrize("fault", ["eio", "enospc"])
 def test_a_disk_that_fails(paged: World, fault: str, tmp_path) -> None:
     """Writes fail from the first of the second step's gradients on: a named error, and what was saved is whole."""
@@ -346,6 +361,7 @@ def test_a_disk_that_fails(paged: World, fault: str, tmp_path) -> None:
     run.train(1, look=False)
 
 
+@pytest.mark.io_engines
 def test_a_lost_write_is_noticed(paged: World) -> None:
     run = Run(paged, True)
     run.model = run.wrap(build(), debug={"faults": "write:lost@60x1000000000"})

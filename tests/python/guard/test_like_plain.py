@@ -77,6 +77,7 @@ class Alone(nn.Module):
         return x
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "enable_grad"])
 @pytest.mark.parametrize("build", [encoder, Alone])
 @pytest.mark.parametrize("masked", [True, False])
@@ -135,6 +136,7 @@ def under(run: Run, where: str, act) -> None:
     hook.remove()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("where", ["outside", "inside"])
 @pytest.mark.parametrize("how", ["parameter", "data", "copy", "embedding", "list", "frozen"])
 def test_parameter_of_a_parameter(how, where, two_worlds):
@@ -327,6 +329,7 @@ def _answer(model: nn.Module, optimizer: object, results) -> None:
     results.put((model(x).detach().tolist(), kinds, [None if g is None else g.sum().item() for g in grads]))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize("with_grads", [False, True])
 def test_model_as_argument_of_a_process(method, with_grads, two_worlds):

@@ -111,6 +111,7 @@ def scale(alias, by=0.5):
         alias *= by
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("kind", ALIASES)
 def test_alias_kept_and_edited(kind, when, two_worlds):
@@ -237,6 +238,7 @@ SWAPS = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("phase", ["outside", "inside"])
 @pytest.mark.parametrize("how", SWAPS)
 def test_storage_replaced(how, phase, world):

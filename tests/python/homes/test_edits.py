@@ -49,6 +49,7 @@ def test_edit_between_steps(edit, world):
     compare(world, stack(), script)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("edit", ["mul", "data_mul", "copy", "data_copy", "row"])
 def test_edit_of_a_split_master(edit, dtype, world):

@@ -306,6 +306,7 @@ print("same")
     assert (status, out) == (0, "same\n"), err
 
 
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], ids=lambda c: c.__name__)
 def test_compiled_steps(kind, two_worlds: World):

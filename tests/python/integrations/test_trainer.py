@@ -50,14 +50,14 @@ def test_like_the_plain_trainer(two_worlds: World, tmp_path: Path):
     assert funicular.stats(paged.model).steps == 12
 
 
-def test_killed_and_resumed(two_worlds: World, tmp_path: Path):
+def test_killed_and_resumed(nvme_world: World, tmp_path: Path):
     """Killed at step 7, resumed from step 6 by another process: the same bits as without an end."""
     plain = trained(tmp_path / "plain", None)
     out = tmp_path / "paged"
-    killed = [sys.executable, trainer_runs.__file__, str(out), json.dumps(policy(two_worlds)), "7"]
+    killed = [sys.executable, trainer_runs.__file__, str(out), json.dumps(policy(nvme_world)), "7"]
     assert subprocess.run(killed, check=False, capture_output=True).returncode == 9
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-3", "checkpoint-6"]
-    resumed = trainer(out, policy(two_worlds))
+    resumed = trainer(out, policy(nvme_world))
     resumed.train(resume_from_checkpoint=True)
     assert equal(plain, resumed)
     assert funicular.stats(resumed.model).steps == 6

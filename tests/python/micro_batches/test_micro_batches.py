@@ -25,12 +25,14 @@ def five_rows(run: Run, steps: int = 3) -> None:
         run.step(run.model(run.tokens(5, 9)))
 
 
+@pytest.mark.covering(2)
 @TIERS
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_train(rows, tier, world):
     compare(world, stack(), lambda run: run.train(3), rows=rows, tier=tier)
 
 
+@pytest.mark.covering(2)
 @TIERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tie", [False, True])

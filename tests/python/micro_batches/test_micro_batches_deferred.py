@@ -248,6 +248,7 @@ def defers(run: Run) -> set[bool]:
     return {layer.__dict__["_call_impl"].defers for layer in run.model.layers}
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("more", [{}, {"bias": True}, {"matmul": True}], ids=["linear", "bias", "matmul"])
 @pytest.mark.parametrize("end", ORDINARY)
 def test_nobody_looks(end: str, more: dict[str, bool], two_worlds):
@@ -256,6 +257,7 @@ def test_nobody_looks(end: str, more: dict[str, bool], two_worlds):
     assert defers(compare(two_worlds, endings(ORDINARY[end], **more), steps)) == {not view}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("end", LOOKED)
 def test_somebody_looks(end: str, bias: bool, host_world):

@@ -206,6 +206,7 @@ def test_parameters_of_other_types(host_world: World):
     assert len(side.opt.state) == 0
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("how", ["assigned", "copied", "without master", "step zeroed"])
 def test_masters(how: str, dtype: torch.dtype, two_worlds: World):

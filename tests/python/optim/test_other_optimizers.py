@@ -156,6 +156,7 @@ ADAMS = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", ADAMS)
 def test_torch_adamw_saved_and_loaded(options: str, dtype: torch.dtype, two_worlds: World, tmp_path: Path):

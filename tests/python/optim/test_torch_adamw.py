@@ -85,6 +85,7 @@ def assert_close(plain: nn.Module, paged: nn.Module, relative: float = 1e-6) -> 
         assert close(a.detach(), b.detach(), relative), name
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_fifty_steps(options, two_worlds):
     """Losses and weights stay within 1e-6 relative."""

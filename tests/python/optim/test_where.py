@@ -105,6 +105,7 @@ def two_groups(run: Run, dtype: torch.dtype) -> None:
 SCRIPTS = [plain_steps, clipping, accumulation, edited_weights, two_groups]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("spare", ["0B", "32MiB"], ids=["", "ahead"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("where", ["cpu", "gpu", "halves"])

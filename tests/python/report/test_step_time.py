@@ -73,6 +73,7 @@ def adds_up(step: StepTime | None, wall: float | None = None) -> bool:
     return abs(step.compute + step.stalled - (wall or step.seconds)) <= 0.02 * step.seconds
 
 
+@pytest.mark.covering(1, times=2)
 @pytest.mark.parametrize("slow", ["compute", "update", "disk", "link"])
 def test_adds_up(world: World, slow: str):
     """Of the last step and of the mean, by the runtime's clock of the wall and by this test's."""

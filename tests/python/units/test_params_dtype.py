@@ -28,6 +28,7 @@ def converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("own", FORMATS)
 @pytest.mark.parametrize("asked", FORMATS)
 def test_trains_as_a_converted_model(asked: str, own: str, two_worlds: World) -> None:

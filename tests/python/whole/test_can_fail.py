@@ -38,6 +38,7 @@ def train(run: Run) -> None:
     run.train(2, look=False)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("script", [backward, train])
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("what", ["skip_backward_reload", "drop_gradient"])

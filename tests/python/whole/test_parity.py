@@ -32,6 +32,7 @@ def micro_batches(count: int, steps: int = 3, look: bool = True):
     return script
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("tiers", TIERS, ids="/".join)
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("ckpt", CHECKPOINT)
@@ -41,6 +42,7 @@ def test_decoder(matmul, ckpt, accumulate, tiers, disk):
     compare(world, lambda: Decoder(matmul, ckpt), micro_batches(accumulate))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("matmul", [False, True], ids=["linear", "matmul"])
@@ -70,6 +72,7 @@ def test_options(options, dtype, host_world):
     compare(host_world, None, script)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("look", [True, False], ids=["looking", "unwatched"])
 def test_steady_state(look, world):
     """Twenty steps; unwatched, nothing ever waits but the mechanism itself."""
@@ -160,12 +163,12 @@ def test_pages(world):
     compare(world, stack(depth=10), script)
 
 
-def test_close_to_torch(world):
+def test_close_to_torch(two_worlds):
     """Fifty fp32 steps stay within 1e-6 relative of torch.optim.AdamW."""
     options = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.05}
     results = []
     for offloaded in (False, True):
-        run = Run(world, offloaded)
+        run = Run(two_worlds, offloaded)
         run.model = run.wrap(Decoder(dropout=0.0))
         run.opt = run.adamw(**options) if offloaded else torch.optim.AdamW(run.model.parameters(), **options)
         run.train(50, look=False)

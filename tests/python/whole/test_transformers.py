@@ -27,6 +27,7 @@ def train(run: Run, steps: int = 3) -> None:
         run.step(run.model(**batch(run), use_cache=False).loss)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("ckpt", CHECKPOINTS)
 @pytest.mark.parametrize("kind", MODELS)
 def test_train(kind: str, ckpt: str, two_worlds: World):

@@ -56,6 +56,7 @@ def test_inside_a_unit(block, world):
     compare(world, stack(block), lambda run: run.train(3))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("block", [Inside, InsideReentrant, RawInside, RawInsideReentrant], ids=lambda b: b.__name__)
 @REENTRANT
 def test_nested(block, reentrant, world):

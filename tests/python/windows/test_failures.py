@@ -110,6 +110,7 @@ POSITIONS = [
 ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("position", POSITIONS, ids=lambda f: f.__name__)
 def test_then_parity(position, error, world):
@@ -128,6 +129,7 @@ def test_then_parity(position, error, world):
     compare(world, stack(), script)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("position", [fail_in_forward, fail_in_backward], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_with_checkpoints(position, reentrant, world):

@@ -25,7 +25,7 @@ def in_child(call: str, placement: str, disk: str, io_uring: bool) -> str:
     """Run a scenario of a module in a process of its own: what it checks can end a process."""
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    body = f"import alarms, interrupts, faulthandler; faulthandler.enable()\nprint({call})"
+    body = f"import alarms, forks, interrupts, faulthandler; faulthandler.enable()\nprint({call})\nforks.end()"
     status, out, err = children.finish(children.start(body, disk, PLACEMENTS[placement], DEVICE), 1100)
     assert status == 0, f"status {status}\n{out}\n{err[-3000:]}"
     assert not facts.files(disk)
@@ -62,6 +62,7 @@ def test_several_signals(placement: str, disk: str, io_uring: bool):
     assert int(in_child("alarms.several_signals(world, 60)", placement, disk, io_uring)) > 8
 
 
+@pytest.mark.covering(1, times=2)
 @pytest.mark.parametrize("where", ["forward", "backward", "step", "offload"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_process_ends(where: str, placement: str, disk: str, io_uring: bool):
