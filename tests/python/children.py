@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import forks
 
@@ -75,6 +79,26 @@ def start(
     return program(code, device, prefix)
 
 
+#: Has this process see mounts that no other one sees.
+ALONE = """
+import ctypes, subprocess
+if ctypes.CDLL(None, use_errno=True).unshare(0x00020000):  # CLONE_NEWNS
+    raise OSError(ctypes.get_errno(), "unshare")
+subprocess.run(["sh", "-c", {mounts!r}], check=True)
+"""
+
+
+def behind(mounts: str, body: str, disk: str, placement: dict[str, str], device: str = "host") -> list[str]:
+    """Run a script that must end well behind mounts that only it sees, which a shell makes; its lines."""
+    mounts = f"mount --make-rprivate / && {mounts}"
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("needs root and unshare")
+    probe = subprocess.run(["unshare", "-m", "sh", "-c", mounts], check=False, capture_output=True, text=True)
+    if probe.returncode != 0:
+        pytest.skip(f"mounting is not possible here: {probe.stderr.strip()}")
+    return succeed(ALONE.format(mounts=mounts) + textwrap.dedent(body), disk, placement, device)
+
+
 def finish(process: subprocess.Popen[str], seconds: float = PATIENCE) -> tuple[int, str, str]:
     """Status and output; a process that hangs is killed, and that is a failure."""
     try:
@@ -93,8 +117,12 @@ def succeed(
     device: str = "host",
     prefix: Sequence[str] = (),
     seconds: float = PATIENCE,
+    whole_end: bool = False,
 ) -> list[str]:
-    """Run a script that must end well; its lines."""
+    """Run a script that must end well; its lines. Of a fork Python's own end is left out."""
+    body = textwrap.dedent(body)
+    if not prefix and device == "host" and not whole_end:
+        body += "\nimport forks\nforks.end()\n"
     status, out, err = finish(start(body, disk, placement, device, prefix), seconds)
     assert status == 0, f"status {status}\n{out}\n{err}"
     assert "panicked" not in err, err

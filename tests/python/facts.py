@@ -142,18 +142,9 @@ def threads() -> int:
     return sum(n for name, n in thread_names().items() if not CUDA or name.startswith("funicular"))
 
 
-def nap(seconds: float) -> None:
-    """Give other threads the time that they get in so many seconds of a quiet machine."""
-    time.sleep(_beside_others(seconds))
-
-
-def _beside_others(seconds: float) -> float:
-    return seconds * max(1.0, 4 * os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
 def rest(seconds: float) -> None:
-    """As ``nap``, but no longer than until all other threads of this process have slept for a while: on a busy machine that is much sooner."""
-    end = time.monotonic() + _beside_others(seconds)
+    """Give other threads the time that they get in so many seconds of a quiet machine: on a busy one more, unless all of them sleep sooner."""
+    end = time.monotonic() + seconds * max(1.0, 4 * os.getloadavg()[0] / (os.cpu_count() or 1))
     time.sleep(seconds)
     quiet = 0
     while quiet < 6 and time.monotonic() < end:

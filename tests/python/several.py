@@ -52,17 +52,20 @@ class Ended(AssertionError):
 class Ranks:
     """Processes that run one function of a module of the tests, ``module:function``, each as one rank, on GPUs each with one of its own.
 
-    ``ready`` is what the process has run before from which they are forked.
+    ``ready`` is what the process has run before from which they are forked. Unless ``whole_end``, Python's own end
+    is left out, except on GPUs.
     """
 
-    def __init__(self, size: int, function: str, *arguments: Any, broken: str = "", ready: str = "") -> None:
+    def __init__(
+        self, size: int, function: str, *arguments: Any, broken: str = "", ready: str = "", whole_end: bool = False
+    ) -> None:
         if CUDA and torch.cuda.device_count() < size:
             pytest.skip(f"{size} ranks need {size} GPUs, there are {torch.cuda.device_count()}")
         self.folder = Path(tempfile.mkdtemp(prefix="test-ranks-"))
         (self.folder / "arguments").write_bytes(pickle.dumps((function, arguments, broken)))
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(size):
-            code = f"import sys; sys.path[:0] = {FOLDERS!r}\nimport several; several.child({str(self.folder)!r}, {rank}, {size})"
+            code = f"import sys; sys.path[:0] = {FOLDERS!r}\nimport several; several.child({str(self.folder)!r}, {rank}, {size}, {whole_end})"
             with (self.folder / f"{rank}.said").open("w") as said:
                 streams: dict[str, Any] = {"stdout": said, "stderr": said, "stdin": subprocess.DEVNULL}
                 self.processes.append(_start(code, ready, streams))
@@ -119,7 +122,7 @@ def run(size: int, function: str, *arguments: Any, broken: str = "", ready: str 
     return Ranks(size, function, *arguments, broken=broken, ready=ready).results()
 
 
-def child(folder: str, rank: int, size: int) -> None:
+def child(folder: str, rank: int, size: int, whole_end: bool) -> None:
     """Be one rank."""
     function, arguments, broken = pickle.loads((Path(folder) / "arguments").read_bytes())
     patience = datetime.timedelta(seconds=PATIENCE)
@@ -135,6 +138,8 @@ def child(folder: str, rank: int, size: int) -> None:
     with mutated(broken):
         result = getattr(importlib.import_module(module), name)(*arguments)
     (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(pytree.tree_map(kept, result)))
+    if not (whole_end or CUDA):
+        forks.end()
 
 
 @contextlib.contextmanager
@@ -266,9 +271,9 @@ def play_rank(script: str, options: dict[str, Any], world: World) -> list[tuple[
     return play(script, options, dist.get_world_size(), dist.get_rank(), world)
 
 
-def compare(script: str, size: int, world: World, broken: str = "", **options: Any) -> None:
+def compare(script: str, size: int, world: World, broken: str = "", whole_end: bool = False, **options: Any) -> None:
     """Run a script on ranks and as their reference, and compare every note of every rank."""
-    ranks = Ranks(size, "several:play_rank", script, options, world, broken=broken)
+    ranks = Ranks(size, "several:play_rank", script, options, world, broken=broken, whole_end=whole_end)
     try:
         plain = play(script, options, size, None, world)
     except BaseException:

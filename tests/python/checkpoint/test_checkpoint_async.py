@@ -267,7 +267,7 @@ def test_the_end_of_the_process_or_model_waits(end: str, disk: str, tmp_path: Pa
     funicular.save(run.model, run.opt, {str(tmp_path / "c")!r}, wait=False, shard_bytes=20_000)
     {end}
     """
-    children.succeed(body, disk, PLACEMENTS["nvme-threads"], DEVICE)
+    children.succeed(body, disk, PLACEMENTS["nvme-threads"], DEVICE, whole_end=True)
     assert facts.files(str(tmp_path)) == ["c"]
     run = begin(World(DEVICE, (disk,)))
     assert funicular.load(tmp_path / "c", run.model, run.opt).step == 2
@@ -388,7 +388,7 @@ def train_ahead(run: Run, steps: int) -> None:
     """Steps whose updates have time to begin during backward."""
     for _ in range(steps):
         run.model(run.data(4, WIDTH)).square().mean().backward()
-        facts.nap(0.03)
+        facts.rest(0.03)
         run.opt.step()
         run.opt.zero_grad()
 
@@ -450,7 +450,7 @@ def test_a_step_between_a_save_given_up_and_the_next(host_world: World, tmp_path
         run = begin(host_world, stack(), **SPARE, override=override, debug={"faults": faults})
         train_ahead(run, steps)
         run.model(run.data(4, WIDTH)).square().mean().backward()
-        facts.nap(0.03)
+        facts.rest(0.03)
         return run
 
     alone = trained("")

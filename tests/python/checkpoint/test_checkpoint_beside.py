@@ -265,12 +265,10 @@ def test_a_file_that_is_too_large(tmp_path: Path):
 
 
 def test_a_file_system_that_takes_no_more_files(tmp_path: Path):
-    from test_checkpoint_faults import in_namespace
-
     out = tmp_path / "out"
     out.mkdir()
     for inodes in (1, 2, 3):
-        script = f'mount -t tmpfs -o size=64m,nr_inodes={inodes} none {out} && exec "$0" "$@"'
+        mount = f"mount -t tmpfs -o size=64m,nr_inodes={inodes} none {out}"
         body = f"""
             from torch import nn
             try:
@@ -280,7 +278,7 @@ def test_a_file_system_that_takes_no_more_files(tmp_path: Path):
                 print(error)
             print(os.listdir({str(out)!r}))
         """
-        line, left = in_namespace(script, body, str(tmp_path))
+        line, left = children.behind(mount, body, str(tmp_path), PLACEMENTS["host"], DEVICE)
         assert line.startswith("FN-E401"), line
         assert "df -i" in line
         assert left == "[]"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import cgroups
+import forks
 
 MIB = 1 << 20
 
@@ -98,7 +98,7 @@ class TestCgroup:
     def test_what_is_admitted_is_never_killed(self, disk: str) -> None:
         policy = {"nvme": {"paths": [disk]}}
         with cgroups.limited(1536 * MIB) as group:
-            done = cgroups.run(group, _TRAINED, self.LAYERS, json.dumps(policy))
+            done = cgroups.run_whole(group, _TRAINED, self.LAYERS, json.dumps(policy))
         assert done.returncode == 0, f"{done.returncode}\n{done.stderr}"
         word, on_disk = done.stdout.split()
         assert word == "trained"
@@ -119,11 +119,9 @@ sys.stdin.read()
 @pytest.mark.usefixtures("no_gpu")
 def test_runs_that_share_memory_know_of_each_other(tmp_path: Path) -> None:
     """Both fit alone; the second is told of the first, whose memory is not taken yet."""
-    with cgroups.limited(3072 * MIB) as group:
+    with cgroups.limited(2560 * MIB) as group:
         enter = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        first = subprocess.Popen(
-            [sys.executable, "-c", enter + _HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        first = forks.python(enter + _HOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             assert first.stdout is not None
             assert first.stdout.readline() == "ready\n"

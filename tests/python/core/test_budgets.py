@@ -118,7 +118,7 @@ def test_memory_of_the_process(placement: str, disk: str):
     peak = [0]
     over, looking = threading.Event(), threading.Lock()
     def watch():
-        while not over.wait(0.002):
+        while not over.wait(0.03):  # a look takes a hundredth of a second itself
             with looking:
                 peak[0] = max(peak[0], facts.all_pss())
     def looked_at(name, allowed, action):
@@ -201,9 +201,9 @@ def test_in_a_cgroup(percent: int, disk: str):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_nothing_grows(placement: str, disk: str, io_uring: bool):
-    """Memory, descriptors, threads and disk over 200 steps; ``make soak`` takes thousands."""
+    """Memory, descriptors, threads and disk over 120 steps; ``make soak`` takes thousands."""
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    body = "import soak\nprint(soak.steady(world, 200))"
+    body = "import soak\nprint(soak.steady(world, 120))"
     print(children.succeed(body, disk, PLACEMENTS[placement], DEVICE, seconds=1100))
     gc.collect()

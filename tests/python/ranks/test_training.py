@@ -14,7 +14,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (2, {}),
+        (2, {"whole_end": True}),
         (3, {}),
         (2, {"dtype": BF16, "accumulate": 4}),
         (3, {"dtype": BF16, "clip": 0.05, "accumulate": 2}),

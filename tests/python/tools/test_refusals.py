@@ -384,10 +384,10 @@ def test_twice(host_world: World):
 # ------------------------------------------------------------------ disks
 
 FULL = """
-mount -t ext4 -o loop {image} {disk} && exec "$0" "$@"
+mount -t ext4 -o loop {image} {disk}
 """
 READ_ONLY = """
-mount --bind {disk} {disk} && mount -o remount,bind,ro {disk} && exec "$0" "$@"
+mount --bind {disk} {disk} && mount -o remount,bind,ro {disk}
 """
 TRY = """
 model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(4)))
@@ -404,17 +404,6 @@ print(model(torch.ones(1, 1024)).shape, sorted(set(os.listdir(disk)) - {"lost+fo
 """
 
 
-def in_namespace(script: str, disk: str) -> list[str]:
-    """Run ``TRY`` behind mounts that only it sees."""
-    if os.geteuid() != 0 or not shutil.which("unshare"):
-        pytest.skip("needs root and unshare")
-    probe = subprocess.run(["unshare", "-m", "sh", "-c", script, "true"], check=False, capture_output=True, text=True)
-    if probe.returncode != 0:
-        pytest.skip(f"mounting is not possible here: {probe.stderr.strip()}")
-    prefix = ["unshare", "-m", "sh", "-c", script]
-    return children.succeed(TRY, disk, PLACEMENTS["nvme-threads"], prefix=prefix)
-
-
 def test_disk_full(disk: str, tmp_path: Path):
     """More is asked for than is free: the path, what is needed, what is there."""
     if not shutil.which("mkfs.ext4"):
@@ -423,7 +412,7 @@ def test_disk_full(disk: str, tmp_path: Path):
     with image.open("wb") as file:
         file.truncate(24 << 20)
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    code, message, after = in_namespace(FULL.format(image=image, disk=disk), disk)
+    code, message, after = children.behind(FULL.format(image=image, disk=disk), TRY, disk, PLACEMENTS["nvme-threads"])
     assert code == "FN-E605 True False"
     assert disk in message
     assert re.search(r"need[s]? .*MiB", message), message
@@ -432,7 +421,7 @@ def test_disk_full(disk: str, tmp_path: Path):
 
 
 def test_disk_read_only(disk: str):
-    code, message, after = in_namespace(READ_ONLY.format(disk=disk), disk)
+    code, message, after = children.behind(READ_ONLY.format(disk=disk), TRY, disk, PLACEMENTS["nvme-threads"])
     assert code == "FN-E604 False True"
     assert disk in message
     assert "Read-only" in message

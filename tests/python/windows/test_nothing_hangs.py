@@ -17,7 +17,7 @@ from conftest import DEVICE, PLACEMENTS
 
 
 def run(call: str, disk: str, *statuses: int) -> str:
-    body = f"import waits\nwaits.{call}"
+    body = f"import waits, forks\nwaits.{call}\nforks.end()"
     process = children.start(body, disk, PLACEMENTS["host"], DEVICE)
     found, out, err = children.finish(process, 120)
     assert found in (statuses or (0,)), f"{found}\n{out}\n{err[-5000:]}"
