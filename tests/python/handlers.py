@@ -14,7 +14,7 @@ import torch
 
 import facts
 import funicular
-from interrupts import Point, Strike, agree, at_every_point, chosen, go_on, twins
+from interrupts import Point, Strike, agree, at_every_point, chosen, twins
 from models import WIDTH
 from twin import Run, World
 
@@ -150,14 +150,14 @@ def struck(world: World, action: str, handlers: list[str], *, every: bool = Fals
             assert facts.saved_tensor_hooks() == 0, "hooks are left"
             for run in program.runs:
                 run.opt.zero_grad()
-                go_on(run, torch.float32)  # a graph that was given up may still hold frames
+                run.train(1, look=False)  # a graph that was given up may still hold frames
             agree(program.runs, torch.float32)
             return strike.fired
 
         counter = Strike()
         once(counter, True)
         visits = counter.visits
-        points = list(visits) if every else chosen(visits, 30)
+        points = list(visits) if every else chosen(visits, 45)
         for names in [[name] for name in handlers] if every else [handlers]:
             striking = dict(zip(points, itertools.cycle(names)))
 

@@ -80,11 +80,14 @@ class Strike:
         sys.settrace(None)
 
     def call(self, frame: Any, event: str, arg: Any) -> Any:
-        if self.fired or not frame.f_code.co_filename.startswith(WATCHED) or in_finaliser(frame):
+        code = frame.f_code
+        if self.point is not None and (code.co_filename, code.co_name) != self.point[:2]:
+            return None  # each instruction that is traced takes microseconds
+        if self.fired or not code.co_filename.startswith(WATCHED) or in_finaliser(frame):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self.visit(frame, -1)
-        names, handler = instructions(frame.f_code)
+        names, handler = instructions(code)
         before = -1
 
         def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -107,6 +110,7 @@ class Strike:
             self.left -= 1
             if self.left == 0:
                 self.fired = True
+                sys.settrace(None)
                 self.handle()
 
     def handle(self) -> None:
@@ -126,7 +130,7 @@ def chosen(visits: Counter[Point], stride: int) -> list[Point]:
     return [point for point in points if point in found]
 
 
-def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int = 27, first: bool = False) -> None:
+def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int = 40, first: bool = False) -> None:
     """Call ``strike(point, visit)``, which says if it struck, for the first visit of one point in ``stride``, and of one in each file.
 
     If ``every``, for all points, and unless ``first`` for a visit in the middle and the last one too.
@@ -389,8 +393,8 @@ def offload_and_unwrap(world: World, every: bool) -> int:
     counter = Strike()
     interrupted(counter, action)
     funicular.unwrap(model)
-    # Each takes two engines: one point in fifty is enough for every day.
-    at_every_point(counter.visits, every, strike, stride=50, first=True)
+    # Each takes two engines.
+    at_every_point(counter.visits, every, strike, stride=70, first=True)
     return len(counter.visits)
 
 

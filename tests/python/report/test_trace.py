@@ -98,7 +98,7 @@ def test_updates_count_their_traffic(host_world: World, spare: str):
     # Nothing is foreseen for the first step; the second leaves parameters in their spare place.
     for _ in range(2):
         run.model(run.data(4, WIDTH)).square().mean().backward()
-        facts.nap(0.05)  # the runner may begin with what it foresees
+        facts.rest(0.05)  # the runner may begin with what it foresees
         run.opt.step()
         run.opt.zero_grad()
     for p in run.model.parameters():
