@@ -26,7 +26,7 @@ use crate::{
     model::Layout,
     policy::{Policy, profile::Profile},
     quantities::{ByteCount, Tier, UnitId},
-    runtime::{Config, RankSpec, UpdateOn, check_ranks},
+    runtime::{Config, RankSpec, check_ranks},
     schedule::{
         Budgets, Limits, Placement, advice,
         cost::{self, Rates, Resource, Work},
