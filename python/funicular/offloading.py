@@ -109,7 +109,7 @@ def offload(
     ranks = resolve(group)
     with agreed(ranks, "looked at its model and its policy"):
         refuse_movers(model)
-        resolved = _on_current_gpu(Policy.load(policy))
+        resolved = Policy.load(policy).on_current_gpu()
         if ranks is not None:
             refuse_for_ranks(model)
         began = time.monotonic()
@@ -133,14 +133,6 @@ def offload(
         _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
     _tell_homes(session, time.monotonic() - began)
     return model
-
-
-def _on_current_gpu(policy: Policy) -> Policy:
-    """Say which GPU a policy means that leaves its number open: torch's current one."""
-    if policy.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return policy
-    number = torch.cuda.current_device()
-    return policy.replace(device=f"cuda:{number}") if number else policy
 
 
 def _tell_homes(session: Session, seconds: float) -> None:
@@ -442,9 +434,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         session.log.ended()
         # Nothing has changed so far.
         _core.complete(lambda: _leave(part, session, taken))
-    session.engine.close()
     if session.group is not None:
         session.group.close()
+    session.engine.close()
     return model
 
 

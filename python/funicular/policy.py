@@ -238,6 +238,15 @@ class Policy:
         given = [(key.replace("__", "."), str(value)) for key, value in overrides.items()]
         return Policy(**_typed(json.loads(_core.resolve_policy(self.to_json(), "json", [], given))))
 
+    def on_current_gpu(self) -> Policy:
+        """Return the policy with the GPU that it means where it leaves the number open: torch's current one."""
+        import torch  # not above: policies are read where it is not needed
+
+        if self.device not in ("auto", "cuda") or not torch.cuda.is_available():
+            return self
+        number = torch.cuda.current_device()
+        return self.replace(device=f"cuda:{number}") if number else self
+
     def to_json(self) -> str:
         """Return the policy as JSON, every key written out; a file with it reads back as the same policy."""
         return _as_json(self.to_dict())

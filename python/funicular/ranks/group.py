@@ -67,6 +67,7 @@ class Group:
         self._apart = Apart()
         self._connections = _connect(self._members, self._apart)
         self._guard: Guard | None = None
+        self._left = False
 
     def begin(self, runtime: Engine) -> None:
         """Take note of this rank's runtime: from now on ranks wait for each other there, before they speak."""
@@ -185,7 +186,10 @@ class Group:
                 _core.refuse_call_elsewhere(self.runtime, rank, "in 'funicular.offload' of another model")
 
     def close(self) -> None:
-        """Leave the connections to the next model. All ranks end their models in the same order."""
+        """Leave the connections to the next model; before the runtime ends. All ranks end their models in the same order."""
+        if self._left:
+            return
+        self._left = True
         _living.discard(self)
         whole = self._guard is None or self._guard.close()
         if dist.is_initialized() and not self._apart.left and whole:

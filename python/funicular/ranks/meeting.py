@@ -154,8 +154,8 @@ def _refuse_shared(gpus: list[str]) -> None:
         if gpu and gpus.index(gpu) != rank:
             raise UsageError(
                 "FN-E704",
-                f"ranks {gpus.index(gpu)} and {rank} both compute on GPU {gpu}; each needs one of its own. Call "
-                "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before funicular.offload, or name it in the policy.",
+                f"ranks {gpus.index(gpu)} and {rank} both compute on GPU {gpu}; each needs one of its own. Before funicular.offload call "
+                "torch.cuda.set_device with the number in the variable LOCAL_RANK, or name the GPU in each rank's policy.",
             )
 
 

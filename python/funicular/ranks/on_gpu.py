@@ -31,6 +31,8 @@ __all__ = ["Beside", "Guard", "connect"]
 _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 #: seconds between two looks for a failure
 _LOOK = 0.2
+#: seconds that the end of a model waits for that of its connections
+_END = 10.0
 #: units whose exchanges may be under way before backward waits for the first of them: their gradients stay in memory for so long
 _UNITS = 2
 
@@ -64,30 +66,34 @@ class Guard:
     """Ends connections between GPUs once the model has failed."""
 
     def __init__(self, runtime: Engine, group: Any) -> None:
-        self._closed = threading.Event()
+        self._closed, self._ended = threading.Event(), threading.Event()
         # It must not keep the model, nor the process.
-        look = (weakref.ref(self), self._closed, runtime, group)
-        threading.Thread(target=_guard, args=look, name="funicular-guard", daemon=True).start()
+        look = (weakref.ref(self), self._closed, self._ended, runtime, group)
+        self._thread = threading.Thread(target=_guard, args=look, name="funicular-guard", daemon=True)
+        self._thread.start()
 
     def close(self) -> bool:
-        """End looking. False if the connections were ended, or may be."""
-        ended = self._closed.is_set()
+        """End looking. False if the connections were ended, or are about to be."""
         self._closed.set()
-        return not ended
+        # Python must not end while torch's code, which does not expect that, returns to the thread.
+        self._thread.join(_END)
+        return not self._ended.is_set()
 
 
-def _guard(guard: weakref.ref[Guard], closed: threading.Event, runtime: Engine, group: Any) -> None:
-    while not closed.wait(_LOOK):
+def _guard(
+    guard: weakref.ref[Guard], closed: threading.Event, ended: threading.Event, runtime: Engine, group: Any
+) -> None:
+    last = False
+    while not last:
+        last = closed.wait(_LOOK) or guard() is None
         try:
             failed = _core.has_failed(runtime)
         except Error:
             return  # it is closed
         if failed:
-            closed.set()
+            ended.set()
             with contextlib.suppress(RuntimeError, ValueError):  # the program has ended it
                 abort(group)
-            return
-        if guard() is None:
             return
 
 
@@ -95,7 +101,9 @@ class Beside:
     """A stream for exchanges beside backward; the computing one waits for those of earlier units alone. On the host there is none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._device = device
         #: the end of each exchange, and the gradients that it reads
         self._under_way: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()

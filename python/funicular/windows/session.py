@@ -132,6 +132,8 @@ class Session:
             unit.neighbours.clear()
         if getpid() == self.pid:
             self.gradients.closing()
+            if self.group is not None:
+                self.group.close()
             self.engine.close()
 
     # A copied or pickled model is an ordinary one.

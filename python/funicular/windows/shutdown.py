@@ -35,11 +35,12 @@ def _close_all() -> None:
 
 
 def _end_updates(session: Session) -> None:
-    """Have this rank's part of the last step done, which the others wait for."""
+    """Have this rank's part of the last step done, which the others wait for, and leave them."""
     if session.group is not None:
         session.gradients.closing()
         with contextlib.suppress(Error):
             session.engine.settle_all()
+        session.group.close()
 
 
 def _in_child() -> None:

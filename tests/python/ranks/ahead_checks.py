@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from crossed_checks import await_file, signalled
 from rank_checks import message, offloaded, own_batch, train_one, values
-from rank_scripts import WIDE
+from rank_scripts import DEVICE, WIDE
 from torch import nn
 
 import facts
@@ -30,7 +30,7 @@ def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], li
         if between == "read" and dist.get_rank() == 0:
             # It waits for no other rank, and sees the weights of the last step.
             before = [p.detach().clone() for p in model.parameters()]
-            model.eval()(torch.ones(1, WIDE))
+            model.eval()(torch.ones(1, WIDE, device=DEVICE))
             assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
             model.train()
         elif between == "edit":

@@ -246,7 +246,8 @@ def sharded_by_fsdp(world: World) -> list[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    mesh, near = init_device_mesh("cpu", (dist.get_world_size(),)), torch.device("cpu")
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    near = torch.device("cuda", torch.cuda.current_device()) if DEVICE.type == "cuda" else DEVICE
     model, opt = offloaded(world)
     places = {id(p): p.data_ptr() for p in model.parameters()}
     tries = {
@@ -260,8 +261,7 @@ def sharded_by_fsdp(world: World) -> list[Any]:
     said = {name: message(way) for name, way in tries.items()}
     same = {id(p): p.data_ptr() for p in model.parameters()} == places and "_fsdp" not in repr(vars(model))
     after = message(lambda: train_one(model, opt, 0))
-    funicular.unwrap(model)
-    fully_shard(model, mesh=mesh)
+    fully_shard(funicular.unwrap(model).to(DEVICE), mesh=mesh)
     model(own_batch(1)).sum().backward()
     return [said, same, after, type(model).__name__]
 
