@@ -494,7 +494,6 @@ def _leave(model: nn.Module, session: Session, taken: list[_Taken]) -> None:
     for p in model.parameters():
         _remove_hooks(session, p)
     MicroBatches.remove(model)
-    session.activations = None
     unkeep(session)
-    session.closed, session.held = True, None
+    session.end_windows()
     model.__dict__.pop(ATTRIBUTE, None)

@@ -76,7 +76,8 @@ class Guard:
         """End looking. False if the connections were ended, or are about to be."""
         self._closed.set()
         # Python must not end while torch's code, which does not expect that, returns to the thread.
-        self._thread.join(_END)
+        if threading.current_thread() is not self._thread:  # where the garbage collector ends the model
+            self._thread.join(_END)
         return not self._ended.is_set()
 
 

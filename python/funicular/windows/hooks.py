@@ -136,7 +136,8 @@ class _Enter(_Hook):
         self.session, self.units = session, units
         self.name = ", ".join(unit.name for unit in units)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    # Of a hook that another thread has removed meanwhile, by unwrapping the model, torch no longer knows that it takes keyword arguments.
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         refuse(self.session, "a forward")
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
         if phase == FORWARD and not self.session.trained:
@@ -146,7 +147,7 @@ class _Enter(_Hook):
         _stack().append(call)
         call.range = self.session.ranges.start(f"{self.name} {'recompute' if phase == BACKWARD else 'forward'}")
         with self.session.lock:
-            for unit in self.units:
+            for unit in () if self.session.unwrapped else self.units:
                 if unit.depth == 0 or unit.is_open:
                     self.session.open(unit, phase)
                 call.units.append(unit)
@@ -161,7 +162,8 @@ class _Leave(_Hook):
     def __init__(self, session: Session, units: tuple[Unit, ...], enter: _Enter) -> None:
         self.session, self.units, self.enter = session, units, enter
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)  # as for `_Enter`
         stack = _stack()
         depth = len(stack) - 1
         call = next(iter(stack[-1:]), None)

@@ -147,6 +147,11 @@ class Session:
         """Raw handle of the caller's compute stream."""
         return stream_of(self.device)
 
+    @property
+    def unwrapped(self) -> bool:
+        """Whether the parameters are ordinary ones again."""
+        return self.closed and self.held is None
+
     # ------------------------------------------------------------------ windows
 
     @_locked
@@ -194,6 +199,14 @@ class Session:
     def recover(self) -> None:
         """Close what this thread left open: nothing of a forward or backward is under way in it."""
         self.windows.recover()
+
+    def end_windows(self) -> None:
+        """Take note that the parameters are ordinary ones: what other threads leave from now on is no window any more."""
+        for unit in self.units:
+            unit.end_leaving()
+            unit.release_frames()
+        self.activations = None
+        self.closed, self.held = True, None
 
     def _watch_backward(self) -> None:
         task = backward_task()

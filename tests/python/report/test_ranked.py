@@ -38,8 +38,8 @@ def test_figures(host_world: World):
 
 
 def adds_up(step: StepTime) -> bool:
-    """Compute and stalls are the wall's time; within 10 %, as other programs run beside."""
-    return abs(step.compute + step.stalled - step.seconds) <= 0.1 * step.seconds
+    """Compute and stalls are the wall's time: no wait is counted twice, or not at all. Other programs run beside."""
+    return abs(step.compute + step.stalled - step.seconds) < NAP / 2
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,6 @@ def test_what_is_late_is_named(where: str, cause: str, host_world: World):
     assert adds_up(other.step), other
     # Sleeps never take less than they should: who waits for what sleeps has most of that time.
     assert here.step.stalls[cause] > NAP / 2, here
-    assert max(here.step.stalls, key=lambda one: 0.0 if one == "update" else here.step.stalls[one]) == cause, here
-    if cause != "exchange":
-        assert other.step.stalls[cause] < here.step.stalls[cause], other
 
 
 def step_of(busy: float, **stalls: float) -> StepTime:

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import threading
 import weakref
 
 import pytest
@@ -120,6 +121,36 @@ def test_torchs_current_gpu_is_meant(monkeypatch, said, meant):
     monkeypatch.setattr("funicular.offloading.make_engine", make)
     with pytest.raises(Asked, match=meant):
         funicular.offload(Stack(), {"device": said})
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module, hook: module.register_forward_pre_hook(hook, prepend=True),
+        lambda module, hook: module.register_forward_hook(hook, prepend=True),
+    ],
+    ids=["entering", "leaving"],
+)
+def test_unwrapped_amid_another_threads_forward(register, world):
+    """The window that the other thread enters, or leaves, then is no window any more."""
+    model = Stack()
+    funicular.offload(model, world.policy(model))
+    inside, unwrapped = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        assert unwrapped.wait(60)
+
+    handle = register(model.layers[1], wait)
+    thread = threading.Thread(target=model, args=(torch.ones(4, WIDTH, device=world.torch_device),))
+    thread.start()
+    assert inside.wait(60)
+    funicular.unwrap(model)
+    unwrapped.set()
+    thread.join()
+    handle.remove()
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    model(torch.ones(4, WIDTH, device=world.torch_device)).sum().backward()
 
 
 def test_unwrap_of_a_plain_model():
