@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,29 @@ BASE = "fsdp2_hbm"
 
 
 def run(system: str, args: argparse.Namespace, rest: list[str]) -> list[dict[str, Any]]:
-    """The lines of one system; one that says why, if it did not end well."""
+    """The lines of one system, printed as they come; one that says why, if it did not end well."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-    try:
-        done = subprocess.run(
-            [*launch, STEP, "--systems", system, *rest], stdout=subprocess.PIPE, timeout=args.limit, text=True
-        )
-    except subprocess.TimeoutExpired:
-        return [{"system": system, "failed": f"did not end in {args.limit:.0f} s"}]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        lines.append({"system": system, "failed": f"exit code {done.returncode}"})
+    command = [*launch, STEP, "--systems", system, *rest]
+    lines: list[dict[str, Any]] = []
+
+    def note(line: dict[str, Any]) -> None:
+        print(json.dumps(line), flush=True)
+        lines.append(line)
+
+    # In a session of its own, so that its ranks end with it.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        late = threading.Timer(args.limit, os.killpg, (process.pid, signal.SIGKILL))
+        late.start()
+        for line in process.stdout:
+            if line.startswith("{"):
+                note(json.loads(line))
+        process.wait()
+        late.cancel()
+    if process.returncode == -signal.SIGKILL:
+        note({"system": system, "failed": f"did not end in {args.limit:.0f} s"})
+    elif process.returncode:
+        note({"system": system, "failed": f"exit code {process.returncode}"})
     return lines
 
 
@@ -58,11 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a system is ended")
     args, rest = parser.parse_known_args()
-    lines = []
-    for system in args.systems.split(","):
-        for line in run(system, args, rest):
-            print(json.dumps(line), flush=True)
-            lines.append(line)
+    lines = [line for system in args.systems.split(",") for line in run(system, args, rest)]
     for line in compare(lines):
         print(json.dumps({"summary": line}), flush=True)
 

@@ -113,7 +113,7 @@ def make_engine(units: list[Any], policy: str, freed: int, group: Group | None) 
         with agreed(group, "made its runtime"):
             if group.rank == 0:
                 engine = Engine(units, policy, freed, _core.Ranks(0, group.size, None))
-        # What rank 0 has found room for is everybody's plan.
+        # What rank 0 has found room for is the plan of all ranks.
         resolved = group.gather("" if engine is None else _core.resolved_policy(engine))[0]
         with agreed(group, "took the memory that rank 0 had made"):
             fd = _hand_over(group, None if engine is None else _core.shared_fd(engine))
