@@ -213,10 +213,13 @@ fmt: $(ENVIRONMENT) need-rust
 
 lint: lint-rust lint-python lint-text
 
+# What maturin tells pyo3: in another environment clippy would have cargo compile pyo3 again for the next wheel.
+AS_MATURIN = $(addprefix PYO3_BUILD_EXTENSION_MODULE=1 PYO3_CONFIG_FILE=$(CURDIR)/,$(firstword $(wildcard target/maturin/pyo3-config-*.txt)))
+
 lint-rust: need-rust
 	$(call say,Rust lints)
 	@$(CARGO) fmt --all --check
-	@$(CARGO) clippy --locked --all-targets --quiet --features python -- -D warnings
+	@env $(AS_MATURIN) $(CARGO) clippy --locked --all-targets --quiet --features python -- -D warnings
 	@$(CARGO) clippy --locked --all-targets --quiet --no-default-features -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --quiet
 	@$(CARGO) test --locked --quiet --test tidy
