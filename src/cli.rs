@@ -13,6 +13,7 @@ use std::{
     ffi::OsString,
     io::{IsTerminal, Write, stderr, stdout},
     path::PathBuf,
+    rc::Rc,
     time::{Duration, Instant},
 };
 
@@ -27,7 +28,7 @@ use self::{
     values::{Sets, device, engine, seconds, size},
 };
 use crate::{
-    bench::{self, Interrupt, Outputs, Progress},
+    bench::{self, Crew, Interrupt, Outputs, Place, Progress},
     checkpoint::{Control, cli as checkpoint},
     device::DeviceChoice,
     doctor,
@@ -352,7 +353,15 @@ fn or_here(paths: Vec<PathBuf>) -> Vec<PathBuf> {
     paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect()
 }
 
+/// One benchmark, of this process or of all ranks that `torchrun` has started.
 fn bench(arguments: BenchArguments) -> Result<i32> {
+    let Some(place) = Place::here()? else { return measure(arguments, None, &interruptible()?) };
+    let interrupt = interruptible()?;
+    let crew = Rc::new(Crew::meet(&place, &interrupt)?);
+    measure(arguments, Some((&place, &crew)), &interrupt).inspect_err(|error| crew.fail(error))
+}
+
+fn measure(arguments: BenchArguments, among: Option<(&Place, &Rc<Crew>)>, interrupt: &Interrupt) -> Result<i32> {
     let profile = match arguments.save {
         None => None,
         Some(Some(file)) => Some(file),
@@ -383,9 +392,15 @@ fn bench(arguments: BenchArguments) -> Result<i32> {
     if arguments.no_sweep {
         options.point = Duration::ZERO;
     }
-    let interrupt = interruptible()?;
+    if let Some((place, crew)) = among {
+        (options.ranks, options.device) = (place.size(), place.device(options.device)?);
+        if !place.leads() {
+            options.paths = Vec::new();
+            return bench::follow(&options, crew, interrupt).map(|()| 0);
+        }
+    }
     let mut progress = OnStderr::new();
-    let report = bench::run(&options, &interrupt, &mut progress);
+    let report = bench::run(&options, among.map(|(_, crew)| crew), interrupt, &mut progress);
     progress.clear();
     let report = report?;
     print_inked(&bench::text(&report, look_of_stdout()))?;

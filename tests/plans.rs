@@ -141,6 +141,44 @@ fn ranks_share_the_hosts_memory() {
 }
 
 #[test]
+fn rates_of_ranks_at_once_are_taken_as_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let profile = |name: &str, ranks: &str, up: f64| {
+        let text = std::fs::read_to_string("examples/profiles/h200.toml").unwrap();
+        let text = text.replace("version = 1", &format!("version = 1\n{ranks}"));
+        let file = dir.path().join(name);
+        std::fs::write(&file, text.replace("host_to_device = 55.5e9", &format!("host_to_device = {up}"))).unwrap();
+        file.display().to_string()
+    };
+    let planned = |profile: &str, ranks: u32| -> serde_json::Value {
+        let work = "--tokens 16384 --flops 400e12 --set optimizer.where=cpu --set budget.hbm=2GiB --json";
+        let model = "--params 7B --layers 32 --gpu 24GB --ram 160GB --cpus 64";
+        serde_json::from_str(&plan(&format!("{model} {work} --profile {profile} --ranks {ranks}"))).unwrap()
+    };
+    let up = |plan: &serde_json::Value| {
+        let parts = plan["step"]["parts"].as_array().unwrap();
+        parts.iter().find(|part| part[0] == "host_to_device").unwrap()[1].as_f64().unwrap()
+    };
+    let note = |plan: &serde_json::Value| -> String {
+        let notes = plan["notes"].as_array().unwrap();
+        notes.iter().filter_map(|note| note.as_str()).filter(|note| note.starts_with("These rates")).collect()
+    };
+    let alone = profile("alone", "", 55.5e9);
+    let [slow, fast] = [20e9, 60e9].map(|each| profile(&format!("{each}"), "ranks = 2", 2.0 * each));
+    let [alone, slow_two, fast_two] = [&alone, &slow, &fast].map(|file| planned(file, 2));
+    // Twice one process's would be more than 107 GB/s; what was measured is taken as it is.
+    assert!((up(&alone) / up(&fast_two) - 60.0 / 53.5).abs() < 1e-6, "{} {}", up(&alone), up(&fast_two));
+    assert!((up(&slow_two) / up(&fast_two) - 3.0).abs() < 1e-6, "{} {}", up(&slow_two), up(&fast_two));
+    assert!(note(&alone).contains("of one process, not of 2 ranks"), "{alone}");
+    assert_eq!(note(&slow_two), "");
+    let four = planned(&fast, 4);
+    assert!((up(&four) / up(&fast_two) - 4.0 * 60.0 / 107.0).abs() < 1e-6, "the memory is shared: {}", up(&four));
+    assert!(note(&four).contains("of 2 ranks at once, not of 4 ranks"), "{four}");
+    let one = planned(&fast, 1);
+    assert!((up(&one) / up(&fast_two) - 1.0).abs() < 1e-6 && note(&one).contains("may be faster"), "{one}");
+}
+
+#[test]
 fn what_ranks_cannot_have_is_refused() {
     let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
         .args([

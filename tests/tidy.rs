@@ -528,8 +528,17 @@ const FILES: &[&str] = &["bin", "ckpt", "css", "cu", "json", "pt", "py", "rs", "
 /// Attributes of objects called like a section.
 const ATTRIBUTES: &[&str] = &["optimizer.state"];
 /// Options of other programs.
-const FOREIGN_OPTIONS: &[&str] =
-    &["--cpunodebind", "--direct-io", "--gpus", "--local-dir", "--membind", "--memory", "--security-opt", "--ulimit"];
+const FOREIGN_OPTIONS: &[&str] = &[
+    "--cpunodebind",
+    "--direct-io",
+    "--gpus",
+    "--local-dir",
+    "--membind",
+    "--memory",
+    "--nproc-per-node",
+    "--security-opt",
+    "--ulimit",
+];
 /// What may follow `funicular` in prose and in code.
 const PROSE: &[&str] = &["import", "on", "reads", "that", "wrote"];
 

@@ -23,9 +23,10 @@ pub fn page(report: &Report) -> String {
         "<!doctype html>\n<!-- {MARK} -->\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <title>Bandwidths of {}</title>\n<style>\n{STYLE}</style></head><body>\n\
-         <h1>Bandwidths of {0}</h1>\n<p class=\"soft\">{machine}<br>{} &middot; funicular {} &middot; medians; GB is 1e9 bytes</p>\n",
+         <h1>Bandwidths of {0}</h1>\n<p class=\"soft\">{machine}<br>{}{} &middot; funicular {} &middot; medians; GB is 1e9 bytes</p>\n",
         escaped(&report.machine.host),
         escaped(&report.date),
+        report.ranks.map(|ranks| format!(" &middot; {ranks} ranks at once")).unwrap_or_default(),
         report.version,
     );
     if !report.doubts.is_empty() {

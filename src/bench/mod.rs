@@ -15,6 +15,7 @@ mod look;
 mod measure;
 pub mod memory;
 mod outputs;
+mod peers;
 pub mod pipeline;
 mod plan;
 mod quiet;
@@ -23,6 +24,7 @@ mod setup;
 pub mod stats;
 mod sweeps;
 mod table;
+mod together;
 mod trust;
 mod verdict;
 
@@ -38,8 +40,10 @@ use std::{
 pub use html::page;
 pub use look::Look;
 pub use outputs::{Outputs, csv, json, profile};
+pub use peers::{Crew, Place};
 pub use plan::run;
 pub use table::text;
+pub use together::follow;
 
 use crate::{
     bench::stats::Round,
@@ -82,6 +86,8 @@ pub struct Options {
     pub check: bool,
     /// Give a verdict although the figures are not to be relied on.
     pub force: bool,
+    /// How many processes of this host measure at once.
+    pub ranks: u32,
 }
 
 impl Options {
@@ -106,6 +112,7 @@ impl Options {
             quick,
             check: false,
             force: false,
+            ranks: 1,
         }
     }
 }

@@ -207,6 +207,7 @@ pub fn profile(report: &Report) -> Profile {
         version: 1,
         measured: report.date.clone(),
         host: report.machine.host.clone(),
+        ranks: report.ranks,
         device: DeviceRates {
             name: report.machine.device.clone(),
             host_to_device: rate("host_to_device"),
@@ -218,7 +219,7 @@ pub fn profile(report: &Report) -> Profile {
         memory: MemoryRates {
             bandwidth: fastest(&report.hops, "host_memory").map_or(0.0, Hop::rate),
             adamw_params: params("adamw_cpu"),
-            adamw_params_one_thread: params("adamw_one_thread"),
+            adamw_params_one_thread: params("adamw_one_thread") / f64::from(report.ranks.unwrap_or(1)),
             adamw_params_beside_copies: params("adamw_and_copies"),
             copies_beside_adamw: beside.unwrap_or(0.0),
             threads: report.machine.cpus,

@@ -11,11 +11,13 @@ use crate::{
         link::{DEPTH, HostMemory, LinkHop, Way},
         measure::Planned,
         memory::{AdamwAndCopies, AdamwCpu, Bandwidth, STATE_BYTES},
+        peers::Crew,
         pipeline::{AdamwNvme, Parts, Relay, params_of},
         quiet,
         report::{Group, MARK, Report},
         setup::Bench,
         stats::as_f64,
+        together::{Telling, join},
         trust, verdict,
     },
     device::DeviceKind,
@@ -28,19 +30,37 @@ const UP: &[Way] = &[Way::Up];
 const DOWN: &[Way] = &[Way::Down];
 const BOTH: &[Way] = &[Way::Up, Way::Down];
 
-/// Measures.
+/// Measures; with `crew` as rank 0, whose other ranks call [`follow`](super::follow).
 ///
 /// # Errors
-/// Those of the device, the paths and the engines, before anything is measured; `FN-E106` when interrupted.
-pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress) -> Result<Report> {
+/// Those of the device, the paths and the engines, before anything is measured; `FN-E106` when interrupted; `FN-E701` without a rank.
+pub fn run(
+    options: &Options,
+    crew: Option<&Rc<Crew>>,
+    interrupt: &Interrupt,
+    progress: &mut dyn Progress,
+) -> Result<Report> {
+    let mut telling = crew.map(|crew| Telling::new(crew, progress));
+    let progress: &mut dyn Progress = match &mut telling {
+        Some(telling) => telling,
+        None => progress,
+    };
     let mut bench = Bench::new(options, interrupt, progress)?;
-    let planned = bench.hops()?;
+    let mut planned = bench.hops()?;
+    if let Some(crew) = crew {
+        join(crew, &mut planned, interrupt)?;
+        bench.notes.push(format!(
+            "Figures of {} ranks at once are sums over ranks; disks are measured by rank 0 alone, without what goes through them elsewhere.",
+            options.ranks
+        ));
+    }
     let mut hops = bench.measure(planned, interrupt, progress)?;
     let (sweeps, faster) =
         if options.point.is_zero() { (Vec::new(), None) } else { bench.sweeps(&hops, interrupt, progress)? };
     verdict::set_limits(&mut hops);
-    let (with_nvme, in_memory) = verdict::loads(&hops);
-    let others = bench.watch.others();
+    let (with_nvme, in_memory) = verdict::loads(&hops, options.ranks);
+    let ours = crew.map_or(Ok(0), |crew| crew.end(interrupt))?;
+    let others = bench.watch.others(ours);
     let mut doubts: Vec<String> = quiet::doubt(others, bench.machine.cpus).into_iter().collect();
     doubts.extend(trust::doubts(&hops, [&with_nvme, &in_memory]));
     let verdict = if doubts.is_empty() || options.force {
@@ -56,6 +76,7 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
         version: env!("CARGO_PKG_VERSION"),
         date: facts::utc_now(),
         machine: bench.machine.clone(),
+        ranks: crew.map(|_| options.ranks),
         others_cpus: others,
         hops,
         sweeps,
@@ -69,7 +90,7 @@ pub fn run(options: &Options, interrupt: &Interrupt, progress: &mut dyn Progress
 
 impl Bench<'_> {
     /// All hops, in the order in which they are measured: each pipeline next to the hop that limits it.
-    fn hops(&mut self) -> Result<Vec<Planned>> {
+    pub(super) fn hops(&mut self) -> Result<Vec<Planned>> {
         let mut planned = Vec::new();
         let disk = self.disk.take();
         if let Some(disk) = &disk {
@@ -106,7 +127,8 @@ impl Bench<'_> {
             }
             let lane = Rc::new(self.lane(disk, &which)?);
             self.notes.extend(lane.notes.iter().cloned());
-            let over_all = which == good;
+            // Ranks have nothing on NVMe that could go elsewhere.
+            let over_all = which == good && self.options.ranks == 1;
             for mix in [Mix::Read, Mix::Write, Mix::Both] {
                 planned.push(self.disk_hop(disk, &lane, mix, &place, &which, with_fio));
                 if over_all {
@@ -174,6 +196,7 @@ impl Bench<'_> {
     fn device_name(&self) -> String {
         match self.link.kind() {
             DeviceKind::Host => "host".to_owned(),
+            DeviceKind::Cuda(_) if self.options.ranks > 1 => format!("{} GPUs", self.options.ranks),
             DeviceKind::Cuda(ordinal) => format!("cuda:{ordinal}"),
         }
     }
@@ -185,7 +208,10 @@ impl Bench<'_> {
         let mut add = |name, place: &str, ways, memory| {
             let hop = LinkHop::new(Rc::clone(&self.link), ways, memory, block);
             let mut plan = Planned::new(name, place, Group::Link, hop).blocks(block as u64, DEPTH);
-            plan.hop.line_rate = self.machine.link_line_rate.map(|line| as_f64(line * ways.len() as u64));
+            plan.hop.line_rate = self
+                .machine
+                .link_line_rate
+                .map(|line| as_f64(line * ways.len() as u64 * u64::from(self.options.ranks)));
             planned.push(plan);
         };
         if self.link.has_pageable() {
@@ -225,11 +251,12 @@ impl Bench<'_> {
         let block = self.link_block();
         let copies = LinkHop::new(Rc::clone(&self.link), BOTH, HostMemory::Pinned, block);
         let one = Arc::new(Pool::new(Some(1))?);
+        let one_thread = if self.options.ranks > 1 { "1 thread per rank" } else { "1 thread" };
         planned.extend([
             Planned::new("host_memory", &triad, Group::Host, Bandwidth::triad(arrays(), states(), pool())),
             Planned::new("host_memory", &in_place, Group::Host, Bandwidth::in_place(arrays(), states(), pool())),
             Planned::new("adamw_cpu", &threads, Group::Host, AdamwCpu::new(states(), pool())),
-            Planned::new("adamw_one_thread", "1 thread", Group::Host, AdamwCpu::new(states(), one)),
+            Planned::new("adamw_one_thread", one_thread, Group::Host, AdamwCpu::new(states(), one)),
             Planned::new("adamw_and_copies", &threads, Group::Host, AdamwAndCopies::new(states(), pool(), copies)),
         ]);
         Ok(())

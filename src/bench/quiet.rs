@@ -22,10 +22,15 @@ impl Watch {
         Self { since: Instant::now(), all: busy(&text("/proc/stat")), own: own(&text("/proc/self/stat")) }
     }
 
-    /// How many CPUs others kept busy since then, on average; 0 where the kernel does not tell.
-    pub(super) fn others(&self) -> f64 {
+    /// Ticks that this process used since then.
+    pub(super) fn used(&self) -> u64 {
+        Self::start().own.saturating_sub(self.own)
+    }
+
+    /// How many CPUs others kept busy since then, on average; 0 where the kernel does not tell. `ours`: ticks of other ranks.
+    pub(super) fn others(&self, ours: u64) -> f64 {
         let now = Self::start();
-        let ticks = (now.all - self.all.min(now.all)).saturating_sub(now.own - self.own.min(now.own));
+        let ticks = (now.all - self.all.min(now.all)).saturating_sub(self.used() + ours);
         as_f64(ticks) / TICKS / self.since.elapsed().as_secs_f64().max(1.0 / TICKS)
     }
 }
@@ -86,6 +91,6 @@ mod tests {
         // Spinning here is no work of others.
         let watch = Watch::start();
         while watch.since.elapsed().as_millis() < 50 {}
-        assert!(watch.others() >= 0.0);
+        assert!(watch.others(0) >= 0.0);
     }
 }

@@ -50,6 +50,9 @@ pub struct Figure {
     pub params_per_second: Option<f64>,
     /// What copies carried meanwhile, in bytes per second, where they ran beside a hop.
     pub copied_per_second: Option<f64>,
+    /// Bytes per second of each rank, where several measured at once.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub per_rank: Vec<f64>,
 }
 
 impl Figure {
@@ -68,6 +71,11 @@ impl Figure {
             p99_us: micros(0.99),
             params_per_second: median_rate(&rates(rounds, |round| round.params)),
             copied_per_second: median_rate(&rates(rounds, |round| round.copied)),
+            per_rank: (0..rounds.iter().map(|round| round.each.len()).min().unwrap_or(0))
+                .map(|rank| {
+                    median_rate(&rounds.iter().map(|round| round.each[rank]).collect::<Vec<_>>()).unwrap_or(0.0)
+                })
+                .collect(),
             rates: all,
         })
     }
@@ -191,6 +199,9 @@ pub struct Report {
     pub date: String,
     /// Where.
     pub machine: Machine,
+    /// How many ranks measured at once, where there were several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<u32>,
     /// How many CPUs others kept busy meanwhile, on average.
     pub others_cpus: f64,
     /// Hops and pipelines.

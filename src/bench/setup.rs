@@ -77,7 +77,10 @@ impl<'a> Bench<'a> {
         progress.at(0.0, "looking at the paths");
         let device = facts::chosen(options.device)?;
         let machine = Machine::read(device)?;
-        has_room(machine.available)?;
+        // Each rank has its share of the memory and of the processors, as in training.
+        let available = machine.available / u64::from(options.ranks);
+        let threads = options.threads.unwrap_or((machine.cpus / options.ranks).max(1));
+        has_room(available)?;
         let (mut disk, mut notes) = if options.paths.is_empty() {
             (None, vec!["no path was given: nothing that needs a disk was measured.".to_owned()])
         } else {
@@ -86,7 +89,7 @@ impl<'a> Bench<'a> {
         };
         let paths = options.paths.len().max(1) as u64;
         // An eighth of what is free, and no more than the file asks for: a small test stays small.
-        let most = (machine.available / 8).clamp(32 << 20, 4 << 30);
+        let most = (available / 8).clamp(32 << 20, 4 << 30);
         let side = match device {
             // Beyond the caches is enough; more would take its time to touch first.
             DeviceKind::Host => {
@@ -99,13 +102,13 @@ impl<'a> Bench<'a> {
         let slots = fit(options.block.0, 2 * u64::from(options.depth) * paths, most);
         let blocks = SlotPool::new(slots, options.block, "blocks of the benchmark")?;
         let in_flight = (options.block.0 * u64::from(options.depth) * paths).max(LARGE_PIECE);
-        let piece = if options.threads.unwrap_or(machine.cpus) > 4 { LARGE_PIECE } else { PIECE };
+        let piece = if threads > 4 { LARGE_PIECE } else { PIECE };
         let pieces = fit(piece, in_flight / piece + BETWEEN, most.min(options.file.0 / 2 + piece));
         let pieces = SlotPool::new(pieces, ByteCount(piece), "pieces of the benchmark")?;
         fill_slots(&blocks);
         fill_slots(&pieces);
         let link = Link::open(options.device, side, &[Arc::clone(pieces.region())])?;
-        let pool = Arc::new(Pool::new(Some(options.threads.unwrap_or(machine.cpus) as usize))?);
+        let pool = Arc::new(Pool::new(Some(threads as usize))?);
         progress.at(0.01, "making arrays in memory");
         let wanted = (machine.cache * BEYOND_CACHES).max(if options.quick { 192 << 20 } else { 768 << 20 });
         let arrays = wanted.min(most);
@@ -157,9 +160,9 @@ impl<'a> Bench<'a> {
         self.link.block(wanted as usize)
     }
 
-    /// The number of threads, in words.
+    /// The number of threads of all ranks, in words.
     pub(super) fn threads(&self) -> String {
-        match self.pool.threads() {
+        match self.pool.threads() * self.options.ranks as usize {
             1 => "1 thread".to_owned(),
             n => format!("{n} threads"),
         }

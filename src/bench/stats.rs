@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// What was moved in one round of a hop.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Round {
     /// Bytes moved while the clock ran.
     pub bytes: u64,
@@ -15,6 +17,25 @@ pub struct Round {
     pub time: Duration,
     /// Nanoseconds that each block took from its submission to its completion.
     pub latencies: Vec<u64>,
+    /// Bytes per second of each rank, where several measured at once.
+    pub each: Vec<f64>,
+}
+
+impl Round {
+    /// Of ranks that did it at once, for about the same time each: what all moved in the time of the first, at the rate of each.
+    pub fn at_once(rounds: &[Self]) -> Self {
+        let time = rounds.first().map_or(Duration::ZERO, |round| round.time);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bytes of a round")]
+        let all = |count: fn(&Self) -> u64| (rates(rounds, count).iter().sum::<f64>() * time.as_secs_f64()) as u64;
+        Self {
+            bytes: all(|round| round.bytes),
+            params: all(|round| round.params),
+            copied: all(|round| round.copied),
+            time,
+            latencies: rounds.iter().flat_map(|round| &round.latencies).copied().collect(),
+            each: rates(rounds, |round| round.bytes),
+        }
+    }
 }
 
 /// What each round did per second, in units that `count` gives; 0 for a round whose clock did not run.
@@ -95,6 +116,13 @@ mod tests {
 
     fn round(bytes: u64, millis: u64) -> Round {
         Round { bytes, time: Duration::from_millis(millis), latencies: vec![bytes], ..Round::default() }
+    }
+
+    #[test]
+    fn the_rate_of_ranks_at_once_is_the_sum_of_their_rates() {
+        let all = Round::at_once(&[round(100, 1000), round(600, 2000)]);
+        assert_eq!((rates(std::slice::from_ref(&all), |r| r.bytes), all.each), (vec![400.0], vec![100.0, 300.0]));
+        assert_eq!((all.time, all.latencies), (Duration::from_secs(1), vec![100, 600]));
     }
 
     #[test]

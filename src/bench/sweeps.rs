@@ -59,8 +59,10 @@ impl Bench<'_> {
         progress: &mut dyn Progress,
     ) -> Result<(Vec<Sweep>, Option<Settings>)> {
         let mut settings = None;
-        let mut sweeps = self.link_sweep(interrupt, progress)?;
-        if self.cached.is_none() {
+        // Of ranks only rank 0 is here: the others rest.
+        let alone = self.options.ranks == 1;
+        let mut sweeps = if alone { self.link_sweep(interrupt, progress)? } else { Vec::new() };
+        if alone && self.cached.is_none() {
             sweeps.push(self.thread_sweep(interrupt, progress)?);
         }
         if let Some(disk) = &self.disk {

@@ -21,7 +21,8 @@ const REMARKS_COLUMN: usize = 26;
 /// Everything, for a terminal. Rates are medians; GB is 1e9 bytes.
 pub fn text(report: &Report, look: Look) -> String {
     let mut page = Page { out: String::new(), look };
-    page.paragraph(Ink::Strong, &format!("{}, {}", report.machine.describe(), report.date));
+    let ranks = report.ranks.map(|ranks| format!(", {ranks} ranks at once")).unwrap_or_default();
+    page.paragraph(Ink::Strong, &format!("{}, {}{ranks}", report.machine.describe(), report.date));
     page.out.push('\n');
     page.hops(&report.hops);
     page.below(&report.hops);
@@ -205,7 +206,17 @@ pub(super) fn remarks(hop: &Hop) -> String {
     let figure = hop.figure.as_ref();
     let params = figure.and_then(|f| f.params_per_second).map(|params| format!("{:.3} Gparam/s", params / 1e9));
     let copies = figure.and_then(|f| f.copied_per_second).map(|copies| format!("copies {:.2} GB/s", copies / 1e9));
-    [limit, params, copies, fio].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    let each = figure.and_then(|figure| per_rank(&figure.per_rank));
+    [each, limit, params, copies, fio].into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// The rate of each rank, or from the slowest to the fastest.
+fn per_rank(rates: &[f64]) -> Option<String> {
+    let gigabytes = |rate: f64| format!("{:.2}", rate / 1e9);
+    let low = gigabytes(rates.iter().copied().reduce(f64::min)?);
+    let high = gigabytes(rates.iter().copied().reduce(f64::max)?);
+    let all = if low == high { low } else { format!("{low} to {high}") };
+    Some(format!("{all} GB/s per rank"))
 }
 
 /// `87 us`, `3.4 ms`, `340 ms`.
@@ -334,6 +345,20 @@ mod tests {
         let mut hop = hop("train_traffic", 1e9);
         hop.limit = Some(Limit { by: "nvme_read_write".to_owned(), bytes_per_second: 0.2e9, fraction: 3.9 });
         assert_eq!(remarks(&hop), "more than nvme_read_write, which was measured too low");
+    }
+
+    #[test]
+    fn ranks_at_once_have_their_rates_beside_the_sum() {
+        let mut hop = hop("adamw_cpu", 3e9);
+        let said = |hop: &mut Hop, rates: &[f64]| {
+            hop.figure.iter_mut().for_each(|figure| figure.per_rank = rates.to_vec());
+            remarks(hop)
+        };
+        assert_eq!(said(&mut hop, &[1e9, 2e9, 1.5e9]), "1.00 to 2.00 GB/s per rank");
+        assert_eq!(
+            (said(&mut hop, &[1e9, 1e9]), said(&mut hop, &[])),
+            ("1.00 GB/s per rank".to_owned(), String::new())
+        );
     }
 
     #[test]

@@ -21,7 +21,7 @@ const NEAR: f64 = 1.2;
 
 /// Sets the limit of every hop that has one.
 pub(super) fn set_limits(hops: &mut [Hop]) {
-    let (with_nvme, _) = loads(hops);
+    let (with_nvme, _) = loads(hops, 1);
     let mut limits: Vec<(&str, String, Vec<f64>)> = Vec::new();
     for (name, by) in [
         ("nvme_to_device", "nvme_read"),
@@ -72,10 +72,12 @@ pub(super) fn measured<'a>(hops: &'a [Hop], name: &str) -> Option<&'a Hop> {
     if name == "host_memory" { fastest(hops, name) } else { find(hops, name) }
 }
 
-/// What a step loads, slowest first: with states on NVMe, and with states in host memory.
-pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
+/// What a step loads, slowest first: with states on NVMe, and with states in host memory. Each of several ranks copies all parameters up; the
+/// rest they share, and none has anything on NVMe.
+pub(super) fn loads(hops: &[Hop], ranks: u32) -> (Vec<Load>, Vec<Load>) {
+    let up = UP_BYTES * u64::from(ranks);
     // On the host device a copy is made by the processor: a byte is read and one is written.
-    let copies = (UP_BYTES + DOWN_BYTES) * if on_host(hops) { 2 } else { 1 };
+    let copies = (up + DOWN_BYTES) * if on_host(hops) { 2 } else { 1 };
     let load = |hop: &str, bytes: u64| {
         let rate = measured(hops, hop)?.rate();
         Some(Load { hop: hop.to_owned(), bytes, params_per_second: rate / as_f64(bytes) })
@@ -83,7 +85,7 @@ pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
     let of = |nvme: bool| {
         let disk = if nvme { 2 * STATE_BYTES } else { 0 };
         let mut loads: Vec<Load> = [
-            load("host_to_device", UP_BYTES),
+            load("host_to_device", up),
             load("device_to_host", DOWN_BYTES),
             load("adamw_cpu", ADAMW_TRAFFIC),
             load("host_memory", ADAMW_TRAFFIC + copies + disk),
@@ -97,7 +99,7 @@ pub(super) fn loads(hops: &[Hop]) -> (Vec<Load>, Vec<Load>) {
         loads.sort_by(|a, b| a.params_per_second.total_cmp(&b.params_per_second));
         loads
     };
-    let with_nvme = if find(hops, "nvme_read_write").is_some() { of(true) } else { Vec::new() };
+    let with_nvme = if ranks == 1 && find(hops, "nvme_read_write").is_some() { of(true) } else { Vec::new() };
     (with_nvme, of(false))
 }
 
@@ -197,6 +199,7 @@ pub(super) mod tests {
             p99_us: 2.0,
             params_per_second: None,
             copied_per_second: None,
+            per_rank: Vec::new(),
         };
         Hop {
             name: name.to_owned(),
@@ -251,7 +254,7 @@ pub(super) mod tests {
     #[test]
     fn the_verdict_names_what_binds() {
         let hops = all();
-        let (with_nvme, in_memory) = loads(&hops);
+        let (with_nvme, in_memory) = loads(&hops, 1);
         assert_eq!(with_nvme[0].hop, "nvme_read_write");
         assert_eq!(with_nvme[0].params_per_second, 3e8);
         // 78 GB/s at 26 bytes, and 104 GB/s at 32: the processor is slower.
@@ -270,7 +273,7 @@ pub(super) mod tests {
             hops.retain(|hop| hop.name != "train_traffic");
             hops.push(hop("train_traffic", traffic));
             set_limits(&mut hops);
-            let (with_nvme, in_memory) = loads(&hops);
+            let (with_nvme, in_memory) = loads(&hops, 1);
             sentences(&hops, None, &with_nvme, &in_memory, &Options::new(Vec::new(), true)).swap_remove(0)
         };
         assert!(said(7.02e9).ends_with("reached 90 % of that."), "{}", said(7.02e9));
@@ -288,9 +291,18 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn of_several_ranks_each_copies_all_parameters_up() {
+        let (with_nvme, in_memory) = loads(&all(), 4);
+        let bytes = |name: &str| in_memory.iter().find(|load| load.hop == name).map(|load| load.bytes);
+        assert!(with_nvme.is_empty());
+        assert_eq!((bytes("host_to_device"), bytes("device_to_host")), (Some(16), Some(2)));
+        assert_eq!((bytes("adamw_cpu"), bytes("host_memory")), (Some(26), Some(44)), "28 + 4 per rank");
+    }
+
+    #[test]
     fn nothing_is_said_about_disks_that_were_not_measured() {
         let hops: Vec<Hop> = all().into_iter().filter(|hop| !hop.name.starts_with("nvme")).collect();
-        let (with_nvme, in_memory) = loads(&hops);
+        let (with_nvme, in_memory) = loads(&hops, 1);
         assert!(with_nvme.is_empty() && !in_memory.is_empty());
     }
 }

@@ -274,7 +274,8 @@ fn timed(
     let threads = sight.config.threads * ranks.map_or(1, |ranks| u32::try_from(ranks.ranks).unwrap_or(u32::MAX));
     let mut speed = rates(profile, machine.gpu.is_some(), threads)?;
     if let Some(ranks) = ranks {
-        speed = ranks.rates(&speed, memory);
+        let at_once = profile.ranks() as usize == ranks.ranks;
+        speed = ranks.rates(&speed, if at_once { 0.0 } else { memory });
     }
     let work = work(sight.layout, uses, compute, sight.config)?;
     let tokens = compute.tokens * machine.ranks as u64;
@@ -464,7 +465,10 @@ fn notes(machine: &Machine, compute: Compute) -> Vec<String> {
                 "Compute is unknown: give --tokens and --flops, or --compute-seconds; times are left out.".to_owned(),
             );
         }
-        Some(p) => notes.push(format!("Rates of {} ({}), measured {}.", p.host, p.device.name, p.measured)),
+        Some(p) => {
+            notes.push(format!("Rates of {} ({}), measured {}.", p.host, p.device.name, p.measured));
+            notes.extend(ranks::measured_otherwise(p.ranks() as usize, machine.ranks));
+        }
     }
     notes.push("hbm is what is paged: activations, and torch's own memory, come on top.".to_owned());
     notes

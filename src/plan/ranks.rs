@@ -61,6 +61,18 @@ pub(super) fn of(
     }
 }
 
+/// What to say of rates that another number of ranks measured at once; nothing where it is the same.
+pub(super) fn measured_otherwise(measured: usize, planned: usize) -> Option<String> {
+    let by = if measured == 1 { "one process".to_owned() } else { format!("{measured} ranks at once") };
+    (measured != planned).then(|| match planned {
+        1 => format!("These rates are of {by}; one alone may be faster. Measure it: funicular bench --save."),
+        _ => format!(
+            "These rates are of {by}, not of {planned} ranks; what all copy at once is not more than memory.bandwidth. Measure it: torchrun \
+             --nproc-per-node {planned} -m funicular bench --save."
+        ),
+    })
+}
+
 fn gradient_bytes(unit: &Unit, section: usize, elems: u64) -> u64 {
     let section = &unit.sections[section];
     if section.trainable { elems * StateKind::Grad.element_size(section.dtype) as u64 } else { 0 }
@@ -83,7 +95,8 @@ impl RanksPlan {
     }
 
     /// The rates by which a rank's step is played through: it copies all parameters up, by its part of the host's memory, and waits for the
-    /// gradients and the updates of all, which all make at once. `memory`: what the host's memory moves, 0 if that is not known.
+    /// gradients and the updates of all, which all make at once. `memory`: what the host's memory moves, 0 if that is not known, or if `one` is
+    /// of as many ranks measured at once.
     pub(super) fn rates(&self, one: &Rates, memory: f64) -> Rates {
         #[expect(clippy::cast_precision_loss, reason = "a handful of ranks")]
         let ranks = self.ranks as f64;

@@ -43,6 +43,8 @@ pub(super) fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates>
     if gpu == on_host || profile.device.host_to_device <= 0.0 || profile.memory.adamw_params <= 0.0 {
         return None;
     }
+    // Those of ranks at once are sums: each has a GPU of its own, and the processors in common.
+    let each = |rate: f64| if gpu { rate / f64::from(profile.ranks()) } else { rate };
     let known = |rate: f64, else_| if rate > 0.0 { rate } else { else_ };
     // Rates of threads add up until the memory is saturated, which may take fewer threads than there are.
     let all = profile.memory.adamw_params;
@@ -50,9 +52,9 @@ pub(super) fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates>
     let share = (one * f64::from(threads) / all).min(1.0);
     let nvme = |rate: f64| known(rate, f64::MIN_POSITIVE);
     Some(Rates {
-        up: profile.device.host_to_device,
-        down: profile.device.device_to_host,
-        both: known(profile.device.bidirectional, profile.device.host_to_device + profile.device.device_to_host),
+        up: each(profile.device.host_to_device),
+        down: each(profile.device.device_to_host),
+        both: each(known(profile.device.bidirectional, profile.device.host_to_device + profile.device.device_to_host)),
         nvme_read: nvme(profile.nvme.read),
         nvme_write: nvme(profile.nvme.write),
         // At the rate of updates that stream: some disks serve those better than single reads and writes in turn.
@@ -63,7 +65,7 @@ pub(super) fn rates(profile: &Profile, gpu: bool, threads: u32) -> Option<Rates>
             * share,
         device_update: match on_host {
             true => profile.memory.adamw_params * share,
-            false => known(profile.device.adamw_params, DEVICE_UPDATE),
+            false => known(each(profile.device.adamw_params), DEVICE_UPDATE),
         },
         shared: on_host.then_some(threads.max(1)),
     })

@@ -16,6 +16,10 @@ pub struct Profile {
     pub measured: String,
     /// On which machine.
     pub host: String,
+    /// How many ranks measured at once, where there were several: rates are then sums over ranks, but for `adamw_params_one_thread` and
+    /// those of disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<u32>,
     /// The device and its link.
     pub device: DeviceRates,
     /// Host memory and the processor.
@@ -95,6 +99,11 @@ impl Profile {
     /// First line of the file.
     pub const HEADER: &'static str = "# Measured by funicular bench --save; rates in bytes per second.";
 
+    /// How many processes measured at once.
+    pub fn ranks(&self) -> u32 {
+        self.ranks.unwrap_or(1).max(1)
+    }
+
     /// Where it is kept: `funicular/profile.toml` in `$XDG_CONFIG_HOME`, or in `~/.config`. None without a home.
     pub fn default_path() -> Option<PathBuf> {
         let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -140,6 +149,10 @@ mod tests {
         assert!(text.starts_with(Profile::HEADER) && text.contains("[[path]]"), "{text}");
         std::fs::write(&file, text).expect("writes");
         assert_eq!(Profile::read(&file).expect("reads"), profile);
+        assert!(!profile.to_toml().expect("text").contains("ranks"), "one process says nothing of ranks");
+        let several = Profile { ranks: Some(2), ..profile };
+        std::fs::write(&file, several.to_toml().expect("text")).expect("writes");
+        assert_eq!(Profile::read(&file).expect("reads"), several);
         // Keys that an older program did not measure are 0.
         std::fs::write(&file, "version = 1\n[memory]\nadamw_params = 2e9").expect("writes");
         let memory = Profile::read(&file).expect("reads").memory;

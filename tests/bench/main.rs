@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "lowers limits of child processes before they start")]
 
 mod limits;
+mod ranks;
 
 use std::{
     io::{self, Read},
