@@ -6,6 +6,8 @@
 
 #[cfg(feature = "heap")]
 use std::alloc::{GlobalAlloc, Layout, System};
+#[cfg(any(feature = "heap", test))]
+use std::time::Duration;
 use std::{
     ptr,
     sync::atomic::{AtomicPtr, Ordering},
@@ -21,11 +23,25 @@ static BALLAST: AtomicPtr<libc::c_void> = AtomicPtr::new(ptr::null_mut());
 #[cfg(feature = "heap")]
 pub(crate) struct Heap;
 
-/// Repeats a refused allocation once after giving the reserve up; the first result if it succeeded or there is no
-/// reserve.
-#[cfg(feature = "heap")]
-fn retried(first: *mut u8, again: impl FnOnce() -> *mut u8) -> *mut u8 {
-    if first.is_null() && give_up() { again() } else { first }
+/// How often a refused allocation is repeated, and the pause before each.
+#[cfg(any(feature = "heap", test))]
+const AGAIN: (u32, Duration) = (100, Duration::from_millis(1));
+
+/// Repeats a refused allocation after giving the reserve up. Several times: another thread may be giving it up, and the C library takes twice the
+/// address space of a thread's heap (64 MiB) for a moment.
+#[cfg(any(feature = "heap", test))]
+fn retried(first: *mut u8, mut again: impl FnMut() -> *mut u8) -> *mut u8 {
+    let mut place = first;
+    for _ in 0..AGAIN.0 {
+        if !place.is_null() {
+            break;
+        }
+        if !give_up() {
+            std::thread::sleep(AGAIN.1);
+        }
+        place = again();
+    }
+    place
 }
 
 #[cfg(feature = "heap")]
@@ -88,7 +104,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_given_up_is_set_aside_again() {
+    fn what_is_refused_is_asked_for_again_and_the_reserve_set_aside_again() {
+        let mut left = 3;
+        let mut word = 0u8;
+        let place = retried(ptr::null_mut(), || {
+            left -= 1;
+            if left > 0 { ptr::null_mut() } else { &raw mut word }
+        });
+        assert_eq!((left, place), (0, &raw mut word));
+        let mut asked = 0;
+        let none = retried(ptr::null_mut(), || {
+            asked += 1;
+            ptr::null_mut()
+        });
+        assert!(none.is_null() && asked == AGAIN.0);
+
+        // In one test, as there is one reserve.
         set_aside().expect("there is room");
         assert!(give_up() && !give_up());
         set_aside().expect("there is room");

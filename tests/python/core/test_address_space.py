@@ -57,6 +57,25 @@ GLIBC_ENDS = {
 ABOVE = [*range(0, 64, 5), *range(64, 160, 12), *range(160, 400, 40), 4096]
 
 
+HEAP_ENDS = "ended -6: memory allocation"
+
+
+def asked(above: list[int], disk: str, placement: str) -> dict[int, str]:
+    """What happens so much above the limit; endings that the C library excuses itself for are left out."""
+    status, out, err = children.finish(children.start(LIMITED.format(above=above), disk, PLACEMENTS[placement]), 280)
+    assert status == 0, err
+    print(out, err)
+    outcomes = {int(line.split()[0]): line.split(maxsplit=1)[1] for line in out.splitlines() if re.match(r"\d+ ", line)}
+    assert set(outcomes) == set(above)
+    # The C library itself ends a process where it finds no memory for a thread's thread-local data; it says so each time.
+    for word, ending in GLIBC_ENDS.items():
+        excused = [above for above, outcome in outcomes.items() if outcome == ending][: err.count(word)]
+        outcomes = {above: outcome for above, outcome in outcomes.items() if above not in excused}
+    if "memory allocation of" in err:
+        outcomes = {above: HEAP_ENDS if outcome == "ended -6" else outcome for above, outcome in outcomes.items()}
+    return outcomes
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(CUDA, reason="CUDA reserves more than any such limit")
@@ -64,16 +83,11 @@ ABOVE = [*range(0, 64, 5), *range(64, 160, 12), *range(160, 400, 40), 4096]
 def test_near_the_limit(placement: str, disk: str, io_uring: bool):
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    status, out, err = children.finish(children.start(LIMITED.format(above=ABOVE), disk, PLACEMENTS[placement]), 280)
-    assert status == 0, err
-    lines = out.splitlines()
-    print(out, err)
-    outcomes = {int(line.split()[0]): line.split(maxsplit=1)[1] for line in lines if re.match(r"\d+ ", line)}
-    assert set(outcomes) == set(ABOVE)
-    # The C library itself ends a process where it finds no memory for a thread's thread-local data; it says so each time.
-    for word, ending in GLIBC_ENDS.items():
-        excused = [above for above, outcome in outcomes.items() if outcome == ending][: err.count(word)]
-        outcomes = {above: outcome for above, outcome in outcomes.items() if above not in excused}
+    outcomes = asked(ABOVE, disk, placement)
+    # Where threads start all at once, one of them may find nothing of what was set aside: seen in one of 24 runs, on a machine six times as busy as
+    # it can be. It must not be so twice.
+    if ended := [above for above, outcome in outcomes.items() if outcome == HEAP_ENDS]:
+        outcomes = {at: outcome for at, outcome in outcomes.items() if at not in ended} | asked(ended, disk, placement)
     for above, outcome in outcomes.items():
         # torch's own allocations may fail as well, by its own exceptions.
         assert not outcome.startswith("ended"), f"{above} MiB: {outcome}"
