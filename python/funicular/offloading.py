@@ -109,7 +109,7 @@ def offload(
     ranks = resolve(group)
     with agreed(ranks, "looked at its model and its policy"):
         refuse_movers(model)
-        resolved = Policy.load(policy).on_current_gpu()
+        resolved = Policy.load(policy)
         if ranks is not None:
             refuse_for_ranks(model)
         began = time.monotonic()
@@ -146,6 +146,7 @@ def _tell_homes(session: Session, seconds: float) -> None:
 def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast, ranks: Group | None) -> Session:
     with agreed(ranks, "looked for its model's units"):
         check_process()
+        resolved = resolved.on_current_gpu()  # once this is no forked child: CUDA fails there
         found = find_units(model, resolved.unit_patterns())
         if torch.version.cuda is not None:
             tell_core()

@@ -250,6 +250,24 @@ def test_a_child_that_offloads_is_refused_by_name(two_worlds: World):
     run.train(1, look=False)
 
 
+def test_a_child_that_offloads_to_a_gpu_is_refused_by_name(host_world: World, monkeypatch: pytest.MonkeyPatch):
+    """Before it asks CUDA which GPU is meant: CUDA does not start in a child."""
+    run = offloaded(host_world)
+
+    def work() -> int:
+        def start() -> int:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.current_device", start)
+        with pytest.raises(funicular.RuntimeFailure, match=r"FN-E103.*'spawn'"):
+            funicular.offload(Stack(depth=2), {"device": "cuda"})
+        return 0
+
+    assert in_child(work, 60) == 0
+    run.train(1, look=False)
+
+
 def _nothing() -> None:
     pass
 
