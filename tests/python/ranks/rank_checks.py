@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -207,18 +208,24 @@ def different_backwards(world: World) -> list[str]:
     return [message(lambda: model(own_batch(1)).sum().backward())]
 
 
-def sharing(world: World) -> list[Any]:
-    """What exchanges gradients or moves weights itself: around an offloaded model, in one that is to be, and as one; and a step after that."""
+def fsdp() -> tuple[Any, Any]:
+    """``FullyShardedDataParallel`` and ``fully_shard`` over all ranks, called with a module alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     near = torch.device("cuda", torch.cuda.current_device()) if DEVICE.type == "cuda" else DEVICE
+    return functools.partial(FullyShardedDataParallel, device_id=near), functools.partial(fully_shard, mesh=mesh)
+
+
+def sharing(world: World) -> list[Any]:
+    """What exchanges gradients or moves weights itself: around an offloaded model, in one that is to be, and as one; and a step after that."""
+    wrapped, sharded = fsdp()
     ways = {
         "DistributedDataParallel": DistributedDataParallel,
         "DataParallel": nn.DataParallel,
-        "FullyShardedDataParallel": lambda part: FullyShardedDataParallel(part, device_id=near),
-        "FSDPModule": lambda part: fully_shard(part, mesh=mesh),
+        "FullyShardedDataParallel": wrapped,
+        "FSDPModule": sharded,
     }
     model, opt = offloaded(world)
     said = {}
@@ -243,25 +250,21 @@ def on_one_gpu(world: World) -> str:
 
 def sharded_by_fsdp(world: World) -> list[Any]:
     """FSDP around an offloaded model, a block of it, blocks of it, and what holds it; a step after that; and FSDP once it is unwrapped."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
-    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
-    near = torch.device("cuda", torch.cuda.current_device()) if DEVICE.type == "cuda" else DEVICE
+    wrapped, sharded = fsdp()
     model, opt = offloaded(world)
     places = {id(p): p.data_ptr() for p in model.parameters()}
     tries = {
-        "FullyShardedDataParallel": lambda: FullyShardedDataParallel(model, device_id=near),
-        "FullyShardedDataParallel of a block": lambda: FullyShardedDataParallel(model.layers[0], device_id=near),
-        "fully_shard": lambda: fully_shard(model, mesh=mesh),
-        "fully_shard of a block": lambda: fully_shard(model.layers[0], mesh=mesh),
-        "fully_shard of blocks": lambda: fully_shard([model.layers[0], model.layers[1]], mesh=mesh),
-        "fully_shard of what holds it": lambda: fully_shard(nn.Sequential(model), mesh=mesh),
+        "FullyShardedDataParallel": lambda: wrapped(model),
+        "FullyShardedDataParallel of a block": lambda: wrapped(model.layers[0]),
+        "fully_shard": lambda: sharded(model),
+        "fully_shard of a block": lambda: sharded(model.layers[0]),
+        "fully_shard of blocks": lambda: sharded([model.layers[0], model.layers[1]]),
+        "fully_shard of what holds it": lambda: sharded(nn.Sequential(model)),
     }
     said = {name: message(way) for name, way in tries.items()}
     same = {id(p): p.data_ptr() for p in model.parameters()} == places and "_fsdp" not in repr(vars(model))
     after = message(lambda: train_one(model, opt, 0))
-    fully_shard(funicular.unwrap(model).to(DEVICE), mesh=mesh)
+    sharded(funicular.unwrap(model).to(DEVICE))
     model(own_batch(1)).sum().backward()
     return [said, same, after, type(model).__name__]
 
