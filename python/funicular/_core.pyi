@@ -414,10 +414,16 @@ def forked() -> None: ...
 
 @final
 class ThreadSwitch:
-    """Descriptor: ``inside`` for threads in the instance's ``attribute`` and on the class, but for code of ``asks``; else ``outside``."""
+    """Descriptor: ``inside`` for threads that the instance's ``attribute`` lets in, and on the class; else ``outside``: see switch.rs."""
 
     def __new__(
-        cls, attribute: str, inside: object, outside: object, asks: str, calls_in: Callable[[CodeType], frozenset[int]]
+        cls,
+        attribute: str,
+        inside: object,
+        outside: object,
+        asks: str,
+        calls_in: Callable[[CodeType], frozenset[int]],
+        task: Callable[[], int],
     ) -> ThreadSwitch: ...
     def __get__(self, instance: object, owner: type | None = None, /) -> Any: ...
 

@@ -66,10 +66,12 @@ impl Asked {
     }
 }
 
-/// Gives `inside` to the threads whose number (`threading.get_ident`) is in the container that the instance has as `attribute`,
-/// to code that only asks whether there is an override, and to lookups on the class; `outside` to all others, and to lookups on
-/// the class by code of the file `asks`: there torch asks whether arguments of this class have an override at all, once one of
-/// them has said so.
+/// Gives `inside` to the threads that are inside, to code that only asks whether there is an override, and to lookups on the class;
+/// `outside` to all others, and to lookups on the class by code of the file `asks`: there torch asks whether arguments of this class
+/// have an override at all, once one of them has said so.
+///
+/// The instance has a dictionary as `attribute`, from the number of each thread that is inside (`threading.get_ident`) to 0, or to -1 -
+/// the number of the backward in which it is inside. What `task` returns is the number of the backward that the thread is in.
 #[pyclass(frozen, module = "funicular._core")]
 pub(super) struct ThreadSwitch {
     attribute: Py<PyString>,
@@ -78,6 +80,16 @@ pub(super) struct ThreadSwitch {
     asks: Py<PyString>,
     asked: Asked,
     get_ident: Py<PyAny>,
+    task: Py<PyAny>,
+}
+
+impl ThreadSwitch {
+    fn lets_in(&self, threads: &Bound<'_, PyDict>) -> PyResult<bool> {
+        let py = threads.py();
+        let Some(by) = threads.get_item(self.get_ident.bind(py).call0()?)? else { return Ok(false) };
+        let by: i64 = by.extract()?;
+        Ok(by == 0 || by == -1 - self.task.bind(py).call0()?.extract::<i64>()?)
+    }
 }
 
 #[pymethods]
@@ -90,9 +102,10 @@ impl ThreadSwitch {
         outside: Py<PyAny>,
         asks: Py<PyString>,
         calls_in: Py<PyAny>,
+        task: Py<PyAny>,
     ) -> PyResult<Self> {
         let get_ident = py.import("_thread")?.getattr("get_ident")?.unbind();
-        Ok(Self { attribute, inside, outside, asks, asked: Asked::new(py, calls_in)?, get_ident })
+        Ok(Self { attribute, inside, outside, asks, asked: Asked::new(py, calls_in)?, get_ident, task })
     }
 
     fn __get__(
@@ -106,7 +119,7 @@ impl ThreadSwitch {
             return Ok(if caller.eq(&self.asks)? { &self.outside } else { &self.inside }.clone_ref(py));
         }
         let threads = instance.getattr(self.attribute.bind(py))?;
-        let within = threads.contains(self.get_ident.bind(py).call0()?)? || self.asked.asks(&self.asked.frame(py)?)?;
+        let within = self.lets_in(threads.cast()?)? || self.asked.asks(&self.asked.frame(py)?)?;
         Ok(if within { &self.inside } else { &self.outside }.clone_ref(py))
     }
 }

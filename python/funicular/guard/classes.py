@@ -8,7 +8,6 @@ all others: they use the home.
 from __future__ import annotations
 
 import sys
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +35,7 @@ from funicular.guard.torch_functions import (
     written,
 )
 from funicular.homes.edits import check_conversion, note, replace_data, touch
+from funicular.torch_internals.autograd import backward_task
 from funicular.torch_internals.memory import make_subclass, number_of
 from funicular.torch_internals.operations import MAY_BECOME, USE_COUNT, known_to_foreach
 from funicular.torch_internals.overrides import NO_OVERRIDE, override, unguarded
@@ -187,8 +187,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if func is MAY_BECOME and isinstance(args[1], torch.Tensor):
         # `module.to(...)` and its kin ask before they move a parameter or replace it.
         check_conversion(refs[0], args[1])
-    me = get_ident()
-    outside = [ref for ref in refs if me not in ref.unit.inside]
+    outside = [ref for ref in refs if not ref.unit.is_inside()]
     use = Access()
     try:
         UNDER_WAY.append(use)
@@ -202,7 +201,7 @@ def _call_on_params(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             for ref in owner.access(mine, use, raw=func in RAW, plain=plain):
                 swap[id(ref.param)] = ref.stand_in
                 back[id(ref.stand_in)] = ref.param
-        if func == DATA_SET and args[0] is params[0] and me not in refs[0].unit.inside:
+        if func == DATA_SET and args[0] is params[0] and not refs[0].unit.is_inside():
             replace_data(refs[0], args[1])
             return None
         if func is _T.data_ptr:
@@ -387,7 +386,7 @@ def _touch(p: torch.Tensor, *, by_address: bool) -> None:
     waits for the device: there only ``.data`` is watched, and everything under ``debug.poison``.
     """
     ref = ref_of(p)
-    if ref is None or get_ident() not in ref.unit.inside:
+    if ref is None or not ref.unit.is_inside():
         return
     owner = ref.unit.owner
     if not by_address or owner.device.type == "cpu" or owner.poison:
@@ -420,6 +419,7 @@ class WindowParameter(GuardedParameter):
         # Functions of torch's that are written in Python ask the class, once an instance has said that there is something to ask.
         torch.overrides.__file__,
         calls_in,
+        backward_task,
     )
 
     @property

@@ -16,6 +16,8 @@ from funicular.torch_internals.memory import number_of, uses_of
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     import torch
 
     from funicular._core import Engine
@@ -137,7 +139,7 @@ class Unit:
         self.shadow_filled = False
         #: calls of the unit's modules under way
         self.calls: list[ModuleCall] = []
-        #: threads for which the parameters are plain, with -1 - the backward in which they came in
+        #: threads for which the parameters are plain: 0 for a module's call, -1 - the number of a backward until that is over
         self.inside: dict[int, int] = {}
         self.where = Where.HOME
         #: the frames have edits that the home lacks
@@ -314,13 +316,23 @@ class Unit:
         me = threading.get_ident()
         return any(use.thread != me and self in use.themselves for use in list(UNDER_WAY))
 
-    def has_others_inside(self) -> bool:
-        """Whether other threads may be using the parameters at their frames."""
-        return len(self.inside) > (threading.get_ident() in self.inside)
+    def is_inside(self) -> bool:
+        """Whether the parameters are plain for this thread. A backward that failed lets nobody in any more."""
+        by = self.inside.get(threading.get_ident())
+        return by is not None and (by == 0 or by == -1 - backward_task())
+
+    def others_inside(self, backwards: Container[int]) -> bool:
+        """Whether other threads may be using the parameters at their frames: in a module's call, or in one of these backwards."""
+        me = threading.get_ident()
+        return any(
+            thread != me and (self._called_by(thread) or (by < 0 and -1 - by in backwards))
+            for thread, by in list(self.inside.items())
+        )
 
     def let_in(self) -> None:
         """Let this thread use the parameters at their frames."""
-        self.inside.setdefault(threading.get_ident(), -1 - backward_task())
+        if not self.is_inside():
+            self.inside[threading.get_ident()] = -1 - backward_task()
 
     @property
     def depth(self) -> int:
@@ -337,6 +349,7 @@ class Unit:
     def forget_calls_of(self, thread: int) -> None:
         """Forget the calls of a thread in which nothing of a forward or backward is under way."""
         self.calls[:] = [call for call in self.calls if call.thread != thread]
+        self.inside.pop(thread, None)
 
     def end_backward(self, task: int) -> None:
         """Take away the threads' access that a backward gave them, once it is over."""

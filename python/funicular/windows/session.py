@@ -78,13 +78,15 @@ class Session:
         self.residents: list[torch.nn.Parameter] = []
         self.poison = policy.debug.poison
         self.homes = Homes(engine, device, self.units)
-        self.windows = Windows(self.homes, self.units, poison=self.poison)
         self.gradients: Gradients
         if group is None:
             self.gradients = Gradients(engine, device, sums_up=_core.brings_sums_up(engine))
         else:
             self.gradients = RankGradients(engine, device, group)
-            self.windows.shared, self.homes.refuse = True, self._refuse_edit
+            self.homes.refuse = self._refuse_edit
+        self.windows = Windows(
+            self.homes, self.units, self.gradients.backwards, poison=self.poison, shared=group is not None
+        )
         self.homes.room_elsewhere = self.gradients.make_room
         self.leases = LeaseHooks()
         self.activations: Any = None  # see Activations: block inputs that wait in host memory, where the policy says so
@@ -180,14 +182,14 @@ class Session:
     def close(self, unit: Unit, *, force: bool = False) -> None:
         """Bring the parameters home and give the frames up, unless other tensors look at them.
 
-        ``force`` also where another thread is inside.
+        ``force`` also where another thread is inside: its parameters are needed at home.
         """
         self.windows.close(unit, force=force)
 
     @_locked
     def close_left(self, unit: Unit) -> None:
         """Close a window whose end found another thread's operation on the parameters under way."""
-        if unit.is_open and not unit.inside and unit.depth == 0:
+        if unit.is_open and not unit.is_inside() and unit.depth == 0:
             self.windows.close(unit)
 
     @_locked

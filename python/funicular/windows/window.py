@@ -22,6 +22,7 @@ from funicular.torch_internals.overrides import unguarded
 from funicular.units.unit import Where
 
 if TYPE_CHECKING:
+    from funicular.gradients.adding import Backwards
     from funicular.homes.current import Homes
     from funicular.units.unit import Unit
 
@@ -31,13 +32,15 @@ __all__ = ["Windows"]
 class Windows:
     """The windows of one model's units. Its methods are called with the session's lock held."""
 
-    def __init__(self, homes: Homes, units: list[Unit], *, poison: bool) -> None:
+    def __init__(self, homes: Homes, units: list[Unit], backwards: Backwards, *, poison: bool, shared: bool) -> None:
         self._homes, self._engine = homes, homes.engine
         self._units = units
+        #: the backwards under way, of all threads
+        self._backwards = backwards
         #: frames are digested as they are entered, so that edits are found that cannot be followed
         self._poison = poison
         #: homes are the same memory for several processes
-        self.shared = False
+        self._shared = shared
 
     def open(self, unit: Unit, phase: int) -> bool:
         """Bring a unit's parameters to their frames, for this thread; False if they must be used from their home."""
@@ -67,15 +70,15 @@ class Windows:
         return True
 
     def close(self, unit: Unit, *, force: bool = False) -> None:
-        """Bring the parameters home and give the frames up, as far as nothing looks at them.
+        """Bring the parameters home and give the frames up, as far as nothing looks at them and no other thread is inside.
 
-        ``force`` also where another thread is inside.
+        ``force`` also where another thread is inside: its parameters are needed at home.
         """
         if unit.where is not Where.HOME:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if in_backward() and unit.frame_in_use():
                 return
-            if unit.is_used_by_others() or (unit.has_others_inside() and not force):
+            if unit.is_used_by_others() or (not force and unit.others_inside(self._backwards)):
                 return
             self.go_home(unit)
         elif unit.held:
@@ -97,7 +100,7 @@ class Windows:
             away = [ref for ref in unit.params if not interrupted or ref.numel == 0 or not ref.at_home()]
             for ref in away:
                 inside.look(ref)
-            if self.shared and inside.edited:
+            if self._shared and inside.edited:
                 inside.refused = inside.refused or edit_of_shared(f"'{inside.edited[0].name}'")
                 inside.edited.clear()
                 self._engine.invalidate(unit.engine_id, self._homes.stream())
@@ -118,7 +121,7 @@ class Windows:
         """Close what is not in use: before a step, and where nothing of a forward is left."""
         for unit in self._units:
             if unit.held and unit.depth == 0:
-                self.close(unit, force=True)
+                self.close(unit)
 
     def recover(self) -> None:
         """Close what this thread left open: nothing of a forward or backward is under way in it."""
@@ -126,5 +129,5 @@ class Windows:
         for unit in self._units:
             unit.forget_calls_of(me)
             if unit.moving and unit.depth == 0:
-                self.close(unit, force=True)
+                self.close(unit)
         self.close_all()

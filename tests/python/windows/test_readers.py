@@ -80,17 +80,20 @@ def beside(run: Run, readers: list[Callable[..., None]], train: Callable[[], Any
     """Train while others read; every number that they see is finite, though stale bytes are NaN here (``debug.poison``)."""
     stop, wrong, reads = threading.Event(), [], [0] * len(readers)
 
-    def see(tensor: torch.Tensor) -> None:
-        if not bool(torch.isfinite(tensor.detach()).all()):
-            wrong.append("not finite")
-
     def work(i: int) -> None:
+        name = readers[i].__name__
+
+        def see(tensor: torch.Tensor) -> None:
+            stale = int((~torch.isfinite(tensor.detach())).sum())
+            if stale:
+                wrong.append(f"{name}: {stale} of {tensor.numel()} not finite")
+
         try:
             while not stop.is_set():
                 readers[i](run, see)
                 reads[i] += 1
         except BaseException as error:
-            wrong.append(repr(error))
+            wrong.append(f"{name}: {error!r}")
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(readers))]
     for thread in threads:
@@ -127,6 +130,76 @@ def test_all_at_once(world):
             beside(run, READERS, lambda: run.train(3, look=False))
         else:
             run.train(3, look=False)
+
+    compare(world, stack(), script)
+
+
+def slowly(run: Run, p: torch.Tensor, begun: threading.Event, over: threading.Event) -> None:
+    """Run operations that take long enough for a step in their midst, until another thread has trained."""
+    big = torch.full((1_000_000, WIDTH), 3.5, device=run.device)
+    with torch.no_grad():
+        while not over.is_set():
+            begun.set()
+            assert torch.isfinite(torch.atan2(big, p)).all(), "stale bytes"
+
+
+def gradients(run: Run, hook: Callable[..., None]) -> None:
+    """Run a backward whose last block but one comes to a hook, with the last one's window open."""
+    block = run.model.layers[0]
+    handle = block.register_forward_hook(lambda module, args, output: output.register_hook(hook) and None)
+    x = torch.ones(4, WIDTH, device=run.device, requires_grad=True)
+    out = run.model(x)
+    handle.remove()
+    torch.autograd.grad(out.square().mean(), x)
+
+
+class Struck(Exception):
+    pass
+
+
+def after_a_backward_that_failed(run: Run, begun: threading.Event, over: threading.Event) -> None:
+    def strike(grad: torch.Tensor) -> None:
+        raise Struck
+
+    with pytest.raises(Struck):
+        gradients(run, strike)
+    slowly(run, run.model.layers[0].up.bias, begun, over)
+
+
+def amid_a_backward(run: Run, begun: threading.Event, over: threading.Event) -> None:
+    def look(grad: torch.Tensor) -> None:
+        slowly(run, run.model.layers[0].up.bias, begun, over)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(run, look)
+
+
+@pytest.mark.parametrize("reads", [after_a_backward_that_failed, amid_a_backward])
+def test_frames_stay_while_another_thread_computes_from_them(reads, world):
+    """Steps take no frames away that another thread's operation may be reading: it was let in by a backward, which may have failed."""
+
+    def script(run: Run) -> None:
+        run.train(1)
+        for _ in range(3):
+            begun, over, wrong = threading.Event(), threading.Event(), []
+
+            def other(begun: threading.Event = begun, over: threading.Event = over, wrong: list[str] = wrong) -> None:
+                try:
+                    reads(run, begun, over)
+                except BaseException as error:
+                    wrong.append(repr(error))
+                finally:
+                    begun.set()
+
+            thread = threading.Thread(target=other)
+            if run.offloaded:
+                thread.start()
+                assert begun.wait(60)
+            run.train(1)
+            over.set()
+            if run.offloaded:
+                thread.join()
+            assert not wrong, wrong
 
     compare(world, stack(), script)
 
