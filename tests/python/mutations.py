@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import pkgutil
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch.distributed as dist
 
 from funicular.testing import mean_of_pieces as _mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_send = pkgutil.resolve_name("funicular.gradients.arrival.Landing.send")
+
+
+def _send_late(*args: Any, **kwargs: Any) -> None:
+    if dist.get_rank():
+        time.sleep(0.02)
+    _send(*args, **kwargs)
+
+
+_note_norm = pkgutil.resolve_name("funicular.gradients.clipping.note_norm")
 #: what is replaced, and by what
 MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "skip_backward_reload": ("funicular.windows.session.Session.open_for_backward", lambda self, unit: True),
@@ -36,6 +48,13 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     # No fault: what GPUs do.
     "exchange_early": ("funicular.ranks.gradients._EARLY", frozenset(["cpu", "cuda"])),
+    "land_late": ("funicular.gradients.arrival.Landing.send", _send_late),
+    "look_early": ("funicular.ranks.gradients.RankGradients._await_landed", lambda self: None),
+    "exchange_norms": ("funicular.ranks.norms.DEVICES", frozenset(["cpu", "cuda"])),
+    "halve_norms": (
+        "funicular.ranks.norms.note_norm",
+        lambda ref, grad, home, kind: _note_norm(ref, grad / 2, home, kind),
+    ),
     "never_fill": ("funicular.micro_batches.skip_last._compute", lambda waiting: None),
 }
 
@@ -47,10 +66,12 @@ def wrap(patch: pytest.MonkeyPatch, what: str, around: Callable[[Any], Callable[
 
 @contextlib.contextmanager
 def break_(what: str) -> Iterator[None]:
-    """Break one mechanism within the context."""
-    if what not in MUTATIONS:
-        msg = f"unknown mechanism {what!r}; known: {sorted(MUTATIONS)}"
+    """Break a mechanism within the context, or several, with a + between their names."""
+    names = what.split("+")
+    if not MUTATIONS.keys() >= set(names):
+        msg = f"unknown mechanism in {what!r}; known: {sorted(MUTATIONS)}"
         raise ValueError(msg)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*MUTATIONS[what])
+        for name in names:
+            patch.setattr(*MUTATIONS[name])
         yield

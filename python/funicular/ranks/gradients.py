@@ -20,8 +20,10 @@ from funicular.errors import Error, RuntimeFailure, UsageError
 from funicular.gradients.arrival import make_grad, move_out, place_for, rebase
 from funicular.gradients.backward import Gradients
 from funicular.homes.edits import edit_of_shared
+from funicular.ranks import norms
 from funicular.ranks.on_gpu import Beside
-from funicular.ranks.rounds import CLIPPED, PIECE, SHARED, STATES, ZEROS, Rounds
+from funicular.ranks.page import Page
+from funicular.ranks.rounds import CLIPPED, NORM, PIECE, SHARED, STATES, ZEROS, Rounds
 from funicular.ranks.slices import cut, flat, mean
 from funicular.ranks.stand_ins import guard, let_go, zeros_of
 from funicular.torch_internals.autograd import backward_task
@@ -49,27 +51,6 @@ _WORDS = {
 }  # fmt: skip
 
 
-class _Page:
-    """The page of the runtime in which ranks post."""
-
-    def __init__(self, engine: Engine, group: Group) -> None:
-        self._engine, self._group = engine, group
-
-    def post(self, unit: int, number: int, present: bytes) -> None:
-        _core.post_gradients(self._engine, unit, number, present)
-
-    def posted(self, unit: int, number: int) -> list[bytes] | None:
-        return _core.posted_gradients(self._engine, unit, number)
-
-    def wait(self, unit: int, number: int) -> list[bytes]:
-        with self._group.waiting("peers_grads", unit):
-            return _core.wait_posted(self._engine, unit, number)
-
-    def at_step(self, number: int) -> int | None:
-        with self._group.waiting("peers_step"):
-            return _core.at_step(self._engine, number)
-
-
 class RankGradients(Gradients):
     """The gradients of one model's units on one of several ranks."""
 
@@ -89,8 +70,9 @@ class RankGradients(Gradients):
         self._came: set[PagedParam] = set()
         #: this rank's gradients that were posted, each as the elements in memory
         self._mine: dict[PagedParam, torch.Tensor] = {}
-        #: what was exchanged in the backward under way, and may not be in its place yet
+        #: what was exchanged in the backward under way, and may not be in its place yet; and the same of backwards that are over
         self._under_way: set[PagedParam] = set()
+        self._landing_elsewhere: set[PagedParam] = set()
         #: a backward failed that others have, or may have, taken part in
         self._broken = False
 
@@ -107,7 +89,7 @@ class RankGradients(Gradients):
                     mine = [[(first, n) for section, first, n in of if section == ref.section] for of in ranges]
                     self._slices[ref] = cut(ref.start, ref.numel, mine)
         order = [(unit.engine_id, [ref.trainable for ref in unit.params]) for unit in trained]
-        self._rounds = Rounds(_Page(self._engine, self._group), order, self._states, self._exchange)
+        self._rounds = Rounds(Page(self._engine, self._group), order, self._states, self._exchange)
 
     # ------------------------------------------------------------------ a backward
 
@@ -192,12 +174,10 @@ class RankGradients(Gradients):
 
     def _landed(self) -> None:
         if self._under_way:
+            self._beside.join()
             with self._beside.exchange([]):
                 self._landing.finish(stream_of(self._device))
-            self._beside.join()
-            _core.tell_ranks(self._engine, "at the end of a backward, waiting for the gradients of others")
-            with self._group.waiting("peers_grads"):
-                _core.wait_gradients_landed(self._engine, self._rounds.number)
+            self._landing_elsewhere |= self._under_way
             self._under_way.clear()
         for ref, state in self._aside.items():
             with unguarded():
@@ -206,6 +186,14 @@ class RankGradients(Gradients):
         self._aside.clear()
         self._came.clear()
         self._bringers.clear()
+
+    def _await_landed(self) -> None:
+        """Wait until the other ranks' parts of gradients are in their places, for those who look there. A step does not: it uses this rank's."""
+        if self._landing_elsewhere:
+            _core.tell_ranks(self._engine, "after a backward, waiting for the gradients of others")
+            with self._group.waiting("peers_grads"):
+                _core.wait_gradients_landed(self._engine, self._rounds.number)
+            self._landing_elsewhere.clear()
 
     def join(self) -> None:
         """Wait until all ranks are at their step, and take part in backwards that only others have."""
@@ -254,6 +242,7 @@ class RankGradients(Gradients):
             assert there is not None
             same = grad.shape == there.shape and grad.dtype == there.dtype and grad.device == there.device
             if same and grad.layout == torch.strided:
+                self._await_landed()
                 self._engine.wait_gradients(stream_of(self._device))
                 expected = there if ref.factor is None else there * ref.factor
                 same = torch.equal(dense_bytes(grad), dense_bytes(expected))
@@ -272,6 +261,7 @@ class RankGradients(Gradients):
         if self.clipping.taken and ref.factor is not None:
             super().settle(ref, beside)  # refuses it
         stream = stream_of(self._device)
+        self._await_landed()
         self._engine.settle_update(ref.unit.engine_id, stream)
         self._engine.wait_gradients(stream)
         with torch.no_grad(), unguarded():
@@ -293,9 +283,10 @@ class RankGradients(Gradients):
     def drop_unfinished(self) -> None:
         """Have no gradient of parameters whose exchange has not ended: parts of it are missing."""
         with unguarded():
-            for ref in self._under_way:
+            for ref in self._under_way | self._landing_elsewhere:
                 ref.param.grad = None
         self._under_way.clear()
+        self._landing_elsewhere.clear()
 
     def clear(self, ref: PagedParam, grad: torch.Tensor) -> bool:
         """Carry out ``p.grad.zero_()``: zeros stand for the gradient, on this rank alone. False for another tensor than the gradient."""
@@ -351,7 +342,8 @@ class RankGradients(Gradients):
                 self._mine[ref] = self._taken(ref)
             if not self._aside[ref] & SHARED:
                 place_for(ref)  # code that holds an old gradient has its values from now on
-            found.append(self._aside[ref])
+            wanted = norms.is_wanted(ref, self.clipping.norms, adds=bool(self._aside[ref] & (SHARED | ZEROS)))
+            found.append(self._aside[ref] | (NORM if wanted else 0))
         return bytes(found)
 
     def _taken(self, ref: PagedParam) -> torch.Tensor:
@@ -399,14 +391,18 @@ class RankGradients(Gradients):
         self._compare(unit, posts)
         used: list[torch.Tensor] = []
         with self._beside.exchange(used):
-            came = self._swap(unit, posts, used)
+            came, means = self._swap(unit, posts, used)
+            for ref in came:
+                ref.forget_norm()
+            whole = [(ref, self._slices[ref]) for ref in came if all(post[self._index[ref]] & NORM for post in posts)]
+            if whole:
+                norms.take_norms(self._group, unit.engine_id, whole, means, self.clipping.norms)
         _core.gradients_sent(self._engine, unit.engine_id, number)
         for ref in came:
             self._under_way.add(ref)
             if not self._aside[ref] & (SHARED | ZEROS):
                 ref.begin_sum()
             ref.note_gradient()
-            ref.forget_norm()
             ref.stand_for_zeros(None)
             let_go(ref)
             with unguarded():
@@ -414,8 +410,13 @@ class RankGradients(Gradients):
         if len(came) == unit.trained:
             self.speculation.look(unit, stream_of(self._device))
 
-    def _swap(self, unit: Unit, posts: list[bytes], used: list[torch.Tensor]) -> list[PagedParam]:
-        """Give the others their parts of this rank's gradients, ``used``, and sum theirs. Returns whose gradients have come on any rank."""
+    def _swap(
+        self, unit: Unit, posts: list[bytes], used: list[torch.Tensor]
+    ) -> tuple[list[PagedParam], dict[PagedParam, list[tuple[Slice, torch.Tensor]]]]:
+        """Give the others their parts of this rank's gradients, ``used``, and sum theirs.
+
+        Returns whose gradients have come on any rank, and this rank's parts of their means.
+        """
         me = self._group.rank
         sends: list[tuple[int, torch.Tensor]] = []
         receives: list[tuple[int, torch.Tensor]] = []
@@ -440,10 +441,13 @@ class RankGradients(Gradients):
                 sums.append((ref, one, pieces))
         self._group.transfer(sends, receives, unit.engine_id)
         stream = stream_of(self._device)
+        means: dict[PagedParam, list[tuple[Slice, torch.Tensor]]] = {}
         for ref, one, pieces in sums:
-            self._landing.send(ref, self._sum(ref, one, pieces), stream, at=one.start)
+            total = self._sum(ref, one, pieces)
+            self._landing.send(ref, total, stream, at=one.start)
+            means.setdefault(ref, []).append((one, total))
         self._landing.reap(stream)
-        return came
+        return came, means
 
     def _sum(self, ref: PagedParam, one: Slice, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Return the mean over ranks, added to what is there if that counts."""

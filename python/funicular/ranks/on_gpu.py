@@ -34,7 +34,7 @@ _LOOK = 0.2
 #: seconds that the end of a model waits for that of its connections
 _END = 10.0
 #: units whose exchanges may be under way before backward waits for the first of them: their gradients stay in memory for so long
-_UNITS = 2
+_UNITS = 4
 
 
 def connect(members: list[int], device: torch.device, patience: timedelta) -> Any:

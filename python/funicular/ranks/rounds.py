@@ -17,13 +17,15 @@ from funicular.errors import RuntimeFailure
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CLIPPED", "PIECE", "SHARED", "STATES", "ZEROS", "Board", "Rounds"]
+__all__ = ["CLIPPED", "NORM", "PIECE", "SHARED", "STATES", "ZEROS", "Board", "Rounds"]
 
 #: What a parameter's gradient was before the round: none (0), the shared one, or zeros; and whether it is yet to be multiplied.
 SHARED, ZEROS, CLIPPED = 1, 2, 4
 STATES = SHARED | ZEROS | CLIPPED
 #: this rank has a gradient of the parameter
 PIECE = 8
+#: this rank expects to be asked for the norm of the gradient
+NORM = 16
 
 
 class Board(Protocol):
@@ -50,7 +52,8 @@ class Rounds:
     units
         Number of each unit, and how many parameters it has, in the order in which units are exchanged. The same on all ranks.
     states
-        Returns for a unit, which is about to be posted, what its gradients were before, a byte for each parameter.
+        Returns for a unit, which is about to be posted, what its gradients were before, and whether their norms are expected to be asked
+        for: a byte for each parameter.
     exchange
         Exchanges a unit that all have posted.
     """

@@ -16,7 +16,7 @@ from funicular.torch_internals.memory import number_of, uses_of
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Callable
 
     import torch
 
@@ -321,11 +321,11 @@ class Unit:
         by = self.inside.get(threading.get_ident())
         return by is not None and (by == 0 or by == -1 - backward_task())
 
-    def others_inside(self, backwards: Container[int]) -> bool:
-        """Whether other threads may be using the parameters at their frames: in a module's call, or in one of these backwards."""
+    def others_inside(self, under_way: Callable[[int], bool]) -> bool:
+        """Whether other threads may be using the parameters at their frames: in a module's call, or in a backward that is ``under_way``."""
         me = threading.get_ident()
         return any(
-            thread != me and (self._called_by(thread) or (by < 0 and -1 - by in backwards))
+            thread != me and (self._called_by(thread) or (by < 0 and under_way(-1 - by)))
             for thread, by in list(self.inside.items())
         )
 

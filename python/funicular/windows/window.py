@@ -78,7 +78,7 @@ class Windows:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if in_backward() and unit.frame_in_use():
                 return
-            if unit.is_used_by_others() or (not force and unit.others_inside(self._backwards)):
+            if unit.is_used_by_others() or (not force and unit.others_inside(self._backwards.__contains__)):
                 return
             self.go_home(unit)
         elif unit.held:

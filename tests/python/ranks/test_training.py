@@ -40,6 +40,33 @@ def test_units_exchanged_within_the_backward(options: dict[str, Any], host_world
 
 
 @pytest.mark.parametrize(
+    ("size", "script", "options"),
+    [
+        (2, "train", {"clip": 0.05, "accumulate": 2}),
+        (3, "train", {"clip": 0.05, "dtype": BF16, "model": "decoder", "tie": True}),
+        (3, "experts", {"clip": 0.05, "to_none": False}),
+        (2, "looking", {}),
+    ],
+    ids=str,
+)
+def test_norms_of_means_that_are_exchanged(size: int, script: str, options: dict[str, Any], host_world: World):
+    """As GPUs do, which take norms in memory of their own."""
+    several.compare(f"rank_scripts:{script}", size, host_world, broken="exchange_norms", **options)
+
+
+def test_gradients_that_land_late(host_world: World):
+    """A step does not wait for the parts of other ranks; a rank that looks at gradients does."""
+    several.compare("rank_scripts:train", 2, host_world, broken="land_late", clip=0.05, steps=2)
+    with pytest.raises(Mismatch, match=r"grad|norm"):
+        several.compare("rank_scripts:train", 2, host_world, broken="land_late+look_early", steps=2)
+
+
+def test_norms_can_fail(host_world: World):
+    with pytest.raises(Mismatch, match="norm"):
+        several.compare("rank_scripts:train", 2, host_world, broken="exchange_norms+halve_norms", clip=0.05)
+
+
+@pytest.mark.parametrize(
     ("size", "options"),
     [
         (2, {"rows": 1, "accumulate": 2, "dtype": BF16, "clip": 0.05}),
