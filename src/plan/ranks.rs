@@ -11,6 +11,9 @@ use crate::{
     schedule::{Placement, cost::Rates, ranks::owned::owned, traffic::Traffic},
 };
 
+/// Units whose gradients are exchanged while backward goes on: see `python/funicular/ranks/on_gpu.py`.
+const UNDER_WAY: u64 = 4;
+
 /// What is known of all ranks together, and of each.
 #[derive(Clone, Debug, Serialize)]
 pub struct RanksPlan {
@@ -53,8 +56,8 @@ pub(super) fn of(
         hbm: placed.hbm_bytes * ranks as u64,
         on_host,
         // On the host device units are exchanged at the end of a backward; on GPUs once all of a unit has come, but for the first backward,
-        // in which nothing tells what will come.
-        own_gradients: (all, if on_host { all } else { (2 * largest).min(all) }),
+        // in which nothing tells what will come. The mean of the unit that is exchanged is there as a whole too, for its norm.
+        own_gradients: (all, if on_host { all } else { (UNDER_WAY * largest).min(all) + largest }),
         exchange: u64::from(passes) * layout.units.iter().map(|unit| exchanged(unit, 0, ranks)).sum::<u64>(),
         through_host,
         per_parameter,

@@ -33,7 +33,8 @@ _HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _LOOK = 0.2
 #: seconds that the end of a model waits for that of its connections
 _END = 10.0
-#: units whose exchanges may be under way before backward waits for the first of them: their gradients stay in memory for so long
+#: units whose exchanges may be under way before backward waits for the first of them: their gradients stay in memory for so long, as the
+#: planner knows (src/plan/ranks.rs)
 _UNITS = 4
 
 

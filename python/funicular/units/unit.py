@@ -317,7 +317,7 @@ class Unit:
         return any(use.thread != me and self in use.themselves for use in list(UNDER_WAY))
 
     def is_inside(self) -> bool:
-        """Whether the parameters are plain for this thread. A backward that failed lets nobody in any more."""
+        """Whether the parameters are plain for this thread. What a backward let in that has failed is outside."""
         by = self.inside.get(threading.get_ident())
         return by is not None and (by == 0 or by == -1 - backward_task())
 
