@@ -32,7 +32,7 @@ import facts
 import forks
 import funicular
 from children import FOLDERS
-from funicular.reference import ReferenceAdamW, backward_of_ranks
+from funicular.reference import ReferenceAdamW, backward_of_ranks, mean_of_ranks
 from models import CUDA
 from twin import SEED, Mismatch, World, difference, same
 
@@ -247,6 +247,16 @@ class Ranked:
         """Step and clear."""
         self.opt.step()
         self.opt.zero_grad()
+
+
+def ordered(bucket: Any) -> Any:
+    """A communication hook of DDP: gather all, and take the mean as the reference does."""
+    mine = bucket.buffer()
+    pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, mine)
+    done: torch.futures.Future[Any] = torch.futures.Future()
+    done.set_result(mean_of_ranks(pieces))
+    return done
 
 
 def kept(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import signal
@@ -14,9 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 
 import funicular
 from funicular.reference import backward_of_ranks
+from several import ordered
 from trainer_runs import Tokens, arguments, llama, plain, seen, weights
 
 #: What a process has imported from which these ranks are forked: to import it takes longer than they train.
@@ -69,70 +73,100 @@ class Turns:
                     torch.empty((), dtype=torch.int64).random_()
 
 
-class InTurn(plain(transformers.Trainer)):  # type: ignore[misc]
-    """Runs the batches of all ranks in turn."""
+class OfRanks:
+    """Makes of the rows of all ranks the batch of each."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        #: for each batch the losses of all ranks
-        self.losses: list[list[torch.Tensor]] = []
-        self.turns: Turns | None = None
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        model.train()
-        self.turns = self.turns or Turns(SIZE)
-        self.turns.catch_up()
-
-        def loss_of(rank: int) -> Callable[[], torch.Tensor]:
-            part = {name: value[rank * ROWS : (rank + 1) * ROWS] for name, value in inputs.items()}
-
-            def loss() -> torch.Tensor:
-                assert self.turns is not None
-                with self.turns.of(rank), self.compute_loss_context_manager():
-                    return SIZE * self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-
-            return loss
-
-        found = backward_of_ranks(model.parameters(), [loss_of(rank) for rank in range(SIZE)])
-        torch.set_rng_state(self.turns.states[0])
-        self.losses.append([loss.detach() for loss in found if loss is not None])
-        return self.losses[-1][0]
-
-    def said(self) -> list[dict[str, float]]:
-        """What ranks log: the mean of each one's sum of losses."""
-        lines, done = seen(self), 0
-        for line in lines:
-            if "loss" in line:
-                sums = [torch.zeros(()) for _ in range(SIZE)]
-                for losses in self.losses[done : done + 2]:
-                    for total, loss in zip(sums, losses, strict=True):
-                        total += loss
-                done += 2
-                said = torch.stack(sums).mean().item()
-                line["loss"] = round(said, 4) if transformers.__version__ < "5" else said
-        return lines
+    def __call__(self, rows: list[Any]) -> Any:
+        if len(rows) <= ROWS:  # of an evaluation
+            return self.collate(rows)
+        return {"ranks": [self.collate(rows[at : at + ROWS]) for at in range(0, len(rows), ROWS)]}
 
 
-def reference(out: Path, **more: Any) -> InTurn:
+@functools.cache
+def in_turn(base: type) -> type:
+    """A trainer that runs the batches of all ranks in turn."""
+
+    class InTurn(plain(base)):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.data_collator = OfRanks(self.data_collator)
+            #: for each batch the losses of all ranks
+            self.losses: list[list[torch.Tensor]] = []
+            self.turns: Turns | None = None
+
+        def get_batch_samples(self, iterator: Iterator[Any], number: int, *args: Any) -> Any:
+            batches = list(itertools.islice(iterator, number))
+            parts = [part for batch in batches for part in batch["ranks"]]
+            return batches, super().get_batch_samples(iter(parts), len(parts), *args)[1]
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            model.train()
+            self.turns = self.turns or Turns(SIZE)
+            self.turns.catch_up()
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+
+            def loss_of(rank: int) -> Callable[[], torch.Tensor]:
+                def loss() -> torch.Tensor:
+                    assert self.turns is not None
+                    part = self._prepare_inputs(inputs["ranks"][rank])
+                    with self.turns.of(rank), self.compute_loss_context_manager():
+                        found = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    # Of all tokens, which the exchange divides by the number of ranks; or of this rank's rows.
+                    return SIZE * found if counted else found / self.args.gradient_accumulation_steps
+
+                return loss
+
+            found = backward_of_ranks(model.parameters(), [loss_of(rank) for rank in range(SIZE)])
+            torch.set_rng_state(self.turns.states[0])
+            self.losses.append([loss.detach() for loss in found if loss is not None])
+            return self.losses[-1][0]
+
+        def said(self) -> list[dict[str, float]]:
+            """What ranks log: the mean of each one's sum of losses."""
+            lines, done = seen(self), 0
+            for line in lines:
+                if "loss" in line:
+                    sums = [torch.zeros(()) for _ in range(SIZE)]
+                    for losses in self.losses[done : done + 2]:
+                        for total, loss in zip(sums, losses, strict=True):
+                            total += loss
+                    done += 2
+                    said = torch.stack(sums).mean().item()
+                    line["loss"] = round(said, 4) if transformers.__version__ < "5" else said
+            return lines
+
+    return InTurn
+
+
+def reference(out: Path, **more: Any) -> Any:
     """One process that runs the batches of all ranks in turn."""
-    run = InTurn(args=arguments(out, **options(SIZE, **more)), model=llama(), **data())
+    run = in_turn(transformers.Trainer)(args=arguments(out, **options(SIZE, **more)), model=llama(), **data())
     run.train()
     return run
 
 
-class OnRank(transformers.Trainer):
-    """Notes this rank's losses; its random numbers are not those of other ranks."""
+@functools.cache
+def on_rank(base: type) -> type:
+    """A trainer that notes this rank's losses; its random numbers are not those of other ranks."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.losses: list[torch.Tensor] = []
+    class OnRank(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.losses: list[torch.Tensor] = []
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 0 and not self.losses:
-            torch.manual_seed(100 + self.args.process_index)
-        loss = super().training_step(*args, **kwargs)
-        self.losses.append(loss.detach().clone())
-        return loss
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == 0 and not self.losses:
+                torch.manual_seed(100 + self.args.process_index)
+                if isinstance(args[0], DistributedDataParallel):
+                    args[0].register_comm_hook(None, lambda _, bucket: ordered(bucket))
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            self.losses.append(loss.detach().clone())
+            return loss
+
+    return OnRank
 
 
 class Dies(transformers.TrainerCallback):  # type: ignore[misc]
@@ -163,7 +197,7 @@ def trainer(out: str, policy: Any, call: Any = None, **more: Any) -> Any:
     from funicular.integrations.transformers import offloaded
 
     call = {"model": llama(), **data()} | (call or {})
-    return offloaded(OnRank)(args=arguments(out, **options(**more)), policy=policy, **call)
+    return offloaded(on_rank(transformers.Trainer))(args=arguments(out, **options(**more)), policy=policy, **call)
 
 
 def found_by(run: Any) -> dict[str, Any]:
@@ -171,8 +205,22 @@ def found_by(run: Any) -> dict[str, Any]:
     ranks = funicular.stats(run.model).ranks
     return {
         "losses": torch.stack(run.losses), "said": seen(run), "weights": weights(run.model), "size": ranks and ranks.size,
-        "wrapped": type(run.model_wrapped).__name__, "history": run.state.log_history,
+        "wrapped": run.model_wrapped is run.model, "history": run.state.log_history,
     }  # fmt: skip
+
+
+def check(plain: Any, found: list[dict[str, Any]], first: int = 0) -> None:
+    """Losses of each rank since a step, all log lines, and weights are those of the reference."""
+    for rank, said in enumerate(found):
+        assert said["size"] == SIZE
+        assert said["wrapped"]
+        expected = torch.stack([losses[rank] for losses in plain.losses[2 * first :]])
+        assert torch.equal(expected, said["losses"])
+        assert plain.said() == said["said"]
+        one = weights(plain.model)
+        assert one.keys() == said["weights"].keys()
+        assert all(torch.equal(one[name], said["weights"][name]) for name in one)
+    assert not torch.equal(found[0]["losses"], found[1]["losses"])
 
 
 def train(out: str, policy: Any, kill: int = 0, resume: bool = False, **more: Any) -> dict[str, Any]:

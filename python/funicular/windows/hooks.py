@@ -33,7 +33,7 @@ from funicular.torch_internals.modules import (
 from funicular.torch_internals.saved_hooks import pop, push, top
 from funicular.torch_internals.trees import tree_leaves, tree_map
 from funicular.units.unit import ModuleCall
-from funicular.windows.moved_by_others import warn_of_frozen
+from funicular.windows.moved_by_others import refuse_added, warn_of_frozen
 from funicular.windows.replaced import check_replaced
 from funicular.windows.signals import refuse
 
@@ -370,6 +370,8 @@ class _EnterRoot(_Hook):
         refuse(self.session, "a forward")  # before what is under way is taken for a forward that ended
         keep_out()
         check_replaced(self.session)
+        if torch.is_grad_enabled():
+            refuse_added(self.session)
         for ref in self.hooked:
             hooked = ref()
             if hooked is not None:

@@ -14,11 +14,19 @@ from funicular.units.classes import pageable
 from funicular.units.dtypes import TRAINED, state_bytes
 from funicular.units.param import ref_of
 from funicular.windows.lookup import session_of
+from funicular.windows.residents import resident_session
 
 if TYPE_CHECKING:
     from funicular.windows.session import Session
 
-__all__ = ["refuse_for_ranks", "refuse_movers", "refuse_sharding", "warn_of_frozen", "watch_replication"]
+__all__ = [
+    "refuse_added",
+    "refuse_for_ranks",
+    "refuse_movers",
+    "refuse_sharding",
+    "warn_of_frozen",
+    "watch_replication",
+]
 
 _log = logging.getLogger("funicular")
 #: modules that exchange gradients, or hold parts of weights: named, since an import of them takes seconds
@@ -74,6 +82,24 @@ def refuse_for_ranks(model: nn.Module) -> None:
             raise UsageError(
                 "FN-E704",
                 f"'{name}' has a gradient already, which is this rank's alone. Call model.zero_grad() before funicular.offload.",
+            )
+
+
+def refuse_added(session: Session) -> None:
+    """Refuse to train, on several ranks, parameters that came into the model after ``offload``: nothing exchanges their gradients.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E704``.
+    """
+    model = None if session.group is None or session.held is None else session.held.model()
+    for name, p in () if model is None else model.named_parameters():
+        if p.requires_grad and isinstance(p, nn.Parameter) and ref_of(p) is None and resident_session(p) is None:
+            raise UsageError(
+                "FN-E704",
+                f"'{name}' is trained and came into the model after funicular.offload: no rank exchanges its gradient, and each would train "
+                "one of its own. Add it before funicular.offload (get_peft_model, add_adapter), or freeze it.",
             )
 
 

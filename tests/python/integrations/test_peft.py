@@ -16,24 +16,18 @@ from twin import Run, World, compare
 peft = pytest.importorskip("peft", reason="make test-integrations has it")
 pytest.importorskip("transformers")
 
+import peft_scripts
+from peft_scripts import lora
+
+import several
+from conftest import CUDA
 from trainer_runs import VOCAB, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def lora(**more: Any) -> Any:
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1} | more
-    return peft.LoraConfig(**options, task_type="CAUSAL_LM")
-
-
 def adapted(**more: Any) -> Any:
-    torch.manual_seed(2)
-    model = peft.get_peft_model(llama(), lora(**more))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
-    return model
+    return peft_scripts.adapted(attention_dropout=0.1, **more)
 
 
 def loss(run: Run, model: Any = None) -> torch.Tensor:
@@ -145,3 +139,31 @@ def test_merged_and_unloaded(two_worlds: World):
             run.record(name, p)
 
     compare(two_worlds, adapted, script)
+
+
+# Several ranks
+
+
+@pytest.mark.skipif(CUDA, reason="their random numbers are those of processors")
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("wrapped", {}),
+        ("wrapped", {"dtype": torch.bfloat16, "use_dora": True}),
+        ("wrapped", {"modules_to_save": ["lm_head"]}),
+        ("wrapped", {"checkpointed": True}),
+        ("switched", {}),
+    ],
+    ids=["lora", "dora", "head", "checkpoints", "switched"],
+)
+def test_on_ranks(script: str, options: dict[str, Any], host_world: World):
+    several.compare(f"peft_scripts:{script}", 2, host_world, **options)
+
+
+def test_refused_on_ranks(host_world: World):
+    """What would train weights that no rank exchanges, or write to memory that all share: by name, on all."""
+    for made_after, merged in several.run(2, "peft_scripts:checked", host_world.policy(llama())):
+        assert made_after.startswith(
+            "FN-E704 'model.layers.0.self_attn.q_proj.lora_A.default.weight' is trained and came"
+        )
+        assert merged.startswith("FN-E722")

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,26 +21,13 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 
 import trainer_ranks
-from trainer_ranks import READY, SIZE, reference
-from trainer_runs import llama, trainer, weights
+from trainer_ranks import READY, SIZE, check, reference
+from trainer_runs import llama, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(CUDA, reason="their random numbers are those of processors"),
 ]
-
-
-def check(plain: Any, found: list[dict[str, Any]], first: int = 0) -> None:
-    """Losses of each rank since a step, all log lines, and weights are those of the reference."""
-    for rank, said in enumerate(found):
-        assert said["size"] == SIZE
-        assert said["wrapped"] == "LlamaForCausalLM"
-        expected = torch.stack([losses[rank] for losses in plain.losses[2 * first :]])
-        assert torch.equal(expected, said["losses"])
-        assert plain.said() == said["said"]
-        one = weights(plain.model)
-        assert all(torch.equal(one[name], said["weights"][name]) for name in one)
-    assert not torch.equal(found[0]["losses"], found[1]["losses"])
 
 
 def test_killed_and_resumed(host_world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -58,6 +58,22 @@ def other_rate(world: World) -> list[str]:
     return [*said, message(opt.step)]
 
 
+def added(world: World) -> list[str]:
+    """A layer that comes into the model after ``offload``: trained, frozen, and in an evaluation; the model's own weights are trained on."""
+    model, opt = offloaded(world)
+    model.extra = nn.Linear(WIDE, WIDE)
+
+    def train() -> None:
+        model.extra(model(own_batch(0))).sum().backward()
+        opt.step()
+
+    said = [message(train)]
+    with torch.no_grad():
+        said.append(message(lambda: model(own_batch(0))))
+    model.extra.requires_grad_(False)
+    return [*said, message(train)]
+
+
 def other_clip(world: World) -> list[str]:
     """Another limit of the norm on rank 1."""
     model, opt = offloaded(world)

@@ -11,24 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from funicular.reference import ReferenceAdamW, backward_of_ranks, mean_of_ranks
+from funicular.reference import ReferenceAdamW, backward_of_ranks
 from models import CUDA, WIDTH, Block, Decoder, Stack
-from several import Ranked
+from several import Ranked, ordered
 from sliced import slice_blocks
 from twin import SEED
 
 #: Where plain models compute, and the inputs of all are.
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-
-
-def ordered(bucket: Any) -> Any:
-    """A communication hook of DDP: gather all, and take the mean as the reference does."""
-    mine = bucket.buffer()
-    pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, mine)
-    done: torch.futures.Future[Any] = torch.futures.Future()
-    done.set_result(mean_of_ranks(pieces))
-    return done
 
 
 def small(dtype: torch.dtype) -> nn.Module:

@@ -27,6 +27,12 @@ def test_another_learning_rate(host_world: World):
         assert after == "nothing"
 
 
+def test_parameters_that_came_later(host_world: World):
+    for trained, evaluated, frozen in both("added", host_world):
+        assert trained.startswith("FN-E704 'extra.weight' is trained and came into the model after funicular.offload")
+        assert evaluated == frozen == "nothing"
+
+
 def test_another_limit_of_the_norm(host_world: World):
     for (said,) in both("other_clip", host_world):
         assert "FN-E702" in said
