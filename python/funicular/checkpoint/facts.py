@@ -180,7 +180,7 @@ def _text(state: torch.Tensor) -> str:
 
 
 def _state(text: str) -> torch.Tensor:
-    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8, device="cpu")
 
 
 def random_states() -> dict[str, Any]:

@@ -173,10 +173,11 @@ def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]
             b = own_buffers(module)[name]
             assert b is not None
             before.append((own_buffers(module), name, b))
-            own_buffers(module)[name] = torch.full(b.shape, _mark(b.dtype), dtype=b.dtype)
+            own_buffers(module)[name] = torch.full(b.shape, _mark(b.dtype), dtype=b.dtype, device="cpu")
         if lacking and initialise is not None:
-            # Its parameters are on the meta device still: initialising those does nothing.
-            with torch.no_grad():
+            # Its parameters are on the meta device still: initialising those does nothing. On the CPU, wherever the caller has tensors made,
+            # as in the constructor: a GPU rounds powers and sines in another way.
+            with torch.no_grad(), torch.device("cpu"):
                 initialise(module)
         for name in lacking:
             b = own_buffers(module)[name]

@@ -231,7 +231,7 @@ class Loader:
         assert self.source.conversion is not None
         dtype = next(iter(targets.values())).dtype
 
-        read = {key: torch.empty(self.source.model[key].shape, dtype=dtype) for _, key in made.sources}
+        read = {key: torch.empty(self.source.model[key].shape, dtype=dtype, device="cpu") for _, key in made.sources}
         self.source.core.read([_buffer(t, key) for key, t in read.items()])
         # Each is given away, so that what is merged can go.
         found = self.source.conversion.convert(made, read.pop)
@@ -337,7 +337,7 @@ class Loader:
             n for n in self.named.entries if n in model and model[n].dtype in _TYPES and not self.source.training
         ]
         read = {
-            name: torch.empty(model[name].shape, dtype=_TYPES[model[name].dtype])
+            name: torch.empty(model[name].shape, dtype=_TYPES[model[name].dtype], device="cpu")
             for name in (*self.source.entries, *foreign)
         }
         if read:
@@ -392,7 +392,7 @@ class Loader:
             if one.shared is not None and not mine:
                 others.append(one.shared)
                 continue
-            batch.append((one, torch.empty(one.shape, dtype=one.dtype)))
+            batch.append((one, torch.empty(one.shape, dtype=one.dtype, device="cpu")))
             size += batch[-1][1].nbytes
             if size > _BATCH:
                 self._fill(batch)

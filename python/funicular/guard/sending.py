@@ -42,7 +42,7 @@ def _unpacked(
     if raw:
         flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8).clone().view(dtype)
     else:
-        flat = torch.empty(0, dtype=dtype)
+        flat = torch.empty(0, dtype=dtype, device="cpu")
     tensor = torch.as_strided(flat, size, stride).to(device)
     tensor = nn.Parameter(tensor, requires_grad) if kind is nn.Parameter else tensor.requires_grad_(requires_grad)
     tensor.__dict__.update(attributes)

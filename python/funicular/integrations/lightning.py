@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from funicular.windows.lookup import session_for
 from funicular.windows.ranked import meet, together
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -198,6 +199,12 @@ class FunicularStrategy(ParallelStrategy):  # type: ignore[misc, unused-ignore]
                 "sync_batchnorm=True",
                 "Leave it out, and call torch.nn.SyncBatchNorm.convert_sync_batchnorm in the model's constructor.",
             )
+
+    @contextlib.contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """As in other strategies, but on the CPU: what is offloaded may not fit onto the GPU, which rounds initial values in another way, too."""
+        with super().tensor_init_context(empty_init), torch.device("cpu"):
+            yield
 
     def model_to_device(self) -> None:
         """Offload the model, unless it is: ``configure_model`` may have offloaded a part, and an earlier run the whole."""

@@ -200,6 +200,6 @@ def _owners(tensors: list[torch.Tensor], i: int) -> tuple[int, int]:
 
 #: What asking for it adds to the first.
 _ASKING = 0
-_ASKING = _owners_of_memory(torch.empty(1)) - 1
+_ASKING = _owners_of_memory(torch.empty(1, device="cpu")) - 1
 #: What :meth:`Deferred._held` finds of the second for a tensor that only a list holds.
-_ALONE = next(_owners(ts, i)[1] for ts in ([torch.empty(1)],) for i, t in enumerate(ts))
+_ALONE = next(_owners(ts, i)[1] for ts in ([torch.empty(1, device="cpu")],) for i, t in enumerate(ts))

@@ -77,7 +77,7 @@ class Handed:
 
 
 #: how a tensor looks that nothing else has
-_ALONE = Handed(torch.empty(1))._uses()
+_ALONE = Handed(torch.empty(1, device="cpu"))._uses()
 
 
 class StatePlaces:
@@ -410,7 +410,11 @@ class StatePlaces:
 
     def _copied(self, key: Any) -> Any:
         if key == "step":
-            return torch.tensor(float(self.count)) if self._step is None else self._step.tensor.detach().clone()
+            return (
+                torch.tensor(float(self.count), device="cpu")
+                if self._step is None
+                else self._step.tensor.detach().clone()
+            )
         return cloned(self._own[key]) if key in self._own else self._copy(key)
 
     def _copy(self, name: str) -> torch.Tensor:

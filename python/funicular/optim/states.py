@@ -95,7 +95,7 @@ class ParamStates(StatePlaces, _Dictionary):
         if key == "step" and self.begun and "step" not in self._missing:
             if self._step is None:
                 with torch.inference_mode(mode=False):
-                    self._step = Handed(torch.tensor(float(self.count)))
+                    self._step = Handed(torch.tensor(float(self.count), device="cpu"))
             return self._step.tensor
         if key not in self._kinds():
             raise KeyError(key)

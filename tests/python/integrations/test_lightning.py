@@ -24,7 +24,7 @@ accelerate = pytest.importorskip("accelerate")
 import lightning_runs
 from lightning_runs import InTurn, Lit, Manual, fitted, loaders, trainer
 
-from funicular.integrations.lightning import StatsCallback
+from funicular.integrations.lightning import FunicularStrategy, StatsCallback
 from trainer_ranks import READY, SIZE
 from trainer_runs import llama, weights
 
@@ -242,6 +242,15 @@ def test_on_meta(two_worlds: World, tmp_path: Path):
     policy = two_worlds.policy(llama())
     module = fitted(tmp_path, policy, lambda paged: OnMeta(tmp_path / "weights", policy))
     assert equal(plain, module)
+
+
+def test_configure_model_makes_it_on_the_cpu():
+    """Lightning has other strategies make it on their device, whose values differ in their last bits, and whose memory it may not fit into."""
+    strategy = FunicularStrategy("host")
+    strategy.parallel_devices = [torch.device("meta")]
+    with strategy.tensor_init_context():
+        made = llama()
+    assert {t.device.type for t in (*made.parameters(), *made.buffers())} == {"cpu"}
 
 
 def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
