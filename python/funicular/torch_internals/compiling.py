@@ -16,7 +16,9 @@ torn into pieces around it. So their forward is compiled instead.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import logging
 import sys
@@ -69,10 +71,16 @@ def untraced(function: _F) -> _F:
     return cast("_F", disable(function))
 
 
-def keep_out() -> None:
-    """Have ``torch.compile`` leave the functions of this package alone: none is compiled, none becomes part of a graph."""
+def keep_out(*, load: bool = False) -> None:
+    """Have ``torch.compile`` leave the functions of this package alone: none is compiled, none becomes part of a graph.
+
+    ``load`` loads the compiler for that, as the first forward would: a model that is compiled as a whole is traced before that.
+    """
     if "funicular" in _kept_out:
         return
+    if load:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch._dynamo.trace_rules")
     rules: Any = sys.modules.get("torch._dynamo.trace_rules")
     if rules is not None:
         rules.add("funicular")

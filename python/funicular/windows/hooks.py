@@ -402,6 +402,7 @@ class RootHooks:
     @staticmethod
     def install(session: Session, model: nn.Module, *, quiet: bool = False) -> None:
         """Register them."""
+        keep_out(load=True)
         enter = _EnterRoot(session, model)
         leave = _LeaveRoot(enter)
         if quiet:

@@ -9,6 +9,8 @@ import torch._inductor.config
 from torch import nn
 from torch._dynamo.utils import counters
 
+import children
+import conftest
 import funicular
 import sliced
 from funicular import testing
@@ -222,6 +224,21 @@ def test_whole_model(rows, how, nvme_world):
         assert graphs() == 1
     else:
         sliced.compare(nvme_world, stack(), script, rows=rows)
+
+
+@pytest.mark.parametrize("first", ["offload", "compile"])
+def test_whole_model_before_any_other_call(first: str, host_world: World):
+    """In a process of its own: what an earlier forward has told the compiler is not known there."""
+    body = f"""
+    import torch._dynamo
+    model = Stack(depth=3)
+    compiled = [torch.compile(model, backend="eager")] if {first == "compile"} else []
+    funicular.offload(model, world.policy(model))
+    compiled.append(torch.compile(model, backend="eager"))
+    compiled[0](torch.ones(2, WIDTH)).sum().backward()
+    print(all(p.grad is not None for p in model.parameters()))
+    """
+    assert children.succeed(body, host_world.paths[0], conftest.PLACEMENTS["host"]) == ["True"]
 
 
 def test_parts_of_blocks(host_world):
