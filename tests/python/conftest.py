@@ -147,10 +147,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 @pytest.fixture(autouse=True)
 def unchanged() -> Iterator[None]:
     """A test leaves the process as it found it: the next one must not fail, or pass, because of it."""
-    before = facts.process()
+    before, told = facts.process(), facts.for_accelerate()
     yield
     after = facts.process()
     facts.restore(before)
+    # The Trainer's arguments leave it there for this process, and its children.
+    for name in facts.for_accelerate().keys() - told.keys():
+        del os.environ[name]
+    os.environ.update(told)
     assert after == before
 
 

@@ -67,6 +67,11 @@ def process() -> dict[str, Any]:
     }
 
 
+def for_accelerate() -> dict[str, str]:
+    """What the environment says to accelerate: whether to compile models, in which type to compute."""
+    return {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_")}
+
+
 def restore(before: dict[str, Any]) -> None:
     """Give this thread back the state of torch's that :func:`process` found."""
     torch.set_grad_enabled(before["gradients"][0])
