@@ -89,7 +89,7 @@ def _leased(refs: list[PagedParam], func: Callable[..., Any], args: tuple[Any, .
     if not refs or not torch.is_grad_enabled():
         return func(*args, **kwargs)
     leases = refs[0].unit.owner.leases
-    pair = leases.pair()
+    pair = leases.pair_outside()
     if pair is None:
         return func(*args, **kwargs)
     for _ in range(_TRIES):

@@ -47,8 +47,8 @@ class Leases(Protocol):
     def local(self) -> threading.local:
         """``packed``: the calling thread has packed a lease since this was set to False."""
 
-    def pair(self) -> Pair | None:
-        """Return new hooks; None where they are forbidden."""
+    def pair_outside(self) -> Pair | None:
+        """Return new hooks for one operation; None where there are to be none."""
 
 
 class Owner(HomeOwner, Protocol):

@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 
 from funicular.torch_internals.autograd import is_wrapped, unwrapped
 from funicular.torch_internals.memory import storage_address
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from funicular.windows.session import Session
 
 __all__ = ["Lease", "LeaseHooks", "check_version"]
+
+
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class Lease(NamedTuple):
@@ -93,6 +97,16 @@ class LeaseHooks:
         if not found or getattr(found[0], "__self__", None) is self:
             return self.pack, self.unpack
         return self._chained(*found)
+
+    def pair_outside(self) -> Pair | None:
+        """Return hooks for one operation outside of windows; None also where ``torch.utils.checkpoint`` counts what is saved.
+
+        It keeps nothing of that, and wants the same number of tensors when it runs the block again. Then a window opens amid the block, and
+        what comes after is saved without hooks of ours, which a ``block.forward`` that is called directly has none of.
+        """
+        found = top()
+        code = getattr(found[0], "__code__", None) if found else None
+        return None if code is not None and code.co_filename == _CHECKPOINT else self.pair()
 
     def _chained(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> Pair:
         def chained_pack(tensor: torch.Tensor) -> Any:

@@ -64,6 +64,14 @@ def test_nested(block, reentrant, world):
     compare(world, stack(block, call=lambda b, x: checkpoint(b, x, use_reentrant=reentrant)), lambda run: run.train(3))
 
 
+@REENTRANT
+def test_forward_called_directly(reentrant, world):
+    """As T5 of transformers 4.49 and others do: no hook of the block fires, and in the recomputation a window opens amid it."""
+    call = lambda b, x: checkpoint(b.forward, x, use_reentrant=reentrant)
+    compare(world, stack(lambda: Block(matmul=False), call=call), lambda run: run.train(3))
+    compare(world, stack(RawInside if not reentrant else RawInsideReentrant, call=call), lambda run: run.train(3))
+
+
 class Groups(Stack):
     """Checkpoints two blocks at a time, each of them checkpointed again."""
 
