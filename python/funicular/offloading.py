@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from funicular.optim.other_optimizers import watch_optimizers
 from funicular.policy import Policy
 from funicular.ranks.group import resolve
 from funicular.ranks.meeting import agreed, make_engine
-from funicular.report.log import Progress, note, progress
+from funicular.report.log import Progress, note
 from funicular.torch_internals.autograd import hooks_of
 from funicular.torch_internals.memory import dense_bytes
 from funicular.torch_internals.modules import own_buffers
@@ -112,13 +111,14 @@ def offload(
         resolved = Policy.load(policy)
         if ranks is not None:
             refuse_for_ranks(model)
-        began = time.monotonic()
+        told = Progress("FN-I301 offloading")
         cast = Cast(resolved.params.dtype)
         weights = None if checkpoint is None else Weights(model, checkpoint, cast)
     try:
         if weights is not None:
             weights.materialise()
-        session = _offload(model, resolved, weights, cast, ranks)
+        with told:
+            session = _offload(model, resolved, weights, cast, ranks, told)
     except BaseException:
         if weights is not None:
             weights.undo()
@@ -131,19 +131,21 @@ def offload(
         session.growth.begin()
     if session.held.unpaged:
         _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
-    _tell_homes(session, time.monotonic() - began)
+    _tell_homes(session, told)
     return model
 
 
-def _tell_homes(session: Session, seconds: float) -> None:
+def _tell_homes(session: Session, told: Progress) -> None:
     sizes = {"hbm": sum(p.nbytes for p in session.residents), "host": 0, "nvme": 0}
     for unit in session.units:
         sizes["nvme" if unit.on_nvme else "host"] += unit.nbytes
-    homes = ", ".join(f"{size / 1e9:.2f} GB in {tier}" for tier, size in sizes.items() if size)
-    progress("FN-I302 offloaded in %.1f s; weights: %s", seconds, homes or "none")
+    homes = ", ".join(f"{size / 1e9:.2f} GB in {tier}" for tier, size in sizes.items() if size) or "none"
+    told.end("FN-I302 offloaded in %.1f s; weights: %s", told.seconds, homes)
 
 
-def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast, ranks: Group | None) -> Session:
+def _offload(
+    model: nn.Module, resolved: Policy, weights: Weights | None, cast: Cast, ranks: Group | None, told: Progress
+) -> Session:
     with agreed(ranks, "looked for its model's units"):
         check_process()
         resolved = resolved.on_current_gpu()  # once this is no forked child: CUDA fails there
@@ -160,7 +162,7 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
     buffers = [(m, name, b) for m in model.modules() for name, b in own_buffers(m).items() if b is not None]
     try:
         cast.apply(model)
-        _build(session, found, filled=weights is None, sync=resolved.debug.sync)
+        _build(session, found, told, filled=weights is None, sync=resolved.debug.sync)
         watch_optimizers()
         _move_buffers(model, session)
         _slice(session, found, resolved)
@@ -190,11 +192,11 @@ def _offload(model: nn.Module, resolved: Policy, weights: Weights | None, cast: 
 
 def _freed(found: list[Found]) -> int:
     """Bytes of host memory that the weights take now and give back when they move in: those that are not files."""
-    weights = [p for f in found for _, p in f.params if p.device.type == "cpu" and p.untyped_storage().filename is None]
-    return sum(p.numel() * p.element_size() for p in weights)
+    weights = (p for f in found for _, p in f.params if p.device.type == "cpu")
+    return sum(p.nbytes for p in weights if p.untyped_storage().filename is None)
 
 
-def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) -> None:
+def _build(session: Session, found: list[Found], told: Progress, *, filled: bool, sync: bool) -> None:
     engine = session.engine
     streamed = any("nvme" in engine.homes(index) for index in range(len(found)))
     session.waits = sync or (engine.shares_processor() and not streamed)
@@ -205,7 +207,7 @@ def _build(session: Session, found: list[Found], *, filled: bool, sync: bool) ->
         session.gradients.know(session.units)
         for index, unit in paged.items():
             unit.neighbours.extend(paged[v] for v in engine.neighbours(index))
-        told, done, total = Progress("FN-I301 offloading"), 0, sum(unit.nbytes for unit in session.units)
+        done, total = 0, sum(unit.nbytes for unit in session.units)
         for unit in session.units:
             if unit.on_nvme and filled:
                 _write_out(session, unit)
@@ -318,8 +320,7 @@ class _BeforeAccumulate:
     """Gradient hook of a parameter: autograd adds to the segment only what is there already and as it is to be."""
 
     def __init__(self, ref: PagedParam) -> None:
-        self.ref = weakref.ref(ref)
-        self.session = weakref.ref(owner_of(ref.unit))
+        self.ref, self.session = weakref.ref(ref), weakref.ref(owner_of(ref.unit))
 
     def __call__(self, grad: torch.Tensor) -> None:
         ref = self.ref()
@@ -386,8 +387,7 @@ def _slice(session: Session, found: list[Found], policy: Policy) -> None:
 
 
 def _units_of(module: nn.Module, unit_of: dict[int, Unit], *, recurse: bool) -> tuple[Unit, ...]:
-    units = [unit_of[id(p)] for p in module.parameters(recurse=recurse) if id(p) in unit_of]
-    return tuple(dict.fromkeys(units))
+    return tuple(dict.fromkeys(unit_of[id(p)] for p in module.parameters(recurse=recurse) if id(p) in unit_of))
 
 
 @torch.inference_mode(mode=False)

@@ -15,7 +15,7 @@ from funicular.checkpoint.collect import named_tensors
 from funicular.checkpoint.restore import Loader, compare_model
 from funicular.checkpoint.source import Source
 from funicular.errors import UsageError
-from funicular.report.log import Progress, progress
+from funicular.report.log import Progress
 from funicular.torch_internals.memory import make_subclass, swap
 from funicular.torch_internals.modules import is_persistent, own_buffers, own_parameters
 from funicular.units.classes import pageable
@@ -114,12 +114,13 @@ class Weights:
         loader.model()
         session.loading = True
         try:
-            loader.run(told.at)
+            with told:
+                loader.run(told.at)
         finally:
             session.loading = False
         if self.source.conversion is not None:
             self.source.conversion.done()
-        progress("FN-I407 loaded %s in %.1f s", self.source.path, told.seconds)
+        told.end("FN-I407 loaded %s in %.1f s", self.source.path, told.seconds)
 
 
 def _like(p: Any, data: torch.Tensor) -> Any:

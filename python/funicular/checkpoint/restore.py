@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -183,6 +185,10 @@ class _Ordinary(NamedTuple):
     shared: PagedParam | None = None
 
 
+def _of(told: Callable[[int, int], None], total: int, done: int) -> None:
+    told(done, total)
+
+
 class Loader:
     """Fills a model, and an optimizer, from a checkpoint that was compared with them."""
 
@@ -322,8 +328,11 @@ class Loader:
         key = self.source.name_of(name, self.named.aliases)
         return not is_half(p.dtype) or f"{name}.master" in self.source.optimizer or key in self.source.masters
 
-    def run(self, told: Callable[[int], None] | None) -> None:
-        """Fill everything that was listed, and give modules back what they had added to their state."""
+    def run(self, told: Callable[[int, int], None]) -> None:
+        """Fill everything that was listed, and give modules back what they had added to their state.
+
+        ``told`` is told how many bytes are read of how many.
+        """
         self._run(told)
         if self._entries():
             # A module wrote to parameters that it was not given: they are loaded once more.
@@ -363,14 +372,22 @@ class Loader:
             return own.device
         return "cpu" if self.session is None else self.session.device
 
-    def _run(self, told: Callable[[int], None] | None) -> None:
+    def _size(self, items: list[RestoredState]) -> int:
+        """Bytes of these in the files."""
+        files = (self.source.model, self.source.optimizer)
+        found = [files[item.optimizer].get(item.tensor or "") for item in items]
+        return sum(math.prod(one.shape) * _TYPES[one.dtype].itemsize for one in found if one is not None)
+
+    def _run(self, told: Callable[[int, int], None]) -> None:
         if self.items:
             assert self.session is not None
             # Ranks have the same memory, and each fills a part of it.
             mine = dealt([item.place.unit for item in self.items], self._group)
             with agreed(self._group, "loaded its part of the weights and states", alike=True):
                 items = [item for item, own in zip(self.items, mine, strict=True) if own]
-                _core.restore(self.session.engine, self.source.core, items, self.session.stream(), told)
+                size = self._size(items)
+                at = functools.partial(_of, told, size)
+                _core.restore(self.session.engine, self.source.core, items, self.session.stream(), at)
             refs = [ref for p in self.named.params.values() if (ref := ref_of(p)) is not None]
             homes_changed(self.session, refs)
         with agreed(self._group, "loaded what takes a way of its own", alike=True):

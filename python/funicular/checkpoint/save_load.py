@@ -23,7 +23,7 @@ from funicular.checkpoint.training import check_options, check_states, check_tra
 from funicular.checkpoint.under_way import ended, finish, prune, started
 from funicular.errors import Error, UsageError
 from funicular.ranks.meeting import agreed
-from funicular.report.log import Progress, note, progress
+from funicular.report.log import Progress, note
 from funicular.torch_internals.memory import stream_of
 from funicular.torch_internals.modules import uncompiled
 from funicular.windows import signals
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from funicular.windows.session import Session
 
 __all__ = ["Loaded", "SaveHandle", "load", "save"]
-
-#: seconds between two lines of progress
-_TELL = 5.0
 
 #: the last save of each model
 _last: weakref.WeakKeyDictionary[nn.Module, SaveHandle] = weakref.WeakKeyDictionary()
@@ -85,10 +82,11 @@ class SaveHandle:
         """
         if self._core is None:
             return
+        told = Progress("FN-I404 saving %s", self.path)
         try:
-            while (notes := self._core.wait(_TELL)) is None:
-                done, total = self.progress
-                progress("FN-I404 saving %s: %.0f %%", self.path, 100 * done / max(total, 1))
+            with told:
+                while (notes := self._core.wait(told.pause)) is None:
+                    told.at(*self.progress)
         except Error:
             self._told = True
             ended(self._core)
@@ -98,7 +96,7 @@ class SaveHandle:
             ended(self._core)
             for text in notes:
                 note(text)
-            progress("FN-I405 saved %s: %.2f GB", self.path, self.progress[1] / 1e9)
+            told.end("FN-I405 saved %s: %.2f GB", self.path, self.progress[1] / 1e9)
 
     def _raise_untold(self) -> None:
         if self.done() and not self._told:
@@ -398,7 +396,8 @@ def _fill(
             session.loading = True
         if opt is not None:
             loader.optimizer(opt, groups)
-        loader.run(told.at)
+        with told:
+            loader.run(told.at)
     except BaseException as error:
         if session is not None:
             session.partial = f"loading {source.path} failed halfway ({error})."
@@ -406,4 +405,4 @@ def _fill(
     finally:
         if session is not None:
             session.loading = False
-    progress("FN-I407 loaded %s: weights of %.2f GB in %.1f s", source.path, total / 1e9, told.seconds)
+    told.end("FN-I407 loaded %s: weights of %.2f GB in %.1f s", source.path, total / 1e9, told.seconds)

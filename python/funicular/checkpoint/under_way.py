@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from funicular.errors import Error
-from funicular.report.log import progress
+from funicular.report.log import Progress
 
 if TYPE_CHECKING:
     from funicular import _core
@@ -53,8 +53,9 @@ def finish(path: str | os.PathLike[str]) -> None:
     place = _place(path)
     for core in [core for core, to in _ours() if to == place]:
         try:
-            while core.wait(60.0) is None:
-                progress("FN-I403 waiting for the save to %s before it is read: %d of %d bytes", path, *core.progress())
+            with Progress("FN-I403 waiting for the save to %s before it is read", path) as told:
+                while core.wait(told.pause) is None:
+                    told.at(*core.progress())
         except Error as error:
             _log.warning("FN-W404 the last save to %s failed, an earlier checkpoint is read: %s", path, error)
 
@@ -63,8 +64,9 @@ def _finish_all() -> None:
     """Let saves that were asked for end: the process leaves nothing half done."""
     for one, _ in _ours():
         try:
-            while one.wait(60.0) is None:
-                progress("FN-I403 waiting for a save before the process ends: %d of %d bytes", *one.progress())
+            with Progress("FN-I403 waiting for a save before the process ends") as told:
+                while one.wait(told.pause) is None:
+                    told.at(*one.progress())
         except Error as error:
             _log.error("%s", error)
         except KeyboardInterrupt:

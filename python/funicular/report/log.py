@@ -1,7 +1,8 @@
 """Log lines, progress on a terminal, and traces of chosen steps, as ``[log]`` of the policy asks.
 
 Everything is logged by the logger ``funicular``, whose level and handlers are the user's. A program that has set up no logging
-still sees warnings, what its policy asks for, and on a terminal progress: they go to standard error then, and only then.
+still sees warnings, what its policy asks for, and progress: they go to standard error then, and only then. Progress is a bar on a
+terminal, and elsewhere a line every five seconds of what takes as long.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ __all__ = ["Progress", "StepLog", "install", "note", "progress", "tell"]
 _log = logging.getLogger("funicular")
 #: seconds between two lines of progress
 _EVERY = 5.0
+#: seconds after which a bar is shown, and between two of its states
+_SOON, _REDRAWN = 0.5, 0.1
+#: signs of a bar
+_SIGNS = 24
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31"}
 
 
@@ -35,6 +40,7 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.alone():
+            _bar.clear()
             # A terminal that went away stops no training.
             with contextlib.suppress(Exception):
                 sys.stderr.write(_shown(record))
@@ -50,7 +56,33 @@ class _StandardError(logging.Handler):
         return True
 
 
+class _Bar:
+    """The last line of a terminal, which shows how far something has come until another line takes its place."""
+
+    def __init__(self) -> None:
+        self._signs = 0
+
+    def draw(self, text: str) -> None:
+        """Show a state in place of the one before, cut to one line."""
+        with contextlib.suppress(Exception):
+            text = text[: max(40, os.get_terminal_size(sys.stderr.fileno()).columns) - 1]
+            self._write(f"\r{text.ljust(self._signs)}")
+            self._signs = len(text)
+
+    def clear(self) -> None:
+        """Leave nothing of it."""
+        signs, self._signs = self._signs, 0
+        if signs:
+            with contextlib.suppress(Exception):
+                self._write(f"\r{' ' * signs}\r")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 _standard_error = _StandardError(logging.INFO)
+_bar = _Bar()
 
 
 def install() -> None:
@@ -94,36 +126,72 @@ def note(text: str) -> None:
         progress("%s", text)
 
 
+def _silenced() -> bool:
+    """Whether the program keeps lines of this logger back."""
+    return _log.level != logging.NOTSET or _log.manager.disable >= logging.INFO
+
+
+def _draws() -> bool:
+    """Whether progress is a bar: on a terminal that can go back in a line, where no logging is set up, and no level keeps it back."""
+    shown = _standard_error.alone() and not _silenced() and _standard_error.level <= logging.INFO
+    return shown and _terminal() and os.environ.get("TERM") != "dumb"
+
+
 def _handle(message: str, args: tuple[object, ...], *, wanted: bool) -> None:
-    silenced = _log.level != logging.NOTSET or _log.manager.disable >= logging.INFO
     if _log.isEnabledFor(logging.INFO):
         _log.info(message, *args, stacklevel=3)
-    elif wanted and not silenced:
+    elif wanted and not _silenced():
         _log.handle(_log.makeRecord(_log.name, logging.INFO, "funicular", 0, message, args, None))
 
 
 class Progress:
-    """How far something has come that may take long: a line every five seconds."""
+    """How far something has come that may take long, as a context: on a terminal a bar, elsewhere a line every five seconds."""
 
     def __init__(self, what: str, *args: object) -> None:
         self._what, self._args = what, args
         self._began = self._last = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _bar.clear()
 
     @property
     def seconds(self) -> float:
         """Time since it began."""
         return time.monotonic() - self._began
 
+    @property
+    def pause(self) -> float:
+        """Seconds after which to tell again."""
+        return _REDRAWN if _draws() else _EVERY
+
     def at(self, done: int, total: int | None = None) -> None:
         """Tell how many bytes are done, of how many, if that is due."""
         of = "" if total is None else f" of {total / 1e9:.1f}"
-        self.now(f"{done / 1e9:.1f}{of} GB")
+        signs = 0 if not total else min(_SIGNS, _SIGNS * done // total)
+        self.now(f"{done / 1e9:.1f}{of} GB", f"[{'#' * signs}{'.' * (_SIGNS - signs)}] " if total else "")
 
-    def now(self, where: str) -> None:
+    def now(self, where: str, bar: str = "") -> None:
         """Tell where it is, if that is due."""
-        if time.monotonic() - self._last >= _EVERY:
-            self._last = time.monotonic()
-            progress(f"{self._what}: %s after %.0f s", *self._args, where, self.seconds)
+        now = time.monotonic()
+        if now - self._began < _SOON or now - self._last < _REDRAWN:
+            return
+        if _draws():
+            self._last = now
+            _bar.draw(f"{self._what % self._args}: {bar}{where} after {self.seconds:.0f} s")
+        elif now - self._last >= _EVERY:
+            self._last = now
+            _handle(
+                f"{self._what}: %s after %.0f s", (*self._args, where, self.seconds), wanted=_standard_error.alone()
+            )
+
+    def end(self, message: str, *args: object) -> None:
+        """Tell that it has ended: on a terminal, and elsewhere if it took as long as to be told of before."""
+        _bar.clear()
+        wanted = _standard_error.alone() and (_terminal() or self.seconds >= _EVERY)
+        _handle(message, args, wanted=wanted)
 
 
 class StepLog:
@@ -161,7 +229,9 @@ class StepLog:
         step, self.step = self.step, self.step + 1
         self._merge()  # all have written theirs: they have taken the step before this one
         if self._first is not None:
-            progress("FN-I304 the first step took %.1f s; it learned the order of the units", self._first.seconds)
+            self._first.end(
+                "FN-I304 the first step took %.1f s; it learned the order of the units", self._first.seconds
+            )
             self._first = None
         if self._tracing and self.step not in self.traced:
             self._write_trace(step)

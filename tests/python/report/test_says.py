@@ -51,7 +51,7 @@ def said(body: str, columns: int = 0, **environment: str) -> list[str]:
     os.close(read)
     text = out.decode().replace("\r\n", "\n")
     assert child.returncode == 0, text
-    return text.splitlines()
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def codes(lines: list[str]) -> list[str]:
@@ -67,6 +67,15 @@ try:
 except SystemExit as ended:
     assert ended.code == {}, ended.code
 """
+#: A first step as long as is shown, and a load.
+FIRST = "log._SOON = log._REDRAWN = 0.0\ntold = offload()\ntold.at('blocks.0')\ntold.at('the update')\n"
+LOADING = """
+log._REDRAWN = 0.0
+if log._SOON < 1:
+    log._SOON = 0.0
+with log.Progress('FN-I406 loading %s', 'x') as loading:
+    loading.at(3 * 10**9, 10**10)
+"""
 EVERY = "told = offload(every=1)\nstep(told)\nstep(told)\n"
 
 
@@ -78,16 +87,47 @@ def test_what_the_policy_asks_for_is_seen_without_logging():
 
 
 def test_progress_is_seen_on_a_terminal():
-    """The first step, and what else takes long."""
+    """The first step, and what else takes long: a bar, drawn over itself, of which a line leaves nothing."""
     assert codes(said(EVERY, 120)) == ["FN-I304", "FN-I307", "FN-I307"]
-    slow = "log._EVERY = 0.0\ntold = offload()\ntold.at('blocks.0')\ntold.at('the update')\n"
-    lines = said(slow, 120)
-    assert codes(lines) == ["FN-I303", "FN-I303"]
-    assert "blocks.0" in lines[0]
-    assert "the update" in lines[1]
-    assert codes(said(slow)) == []
-    loading = "log._EVERY = 0.0\nlog.Progress('FN-I406 loading %s', 'x').at(3 * 10**9, 10**10)\n"
-    assert "FN-I406 loading x: 3.0 of 10.0 GB after 0 s" in said(loading, 120, NO_COLOR="1")
+    lines = said(FIRST + "log.note('FN-W606 one')\ntold.at('blocks.1')\ntold.stepped()", 120, NO_COLOR="1")
+    states = ["FN-I303 first step: blocks.0 after 0 s", "FN-I303 first step: the update after 0 s"]
+    assert (
+        lines[0] == "".join(["\r" + text.ljust(len(states[0])) for text in states]) + erased(states[1]) + "FN-W606 one"
+    )
+    assert lines[1].startswith("\rFN-I303 first step: blocks.1 after 0 s\r  ")
+    assert lines[1].endswith("  \rFN-I304 the first step took 0.0 s; it learned the order of the units")
+    bar = "FN-I406 loading x: [#######.................] 3.0 of 10.0 GB after 0 s"
+    assert said(LOADING, 120) == [f"\r{bar}{erased(bar)}"]
+    assert said(LOADING, 60)[0].startswith(f"\r{bar[:59]}\r")
+    assert said("log._SOON = 100.0\n" + LOADING, 120) == []
+
+
+def erased(text: str) -> str:
+    return f"\r{' ' * len(text)}\r"
+
+
+def test_progress_is_seen_in_a_file():
+    """Of what takes long enough to be told of, a line every five seconds, and one at its end; on a terminal that cannot go back, too."""
+    assert codes(said(FIRST + "told.stepped()")) == []
+    slow = "log._EVERY = 0.0\n" + FIRST + "told.stepped()\n" + LOADING
+    for terminal in ({}, {"columns": 120, "TERM": "dumb"}):
+        lines = said(slow, **terminal)
+        assert codes(lines) == ["FN-I303", "FN-I303", "FN-I304", "FN-I406"]
+        assert lines[1] == "FN-I303 first step: the update after 0 s"
+        assert lines[3] == "FN-I406 loading x: 3.0 of 10.0 GB after 0 s"
+
+
+def test_progress_that_is_kept_back():
+    for columns in (0, 120):
+        for kept in (
+            "logger.setLevel('ERROR')",
+            "logging.disable(logging.INFO)",
+            "logger.addHandler(logging.NullHandler())",
+        ):
+            assert said(f"log._EVERY = 0.0\n{kept}\n" + FIRST + LOADING, columns) == []
+        assert said("log._EVERY = 0.0\noffload(level='warning')\n" + LOADING, columns) == []
+    own = "logging.basicConfig(format='own %(message)s', level='INFO')\nlog._EVERY = 0.0\n" + LOADING
+    assert said(own, 120) == ["own FN-I406 loading x: 3.0 of 10.0 GB after 0 s"]
 
 
 def test_a_programs_own_logging_decides():
