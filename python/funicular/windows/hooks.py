@@ -140,9 +140,11 @@ class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         refuse(self.session, "a forward")
         phase = BACKWARD if in_backward() else FORWARD if torch.is_grad_enabled() else EVAL
-        if phase == FORWARD and not self.session.trained:
-            self.session.trained = True
-            warn_of_frozen(self.session)
+        if phase == FORWARD and self.session.trained != self.session.log.step:
+            refuse_added(self.session)
+            if not self.session.trained:
+                warn_of_frozen(self.session)
+            self.session.trained = self.session.log.step
         call = _Call(self)
         _stack().append(call)
         call.range = self.session.ranges.start(f"{self.name} {'recompute' if phase == BACKWARD else 'forward'}")
@@ -370,8 +372,6 @@ class _EnterRoot(_Hook):
         refuse(self.session, "a forward")  # before what is under way is taken for a forward that ended
         keep_out()
         check_replaced(self.session)
-        if torch.is_grad_enabled():
-            refuse_added(self.session)
         for ref in self.hooked:
             hooked = ref()
             if hooked is not None:

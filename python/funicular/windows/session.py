@@ -110,8 +110,8 @@ class Session:
         self.loading = False
         #: the caller knows of optimizer states that cannot be read
         self.told_lost = False
-        #: whether there was a forward with gradients
-        self.trained = False
+        #: the last step in which there was a forward with gradients
+        self.trained = 0
         living.add(self)
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
