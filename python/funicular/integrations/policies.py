@@ -1,10 +1,11 @@
-"""The ``policy`` argument of trainers: all that ``funicular.offload`` takes, and configurations of DeepSpeed."""
+"""The ``policy`` argument of trainers: all that ``funicular.offload`` takes, and configurations of DeepSpeed; and budgets of several models."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from funicular.errors import UsageError
 from funicular.policy import Policy
+from funicular.units.dtypes import state_bytes
+from funicular.windows.lookup import session_for
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterable
 
-__all__ = ["policy_of"]
+    import torch
+    from torch import nn
+
+__all__ = ["divided", "policy_of", "refuse_twice"]
 
 _log = logging.getLogger("funicular")
 #: sections that every configuration of DeepSpeed has that offloads, and no policy has
@@ -42,6 +48,73 @@ def policy_of(source: Any, device: torch.device | None = None) -> Policy:
     if device is not None and policy.device == "auto":
         policy = policy.replace(device="host" if device.type == "cpu" else f"cuda:{device.index or 0}")
     return policy
+
+
+def divided(source: Any, *models: nn.Module) -> list[Policy]:
+    """Divide the budgets of a policy between models that one process offloads; each is offloaded with its part.
+
+    Memory of the device is divided by the bytes of weights; host memory and NVMe by what weights, gradients and AdamW's states take, of
+    which frozen weights have the first alone. What is ``"auto"`` stays so: it is what the machine has left when a model is offloaded.
+
+    Parameters
+    ----------
+    source : any
+        All that ``policy=`` of a trainer takes.
+    *models : nn.Module
+        Not offloaded yet, with ``requires_grad`` as they are to be trained.
+
+    Returns
+    -------
+    list of Policy
+        One for each model. Their budgets add up to no more than those of the policy.
+    """
+    policy = policy_of(source)
+    weights = [sum(p.nbytes for p in model.parameters()) for model in models]
+    needs = [sum(_need(p) for p in model.parameters()) for model in models]
+    shares = {"hbm": weights, "host": needs, "nvme": needs}
+    parts = []
+    for index in range(len(models)):
+        keys = {}
+        for tier, sizes in shares.items():
+            budget = str(getattr(policy.budget, tier))
+            if budget != "auto":
+                keys[f"budget__{tier}"] = f"{_bytes(budget) * sizes[index] // max(sum(sizes), 1)}B"
+        parts.append(policy.replace(**keys))
+    return parts
+
+
+def _need(p: torch.Tensor) -> int:
+    return p.nbytes + (p.nbytes + p.numel() * state_bytes(p.dtype) if p.requires_grad else 0)
+
+
+def _bytes(size: str) -> int:
+    """Return what a size of a policy, which has been read already, is in bytes."""
+    found = re.fullmatch(r"([\d.]+) *(?:([KMGTP])(i?))?B", size)
+    assert found is not None, size
+    number, prefix, binary = found.groups()
+    power = 0 if prefix is None else 1 + "KMGTP".index(prefix)
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def refuse_twice(policy: Policy, models: Iterable[nn.Module]) -> None:
+    """Refuse a policy whose sizes another model of the same trainer has: both would take them in full.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E141``.
+    """
+    budget = (policy.budget.hbm, policy.budget.host, policy.budget.nvme)
+    for model in models:
+        session = session_for(model)
+        other = None if session is None else session.policy.budget
+        if other is not None and budget[1] != "auto" and budget == (other.hbm, other.host, other.nvme):
+            raise UsageError(
+                "FN-E141",
+                f"policy= has the budgets with which the trainer's other model ({type(model).__name__}) was offloaded, and both would take "
+                f"them in full: budget.host = {other.host} twice. Divide them: mine, its = "
+                "funicular.integrations.policies.divided(policy, model, ref_model), offload the other one with its, and say policy=mine.",
+            )
 
 
 def _imported(source: Any) -> Policy | None:

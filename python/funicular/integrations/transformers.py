@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from funicular.checkpoint.save_load import load, save
 from funicular.errors import UsageError
 from funicular.integrations.figures import Figures
-from funicular.integrations.policies import policy_of
+from funicular.integrations.policies import policy_of, refuse_twice
 from funicular.integrations.pretrained import save_pretrained
 from funicular.integrations.settings import (
     MANIFEST,
@@ -33,8 +34,6 @@ from funicular.windows.ranked import together
 
 if TYPE_CHECKING:
     import os
-
-    from torch import nn
 
     from funicular.windows.session import Session
 
@@ -124,6 +123,10 @@ class OffloadMixin:
         if policy is not None:
             self.policy = policy
         self._checkpointing = False
+        #: reference models and the like, which are offloaded already
+        self._others = [
+            one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module) and session_for(one) is not None
+        ]
         above: Any = super()
         above.__init__(*args, **kwargs)
         self._offload(self.model)
@@ -163,7 +166,9 @@ class OffloadMixin:
             self.optimizer = self.callback_handler.optimizer = None
             gc.collect()
         keep_no_casts(self.accelerator)
-        offload(model, policy_of(self.policy, self.args.device), group=group_of(self.accelerator))
+        policy = policy_of(self.policy, self.args.device)
+        refuse_twice(policy, self._others)
+        offload(model, policy, group=group_of(self.accelerator))
 
     def _session(self) -> Session | None:
         return session_for(self.model)

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from trl_runs import KINDS, build, run
 
+from funicular.integrations.policies import divided
 from trainer_runs import equal
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,14 +41,15 @@ def test_like_the_plain_trainer(kind: str, adapters: bool, two_worlds: World, tm
 
 @pytest.mark.parametrize("second", ["precomputed", "resident", "offloaded"])
 def test_dpo_against_a_second_model(second: str, host_world: World, tmp_path: Path):
-    """Its answers are computed beforehand; or it stays beside the model; or it is offloaded too, by the same policy."""
+    """Its answers are computed beforehand; or it stays beside the model; or it is offloaded too, by its part of one policy."""
     found = []
     for name, world in (("plain", None), ("paged", host_world)):
         more: dict[str, Any] = {"precompute_ref_log_probs": second == "precomputed"}
         reference = build()
         if second == "offloaded" and world is not None:
             reference.requires_grad_(False)
-            funicular.offload(reference, world.policy(reference))
+            world, its = divided(world.policy(reference, frames=8), build(), reference)
+            funicular.offload(reference, its)
         KINDS["DPO"][3].clear()
         KINDS["DPO"][3]["ref_model"] = reference
         try:
@@ -55,6 +57,25 @@ def test_dpo_against_a_second_model(second: str, host_world: World, tmp_path: Pa
         finally:
             KINDS["DPO"][3].clear()
     assert equal(*found)
+
+
+def test_two_models_share_one_budget(host_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The parts add up to the whole, and are held; the same policy for both would be twice of it, and is refused."""
+    whole = host_world.policy(build(), frames=8, budget={"host": "6MiB"})
+    reference = build().requires_grad_(False)
+    mine, its = divided(whole, build(), reference)
+    funicular.offload(reference, its)
+    monkeypatch.setitem(KINDS["DPO"][3], "ref_model", reference)
+    trained = run("DPO", mine, tmp_path, False, precompute_ref_log_probs=False, max_steps=2).model
+    both = [funicular.stats(model).budgets for model in (reference, trained)]
+    for tier, limit in (("hbm", int(whole["budget"]["hbm"].removesuffix("B"))), ("host", 6 << 20)):
+        limits = [found[tier].limit for found in both]
+        assert 0.99 * limit < sum(limits) <= limit
+        assert all(found[tier].used <= found[tier].limit for found in both)
+    assert both[0]["host"].limit < both[1]["host"].limit / 3
+    said = "FN-E141 policy= has the budgets with which.*LlamaForCausalLM.*twice.*divided"
+    with pytest.raises(funicular.UsageError, match=said):
+        run("DPO", its, tmp_path, False, precompute_ref_log_probs=False)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])

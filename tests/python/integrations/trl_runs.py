@@ -95,7 +95,7 @@ def made(kind: str, policy: Any, out: Path | str, adapters: bool, of: Any = None
     call |= given.pop("call", {})
     if adapters:
         call["peft_config"] = lora(kind.lower())
-    if policy is not None and not isinstance(policy, dict):
+    if hasattr(policy, "policy"):
         policy = policy.policy(model)
     base = getattr(trl, name)
     given["arguments"] = getattr(trl, name.replace("Trainer", "Config"))

@@ -18,6 +18,7 @@ from conftest import CUDA, DEVICE
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 
+from funicular.integrations.transformers import offloaded
 from trainer_runs import Tokens, llama
 
 ROOT = Path(__file__).parents[3]
@@ -108,3 +109,23 @@ def test_peft(toy: Path) -> None:
     names = run(code, model=llama().to("cuda" if DEVICE == "cuda" else "cpu"))
     assert sum(len(group["params"]) for group in names["opt"].param_groups) == 20
     funicular.unwrap(names["model"])
+
+
+def test_two_models(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="make test-integrations has it")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "python" / "integrations"))
+    import trl_runs
+
+    (code,) = shown("test_two_models", "trainer.md")
+    kinds = {"DPOTrainer": trl_runs.trl.DPOTrainer, "offloaded": offloaded, "tokenizer": trl_runs.tokenizer()}
+    data = trl_runs.datasets.Dataset.from_dict(trl_runs.PAIRS)
+    args = trl_runs.trl.DPOConfig("runs", max_steps=2, max_length=40, report_to=[], use_cpu=not CUDA)
+    names = run(
+        code, **kinds, model=trl_runs.build(), ref_model=trl_runs.build(), data=data, args=args, funicular=funicular
+    )
+    names["trainer"].train()
+    limits = [funicular.stats(names[name]).budgets["host"].limit for name in ("model", "ref_model")]
+    assert funicular.Policy.load("policy.toml").budget.host == "1GiB"
+    assert sum(limits) <= 1 << 30
+    for name in ("model", "ref_model"):
+        funicular.unwrap(names[name])
