@@ -120,10 +120,27 @@ def succeed(
     whole_end: bool = False,
 ) -> list[str]:
     """Run a script that must end well; its lines. Of a fork Python's own end is left out."""
+    return lines(begin(body, disk, placement, device, prefix, whole_end), seconds)
+
+
+def begin(
+    body: str,
+    disk: str,
+    placement: dict[str, str],
+    device: str = "host",
+    prefix: Sequence[str] = (),
+    whole_end: bool = False,
+) -> subprocess.Popen[str]:
+    """Start a script that must end well, for :func:`lines`."""
     body = textwrap.dedent(body)
     if not prefix and device == "host" and not whole_end:
         body += "\nimport forks\nforks.end()\n"
-    status, out, err = finish(start(body, disk, placement, device, prefix), seconds)
+    return start(body, disk, placement, device, prefix)
+
+
+def lines(process: subprocess.Popen[str], seconds: float = PATIENCE) -> list[str]:
+    """What a script has printed that ended well."""
+    status, out, err = finish(process, seconds)
     assert status == 0, f"status {status}\n{out}\n{err}"
     assert "panicked" not in err, err
     return out.splitlines()

@@ -284,8 +284,11 @@ def test_interrupted_in_user_code(engine: str, disk: str):
 
 
 @pytest.mark.timing
-def test_interrupted_while_waiting_for_the_disk(engine: str, disk: str):
-    """Ctrl-C while a page-in hangs: the wait ends at once, the read when it can; then exact training."""
+def test_interrupted_while_waiting_for_the_disk(disk: str, io_uring: bool):
+    """Ctrl-C while a page-in hangs: the wait ends at once, the read when it can; then exact training.
+
+    With both engines at once: both programs sleep nearly all the time.
+    """
     body = """
     from twin import compare
     def script(run):
@@ -322,12 +325,16 @@ def test_interrupted_while_waiting_for_the_disk(engine: str, disk: str):
     # Every read is one of parameters, that forward and backward wait for. How many there are depends on the device.
     slow = (230, 420, 560, 760, 1030, 1390)
     body = body.replace("AT", ",".join(f"read:delay=1500ms@{at}x1" for at in slow))
-    placement = PLACEMENTS[f"nvme-{engine}"] | {"optimizer": "host"}
-    *said, last = children.succeed(body, disk, placement, DEVICE)
-    assert last == "exact"
-    assert "forward in time" in said
-    # As above: torch's wait for a GPU's backward looks at no signals.
-    assert set(said) - {"forward in time", "backward in time"} <= ({"backward late"} if CUDA else set())
+    engines = ["threads", "io_uring"] if io_uring else ["threads"]
+    placements = [PLACEMENTS[f"nvme-{engine}"] | {"optimizer": "host"} for engine in engines]
+    begun = [children.begin(body, disk, placement, DEVICE) for placement in placements]
+    for engine, process in zip(engines, begun, strict=True):
+        *said, last = children.lines(process)
+        assert last == "exact", engine
+        assert "forward in time" in said, engine
+        # As above: torch's wait for a GPU's backward looks at no signals.
+        late = {"backward late"} if CUDA else set()
+        assert set(said) - {"forward in time", "backward in time"} <= late, engine
 
 
 def test_process_ends_after_a_failure(engine: str, disk: str):
