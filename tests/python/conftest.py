@@ -16,12 +16,6 @@ if os.environ.get("FUNICULAR_TEST_DEVICE", "host") != "cuda":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests of the host device go the same way on a machine with a GPU
 # torch's compiler starts six processes, each of which imports torch, to see whether this machine runs what its compiler makes.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-# Two processes that compile at once can spoil each other's precompiled headers.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR",
-        str(Path(tempfile.gettempdir()) / f"funicular-inductor-{os.getuid()}-{os.environ['PYTEST_XDIST_WORKER']}"),
-    )
 
 gc.disable()  # until all is imported and collected: nothing of that is garbage
 
@@ -76,6 +70,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="all cases of the tests with the mark covering, of which some stand for the others",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What torch's compiler makes is kept for this run alone, since code of another day may be for another instruction set; and for
+    this process, since two that compile at once can spoil each other's precompiled headers.
+    """
+    if hasattr(config, "workerinput") or "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="funicular-inductor-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def in_worlds(item: pytest.Item, worlds: set[str]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch._inductor.config
 from torch import nn
 from torch._dynamo.utils import counters
@@ -188,8 +189,11 @@ def test_inductor(rows, host_world):
         run.train(3)
 
     sections = {} if rows is None else {"activations": {"micro_batch": 4}}
-    # Code of another day may be for another instruction set: torch looks anew what there is, and is not always right.
-    with torch._inductor.config.patch(force_disable_caches=True):
+    # Both are traced and turned into C++ anew; what comes of equal C++ is kept.
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         plain = play(host_world, stack(), train, False, 3, {})
         counters.clear()
         torch._dynamo.reset()
