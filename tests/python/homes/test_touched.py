@@ -306,6 +306,7 @@ print("same")
     assert (status, out) == (0, "same\n"), err
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW], ids=lambda c: c.__name__)
@@ -324,7 +325,7 @@ def test_compiled_steps(kind, two_worlds: World):
             opt.zero_grad()
         run.record_weights()
 
-    compare(two_worlds, stack(depth=2), script)
+    compare(two_worlds, stack(depth=1), script, frames=2)  # inductor takes its time for each parameter
 
 
 def test_compiled_steps_without_room_are_refused(disk: str):

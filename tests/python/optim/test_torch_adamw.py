@@ -32,7 +32,7 @@ def batches(count: int, seed: int = 5) -> list[Tensor]:
     return [torch.randint(31, (2, 9), generator=generator).to(device) for _ in range(count)]
 
 
-def pair(world: World, build=lambda: Decoder(dropout=0.0)) -> tuple[nn.Module, nn.Module]:
+def pair(world: World, build=lambda: Decoder(depth=3, dropout=0.0)) -> tuple[nn.Module, nn.Module]:
     """The same model twice, plain and offloaded."""
     torch.manual_seed(11)
     plain = build()
@@ -195,7 +195,7 @@ def test_resumed_equals_uninterrupted(two_worlds, tmp_path):
     train(straight, opt, data[4:])
 
     torch.manual_seed(12)
-    resumed = Decoder(dropout=0.0)
+    resumed = Decoder(depth=3, dropout=0.0)
     funicular.offload(resumed, two_worlds.policy(resumed))
     opt_resumed = funicular.AdamW(resumed.parameters(), lr=1.0)
     loaded = torch.load(tmp_path / "it.pt", weights_only=True)
