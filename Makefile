@@ -39,8 +39,8 @@ GPU_TEST_ARGS ?=
 SOAK_ARGS ?=
 BENCH_GPU_ARGS ?=
 SIM_SEEDS ?= 100000
-# processes that share the Python tests
-TEST_JOBS ?= 2
+# processes that share the Python tests; on two processors, two of them work where others wait for a disk or a child
+TEST_JOBS ?= 4
 
 STAMPS := target/make
 LOCK := requirements-dev.lock
@@ -150,14 +150,16 @@ test-python: package
 	@$(PY) -m pytest $(ARGS)
 endif
 
-# Quick feedback: one placement, no slow tests, and without the files that mostly start programs of their own, which take as long as all
-# others together. `make test` is what counts.
-SLOW_FILES := $(foreach name,admission budgets can_fail checkpoint_async checkpoint_cli checkpoint_faults cli compile examples plan, \
-    $(wildcard tests/python/*/test_$(name).py))
+# Quick feedback: one placement, no slow tests, and without the files that mostly start programs of their own, ask a disk or take many steps, which take longer
+# than all others together. Several ranks, the training frameworks and `make test-hangs` have lanes of their own. `make test` is what counts.
+SLOW_FILES := $(foreach name,address_space admission budgets can_fail checkpoint_async checkpoint_cli checkpoint_faults checkpoint_tiers cli compile \
+    examples gradients_on_disk growth import nothing_hangs plan ranks torch_adamw, $(wildcard tests/python/*/test_$(name).py))
+SLOW_FOLDERS := $(addprefix tests/python/,integrations ranks)
 
 test-fast: package
 	$(call say,Python tests in host memory, without the slow ones)
-	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --worlds=host -m "not slow and not timing" $(addprefix --ignore=,$(SLOW_FILES)) $(ARGS)
+	@$(PY) -m pytest tests/python -q -n $(TEST_JOBS) --dist worksteal --worlds=host -m "not slow and not timing" \
+	    $(addprefix --ignore=,$(SLOW_FILES) $(SLOW_FOLDERS)) $(ARGS)
 
 # Close, unwrap, exit, fork and signal handlers beside each kind of wait; with FUNICULAR_TEST_DEVICE=cuda on a GPU.
 test-hangs: package

@@ -123,6 +123,7 @@ def test_another_sweeps_checkpoints_are_not_counted(tmp_path: Path):
 # ---------------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 def test_savers_sweeps_and_readers(tmp_path: Path):
     """`make soak` does more of it."""
     reads, seen = saves_beside.campaign(tmp_path, 25)

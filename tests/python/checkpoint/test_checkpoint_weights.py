@@ -379,6 +379,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 def test_the_model_never_has_to_fit(disk: str, tmp_path: Path):
     """Resident memory while 193 MiB of weights stream to NVMe stays within the policy's 120 MiB and frames."""
     path = str(Path(disk).parent / f"{Path(disk).name}-weights")

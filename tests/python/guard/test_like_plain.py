@@ -329,6 +329,7 @@ def _answer(model: nn.Module, optimizer: object, results) -> None:
     results.put((model(x).detach().tolist(), kinds, [None if g is None else g.sum().item() for g in grads]))
 
 
+@pytest.mark.slow
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize("with_grads", [False, True])
@@ -368,6 +369,7 @@ class Items(torch.utils.data.Dataset):
             return self.model(torch.full((WIDTH,), float(i)))
 
 
+@pytest.mark.slow
 def test_workers_that_hold_the_model(host_world):
     if CUDA:
         pytest.skip("compares on the host")
