@@ -125,6 +125,23 @@ fn what_needs_a_decision_is_asked() {
 }
 
 #[test]
+fn a_precision_of_the_weights_converts_them_also_without_deepspeed() {
+    let sharded =
+        |precision: &str| text(&format!("strategy: fsdp_cpu_offload\nprecision: {precision}\n"), "train.yaml");
+    for (precision, dtype) in [("bf16-true", "bfloat16"), ("16-true", "float16")] {
+        let out = sharded(precision);
+        assert!(out.contains(&format!("precision = \"{precision}\" -> params.dtype = \"{dtype}\"")), "{out}");
+        assert!(out.contains(&format!("\ndtype = \"{dtype}\"\ntier = \"host\"")), "{out}");
+    }
+    for precision in ["bf16-mixed", "32-true"] {
+        let out = sharded(precision);
+        assert!(!out.contains("-> params.dtype") && !out.contains("\ndtype"), "{out}");
+    }
+    let script = "fabric = Fabric(strategy=FSDPStrategy(cpu_offload=True), precision='bf16-true')\n";
+    assert!(text(script, "train.py").contains("params.dtype = \"bfloat16\""));
+}
+
+#[test]
 fn what_another_program_puts_in_is_called_so() {
     // A policy that names no directory is not consistent, and the path is asked for.
     let (policy, output) = load("launcher_auto.yaml");

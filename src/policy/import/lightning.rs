@@ -196,7 +196,7 @@ fn argument(to: &mut Rewrite<'_>, prefix: &str, key: &str, node: &Node) {
     }
 }
 
-/// `bf16-mixed` and the like: DeepSpeed converts the model to it.
+/// `bf16-mixed` and the like: DeepSpeed converts the model to it, and to `bf16-true` every strategy does.
 fn precision(to: &mut Rewrite<'_>, full: &str, node: &Node) {
     let asked = match &node.value {
         Value::Text(text) => text.trim().to_ascii_lowercase(),
@@ -204,8 +204,10 @@ fn precision(to: &mut Rewrite<'_>, full: &str, node: &Node) {
         _ => String::new(),
     };
     match asked.as_str() {
-        "bf16" | "bf16-mixed" | "bf16-true" => to.format(full, node, Some(ParamsDtype::Bfloat16)),
-        "16" | "16-mixed" | "16-true" => to.format(full, node, Some(ParamsDtype::Float16)),
+        "bf16-true" => to.format_of_weights(full, node, Some(ParamsDtype::Bfloat16)),
+        "16-true" => to.format_of_weights(full, node, Some(ParamsDtype::Float16)),
+        "bf16" | "bf16-mixed" => to.format(full, node, Some(ParamsDtype::Bfloat16)),
+        "16" | "16-mixed" => to.format(full, node, Some(ParamsDtype::Float16)),
         "32" | "32-true" => to.format(full, node, None),
         _ => to.undecided(full, node, "is none of 32-true, 16-mixed, bf16-mixed; set params.dtype"),
     }

@@ -27,6 +27,8 @@ pub(super) struct Half {
     pub(super) format: Option<ParamsDtype>,
     /// The key that says so.
     pub(super) item: Item,
+    /// The weights are converted, with FSDP as with DeepSpeed.
+    pub(super) weights: bool,
 }
 
 /// What is known of a configuration besides its tree.
@@ -142,20 +144,28 @@ impl<'a> Rewrite<'a> {
     pub(super) fn format(&mut self, key: &str, node: &Node, format: Option<ParamsDtype>) {
         let item = Item::new(self.source, Found { key, node }, "");
         match &self.half {
-            None => self.half = Some(Half { format, item }),
+            None => self.half = Some(Half { format, item, weights: false }),
             Some(half) if half.format == format || format.is_none() => {
                 let note = format!("{} says it", half.item.key);
                 self.ignored(key, node, &note);
             }
-            Some(Half { format: None, item: weaker }) => {
+            Some(Half { format: None, item: weaker, .. }) => {
                 let note = format!("{key} says it");
                 self.own.ignored.push(Item { note, ..weaker.clone() });
-                self.half = Some(Half { format, item });
+                self.half = Some(Half { format, item, weights: false });
             }
             Some(half) => {
                 let note = format!("contradicts {}, which was taken", half.item.key);
                 self.undecided(key, node, &note);
             }
+        }
+    }
+
+    /// As [`Rewrite::format`] for a key that converts the weights themselves.
+    pub(super) fn format_of_weights(&mut self, key: &str, node: &Node, format: Option<ParamsDtype>) {
+        self.format(key, node, format);
+        if let Some(half) = self.half.as_mut().filter(|half| half.item.key == key) {
+            half.weights = true;
         }
     }
 
@@ -174,14 +184,21 @@ impl<'a> Rewrite<'a> {
         out
     }
 
-    /// As [`Rewrite::finish`] for a file without anything of DeepSpeed's: its number format is autocast's.
+    /// As [`Rewrite::finish`] for a file without anything of DeepSpeed's: its number format is autocast's, unless it says that
+    /// the weights have it.
     pub(super) fn finish_without(mut self) -> Imported {
-        if let Some(half) = self.half {
-            let note = match half.format {
-                Some(_) => AUTOCAST,
-                None => "the model's own number format counts",
-            };
-            self.own.ignored.push(Item { note: note.to_owned(), ..half.item });
+        let Some(half) = self.half else { return self.own };
+        match half.format {
+            Some(format) if half.weights => {
+                self.own.policy.params.dtype = format;
+                let note = format!("params.dtype = \"{}\", with masters in fp32", format.word());
+                self.own.mapped.push(Item { note, ..half.item });
+            }
+            Some(_) => self.own.ignored.push(Item { note: AUTOCAST.to_owned(), ..half.item }),
+            None => {
+                let note = "the model's own number format counts".to_owned();
+                self.own.ignored.push(Item { note, ..half.item });
+            }
         }
         self.own
     }
