@@ -142,6 +142,27 @@ fn a_precision_of_the_weights_converts_them_also_without_deepspeed() {
 }
 
 #[test]
+fn a_batch_is_multiplied_once_for_each_process() {
+    let batch = |text: &str| {
+        text.lines()
+            .filter_map(|line| {
+                line.split_once("multiply ")?.1.split_once(" by ")?.1.split(' ').next()?.parse::<u64>().ok()
+            })
+            .product::<u64>()
+    };
+    let out = text("compute_environment: X\nnum_machines: 2\nnum_processes: 16\n", "a.yaml");
+    assert!(out.contains("num_machines = 2: several hosts, and here a model trains on one"), "{out}");
+    // accelerate counts the processes of all hosts, Lightning and torchrun those of one.
+    assert_eq!(batch(&out), 16, "{out}");
+    let out = text("strategy: deepspeed_stage_3_offload\ndevices: 8\nnum_nodes: 2\n", "b.yaml");
+    assert_eq!(batch(&out), 16, "{out}");
+    let out = text("deepspeed: zero3\nnproc_per_node: 4\nnnodes: 3\n", "c.yaml");
+    assert_eq!(batch(&out), 12, "{out}");
+    let one = text("compute_environment: X\nnum_machines: 1\nnum_processes: 2\n", "d.yaml");
+    assert!(one.contains("num_machines = 1: one, as here"), "{one}");
+}
+
+#[test]
 fn what_another_program_puts_in_is_called_so() {
     // A policy that names no directory is not consistent, and the path is asked for.
     let (policy, output) = load("launcher_auto.yaml");

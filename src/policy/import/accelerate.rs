@@ -65,7 +65,8 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
             ("deepspeed_config_file", _) => refer(to, &full, node),
             ("fsdp_config" | "fsdp_plugin", Value::Table(_)) => fsdp::section(to, &full, node),
             (CALLEE, _) => to.names_class(&full, node),
-            ("num_processes" | "num_machines", _) => processes(to, &full, node),
+            ("num_processes", _) => processes(to, &full, node),
+            ("num_machines", _) => hosts(to, &full, node, false),
             ("zero_optimization" | "aio" | "bf16" | "fp16", Value::Table(_)) => unread(to, &full, key, node, NOT_READ),
             ("debug", _) => to.ignored(&full, node, "belongs to your training loop"),
             _ => beside(to, &full, key, node, "about launching; belongs to your training loop"),
@@ -185,6 +186,18 @@ pub(super) fn mixed_precision(to: &mut Rewrite<'_>, full: &str, node: &Node) {
         "fp8" => to.undecided(full, node, "there are no 8-bit formats here; set params.dtype"),
         _ => to.undecided(full, node, "is not one of no, fp16, bf16; set params.dtype"),
     }
+}
+
+/// On how many hosts; `each` if another key says how many processes of each, and not how many of all.
+pub(super) fn hosts(to: &mut Rewrite<'_>, full: &str, node: &Node, each: bool) {
+    let note = match scalar::count(node) {
+        Ok(read) if read.value <= 1 => return to.ignored(full, node, "one, as here"),
+        Err(_) if matches!(node.value, Value::Null) => return to.ignored(full, node, "empty"),
+        Err(_) => ": say how many processes there are in all",
+        Ok(_) if !each => ": num_processes is the number of processes of all of them",
+        Ok(read) => &format!(": multiply what is accumulated by {} besides for the same batch", read.value),
+    };
+    to.undecided(full, node, &format!("several hosts, and here a model trains on one{note}"));
 }
 
 /// How many took part: here as many processes of one host may, which hold the model once together.

@@ -2,7 +2,7 @@
 //! configuration.
 
 use super::{
-    accelerate::{beside, processes, refer},
+    accelerate::{beside, hosts, processes, refer},
     fsdp,
     kinds::called,
     rewrite::{Rewrite, joined, word},
@@ -182,7 +182,8 @@ fn argument(to: &mut Rewrite<'_>, prefix: &str, key: &str, node: &Node) {
         ("devices", Value::Integer(-1)) => {
             to.undecided(&full, node, "all GPUs of the machine; here one process trains on one")
         }
-        ("devices" | "num_nodes", _) => processes(to, &full, node),
+        ("devices", _) => processes(to, &full, node),
+        ("num_nodes", _) => hosts(to, &full, node, true),
         _ if LIGHTNING_LOOP.contains(&key) || key == "cpu_checkpointing" || key.starts_with("argument ") => {
             to.ignored(&full, node, LOOP);
         }

@@ -55,9 +55,9 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
                 fsdp::activations(to, &full, node);
             }
             ("activation_offloading" | "enable_activation_offloading", _) => fsdp::activations(to, &full, node),
-            ("num_processes" | "num_machines" | "nproc_per_node" | "nnodes", _) => {
-                accelerate::processes(to, &full, node);
-            }
+            ("num_processes" | "nproc_per_node", _) => accelerate::processes(to, &full, node),
+            ("num_machines", _) => accelerate::hosts(to, &full, node, false),
+            ("nnodes", _) => accelerate::hosts(to, &full, node, true),
             ("mixed_precision", _) => accelerate::mixed_precision(to, &full, node),
             _ => accelerate::beside(to, &full, key, node, LOOP),
         }
