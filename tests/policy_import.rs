@@ -162,6 +162,25 @@ fn stage_two_and_full_precision() {
 }
 
 #[test]
+fn parameters_that_a_low_stage_leaves_on_the_gpu_are_spoken_of() {
+    let note = |zero: &str| {
+        let text = format!("{{\"zero_optimization\": {{{zero}}}}}");
+        let i = import::deepspeed(&text, "ds.json", Hints::default()).unwrap();
+        (item(&i.undecided, "zero_optimization.stage").note.clone(), i.policy.params.tier)
+    };
+    for (device, tier) in [("cpu", ParamsTier::Host), ("nvme", ParamsTier::Nvme)] {
+        let (note, set) = note(&format!("\"stage\": 1, \"offload_param\": {{\"device\": \"{device}\"}}"));
+        assert!(note.contains("stage 1 keeps all parameters on the GPU; offload_param has no effect there"), "{note}");
+        assert_eq!(set, tier);
+    }
+    for none in ["\"stage\": 2, \"offload_param\": {\"device\": \"none\"}", "\"stage\": 2"] {
+        let (note, set) = note(none);
+        assert!(!note.contains("offload_param") && note.contains("paged through budget.hbm"), "{note}");
+        assert_eq!(set, ParamsTier::Auto);
+    }
+}
+
+#[test]
 fn what_is_computed_differently_needs_a_decision() {
     let i = load("twin_flow.json");
     for (key, part) in [

@@ -235,16 +235,30 @@ impl<'a> Import<'a> {
                 self.ignored(found, "parameters are always paged here; nothing is partitioned over ranks")
             }
             Ok(Read { value: stage @ 0..=2, .. }) => {
-                let note = format!(
-                    "stage {stage} keeps all parameters on the GPU; here they are paged through budget.hbm: raise it to hold them all, or leave \"auto\""
-                );
-                self.undecided(found, note);
+                let homes = match self.asks_for_params_away() {
+                    true => {
+                        "; offload_param has no effect there in DeepSpeed, and params.tier is what it says here: set \"auto\" if it is not meant"
+                    }
+                    false => "; here they are paged through budget.hbm: raise it to hold them all, or leave \"auto\"",
+                };
+                self.undecided(found, format!("stage {stage} keeps all parameters on the GPU{homes}"));
             }
             _ => self.undecided(found, scalar::elsewhere(found.node).unwrap_or("is not a stage from 0 to 3")),
         }
     }
 
     // Where things live.
+
+    /// True if the file names a device to keep parameters on that is not the GPU.
+    fn asks_for_params_away(&self) -> bool {
+        let zero = self.root.get("zero_optimization");
+        let asked = zero.and_then(|z| z.get("offload_param").or_else(|| z.get("cpu_offload_params")));
+        match asked.map(|node| &node.get("device").unwrap_or(node).value) {
+            Some(Value::Bool(on)) => *on,
+            Some(Value::Text(word)) => ["cpu", "nvme", "true"].contains(&word.trim().to_ascii_lowercase().as_str()),
+            _ => false,
+        }
+    }
 
     fn device(&mut self, found: Found<'_>) -> Option<Tier> {
         let word = match &found.node.value {
