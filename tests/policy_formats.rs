@@ -163,6 +163,25 @@ fn a_batch_is_multiplied_once_for_each_process() {
 }
 
 #[test]
+fn names_of_configurations_and_the_type_beside_them_are_read() {
+    let swift = |name: &str, dtype: &str| text(&format!("deepspeed: {name}\ntorch_dtype: {dtype}\n"), "swift.yaml");
+    for (word, dtype) in [("bfloat16", "bfloat16"), ("torch.float16", "float16")] {
+        let out = swift("zero3_offload", word);
+        assert!(out.contains(&format!("\ndtype = \"{dtype}\"\ntier = \"host\"")), "{out}");
+    }
+    assert!(!swift("zero3_offload", "float32").contains("dtype = \"float32\"\n"));
+    assert!(swift("zero3", "auto").contains("which is not said here; set params.dtype"));
+    // Without such a name it is how the script loads the model.
+    let plain = text("fsdp: offload\ntorch_dtype: bfloat16\n", "plain.yaml");
+    assert!(!plain.contains("-> params.dtype") && plain.contains("torch_dtype = \"bfloat16\": belongs"), "{plain}");
+    let out = swift("zero3_offlod", "bfloat16");
+    assert!(
+        out.contains("deepspeed = \"zero3_offlod\": is no name of a configuration (did you mean 'zero3_offload'?)")
+    );
+    assert!(out.contains("what the file offloads cannot be told from it"), "{out}");
+}
+
+#[test]
 fn what_another_program_puts_in_is_called_so() {
     // A policy that names no directory is not consistent, and the path is asked for.
     let (policy, output) = load("launcher_auto.yaml");

@@ -9,6 +9,7 @@ use super::{
 use crate::policy::{
     ParamsDtype,
     source::{CALLEE, Entry, Node, Value},
+    suggest,
 };
 
 /// Keys whose value is DeepSpeed's file, or what would be in it.
@@ -38,6 +39,7 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
     for Entry { key, node, .. } in entries.iter().filter(names_file) {
         deepspeed(to, &joined(prefix, key), node);
     }
+    let swift = entries.iter().filter(names_file).any(|e| is_short(&e.node));
     for Entry { key, node, .. } in entries.iter().filter(|e| !names_file(e)) {
         let full = joined(prefix, key);
         let format = FORMATS.iter().find(|(name, _)| name == key);
@@ -58,6 +60,7 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
             ("num_processes" | "nproc_per_node", _) => accelerate::processes(to, &full, node),
             ("num_machines", _) => accelerate::hosts(to, &full, node, false),
             ("nnodes", _) => accelerate::hosts(to, &full, node, true),
+            ("torch_dtype", Value::Text(word)) if swift => of_model(to, &full, node, word),
             ("mixed_precision", _) => accelerate::mixed_precision(to, &full, node),
             _ => accelerate::beside(to, &full, key, node, LOOP),
         }
@@ -69,8 +72,30 @@ fn deepspeed(to: &mut Rewrite<'_>, full: &str, node: &Node) {
         Value::Bool(true) => to.undecided(full, node, "says that DeepSpeed is used, and not how: import its file"),
         Value::Table(entries) if entries.is_empty() => to.ignored(full, node, "empty"),
         Value::Table(_) => blocks::inner(to, full, node),
-        Value::Text(name) if SHORT.contains(&name.trim()) => short(to, full, name.trim(), node),
+        Value::Text(name) if is_short(node) => short(to, full, name.trim(), node),
+        Value::Text(name) if !name.contains(['/', '.']) => match suggest::nearest(name, SHORT.iter().copied()) {
+            Some(near) => {
+                let note =
+                    format!("is no name of a configuration (did you mean '{near}'?); if it is a file, import that");
+                to.undecided(full, node, &note);
+            }
+            None => accelerate::refer(to, full, node),
+        },
         _ => accelerate::refer(to, full, node),
+    }
+}
+
+fn is_short(node: &Node) -> bool {
+    matches!(&node.value, Value::Text(name) if SHORT.contains(&name.trim()))
+}
+
+/// ms-swift turns bf16 or fp16 on by the type that the model is loaded in, and its configurations leave both at `"auto"`.
+fn of_model(to: &mut Rewrite<'_>, full: &str, node: &Node, word: &str) {
+    match word.trim().trim_start_matches("torch.") {
+        "bfloat16" => to.format(full, node, Some(ParamsDtype::Bfloat16)),
+        "float16" => to.format(full, node, Some(ParamsDtype::Float16)),
+        "float32" => to.format(full, node, None),
+        _ => to.undecided(full, node, "is the type of the model's weights, which is not said here; set params.dtype"),
     }
 }
 
