@@ -46,6 +46,19 @@ fn another_systems_file_is_told_from_a_slip() {
     let (code, _, err) = run(&["policy", "check", "complete.json"], &[]);
     assert!(code == 1 && err.ends_with("^\nThis is another system's configuration: `funicular policy import complete.json > policy.toml` makes a policy of it.\n"), "{err}");
     let dir = tempfile::tempdir().unwrap();
+    // With comments, in a list, and with nothing that a policy could take over.
+    let foreign = dir.path().join("ds.json");
+    let zero = "{\"zero_optimization\": {\"stage\": 3, \"offload_param\": {\"device\": \"cpu\"}}}";
+    for text in [&format!("// mine\n{zero}"), &format!("[{zero}]"), "{\"zero_optimization\": {\"stage\": 3}}"] {
+        std::fs::write(&foreign, text).unwrap();
+        let (code, _, err) = run(&["policy", "check", foreign.to_str().unwrap()], &[]);
+        assert!(code == 1 && err.contains("funicular policy import"), "{text}: {err}");
+    }
+    for text in ["// mine\n{\"budget\": {\"hbm\": \"1GiB\"}}", "{\"budget\": {\"hbm\": true}}"] {
+        std::fs::write(&foreign, text).unwrap();
+        let (code, _, err) = run(&["policy", "check", foreign.to_str().unwrap()], &[]);
+        assert!(code == 1 && !err.contains("policy import"), "{text}: {err}");
+    }
     let slip = dir.path().join("p.toml");
     std::fs::write(&slip, "[param]\ntier = 'host'\n").unwrap();
     let (code, _, err) = run(&["policy", "check", slip.to_str().unwrap()], &[]);

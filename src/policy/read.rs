@@ -74,8 +74,8 @@ impl Policy {
 
 /// Says so of another system's configuration where a policy was expected.
 fn foreign(error: Error, name: &str, text: &str) -> Error {
-    let known = || import::any(text, name, Hints::default()).is_ok_and(|found| !found.mapped.is_empty());
-    if error.code() != Code::PolicyKey || !known() {
+    let known = || import::any(text, name, Hints::default()).is_ok();
+    if ![Code::PolicySyntax, Code::PolicyKey, Code::PolicyValue].contains(&error.code()) || !known() {
         return error;
     }
     Error::new(error.code(), error.message()).action(format!(
