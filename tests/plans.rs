@@ -179,6 +179,42 @@ fn rates_of_ranks_at_once_are_taken_as_measured() {
 }
 
 #[test]
+fn a_configuration_stands_for_its_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let header = r#"{"w": {"dtype": "BF16", "shape": [64, 64], "data_offsets": [0, 8192]}}"#;
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header.as_bytes());
+    file.resize(file.len() + 8192, 0);
+    std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+    std::fs::write(dir.path().join("config.json"), r#"{"num_hidden_layers": 1, "hidden_size": 64}"#).unwrap();
+    let planned = |model: &std::path::Path| {
+        plan(&format!("{} --gpu 1GB --ram 4GB --cpus 1 --tokens 64 --flops 1e12", model.display()))
+    };
+    let whole = planned(dir.path());
+    assert!(whole.contains("an estimate from config.json"), "{whole}");
+    assert_eq!(planned(&dir.path().join("config.json")), whole);
+    let here = Command::new(env!("CARGO_BIN_EXE_funicular"))
+        .args(["plan", "config.json", "--gpu", "1GB", "--ram", "4GB"])
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(here.status.code(), Some(0), "{}", String::from_utf8_lossy(&here.stderr));
+}
+
+#[test]
+fn a_plan_of_nothing_names_both_ways_to_give_a_model() {
+    let run = |more: &[&str]| {
+        let run = Command::new(env!("CARGO_BIN_EXE_funicular")).arg("plan").args(more).output().unwrap();
+        (run.status.code(), String::from_utf8(run.stderr).unwrap())
+    };
+    let (code, said) = run(&[]);
+    let missing = said.split("Usage").next().unwrap();
+    assert!(code == Some(2) && missing.contains("MODEL") && missing.contains("--params"), "{said}");
+    let (code, said) = run(&["dir", "--params", "7B", "--layers", "2"]);
+    assert!(code == Some(2) && said.contains("cannot be used with"), "{said}");
+}
+
+#[test]
 fn what_ranks_cannot_have_is_refused() {
     let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
         .args([

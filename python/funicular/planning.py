@@ -61,7 +61,7 @@ def units(
 def _from_factory(source: str) -> nn.Module:
     where, _, function = source.rpartition(":")
     if not where or not function:
-        raise ValueError("neither a directory nor module:function")
+        raise ValueError("neither a directory, a config.json, a safetensors file nor module:function")
     model = getattr(_module(where), function)
     with torch.device("meta"):
         built = model()

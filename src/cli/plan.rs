@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::{
     terminal::for_terminal,
@@ -31,10 +31,11 @@ use crate::{
 pub type Loader<'a> = &'a dyn Fn(&str, &[String], Option<&str>) -> Result<(Vec<PlannedUnit>, Unpaged)>;
 
 #[derive(Args)]
+#[command(group(ArgGroup::new("planned").args(["model", "params"]).required(true)))]
 pub(super) struct PlanArguments {
-    /// module:function or file.py:function that builds the model, a directory with config.json or safetensors files, or a
-    /// safetensors file. Nothing is loaded: models are built on the meta device.
-    #[arg(value_name = "MODEL", required_unless_present = "params", conflicts_with = "params")]
+    /// module:function or file.py:function that builds the model, a directory with config.json or safetensors files, or one of
+    /// these files. Nothing is loaded: models are built on the meta device.
+    #[arg(value_name = "MODEL")]
     model: Option<String>,
     /// A decoder of so many parameters instead, such as 7B.
     #[arg(long, value_name = "N", value_parser = parse_count, requires = "layers")]
@@ -117,7 +118,8 @@ pub(super) fn run(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Outpu
     planned(arguments, loader).into()
 }
 
-fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Output> {
+fn planned(mut arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Output> {
+    arguments.model = arguments.model.map(directory_of);
     let overlay = Overlay::from(arguments.sets.clone());
     let mut policy = resolve(arguments.policy.as_deref(), &overlay)?;
     let machine = machine(&arguments, &policy)?;
@@ -166,6 +168,17 @@ fn planned(arguments: PlanArguments, loader: Option<Loader<'_>>) -> Result<Outpu
         for_terminal(&plan::text(&plan, arguments.units))
     };
     Ok(Output { out, err: String::new(), code })
+}
+
+/// A `config.json` stands for its directory.
+fn directory_of(model: String) -> String {
+    let path = Path::new(&model);
+    match path.parent() {
+        Some(parent) if path.ends_with("config.json") && path.is_file() => {
+            Path::new(".").join(parent).display().to_string()
+        }
+        _ => model,
+    }
 }
 
 /// An estimate of the activations of one forward, where its tokens and the sizes of the blocks are known.
