@@ -215,6 +215,21 @@ fn a_plan_of_nothing_names_both_ways_to_give_a_model() {
 }
 
 #[test]
+fn activations_that_do_not_fit_are_in_the_answer() {
+    let model = "--params 7B --layers 32 --gpu 24GB --ram 128GB --cpus 8 --flops 80e12";
+    let answer = |more: &str| {
+        let out = plan(&format!("{model} {more}"));
+        out.lines().find(|line| line.starts_with("It ")).unwrap().to_owned()
+    };
+    let said = answer("--tokens 4096");
+    assert!(said.starts_with("It fits, but for the activations: they take about 2"), "{said}");
+    assert!(said.ends_with("GiB for them."), "{said}");
+    for enough in ["--tokens 4096 --recompute", ""] {
+        assert_eq!(answer(enough), "It fits.", "{enough}");
+    }
+}
+
+#[test]
 fn what_ranks_cannot_have_is_refused() {
     let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
         .args([

@@ -156,6 +156,14 @@ impl Blocks {
     }
 }
 
+impl Activations {
+    /// What the GPU has beside the budget of its tier, where it is less than they take.
+    #[must_use]
+    pub fn too_large_for(&self) -> Option<ByteCount> {
+        self.beside.filter(|&beside| beside < self.bytes).map(ByteCount)
+    }
+}
+
 impl fmt::Display for Activations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let again = match (self.micro_batches, self.recompute) {
@@ -171,21 +179,20 @@ impl fmt::Display for Activations {
             self.from,
             ByteCount(self.head)
         )?;
-        match self.beside {
-            Some(beside) if beside < self.bytes => {
+        match (self.too_large_for(), self.beside) {
+            (Some(beside), _) => {
                 let fewer = match (self.micro_batches, self.recompute) {
                     (true, _) => "",
                     (false, true) => " activations.micro_batch,",
                     (false, false) => " --recompute, activations.micro_batch,",
                 };
-                let beside = ByteCount(beside);
                 write!(
                     f,
                     " Beside budget.hbm the GPU has {beside}: take fewer tokens at a time,{fewer} or a smaller budget.hbm."
                 )
             }
-            Some(beside) => write!(f, " Beside budget.hbm the GPU has {}.", ByteCount(beside)),
-            None => Ok(()),
+            (None, Some(beside)) => write!(f, " Beside budget.hbm the GPU has {}.", ByteCount(beside)),
+            (None, None) => Ok(()),
         }
     }
 }

@@ -5,6 +5,17 @@ use std::fmt::Write;
 use super::{Plan, StepPlan, TierPlan};
 use crate::quantities::ByteCount;
 
+/// That it fits; the activations, which no tier holds, may not.
+fn fits(plan: &Plan) -> String {
+    let activations = plan.activations.as_ref();
+    match activations.and_then(|a| Some((ByteCount(a.bytes), a.too_large_for()?))) {
+        None => "It fits.".to_owned(),
+        Some((bytes, beside)) => {
+            format!("It fits, but for the activations: they take about {bytes}, and the GPU has {beside} for them.")
+        }
+    }
+}
+
 /// The whole plan; `units` adds a line for each unit.
 pub fn text(plan: &Plan, units: bool) -> String {
     let mut out = String::new();
@@ -24,7 +35,7 @@ pub fn text(plan: &Plan, units: bool) -> String {
     }
     line(&mut out, format_args!(""));
     match &plan.refusal {
-        None => line(&mut out, format_args!("It fits.")),
+        None => line(&mut out, format_args!("{}", fits(plan))),
         Some(refusal) => {
             line(&mut out, format_args!("It does not fit; the table shows what it needs. {refusal}"));
             for way in &plan.ways {
