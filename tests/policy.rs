@@ -214,6 +214,12 @@ fn wrong_types() {
         Code::PolicyValue,
         &["p.toml:2:19:", "log.trace_steps[1]"],
     );
+    assert_error(
+        &refused("nvme.paths = \"/tmp\"\n"),
+        Code::PolicyValue,
+        &["p.toml:1:14:", "nvme.paths: the string \"/tmp\" is not a list: write [\"/tmp\"]"],
+    );
+    assert_error(&refused("nvme.paths = 3\n"), Code::PolicyValue, &["nvme.paths: the number 3 is not a list\n"]);
     assert_error(&refused("[override]\nmatch = \"a\"\n"), Code::PolicyValue, &["p.toml:1:", "override"]);
 }
 

@@ -101,6 +101,11 @@ impl de::Error for Fault {
     }
 
     fn invalid_type(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
+        let expected = expected.to_string().replace("a sequence", "a list");
+        let instead = match found {
+            de::Unexpected::Str(text) if expected == "a list" => format!(": write [{text:?}]"),
+            _ => String::new(),
+        };
         let found = match found {
             de::Unexpected::Str(text) => format!("the string \"{text}\""),
             de::Unexpected::Signed(n) => format!("the number {n}"),
@@ -111,7 +116,7 @@ impl de::Error for Fault {
             de::Unexpected::Map => "a table".to_owned(),
             other => other.to_string(),
         };
-        Self::new(Kind::Value(format!("{found} is not {expected}")))
+        Self::new(Kind::Value(format!("{found} is not {expected}{instead}")))
     }
 
     fn unknown_variant(word: &str, valid: &'static [&'static str]) -> Self {
