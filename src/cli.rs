@@ -284,7 +284,7 @@ fn trace(command: &TraceCommand) -> Result<i32> {
         Ok((ranks, events)) => {
             print(&format!("{events} events of {ranks} ranks in {}\n", output.display())).map(|()| 0)
         }
-        Err(error) if error.code() == Code::RankTraces => {
+        Err(error) if error.code() == Code::RankTraces && error.os_error().is_none() => {
             eprintln!("{}", error_for_terminal(&error.to_string()));
             Ok(1)
         }

@@ -116,7 +116,7 @@ fn wrong(path: &Path, why: &str) -> Error {
 
 impl Part {
     fn open(path: &Path) -> Result<Self> {
-        let unreadable = |e: std::io::Error| wrong(path, &format!("it cannot be read: {e}"));
+        let unreadable = |e: std::io::Error| wrong(path, &format!("it cannot be read: {e}")).errno(e.raw_os_error());
         let mut lines = BufReader::new(open_regular(path).map_err(unreadable)?).lines();
         let head = lines.next().transpose().map_err(unreadable)?.unwrap_or_default();
         let head: Head = serde_json::from_str(&format!("{head}{END}"))

@@ -135,3 +135,5 @@ def test_traces_that_are_not_merged(host_world: World, tmp_path: Path):
     found = [e["ts"] for e in events(path) if e["name"] == "step 2"]
     assert found[1] - found[0] == pytest.approx(1e6)
     assert _core.cli(["funicular", "trace", "merge", command[0], "-o", str(path)]) == 1
+    missing = str(tmp_path / "trace.rank7.json")
+    assert _core.cli(["funicular", "trace", "merge", command[0], missing, "-o", str(path)]) == 2
