@@ -404,14 +404,18 @@ fn measure(arguments: BenchArguments, among: Option<(&Place, &Rc<Crew>)>, interr
     progress.clear();
     let report = report?;
     print_inked(&bench::text(&report, look_of_stdout()))?;
-    let in_doubt = !report.doubts.is_empty() && !arguments.force;
+    let in_doubt = report.is_empty() || !report.doubts.is_empty() && !arguments.force;
     let not_saved = outputs.profile.take_if(|_| in_doubt);
     for file in outputs.write(&report)? {
         eprintln!("written: {}", printable(&file.display().to_string()));
     }
     if let Some(file) = not_saved {
         let file = printable(&file.display().to_string()).into_owned();
-        eprintln!("not saved: {file}: the figures are not to be relied on. --force saves them all the same.");
+        let why = match report.is_empty() {
+            true => "nothing was measured.",
+            false => "the figures are not to be relied on. --force saves them all the same.",
+        };
+        eprintln!("{}", error_for_terminal(&format!("not saved: {file}: {why}")));
         return Ok(IN_DOUBT);
     }
     Ok(0)

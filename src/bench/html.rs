@@ -31,7 +31,8 @@ pub fn page(report: &Report) -> String {
     );
     if !report.doubts.is_empty() {
         let doubts: String = report.doubts.iter().map(|doubt| format!("<li>{}</li>", escaped(doubt))).collect();
-        out += &format!("<div class=\"notes\"><p>These figures are not to be relied on:</p><ul>{doubts}</ul></div>\n");
+        out +=
+            &format!("<div class=\"notes\"><p>{}</p><ul>{doubts}</ul></div>\n", super::report::doubted(&report.hops));
     }
     out += "<div class=\"verdict\">";
     out += &report.verdict.iter().map(|sentence| format!("<p>{}</p>", escaped(sentence))).collect::<String>();
@@ -126,7 +127,7 @@ fn hops(hops: &[Hop]) -> String {
                 hop.place.clone(),
                 format!("{:.2}", figure.bytes_per_second / 1e9),
                 format!("{:.2}", figure.bytes_per_second / f64::from(1 << 30)),
-                format!("{:.0} %", figure.spread * 100.0),
+                figure.spread_shown(),
                 micros(figure.p50_us),
                 micros(figure.p99_us),
                 hop.block.map_or_else(String::new, |block| crate::quantities::ByteCount(block).to_string()),

@@ -221,9 +221,29 @@ pub struct Report {
 }
 
 impl Report {
+    /// True if no hop has a figure.
+    pub fn is_empty(&self) -> bool {
+        self.hops.iter().all(|hop| hop.figure.is_none())
+    }
+
     /// The hop of a name over all paths, or the only one.
     pub fn hop(&self, name: &str) -> Option<&Hop> {
         find(&self.hops, name)
+    }
+}
+
+/// What stands above the doubts about these hops.
+pub(super) fn doubted(hops: &[Hop]) -> &'static str {
+    match hops.iter().any(|hop| hop.figure.is_some()) {
+        true => "These figures are not to be relied on:",
+        false => "Nothing was measured:",
+    }
+}
+
+impl Figure {
+    /// The spread, in percent; nothing that one round could say.
+    pub(super) fn spread_shown(&self) -> String {
+        if self.rates.len() < 2 { "-".to_owned() } else { format!("{:.0} %", self.spread * 100.0) }
     }
 }
 

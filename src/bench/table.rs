@@ -39,7 +39,7 @@ pub fn text(report: &Report, look: Look) -> String {
         page.paragraph(Ink::Plain, note);
     }
     page.out.push('\n');
-    page.doubts(&report.doubts, report.verdict.is_empty());
+    page.doubts(super::report::doubted(&report.hops), &report.doubts, report.verdict.is_empty());
     for sentence in &report.verdict {
         page.paragraph(Ink::Good, sentence);
     }
@@ -147,11 +147,11 @@ impl Page {
             .for_each(|line| self.line(Ink::Plain, &format!("  {line}")));
     }
 
-    fn doubts(&mut self, doubts: &[String], no_verdict: bool) {
+    fn doubts(&mut self, title: &str, doubts: &[String], no_verdict: bool) {
         if doubts.is_empty() {
             return;
         }
-        self.line(Ink::Warning, "These figures are not to be relied on:");
+        self.line(Ink::Warning, title);
         doubts.iter().for_each(|doubt| self.item(Ink::Warning, doubt));
         let instead = if no_verdict { "No verdict is given, and no profile is saved. " } else { "" };
         self.paragraph(
@@ -174,7 +174,7 @@ fn row(hop: &Hop) -> Vec<String> {
         hop.name.clone(),
         shortened(&hop.place),
         of(|f| format!("{:.2}", f.bytes_per_second / 1e9)),
-        of(|f| format!("{:.0} %", f.spread * 100.0)),
+        of(super::report::Figure::spread_shown),
         of(|f| micros(f.p50_us)),
         of(|f| micros(f.p99_us)),
     ]
@@ -298,6 +298,10 @@ mod tests {
     fn a_row_has_a_cell_for_every_header() {
         let row = row(&hop("nvme_read", 2.15e9));
         assert_eq!((row.len(), row[2].as_str()), (HEADERS.len(), "2.15"));
+        assert_eq!(row[3], "-", "one round has no spread");
+        let mut twice = hop("nvme_read", 2.15e9);
+        twice.figure.iter_mut().for_each(|figure| (figure.rates, figure.spread) = (vec![1e9, 2e9], 0.125));
+        assert_eq!(super::row(&twice)[3], "12 %");
         assert_eq!([12.4, 3456.0, 99_949.0, 363_400.0].map(micros), ["12 us", "3.5 ms", "99.9 ms", "363 ms"]);
         assert_eq!(shortened("/mnt/a/very/long/path/of/a/user"), "...ong/path/of/a/user");
     }
@@ -322,6 +326,7 @@ mod tests {
             page.below(&hops);
             page.fio(&hops);
             page.doubts(
+                "These figures are not to be relied on:",
                 &["the rounds of nvme_read_write lie far apart: its median is anywhere from 1.00 to 2.00 GB/s"
                     .to_owned()],
                 true,

@@ -14,10 +14,14 @@ const WIDEST: f64 = 0.5;
 /// Why no verdict can be given, in words; nothing if it can. `loads` are the hops that a verdict is made of.
 pub(super) fn doubts(hops: &[Hop], loads: [&[Load]; 2]) -> Vec<String> {
     let mut out = Vec::new();
-    let rounds = hops.iter().filter_map(|hop| hop.figure.as_ref()).map(|figure| figure.rates.len()).min();
-    if let Some(rounds) = rounds.filter(|&rounds| rounds < ENOUGH_ROUNDS) {
-        let only = if rounds == 1 { "only 1 round".to_owned() } else { format!("only {rounds} rounds") };
-        out.push(format!("each hop had {only}, and it takes {ENOUGH_ROUNDS} to tell a rate from noise"));
+    let rounds = || hops.iter().filter_map(|hop| hop.figure.as_ref()).map(|figure| figure.rates.len());
+    let Some((least, most)) = rounds().min().zip(rounds().max()) else {
+        return vec!["no hop had time for a round".to_owned()];
+    };
+    if least < ENOUGH_ROUNDS {
+        let only = if least == 1 { "only 1 round".to_owned() } else { format!("only {least} rounds") };
+        let who = if least == most { "each hop" } else { "some hops" };
+        out.push(format!("{who} had {only}, and it takes {ENOUGH_ROUNDS} to tell a rate from noise"));
     }
     let mut names: Vec<&str> = loads.into_iter().flatten().map(|load| load.hop.as_str()).collect();
     names.sort_unstable();
@@ -44,7 +48,10 @@ pub(super) fn doubts(hops: &[Hop], loads: [&[Load]; 2]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::{report::Limit, verdict::tests::hop};
+    use crate::bench::{
+        report::{Limit, doubted},
+        verdict::tests::hop,
+    };
 
     fn steady(name: &str, rates: &[f64]) -> Hop {
         let mut hop = hop(name, rates[rates.len() / 2]);
@@ -72,6 +79,18 @@ mod tests {
         assert_eq!(said.len(), 2, "each hop once: {said:?}");
         // Those of a hop that decides nothing.
         assert_eq!(doubts_of(&hops, "adamw_cpu").len(), 1);
+    }
+
+    #[test]
+    fn hops_with_few_rounds_are_told_from_all_hops() {
+        let said = |hops: &[Hop]| doubts_of(hops, "adamw_cpu").swap_remove(0);
+        let [one, two] = [steady("nvme_read", &[1e9]), steady("nvme_write", &[1e9, 1e9])];
+        assert!(said(std::slice::from_ref(&one)).starts_with("each hop had only 1 round,"));
+        assert!(said(&[one.clone(), two]).starts_with("some hops had only 1 round,"));
+        assert!(doubted(std::slice::from_ref(&one)).starts_with("These figures"));
+        let none = Hop { figure: None, ..one };
+        assert_eq!(doubted(std::slice::from_ref(&none)), "Nothing was measured:");
+        assert_eq!(doubts_of(&[none], "nvme_read"), ["no hop had time for a round"]);
     }
 
     #[test]
