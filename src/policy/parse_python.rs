@@ -19,6 +19,19 @@ pub(crate) fn parse_expression(source: &Source<'_>, text: &str, at: usize) -> Re
     Ok((node, parser.at))
 }
 
+/// Parses the arguments of a call from its `(` on: what they are, and where the call ends.
+///
+/// # Errors
+/// `FN-E501` if a bracket or a string is never closed.
+pub(crate) fn parse_call(source: &Source<'_>, text: &str, at: usize) -> Result<(Node, usize)> {
+    let mut parser = Parser { source, text, at, dialect: Dialect::Python };
+    if parser.peek() != Some('(') {
+        return Err(parser.fault("a call was expected here"));
+    }
+    let value = parser.arguments(0)?;
+    Ok((Node { span: Some(at..parser.at), value }, parser.at))
+}
+
 impl Parser<'_> {
     /// `name(key=value, ...)` after its `(`, through its `)`.
     pub(super) fn arguments(&mut self, depth: usize) -> Result<Value> {

@@ -1,8 +1,11 @@
 //! The configurations in a file: the whole of it, a section, one of several, or none.
 
+use std::collections::BTreeSet;
+
 use super::{
     Hints, Imported, Item, accelerate,
     deepspeed::speaks_of_offloading,
+    edits::Note,
     fsdp,
     kinds::{KNOWN, Kind, called},
     lightning,
@@ -62,7 +65,7 @@ impl<'n> Parts<'n> {
 ///
 /// # Errors
 /// `FN-E507` if there is none.
-pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, hints: Hints) -> Result<Imported> {
+pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, notes: &[Note], hints: Hints) -> Result<Imported> {
     let roots = parts.roots();
     let mut blocks: Vec<Block<'_>> = Vec::new();
     for (path, node) in &roots {
@@ -88,6 +91,7 @@ pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, hints: Hints) -> Res
             outside.account(path, node, 0, &mut out);
         }
     }
+    out.undecided.extend(notes.iter().map(|note| Item::statement(source, &note.node, note.why)));
     if out.refers_to.is_none() {
         out.settle();
     }
@@ -112,6 +116,11 @@ fn beside(source: &Source<'_>, taken: &Block<'_>, other: &Block<'_>, hints: Hint
             return out.undecided.push(Item::new(source, found, note));
         }
     }
+    let class = called(other.node).rsplit('.').next().unwrap_or_default();
+    if class == "initialize" {
+        let note = format!("is given a configuration that is not followed: see whether it is {place}, which was taken");
+        return out.undecided.push(Item::new(source, found, note));
+    }
     let note =
         format!("another {}; {place} was taken: put this one into a file of its own to import it", other.kind.name());
     out.undecided.push(Item::new(source, found, note));
@@ -134,6 +143,19 @@ fn drop_repeated(blocks: &mut Vec<Block<'_>>) {
 /// True if a node is a part of a tree, by the place where it is written.
 fn written_in(tree: &Node, node: &Node) -> bool {
     tree.span == node.span || children(tree).iter().any(|(_, child)| written_in(child, node))
+}
+
+/// Where a tree and all in it is written.
+pub(super) fn places(tree: &Node, into: &mut BTreeSet<(usize, usize)>) {
+    into.extend(tree.span.as_ref().map(|span| (span.start, span.end)));
+    children(tree).iter().for_each(|(_, child)| places(child, into));
+}
+
+/// True if a configuration is in a tree.
+pub(super) fn holds(node: &Node) -> bool {
+    let mut found = Vec::new();
+    search("", node, 0, &mut found);
+    !found.is_empty()
 }
 
 /// Reads a block.
@@ -244,6 +266,10 @@ struct Outside<'s, 'n> {
 impl Outside<'_, '_> {
     fn account(&self, path: &str, node: &Node, depth: usize, out: &mut Imported) {
         if self.skip.iter().any(|block| same(block, node)) {
+            return;
+        }
+        // The path of the file that is followed.
+        if !self.all && matches!((&node.value, &out.refers_to), (Value::Text(text), Some(path)) if text == path) {
             return;
         }
         let key = path.rsplit('.').next().unwrap_or_default();

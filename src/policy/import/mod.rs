@@ -9,9 +9,11 @@ mod accelerate;
 mod aio;
 mod blocks;
 mod deepspeed;
+mod edits;
 mod fsdp;
 mod kinds;
 mod lightning;
+mod mentions;
 mod python;
 mod report;
 mod rewrite;
@@ -67,18 +69,18 @@ pub fn any(text: &str, name: &str, hints: Hints) -> Result<Imported> {
     match ending.as_str() {
         "json" | "jsonc" | "hjson" | "json5" => {
             let node = json(&source, text)?;
-            blocks::import(&source, Parts::Documents(&[node]), hints)
+            blocks::import(&source, Parts::Documents(&[node]), &[], hints)
         }
         "yaml" | "yml" => documents(&source, text, hints),
         "toml" => {
             let node = parse_toml::parse(&source, text)?;
             table(&source, &node)?;
-            blocks::import(&source, Parts::Documents(&[node]), hints)
+            blocks::import(&source, Parts::Documents(&[node]), &[], hints)
         }
         "py" => script(&source, text, hints),
         _ if braces => {
             let node = json(&source, text);
-            node.and_then(|node| blocks::import(&source, Parts::Documents(&[node]), hints))
+            node.and_then(|node| blocks::import(&source, Parts::Documents(&[node]), &[], hints))
                 .or_else(|fault| script(&source, text, hints).map_err(|_| fault))
         }
         // No ending that tells: what can be read as YAML with keys is that, else it may be a script.
@@ -97,7 +99,7 @@ fn documents(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> 
     for node in &documents {
         table(source, node)?;
     }
-    let mut out = blocks::import(source, Parts::Documents(&documents), hints)?;
+    let mut out = blocks::import(source, Parts::Documents(&documents), &[], hints)?;
     for (key, node) in &twice {
         let note = "is there again further down, which counts";
         out.ignored.push(Item::new(source, Found { key, node }, note));
@@ -114,6 +116,7 @@ fn script(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> {
     // Only the name of a strategy, as a script gives it to `Trainer`.
     if let [only] = &script.statements[..]
         && let Value::Text(name) = &only.node.value
+        && !name.ends_with(".json")
     {
         let mut to = Rewrite::new(source);
         lightning::strategy(&mut to, "strategy", name, &only.node);
@@ -121,7 +124,7 @@ fn script(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> {
         out.settle();
         return Ok(out);
     }
-    let found = blocks::import(source, Parts::Statements(&script.statements), hints);
+    let found = blocks::import(source, Parts::Statements(&script.statements), &script.notes, hints);
     found.map_err(|unknown| script.fault.unwrap_or(unknown))
 }
 

@@ -2,11 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::{
+    blocks,
+    edits::{Edits, Line, Note},
+    mentions,
+};
 use crate::{
     error::Error,
     policy::{
-        parse_python::parse_expression,
-        source::{Entry, Node, Source, Value},
+        parse_python::{parse_expression, quoted_length},
+        source::{CALLEE, Entry, Node, Source, Value},
     },
 };
 
@@ -23,13 +28,15 @@ const MAX_COPIED: usize = 10_000;
 pub(super) struct Script {
     /// Its assignments and calls that are literals, by name; those of calls are empty.
     pub(super) statements: Vec<Entry>,
+    /// What it does with them that needs a decision.
+    pub(super) notes: Vec<Note>,
     /// The first thing in it that is no Python.
     pub(super) fault: Option<Error>,
 }
 
 /// Reads a script.
 pub(super) fn read(source: &Source<'_>, text: &str) -> Script {
-    let mut script = Script { statements: Vec::new(), fault: None };
+    let (mut edits, mut blocks, mut fault) = (Edits::default(), Blocks::default(), None);
     let mut at = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
     for _ in 0..MAX_STATEMENTS {
         at += text[at..].len() - text[at..].trim_start_matches([' ', '\t', '\r', '\n', ';']).len();
@@ -44,19 +51,92 @@ pub(super) fn read(source: &Source<'_>, text: &str) -> Script {
         let start = at + target.as_ref().map_or(0, |t| t.length);
         match parse_expression(source, text, start) {
             Ok((node, end)) => {
-                script.take(target, node);
-                at = end.max(start + 1);
-                at += text[at.min(text.len())..].find('\n').unwrap_or(0);
-                at = at.min(text.len());
+                blocks.reach(text, at);
+                let whole = without_comment(&text[at..end.max(at)]);
+                let line =
+                    Line { text: whole, start: at, conditional: blocks.conditional(), function: blocks.function() };
+                take(&mut edits, source, &line, target, node);
+                blocks.enter(whole);
+                at = end.max(start + 1).min(text.len());
+                // What stands behind a `;` is a statement too.
+                if !text[at..].trim_start_matches([' ', '\t']).starts_with(';') {
+                    at += text[at..].find('\n').unwrap_or(0);
+                }
             }
-            Err(fault) => {
-                script.fault.get_or_insert(fault);
+            Err(found) => {
+                fault.get_or_insert(found);
                 break;
             }
         }
     }
-    script.resolve();
-    script
+    resolve(edits, fault)
+}
+
+/// A statement without the comment behind it.
+fn without_comment(text: &str) -> &str {
+    let mut at = 0;
+    while let Some(c) = text[at..].chars().next() {
+        match c {
+            '"' | '\'' => at += quoted_length(&text[at..]),
+            '#' if !text[at..].contains('\n') => return text[..at].trim_end(),
+            c => at += c.len_utf8(),
+        }
+    }
+    text
+}
+
+/// The blocks that a statement is in.
+#[derive(Default)]
+struct Blocks<'t> {
+    /// Column, the first word, and the name of a function.
+    open: Vec<(usize, Block<'t>)>,
+    column: usize,
+}
+
+enum Block<'t> {
+    Conditional,
+    Function(&'t str),
+    Other,
+}
+
+impl<'t> Blocks<'t> {
+    /// Leaves the blocks that end before a statement.
+    fn reach(&mut self, text: &str, at: usize) {
+        let line = text[..at].rfind('\n').map_or(0, |end| end + 1);
+        if text[line..at].trim_matches([' ', '\t', '\r', '\u{feff}']).is_empty() {
+            self.column = at - line;
+            self.open.retain(|(column, _)| *column < at - line);
+        }
+    }
+
+    fn enter(&mut self, text: &'t str) {
+        let first = text.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
+        let rest = text.strip_prefix("async ").unwrap_or(text).trim_start();
+        let block = match first {
+            _ if !text.ends_with(':') => return,
+            "if" if text.contains("__name__") => Block::Other,
+            "if" | "elif" | "else" | "for" | "while" | "try" | "except" | "finally" | "match" | "case" => {
+                Block::Conditional
+            }
+            _ if rest.starts_with("for ") => Block::Conditional,
+            _ if let Some(name) = rest.strip_prefix("def ") => {
+                Block::Function(name.split('(').next().unwrap_or_default().trim())
+            }
+            _ => Block::Other,
+        };
+        self.open.push((self.column, block));
+    }
+
+    fn conditional(&self) -> bool {
+        self.open.iter().any(|(_, block)| matches!(block, Block::Conditional))
+    }
+
+    fn function(&self) -> Option<&'t str> {
+        self.open.iter().rev().find_map(|(_, block)| match block {
+            Block::Function(name) => Some(*name),
+            _ => None,
+        })
+    }
 }
 
 /// The left side of an assignment.
@@ -101,45 +181,47 @@ fn target(text: &str) -> Option<Target> {
     Some(Target { name: line[..end].to_owned(), steps, length: line.len() - value.len() })
 }
 
-impl Script {
-    fn take(&mut self, target: Option<Target>, node: Node) {
-        let Some(Target { name, steps, .. }) = target else {
-            if !matches!(node.value, Value::Code(_)) {
-                self.statements.push(Entry { key: String::new(), span: node.span.clone(), node });
-            }
-            return;
-        };
-        let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
-        match self.statements.iter_mut().rfind(|e| e.key == name && !name.is_empty()) {
-            Some(entry) if !steps.is_empty() => entry.node.put(&steps, node),
-            _ => {
-                let span = node.span.clone();
-                let mut whole = Node { span: span.clone(), value: Value::Table(Vec::new()) };
-                whole.put(&steps, node);
-                self.statements.push(Entry { key: name, span, node: whole });
-            }
-        }
-    }
-
-    /// Puts in place of a name what is assigned to it, where that is once. What was unpacked into others goes.
-    fn resolve(&mut self) {
-        let mut names: BTreeMap<String, (usize, Node)> = BTreeMap::new();
-        for Entry { key, node, .. } in self.statements.iter().filter(|e| !e.key.is_empty()) {
-            let (times, last) = names.entry(key.clone()).or_insert_with(|| (0, node.clone()));
-            *times += 1;
-            last.clone_from(node);
-        }
-        let mut names = Names { of: names, own: String::new(), left: MAX_COPIED, unpacked: BTreeSet::new() };
-        for entry in &mut self.statements {
-            names.own.clone_from(&entry.key);
-            names.replace(&mut entry.node, 0);
-        }
-        self.statements.retain(|entry| !names.unpacked.contains(&entry.key));
+fn take(edits: &mut Edits, source: &Source<'_>, line: &Line<'_>, target: Option<Target>, node: Node) {
+    match target {
+        None => edits.other(source, line, node),
+        Some(Target { name, .. }) if name.is_empty() => edits.value(line, node, line.text.starts_with("return")),
+        Some(Target { name, steps, .. }) if steps.is_empty() => edits.assign(line, name, node),
+        Some(Target { name, steps, .. }) => edits.edit(line, name, &steps, node),
     }
 }
 
+/// Puts in place of a name what is assigned to it, where that is once. What was unpacked into others goes.
+fn resolve(mut edits: Edits, fault: Option<Error>) -> Script {
+    let mut names: BTreeMap<String, (usize, Node)> = BTreeMap::new();
+    for Entry { key, node, .. } in edits.statements.iter().filter(|e| !e.key.is_empty()) {
+        let (times, last) = names.entry(key.clone()).or_insert_with(|| (0, node.clone()));
+        *times += 1 + usize::from(edits.conditional.contains(key));
+        last.clone_from(node);
+    }
+    let mut statements = std::mem::take(&mut edits.statements);
+    edits.statements.clone_from(&statements);
+    let mut names = Names { of: names, edits: &edits, own: String::new(), left: MAX_COPIED, unpacked: BTreeSet::new() };
+    for entry in &mut statements {
+        names.own.clone_from(&entry.key);
+        names.replace(&mut entry.node, 0);
+    }
+    let unpacked = names.unpacked;
+    // Only what is done to a configuration counts, or to a part of one.
+    let mut places = BTreeSet::new();
+    let holders = statements.iter().map(|entry| &entry.node).filter(|node| blocks::holds(node));
+    holders.for_each(|node| blocks::places(node, &mut places));
+    let place = |entry: &Entry| entry.node.span.as_ref().map(|span| (span.start, span.end));
+    let parts = edits.statements.iter().filter(|entry| place(entry).is_some_and(|place| places.contains(&place)));
+    let kept: BTreeSet<String> = parts.map(|entry| entry.key.clone()).collect();
+    let notes = std::mem::take(&mut edits.notes);
+    let notes = notes.into_iter().filter(|note| kept.contains(edits.about(note))).collect();
+    statements.retain(|entry| !unpacked.contains(&entry.key));
+    Script { statements, notes, fault }
+}
+
 /// What a script has given names to.
-struct Names {
+struct Names<'e> {
+    edits: &'e Edits,
     /// How often each is assigned, and what last.
     of: BTreeMap<String, (usize, Node)>,
     /// The name that is being assigned: in its own value it is what it was before.
@@ -149,7 +231,7 @@ struct Names {
     unpacked: BTreeSet<String>,
 }
 
-impl Names {
+impl Names<'_> {
     fn named(&self, name: &str) -> Option<&Node> {
         self.of.get(name).filter(|(times, _)| *times == 1 && name != self.own).map(|(_, node)| node)
     }
@@ -160,7 +242,8 @@ impl Names {
         }
         match &mut node.value {
             Value::Code(code) => {
-                if let Some(found) = self.named(code).cloned()
+                let found = self.named(code).or_else(|| self.edits.stands_for(code));
+                if let Some(found) = found.cloned()
                     && let Some(left) = self.left.checked_sub(size(&found))
                 {
                     self.left = left;
@@ -172,8 +255,24 @@ impl Names {
             Value::Table(entries) => {
                 self.unpack(entries);
                 entries.iter_mut().for_each(|entry| self.replace(&mut entry.node, depth + 1));
+                self.call(node, depth);
             }
             _ => {}
+        }
+    }
+
+    /// Puts what a call gives in its place: the path of the file that it reads, or what a function returns.
+    fn call(&mut self, node: &mut Node, depth: usize) {
+        if let Some(path) = mentions::loaded(node) {
+            *node = path;
+        } else if let Some(Node { value: Value::Text(function), .. }) = node.get(CALLEE)
+            && depth > 0
+            && let Some(found) = self.edits.returned(function).cloned()
+            && let Some(left) = self.left.checked_sub(size(&found))
+        {
+            self.left = left;
+            *node = found;
+            self.replace(node, depth + 1);
         }
     }
 

@@ -12,6 +12,13 @@ use crate::{
     text::misleads,
 };
 
+/// Parts of notes that say that what is offloaded cannot be told.
+const NOT_TOLD: &[&str] =
+    &["speaks of offloading", "the script computes which file", "makes the rest of the configuration"];
+
+/// How much of a statement is shown, in characters.
+const MAX_STATEMENT: usize = 120;
+
 /// A key of the imported file and what became of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
@@ -108,6 +115,10 @@ impl Imported {
                 ["offload", "deepspeed", "fsdp"].iter().any(|word| text.to_ascii_lowercase().contains(word))
             };
             let key = item.key.rsplit('.').take(2).any(speaks);
+            let statement = item.key.is_empty() && item.line.is_some();
+            if statement || NOT_TOLD.iter().any(|part| item.note.contains(part)) {
+                return true;
+            }
             (key || speaks(&item.value)) && !item.key.ends_with("stage")
         });
         self.undecided.push(Item::missing(match unclear {
@@ -129,6 +140,16 @@ impl Item {
     pub(super) fn new(source: &Source<'_>, found: Found<'_>, note: impl Into<String>) -> Self {
         let line = found.node.span.as_ref().map(|span| source.locate(span.start).0);
         Self { key: found.key.to_owned(), value: shown(found.node), file: None, line, note: note.into() }
+    }
+
+    /// A statement of a script.
+    pub(super) fn statement(source: &Source<'_>, node: &Node, why: &str) -> Self {
+        let found = Found { key: "", node };
+        let Value::Code(text) = &node.value else { return Self::new(source, found, why) };
+        let short: String = text.chars().take(MAX_STATEMENT).collect();
+        let dots = if text.chars().count() > MAX_STATEMENT { "..." } else { "" };
+        let note = format!("`{short}{dots}` {why}");
+        Self { value: String::new(), ..Self::new(source, found, note) }
     }
 
     pub(super) fn missing(note: impl Into<String>) -> Self {
