@@ -228,7 +228,7 @@ impl Edits {
             return self.update(name, steps, all);
         }
         let Value::Text(key) = &arguments.first()?.node.value else { return None };
-        let path = [steps, &[key.clone()]].concat();
+        let path = [steps, std::slice::from_ref(key)].concat();
         match (method, &arguments[..]) {
             ("pop", [_] | [_, _]) => self.remove(name, &path),
             ("setdefault", [_, default]) => {
@@ -246,7 +246,8 @@ impl Edits {
         if all.iter().any(|entry| entry.key.starts_with("**")) {
             return None;
         }
-        let hidden = all.iter().any(|entry| self.hides(name, &[steps, &[entry.key.clone()]].concat(), &entry.node));
+        let hidden =
+            all.iter().any(|entry| self.hides(name, &[steps, std::slice::from_ref(&entry.key)].concat(), &entry.node));
         if hidden || self.place(name, steps).is_none() {
             return None;
         }

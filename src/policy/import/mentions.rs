@@ -183,8 +183,9 @@ pub(super) fn opened(source: &Source<'_>, line: &Line<'_>) -> Option<(String, No
 
 /// Whether a value is `json.load(...)` or its like.
 pub(super) fn is_load(node: &Node) -> bool {
-    let names = ["json.load", "hjson.load", "json5.load", "commentjson.load"];
-    matches!(node.get(CALLEE), Some(Node { value: Value::Text(name), .. }) if names.contains(&name.as_str()))
+    let modules = ["json", "hjson", "json5", "commentjson"];
+    let called = |name: &str| name.split_once('.').is_some_and(|(of, name)| modules.contains(&of) && name == "load");
+    matches!(node.get(CALLEE), Some(Node { value: Value::Text(name), .. }) if called(name))
 }
 
 /// Whether it is `json.load(open(...))`.
