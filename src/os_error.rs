@@ -94,7 +94,7 @@ pub fn too_many_open() -> String {
 }
 
 /// The limit on the size of a file (ulimit -f) in bytes, if there is one.
-pub(crate) fn file_size_limit() -> Option<u64> {
+fn file_size_limit() -> Option<u64> {
     soft_limit("Max file size")
 }
 

@@ -280,13 +280,13 @@ pub(crate) fn random() -> u64 {
 pub fn allocate(file: &File, bytes: u64, dir: &Path) -> Result<bool> {
     let refused = |e: &OsError| match e.raw_os_error() {
         Some(errno) if os_error::is_full(errno) => full(dir, bytes, errno),
-        // A file system that is smaller than the file answers so, too.
-        Some(libc::EFBIG) if os_error::file_size_limit().is_none_or(|limit| bytes <= limit) => match free_bytes(dir) {
-            Ok(free) if free < bytes => disk_full(dir, bytes, free),
-            _ => unusable(dir, e),
-        },
         _ => unusable(dir, e),
     };
+    // The file system would fill the disk before it finds that there is no room, and take the space from other programs meanwhile.
+    let (there, free) = (file.metadata().map_or(0, |m| m.blocks() * 512), free_bytes(dir)?);
+    if bytes.saturating_sub(there) > free {
+        return Err(disk_full(dir, bytes, free));
+    }
     let Ok(len) = libc::off_t::try_from(bytes) else {
         return Err(refused(&OsError::from_raw_os_error(libc::EFBIG)));
     };
@@ -457,5 +457,6 @@ mod tests {
         let e = allocate(&file, free + (64 << 30), dir.path()).expect_err("too much");
         assert_eq!(e.code(), Code::DiskFull, "{e}");
         assert!(e.to_string().contains("need"), "{e}");
+        assert_eq!(file.metadata().expect("an open file").blocks(), 0, "the disk is as full as it was");
     }
 }
