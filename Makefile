@@ -173,7 +173,7 @@ HOST_TARGET = $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p' | tr a-z- A-
 memcheck: need-rust
 	@command -v valgrind >/dev/null || { echo "error: valgrind is not installed. Install it (Debian, Ubuntu: apt install valgrind) and run make again." >&2; exit 1; }
 	$(call say,unit tests under valgrind)
-	@CARGO_TARGET_$(HOST_TARGET)_RUNNER="valgrind --quiet --error-exitcode=9 --leak-check=no" $(CARGO) test --locked --profile dev --lib -- --test-threads 1 $(MEMCHECK)
+	@CARGO_TARGET_$(HOST_TARGET)_RUNNER="valgrind --quiet --error-exitcode=9 --leak-check=no" $(CARGO) test --locked --lib -- --test-threads 1 $(MEMCHECK)
 
 # The oldest torch that pyproject.toml allows, in an environment of its own.
 OLDEST ?= .venv-oldest
@@ -320,7 +320,7 @@ bench-gpu: package
 soak: package
 	@[ -e tests/python/soak.py ] || { echo "error: tests/python/soak.py does not exist." >&2; exit 1; }
 	$(call say,simulation of the scheduler: $(SIM_SEEDS) seeds)
-	@FUNICULAR_SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --profile dev --quiet --test sim
+	@FUNICULAR_SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --quiet --test sim
 	$(call say,soak: two hundred processes killed amid saves)
 	@$(PY) -W ignore tests/python/kill_saves.py 200
 	$(call say,soak: processes that save to one path and read it meanwhile)
