@@ -163,4 +163,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> str:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.argv = ["-c"]
+    if (torch := sys.modules.get("torch")) is not None:
+        # torch makes its pool of threads anew at the first call after a fork, and ends the process where two threads make that call at once,
+        # as autograd's do.
+        torch.set_num_threads(torch.get_num_threads())
     return request["code"]
