@@ -81,7 +81,7 @@ class Episode:
         return chance.choice(list(self.paged.model.parameters()))
 
     def see(self, tensor: torch.Tensor) -> None:
-        if not bool(torch.isfinite(tensor.detach()).all()):
+        if not bool(torch.isfinite(tensor.detach().clone()).all()):
             self.wrong.append(f"not finite: {tensor.shape}\n{''.join(traceback.format_stack(limit=4))}")
 
     def grad_of(self, p: torch.Tensor) -> torch.Tensor | None:

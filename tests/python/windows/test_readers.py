@@ -84,7 +84,8 @@ def beside(run: Run, readers: list[Callable[..., None]], train: Callable[[], Any
         name = readers[i].__name__
 
         def see(tensor: torch.Tensor) -> None:
-            stale = int((~torch.isfinite(tensor.detach())).sum())
+            # A copy: isfinite compares each element with itself, and a step may come between the two reads.
+            stale = int((~torch.isfinite(tensor.detach().clone())).sum())
             if stale:
                 wrong.append(f"{name}: {stale} of {tensor.numel()} not finite")
 
