@@ -61,7 +61,9 @@ def build(options: argparse.Namespace) -> Any:
         vocab_size=32000, hidden_size=options.hidden, intermediate_size=options.hidden * 11 // 4, num_hidden_layers=options.layers,
         num_attention_heads=options.hidden // 128, max_position_embeddings=options.length, use_cache=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    # Random numbers for 2.8 B parameters take a processor minutes.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return model
 

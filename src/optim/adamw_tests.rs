@@ -139,20 +139,32 @@ fn two_passes_leave_the_bits_of_one() {
                 for isa in Isa::available() {
                     let (mut in_place, mut beside) = (start.clone(), start.clone());
                     let mut other = start.param.clone();
-                    let pass = |buffers: &mut Buffers, portion, to| {
+                    let pass = |buffers: &mut Buffers, portion, to: Option<Target>| {
                         let span = Span { reset_master, ..buffers.span() };
+                        let to = to.unwrap_or_else(|| Target::in_place(&span));
                         // SAFETY: as above.
-                        unsafe { adamw_portion_with(isa, &span, portion, to, hyper) }.expect("trainable");
+                        unsafe { adamw_portion_with(isa, &span, portion, &to, hyper) }.expect("trainable");
                     };
-                    pass(&mut in_place, Portion::Weights, std::ptr::null_mut());
+                    pass(&mut in_place, Portion::Weights, None);
                     assert!(in_place.param == whole.param && in_place.master == whole.master, "{dtype:?} {case} {len}");
                     assert!(in_place.exp_avg == start.exp_avg && in_place.exp_avg_sq == start.exp_avg_sq);
-                    pass(&mut in_place, Portion::Moments, std::ptr::null_mut());
+                    pass(&mut in_place, Portion::Moments, None);
                     assert!(in_place == whole, "{dtype:?} {} {case} {len}: in place", isa.name());
 
-                    pass(&mut beside, Portion::Param, other.as_mut_ptr().cast());
+                    // The parameter in its place, all else in another one.
+                    let (mut mixed, mut apart) = (start.clone(), start.clone());
+                    let to = Target { param: mixed.span().param, ..Target::in_place(&apart.span()) };
+                    pass(&mut mixed, Portion::Weights, Some(to));
+                    pass(&mut mixed, Portion::Moments, Some(to));
+                    assert!(mixed.param == whole.param, "{dtype:?} {} {case} {len}: mixed", isa.name());
+                    assert!(mixed.master == start.master && mixed.exp_avg == start.exp_avg, "the old states stay");
+                    apart.param.clone_from(&whole.param);
+                    assert!(apart == whole, "{dtype:?} {} {case} {len}: states apart", isa.name());
+
+                    let to = Target { param: other.as_mut_ptr().cast(), ..Target::in_place(&beside.span()) };
+                    pass(&mut beside, Portion::Param, Some(to));
                     assert!(beside == start && other == whole.param, "{dtype:?} {} {case} {len}: beside", isa.name());
-                    pass(&mut beside, Portion::States, std::ptr::null_mut());
+                    pass(&mut beside, Portion::States, None);
                     assert!(beside.param == start.param, "the old parameter is only read");
                     beside.param = other;
                     assert!(beside == whole, "{dtype:?} {} {case} {len}: states", isa.name());

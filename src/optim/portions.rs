@@ -4,7 +4,7 @@
 
 use super::{
     AHEAD, BLOCK, Bf16, F16, F32, Span, Weight,
-    into::{fence, stream},
+    into::{Target, fence, stream},
     moments_few, step_few, unsupported,
 };
 use crate::{
@@ -21,13 +21,13 @@ use crate::{
 pub enum Portion {
     /// All of them.
     Whole,
-    /// First pass where the old parameter is not kept: the parameter and its master, in place. It leaves all that a weight is.
+    /// First pass where the old parameter is not kept: the parameter and its master. It makes all that a weight is.
     Weights,
-    /// The pass after [`Portion::Weights`]: both moments, in place. The parameter and its master are not looked at.
+    /// The pass after [`Portion::Weights`]: both moments. The parameter and its master are not looked at.
     Moments,
     /// First pass where the old parameter is kept: the parameter alone, into another place.
     Param,
-    /// The pass after [`Portion::Param`]: the master and both moments, in place, from the old parameter.
+    /// The pass after [`Portion::Param`]: the master and both moments, from the old parameter.
     States,
 }
 
@@ -66,16 +66,17 @@ macro_rules! by_portion {
     };
 }
 
-/// Updates a portion of a span, other than the whole, with an instruction set of the caller's choice. [`Portion::Param`] goes to `to`.
+/// Updates a portion of a span, other than the whole, with an instruction set of the caller's choice. What the portion stores goes to `to`;
+/// of that the arrays of [`Portion::Param`] and any others may be those of the span, or lie elsewhere.
 ///
 /// # Errors
 /// As for [`super::adamw`].
 ///
 /// # Safety
-/// Each pointer of the span is valid for `len` elements of its type and aligned to it; where the portion stores into the array, no other
-/// code accesses it during the call, else none writes it. So is `to` for parameters where the portion is [`Portion::Param`]. All arrays
-/// are disjoint.
-pub unsafe fn adamw_portion_with(isa: Isa, span: &Span, portion: Portion, to: *mut u8, hyper: &Hyper) -> Result<()> {
+/// Each pointer of the span is valid for `len` elements of its type and aligned to it, and no other code writes it during the call; so are
+/// those of `to` that the portion stores into, which no other code accesses. An array of `to` is the same array of the span, or disjoint
+/// from all of them; otherwise all arrays are disjoint.
+pub unsafe fn adamw_portion_with(isa: Isa, span: &Span, portion: Portion, to: &Target, hyper: &Hyper) -> Result<()> {
     if span.len == 0 {
         return Ok(());
     }
@@ -91,28 +92,34 @@ pub unsafe fn adamw_portion_with(isa: Isa, span: &Span, portion: Portion, to: *m
 
 /// The arrays of one thread's piece, by type.
 struct Arrays<W: Weight> {
-    param: *mut W::Param,
+    param: *const W::Param,
     grad: *const W::Param,
-    master: *mut W::Master,
-    m: *mut f32,
-    v: *mut f32,
-    /// Where a parameter goes that does not stay in its place.
-    to: *mut W::Param,
+    master: *const W::Master,
+    m: *const f32,
+    v: *const f32,
+    to_param: *mut W::Param,
+    to_master: *mut W::Master,
+    to_m: *mut f32,
+    to_v: *mut f32,
     len: usize,
     reset: bool,
 }
 
 impl<W: Weight> Arrays<W> {
-    fn of(span: &Span, to: *mut u8) -> Self {
+    fn of(span: &Span, to: &Target) -> Self {
         // Arrays of no bytes have no address.
         let none = size_of::<W::Master>() == 0;
+        let master = |at: *mut u8| if none { std::ptr::dangling_mut() } else { at.cast() };
         Self {
             param: span.param.cast(),
             grad: span.grad.cast(),
-            master: if none { std::ptr::dangling_mut() } else { span.master.cast() },
+            master: master(span.master),
             m: span.exp_avg,
             v: span.exp_avg_sq,
-            to: to.cast(),
+            to_param: to.param.cast(),
+            to_master: master(to.master),
+            to_m: to.exp_avg,
+            to_v: to.exp_avg_sq,
             len: span.len,
             reset: span.reset_master,
         }
@@ -149,9 +156,7 @@ fn all<W: Weight, const PORTION: u8>(arrays: Arrays<W>, h: Hyper) {
         // SAFETY: as above.
         unsafe { chunk::<W, PORTION, 1>(&arrays, at, &h) };
     }
-    if PORTION == PARAM {
-        fence();
-    }
+    fence();
 }
 
 /// # Safety
@@ -169,19 +174,30 @@ unsafe fn chunk<W: Weight, const PORTION: u8, const N: usize>(arrays: &Arrays<W>
             let old = read::<W, _, N>(arrays.master, at);
             let mut master = if arrays.reset { param.map(W::fresh) } else { old };
             step_few::<W>(&mut param, &grad, &mut master, &mut m, &mut v, h);
-            match PORTION {
-                WEIGHTS => arrays.param.add(at).cast::<[W::Param; N]>().write(param),
-                PARAM => stream(&mut *arrays.to.add(at).cast::<[W::Param; N]>(), &param),
-                _ => {}
+            if PORTION == WEIGHTS || PORTION == PARAM {
+                store(arrays.param, arrays.to_param, at, param);
             }
             if PORTION != PARAM {
-                arrays.master.add(at).cast::<[W::Master; N]>().write(master);
+                store(arrays.master, arrays.to_master, at, master);
             }
         }
         if PORTION == MOMENTS || PORTION == STATES {
-            arrays.m.add(at).cast::<[f32; N]>().write(m);
-            arrays.v.add(at).cast::<[f32; N]>().write(v);
+            store(arrays.m, arrays.to_m, at, m);
+            store(arrays.v, arrays.to_v, at, v);
         }
+    }
+}
+
+/// Stores `N` elements: past the caches, where their place is not the one that they were read from.
+///
+/// # Safety
+/// The place holds `N` elements from `at` on, which nothing else accesses.
+#[inline(always)]
+unsafe fn store<T: Copy, const N: usize>(from: *const T, to: *mut T, at: usize, values: [T; N]) {
+    // SAFETY: the caller's contract; an array has the alignment of its elements.
+    unsafe {
+        let place = to.add(at).cast::<[T; N]>();
+        if std::ptr::eq(from, to) { place.write(values) } else { stream(&mut *place, &values) }
     }
 }
 

@@ -7,7 +7,7 @@
 //! and the writes of its parameters, are finished. R5: every slot taken is given back exactly once. R6: a home counts as current
 //! only when the result of the last update is in it; frames may be filled from the spare copy before. R7: while the states of an update
 //! trail behind its weights, what they are made from is left alone: no home is filled from the spare copy, no other update is submitted.
-//! R8: where other ranks update parts of a unit, its update is over when theirs are, too.
+//! R8: where other ranks update parts of a unit, its weights are made when theirs are, too, and its states likewise.
 
 mod ahead;
 mod command;
@@ -77,6 +77,8 @@ struct UnitState {
     home_wanted: bool,
     /// The last update has made the weights; the states are yet to follow.
     trailing: bool,
+    /// The weights of all ranks are made, and the states of another one are yet to follow.
+    peers_trail: bool,
     /// A caller waits for the states, or for what they are made from.
     states_wanted: bool,
     writing: u32,
@@ -166,6 +168,7 @@ impl Machine {
                 spare: false,
                 home_wanted: false,
                 trailing: false,
+                peers_trail: false,
                 states_wanted: false,
                 writing: 0,
                 holds: 0,
@@ -199,7 +202,7 @@ impl Machine {
         }
     }
 
-    /// The same where other ranks update parts of every unit, too: an update ends with [`Machine::peers_done`].
+    /// The same where other ranks update parts of every unit, too: an update ends with [`Machine::peers_done`] and [`Machine::peers_made`].
     #[must_use]
     pub fn among_peers(self) -> Self {
         Self { peers: true, ..self }
@@ -368,7 +371,7 @@ impl Machine {
         let reading = self.units.iter().filter(|s| s.reading).count();
         let writing: u32 = self.units.iter().map(|s| s.writing).sum();
         let held = self.units.iter().filter(|s| s.held).count();
-        let trailing = self.units.iter().filter(|s| s.trailing).count();
+        let trailing = self.units.iter().filter(|s| s.trailing || s.peers_trail).count();
         format!(
             "{} updates queued, {} running, {} wait for other ranks, states of {trailing} units trail, {reading} units being read, {writing} chunks being written, {held} windows open, {} page and {} update slots free",
             self.queue.len(),

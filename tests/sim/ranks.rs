@@ -8,7 +8,7 @@
 //! other, before all stand still. In the others nothing of that kind must be found, at any time.
 //!
 //! Ranks make updates ahead of their step, or do not, as it comes: whether a step is the one that was foreseen is in the program, and readers of
-//! weights and states must find the same, whichever ranks made theirs ahead.
+//! weights and states must find the same, whichever ranks made theirs ahead. At a step a rank may make its weights first, and its states later.
 //!
 //! Each fault of [`Fault`] is planted into ranks or memory; some seed must find it. What else was seen to be caught, one line of
 //! `src/schedule/ranks/` broken at a time, failing seeds of 600 (before updates were made ahead here):
@@ -75,11 +75,17 @@ pub(crate) enum Fault {
     Outdated,
     /// A rank that has made nothing ahead makes its part where its states are.
     Aside,
+    /// Where the weights were made first, states are published with them.
+    Slack,
+    /// Gradients come before states that follow have read those before.
+    Hurried,
+    /// States are read when all have published their weights.
+    Half,
     /// Stores may be seen in any order.
     Weak,
 }
 
-const FAULTS: [Fault; 13] = [
+const FAULTS: [Fault; 16] = [
     Fault::Loud,
     Fault::Early,
     Fault::Hasty,
@@ -92,6 +98,9 @@ const FAULTS: [Fault; 13] = [
     Fault::Stubborn,
     Fault::Outdated,
     Fault::Aside,
+    Fault::Slack,
+    Fault::Hurried,
+    Fault::Half,
     Fault::Weak,
 ];
 

@@ -27,7 +27,7 @@ impl Shared {
         stream: u64,
         interrupted: Interrupted<'_>,
     ) -> Result<u64> {
-        self.wait_for_update(unit, Some(stream), Until::Made, interrupted)?;
+        self.wait_for_update(unit, Some(stream), Until::Read, interrupted)?;
         self.drop_speculation(unit);
         if self.homes.unit(unit).grads == 0
             || offset.checked_add(len).is_none_or(|end| end > self.layout.unit(unit).grad_bytes())

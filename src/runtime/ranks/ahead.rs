@@ -5,7 +5,8 @@
 //! no other one, and the next update ahead writes nothing that it looks at. S3: states stay where they were made. Whether a unit's change
 //! places with a step follows from what the ranks have posted alike: it has second places, and all that is trained of it is stepped. Then
 //! each rank makes its part in the other place, also one that has begun nothing ahead. S4: they have changed places for a rank when it knows that all
-//! have made their parts.
+//! have made their parts. S5: a rank may make its weights first, at home, with what their masters hold beyond them in the other place, and its
+//! moments there later: its part of the states is published on its own then.
 #![expect(unsafe_code, reason = "hands raw spans of homes and spare copies to the kernel")]
 
 use crate::{
@@ -21,17 +22,20 @@ use crate::{
 
 impl Shared {
     /// Whether the states of a unit change places with its update, on all ranks (S3).
-    fn turns(&self, unit: UnitId, job: &Job) -> bool {
+    pub(crate) fn turns(&self, unit: UnitId, job: &Job) -> bool {
         self.placement.spare[unit.index()] && job.covers
     }
 
     /// At the step, which all ranks have posted: completes what was begun ahead of this rank's part of a unit, if it is what the step asks for;
     /// else makes the part where the step has it. None if that is in place. The gates of the job have passed.
-    pub(crate) fn finish_own(&self, unit: UnitId, job: &Job) -> Result<Option<Outcome>> {
+    pub(crate) fn finish_own(&self, unit: UnitId, job: &mut Job) -> Result<Option<Outcome>> {
         if self.complete_speculation(unit, job, false)? {
             let own = job.spans.iter().map(|span| (span.section, span.start..span.start + span.len));
             self.copy_parts_home(unit, own)?;
             return Ok(Some(Outcome::Ran));
+        }
+        if self.weights_first(unit) {
+            return self.make_weights(unit, job, false).map(Some);
         }
         if !self.turns(unit, job) {
             return Ok(None);

@@ -19,6 +19,15 @@ use crate::{
 /// With lanes, which update half of the pieces where a test says so.
 const SPARE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "16MiB", "where": "gpu"}}"#;
 
+/// The same with weights that are made first wherever no update made ahead can be used, and states that follow so much later.
+fn trailing(policy: &str, delay: u32) -> String {
+    let head = policy.strip_suffix('}').unwrap();
+    format!("{head}, \"debug\": {{\"faults\": \"states:delay={delay}ms\"}}}}")
+}
+
+/// Without second places.
+const IN_PLACE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "0B", "where": "gpu"}}"#;
+
 /// What happens between the beginning of updates and the step.
 #[derive(Clone, Copy, Debug)]
 enum Between {
@@ -110,9 +119,12 @@ fn what_ranks_begin_ahead_or_not_gives_the_bits_of_one() {
             contents(&alone)
         })
         .collect();
-    // All ranks begin ahead, or none, or some of them in some steps.
-    for (size, which) in [(2, 3_usize), (2, 0), (2, 1), (3, 2), (3, 5), (8, 0xff)] {
-        let all = together_by(SPARE, size);
+    // All ranks begin ahead, or none, or some of them in some steps; states come with their weights, or follow, in place or not.
+    let cases = [(2, 3_usize), (2, 0), (2, 1), (3, 2), (3, 5), (8, 0xff)];
+    let all = cases.map(|case| (case, SPARE.to_owned()));
+    let trail = cases.map(|case| (case, trailing(SPARE, 2)));
+    for ((size, which), policy) in all.into_iter().chain(trail).chain([((2, 0), trailing(IN_PLACE, 2))]) {
+        let all = together_by(&policy, size);
         for rt in &all {
             assert!(rt.set_update_on(if which == 3 { UpdateOn::Cpu } else { UpdateOn::Halves }).unwrap());
         }
@@ -137,7 +149,64 @@ fn what_ranks_begin_ahead_or_not_gives_the_bits_of_one() {
                 });
             }
         });
+        let first: Vec<u64> = all.iter().map(|rt| rt.stats().unwrap().speculations().2).collect();
+        let follows = policy.contains("states:");
+        assert!(first.iter().all(|&units| follows == (units > 0)), "{size} ranks, {which:b}: {first:?}");
     }
+}
+
+#[test]
+fn weights_are_there_before_states_that_follow() {
+    for policy in [SPARE, IN_PLACE] {
+        let all = together_by(&trailing(policy, 150), 2);
+        scope(|scope| {
+            for (rank, rt) in all.iter().enumerate() {
+                scope.spawn(move || take(rt, Some(rank), 1, Between::Clipped(0.5), false));
+            }
+        });
+        let unit = UnitId(UNITS - 1);
+        for rt in &all {
+            rt.settle(unit, 0, &mut never).unwrap();
+            assert!(rt.update_unmade(UnitId(0)).unwrap(), "its states are not there yet");
+        }
+        let (weights, states) = (look(&all[0]), places(&all[0]));
+        assert!(contents(&all[0]) == contents(&all[1]) && look(&all[0]) == weights);
+        assert_eq!(places(&all[0]) != states, policy == SPARE, "states change places when all of them are made");
+    }
+}
+
+#[test]
+fn states_follow_while_an_update_waits_for_another_rank() {
+    let all = together_by(&trailing(SPARE, 100), 2);
+    let one = |rt: &Runtime, unit: u32, number: u64| {
+        // SAFETY: there are no residents.
+        unsafe { rt.update(&[whole(unit, true)], &[hyper(0.1, number)], &[], 0, false, &mut never) }.unwrap();
+    };
+    for rt in &all {
+        gradients(rt, None, 1);
+        one(rt, 0, 1);
+    }
+    // Rank 1 is not there yet: it looks at the states of rank 0 first.
+    one(&all[0], 1, 2);
+    let since = std::time::Instant::now();
+    let mut late = || since.elapsed() > Duration::from_secs(20);
+    all[1].settle_update(UnitId(0), 0, &mut late).unwrap();
+    all[0].settle_update(UnitId(0), 0, &mut late).unwrap();
+    one(&all[1], 1, 2);
+    assert!(contents(&all[0]) == contents(&all[1]));
+}
+
+#[test]
+fn who_closes_makes_its_states_for_the_others() {
+    let mut all = together_by(&trailing(SPARE, 20), 2);
+    for rt in &all {
+        gradients(rt, None, 1);
+        // SAFETY: there are no residents.
+        unsafe { rt.update(&updates(1), &[hyper(0.1, 1)], &[], 0, false, &mut never) }.unwrap();
+    }
+    all[0].settle(UnitId(0), 0, &mut never).unwrap();
+    all[1].close();
+    contents(&all[0]);
 }
 
 #[test]

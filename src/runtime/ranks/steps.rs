@@ -14,7 +14,7 @@ use crate::{
         measure::stats::Cause,
         ranks::{
             spec::RankSpec,
-            together::{Posted, Ranks},
+            together::{Made, Posted, Ranks},
             waits::Seen,
         },
         shared::{
@@ -175,13 +175,23 @@ impl Shared {
         ranks.words.ring();
     }
 
-    /// Publishes that this rank's part of a unit's update is made: under the lock under which the machine was told, so that a runtime that
-    /// ends has done both or neither.
-    pub(crate) fn publish(&self, unit: UnitId, step: u64) {
+    /// Publishes that this rank's part of a unit's weights is made, and with `states` of its states too: under the lock under which the
+    /// machine was told, so that a runtime that ends has done both or neither.
+    pub(crate) fn publish(&self, unit: UnitId, step: u64, states: bool) {
         let Some(ranks) = &self.ranks else { return };
         // First, so that the watcher finds it once all have published.
-        ranks.made.lock().push((unit, step));
+        ranks.made.lock().push(Made { unit, step, told: false });
+        if states {
+            ranks.posts().publish_states(unit.index(), step);
+        }
         ranks.posts().publish(unit.index(), step);
+        ranks.words.ring();
+    }
+
+    /// Publishes that this rank's part of a unit's states is made, under the same lock.
+    pub(crate) fn publish_states(&self, unit: UnitId, step: u64) {
+        let Some(ranks) = &self.ranks else { return };
+        ranks.posts().publish_states(unit.index(), step);
         ranks.words.ring();
     }
 
@@ -192,7 +202,7 @@ impl Shared {
         loop {
             let posts = ranks.posts();
             let waits = posts.may_begin(posts.count(Line::Steps)) != Look::All;
-            let left = |unit| inner.machine.update_queued(unit) && !inner.machine.awaits_peers(unit);
+            let left = |unit| inner.machine.reads_gradients(unit) && !inner.machine.awaits_peers(unit);
             if inner.failed.is_some() || inner.closing || waits || !self.layout.ids().any(left) {
                 return;
             }
@@ -200,22 +210,35 @@ impl Shared {
         }
     }
 
-    /// Ends the updates that all ranks have made their parts of.
+    /// Tells the machine of weights and of states that all ranks have made their parts of.
     pub(crate) fn end_updates(&self, ranks: &Ranks) -> Result<()> {
-        let units: Vec<(UnitId, u64)> = ranks.made.lock().clone();
-        for (unit, step) in units {
+        let units: Vec<Made> = ranks.made.lock().clone();
+        for made @ Made { unit, step, told } in units {
             let posts = ranks.posts();
-            if let Some(rank) = posts.unpublished(unit.index(), step) {
-                let what = || format!("the update of '{}'", self.layout.unit(unit).name);
-                match ranks.closed(rank, &what()) {
-                    Some(error) if posts.unpublished(unit.index(), step).is_some() => return Err(error),
-                    _ => continue,
+            let all_have = |lacking: &dyn Fn() -> Option<usize>| match lacking() {
+                None => Ok(true),
+                Some(rank) => {
+                    let what = format!("the update of '{}'", self.layout.unit(unit).name);
+                    match ranks.closed(rank, &what) {
+                        Some(error) if lacking().is_some() => Err(error),
+                        _ => Ok(false),
+                    }
                 }
+            };
+            if !told {
+                if !all_have(&|| posts.unpublished(unit.index(), step))? {
+                    continue;
+                }
+                ranks.made.lock().iter_mut().filter(|m| **m == made).for_each(|m| m.told = true);
+                self.event(|m, out| m.peers_done(unit, out))?;
             }
-            ranks.made.lock().retain(|&made| made != (unit, step));
+            if !all_have(&|| posts.unmade(unit.index(), step))? {
+                continue;
+            }
+            ranks.made.lock().retain(|m| (m.unit, m.step) != (unit, step));
             let mut inner = self.lock()?;
             self.turn_places(unit);
-            self.apply_event(&mut inner, |m, out| m.peers_done(unit, out))?;
+            self.apply_event(&mut inner, |m, out| m.peers_made(unit, out))?;
             self.updated(&inner, unit);
         }
         Ok(())

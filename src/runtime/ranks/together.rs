@@ -57,12 +57,21 @@ pub(crate) struct Ranks {
     pub(crate) posted: Ordered<VecDeque<Posted>>,
     /// Per unit the last post of gradients of which this rank's slices were sent.
     pub(crate) sent: Vec<AtomicU64>,
-    /// Units whose own part of a step is made, until those of all are.
-    pub(crate) made: Ordered<Vec<(UnitId, u64)>>,
+    /// Units whose own part of a step's weights is made, until the states of all ranks are.
+    pub(crate) made: Ordered<Vec<Made>>,
     /// Held while this rank's text is written, and the word that says where it waits.
     text: Ordered<()>,
     /// Threads that wait for other ranks.
     waiting: AtomicU32,
+}
+
+/// A unit of which this rank has made its part of a step's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Made {
+    pub(crate) unit: UnitId,
+    pub(crate) step: u64,
+    /// The machine knows that all ranks have made their weights.
+    pub(crate) told: bool,
 }
 
 /// What all ranks must have alike.

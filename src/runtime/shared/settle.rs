@@ -21,6 +21,8 @@ use crate::{
 pub(crate) enum Until {
     /// The weights: frames can be filled.
     Weights,
+    /// This rank's part has read its gradients: they may be written.
+    Read,
     /// All of it made: its inputs are free, and the states are the new ones.
     Made,
     /// The weights in the unit's home.
@@ -33,6 +35,7 @@ impl Until {
     pub(crate) fn pending(self, machine: &Machine, unit: UnitId) -> bool {
         match self {
             Self::Weights => machine.update_queued(unit),
+            Self::Read => machine.reads_gradients(unit),
             Self::Made => machine.update_unmade(unit),
             Self::Home => machine.update_pending(unit),
             Self::Whole => machine.update_unmade(unit) || machine.update_pending(unit),
@@ -42,7 +45,7 @@ impl Until {
     fn wants(self) -> &'static [Want] {
         match self {
             Self::Weights => &[Want::Weights],
-            Self::Made => &[Want::States],
+            Self::Read | Self::Made => &[Want::States],
             Self::Home => &[Want::Home],
             Self::Whole => &[Want::States, Want::Home],
         }

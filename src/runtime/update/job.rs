@@ -70,6 +70,8 @@ pub(crate) struct Rest {
     pub(crate) portion: Portion,
     /// Where the old parameters are, which it may read: in the spare copy, or at home.
     pub(crate) spare: bool,
+    /// What it makes goes to the other place of the unit's states.
+    pub(crate) apart: bool,
 }
 
 /// Where the arrays of a span are.

@@ -1,6 +1,6 @@
 //! The thread that updates: what steps ask for, in the order of the machine; speculative updates while a step has to wait.
 
-use std::{sync::Arc, thread::JoinHandle, time::Duration};
+use std::{collections::VecDeque, sync::Arc, thread::JoinHandle, time::Duration};
 
 use crossbeam::channel::{Receiver, TryRecvError, select};
 
@@ -25,6 +25,8 @@ struct Runner {
     speculations: Receiver<UnitId>,
     /// A piece of a step's update. The program is faster than the device: the step may be submitted long before its inputs are there.
     step: Option<Task>,
+    /// Tasks that were taken while that piece waited for other ranks.
+    later: VecDeque<Task>,
     waiting: Waiting,
 }
 
@@ -62,7 +64,7 @@ pub(crate) fn spawn(
     speculations: Receiver<UnitId>,
 ) -> Result<JoinHandle<()>> {
     let shared = Arc::downgrade(shared);
-    let mut runner = Runner { tasks, speculations, step: None, waiting: Waiting::default() };
+    let mut runner = Runner { tasks, speculations, step: None, later: VecDeque::new(), waiting: Waiting::default() };
     let body = move || {
         while runner.take() {
             let Some(shared) = shared.upgrade() else { return };
@@ -83,6 +85,9 @@ impl Runner {
     fn take(&mut self) -> bool {
         while let Ok(unit) = self.speculations.try_recv() {
             self.waiting.units.push(unit);
+        }
+        if self.step.is_none() {
+            self.step = self.later.pop_front();
         }
         if self.step.is_none() && !self.waiting.units.is_empty() {
             match self.tasks.try_recv() {
@@ -114,10 +119,22 @@ impl Runner {
                 Task::Decide(unit) if self.waiting.units.is_empty() || shared.may_begin(unit)? => {
                     return decide(shared, unit);
                 }
-                Task::Update { unit, chunk, lease } if self.waiting.units.is_empty() || shared.may_begin(unit)? => {
+                Task::Update { unit, chunk, lease }
+                    if (self.waiting.units.is_empty() && !shared.trails_among_ranks()?) || shared.may_begin(unit)? =>
+                {
                     return run(shared, unit, chunk, lease);
                 }
                 later @ (Task::Update { .. } | Task::Decide(_)) => self.step = Some(later),
+            }
+        }
+        if shared.trails_among_ranks()? {
+            // Another rank may wait for these before it comes to where the update at hand may begin.
+            shared.event(|m, out| m.stalled(out))?;
+            while let Ok(task) = self.tasks.try_recv() {
+                match task {
+                    Task::States(unit) => return states(shared, unit),
+                    other => self.later.push_back(other),
+                }
             }
         }
         match self.waiting.piece(|unit| shared.speculate(unit)) {
@@ -135,6 +152,7 @@ impl Runner {
     fn at_leisure(&self, shared: &Shared) -> Result<()> {
         let idle = || {
             self.step.is_none()
+                && self.later.is_empty()
                 && self.tasks.is_empty()
                 && self.waiting.units.is_empty()
                 && self.speculations.is_empty()
@@ -145,6 +163,11 @@ impl Runner {
 }
 
 impl Shared {
+    /// True while this rank, which is one of several, has states to make that trail behind their weights.
+    fn trails_among_ranks(&self) -> Result<bool> {
+        Ok(self.ranks.is_some() && self.lock()?.machine.trails())
+    }
+
     /// True if the gates that a unit's update waits for have passed, and other ranks are where it may begin.
     fn may_begin(&self, unit: UnitId) -> Result<bool> {
         let gates = self.lock()?.gates[unit.index()].update;
@@ -191,7 +214,7 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
         Outcome::Weights { turned } => m.weights_ran(unit, turned, out),
     })?;
     shared.updated(&inner, unit);
-    shared.publish(unit, step);
+    shared.publish(unit, step, outcome == Outcome::Ran);
     Ok(())
 }
 
@@ -203,9 +226,11 @@ fn states(shared: &Shared, unit: UnitId) -> Result<()> {
         std::thread::sleep(shared.slow.states.unwrap_or_default());
         shared.make_states(unit)?;
     }
+    let step = shared.jobs[unit.index()].lock().step;
     let mut inner = shared.lock()?;
     shared.apply_event(&mut inner, |m, out| m.states_ran(unit, out))?;
     shared.updated(&inner, unit);
+    shared.publish_states(unit, step);
     Ok(())
 }
 

@@ -167,8 +167,8 @@ impl Share {
                     (Portion::Whole, None) => adamw(&span, &part.hyper),
                     (Portion::Whole, Some(to)) => adamw_into_with(Isa::best(), &span, &to, &part.hyper),
                     (portion, to) => {
-                        let to = to.map_or(span.param, |to| to.param);
-                        adamw_portion_with(Isa::best(), &span, portion, to, &part.hyper)
+                        let to = to.unwrap_or_else(|| Target::in_place(&span));
+                        adamw_portion_with(Isa::best(), &span, portion, &to, &part.hyper)
                     }
                 }
             };

@@ -25,10 +25,46 @@ fn a_unit_is_updated_when_all_ranks_have_made_their_parts() {
     rig.machine.peers_done(u(0), &mut rig.out);
     assert_eq!(rig.take(), [Command::CopyUp(u(0))], "who waits is served");
     assert!(!rig.machine.update_pending(u(0)) && rig.machine.updating());
+    assert!(!rig.machine.reads_gradients(u(0)) && rig.machine.awaits_peers(u(0)), "states of others may trail");
+    rig.machine.peers_made(u(0), &mut rig.out);
+    assert!(!rig.machine.update_unmade(u(0)));
     rig.machine.chunk_ran(u(1), 0, &mut rig.out);
     rig.machine.peers_done(u(1), &mut rig.out);
+    rig.machine.peers_made(u(1), &mut rig.out);
     assert!(!rig.machine.updating());
     // The next one begins as the first did.
     rig.machine.submit(u(0), &mut rig.out);
     assert!(rig.take().contains(&Command::RunChunk(u(0), 0)));
+}
+
+#[test]
+fn states_trail_on_each_rank_for_itself() {
+    let mut rig = Rig::new(2, 0, &[(1, HOST); 4]);
+    rig.machine = rig.machine.among_peers();
+    (0..3).for_each(|n| rig.machine.submit(u(n), &mut rig.out));
+    assert_eq!(rig.take(), [Command::RunChunk(u(0), 0), Command::RunChunk(u(1), 0)]);
+    rig.machine.weights_ran(u(0), false, &mut rig.out);
+    assert_eq!(rig.take(), [Command::RunChunk(u(2), 0)], "weights come first");
+    assert!(rig.machine.update_queued(u(0)) && !rig.machine.awaits_peers(u(0)), "its states are its own to make");
+    rig.machine.peers_done(u(0), &mut rig.out);
+    assert!(!rig.machine.update_queued(u(0)) && rig.machine.reads_gradients(u(0)));
+    // All others have made theirs: nothing as long as this one has not.
+    rig.machine.peers_made(u(0), &mut rig.out);
+    assert!(rig.machine.update_unmade(u(0)) && rig.machine.trails() && rig.take().is_empty());
+    rig.machine.stalled(&mut rig.out);
+    assert_eq!(rig.take(), [Command::RunStates(u(0))], "the updates handed out wait for other ranks");
+    rig.machine.stalled(&mut rig.out);
+    assert_eq!(rig.take(), [], "one after the other");
+    rig.machine.states_ran(u(0), &mut rig.out);
+    assert!(!rig.machine.reads_gradients(u(0)) && rig.machine.update_unmade(u(0)) && rig.machine.awaits_peers(u(0)));
+    rig.machine.peers_made(u(0), &mut rig.out);
+    assert!(!rig.machine.update_unmade(u(0)) && !rig.machine.trails());
+    // States may be made before the weights of other ranks.
+    [1, 2].into_iter().for_each(|n| rig.machine.weights_ran(u(n), false, &mut rig.out));
+    assert_eq!(rig.take(), [Command::RunStates(u(2))], "what was made last is wanted first");
+    rig.machine.states_ran(u(2), &mut rig.out);
+    assert!(rig.machine.update_queued(u(2)) && rig.machine.awaits_peers(u(2)));
+    rig.machine.peers_done(u(2), &mut rig.out);
+    rig.machine.peers_made(u(2), &mut rig.out);
+    assert!(!rig.machine.update_unmade(u(2)));
 }

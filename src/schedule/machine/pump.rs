@@ -116,11 +116,16 @@ impl Machine {
 
     /// States that trail follow while no weights can be made, one unit at a time; those that a caller waits for at once.
     fn pump_trail(&mut self, out: &mut Vec<Command>) {
+        self.follow(self.running == 0, out);
+    }
+
+    /// Has the next states made, if there are any that a caller waits for, or if the runner is `idle`.
+    pub(super) fn follow(&mut self, idle: bool, out: &mut Vec<Command>) {
         if self.following.is_some() {
             return;
         }
         let wanted = self.trail.iter().position(|u| self.units[u.index()].states_wanted);
-        let idle = (self.running == 0).then_some(0);
+        let idle = idle.then_some(0);
         if let Some(unit) = wanted.or(idle).and_then(|at| self.trail.remove(at)) {
             self.following = Some(unit);
             out.push(Command::RunStates(unit));

@@ -16,7 +16,7 @@ fn first(queue: &mut VecDeque<UnitId>, unit: UnitId) {
 impl Machine {
     /// True while updates are queued or running, or states trail; results may be in spare copies, and writes to NVMe be under way.
     pub fn updating(&self) -> bool {
-        self.units.iter().any(|s| s.update != Update::None || s.trailing)
+        self.units.iter().any(|s| s.update != Update::None || s.trailing || s.peers_trail)
     }
 
     /// The unit's parameters are to be updated now.
@@ -82,6 +82,11 @@ impl Machine {
 
     /// True until the last submitted update is made as a whole: it has read its gradients, and the states are the new ones.
     pub fn update_unmade(&self, unit: UnitId) -> bool {
+        self.reads_gradients(unit) || self.units[unit.index()].peers_trail
+    }
+
+    /// True until the last submitted update has read its gradients, of which this rank's own part is.
+    pub fn reads_gradients(&self, unit: UnitId) -> bool {
         self.update_queued(unit) || self.units[unit.index()].trailing
     }
 
@@ -123,20 +128,39 @@ impl Machine {
         self.pump(out);
     }
 
-    /// All other ranks have made their parts of the unit's update, whose own part is made. Nothing to do for any other unit.
+    /// All ranks have made their parts of the unit's weights. Nothing to do for a unit that does not wait for that.
     pub fn peers_done(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         let s = &mut self.units[unit.index()];
         if s.update == Update::Peers {
-            s.update = Update::None;
+            (s.update, s.peers_trail) = (Update::None, true);
             s.at_home();
-            s.states_wanted = false;
+            self.pump(out);
+        }
+    }
+
+    /// After [`Machine::peers_done`]: all ranks have made their parts of the unit's states, too.
+    pub fn peers_made(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        let s = &mut self.units[unit.index()];
+        if s.peers_trail && !s.trailing {
+            (s.peers_trail, s.states_wanted) = (false, false);
             self.pump(out);
         }
     }
 
     /// True while the unit's own part of an update is made, and those of other ranks are not known to be.
     pub fn awaits_peers(&self, unit: UnitId) -> bool {
-        self.units[unit.index()].update == Update::Peers
+        let s = &self.units[unit.index()];
+        !s.trailing && (s.update == Update::Peers || s.peers_trail)
+    }
+
+    /// True while this rank has states to make that trail behind their weights.
+    pub fn trails(&self) -> bool {
+        self.following.is_some() || !self.trail.is_empty()
+    }
+
+    /// The updates handed out wait for other ranks: states that trail follow meanwhile.
+    pub fn stalled(&mut self, out: &mut Vec<Command>) {
+        self.follow(true, out);
     }
 
     /// A [`Command::RunChunk`] made all of its unit's update, or found it made ahead, in the other of the unit's two places: in the
@@ -159,7 +183,7 @@ impl Machine {
     pub fn weights_ran(&mut self, unit: UnitId, turned: bool, out: &mut Vec<Command>) {
         self.running -= 1;
         let s = &mut self.units[unit.index()];
-        s.update = Update::None;
+        s.update = if self.peers { Update::Peers } else { Update::None };
         s.trailing = true;
         if turned && !s.spare {
             s.spare = true;

@@ -39,6 +39,7 @@ pub(super) const POSTS: usize = 1;
 pub(super) const SEEN: usize = 2;
 pub(super) const LANDED: usize = 3;
 pub(super) const NUMBERS: usize = 4;
+pub(super) const MADE: usize = 6;
 const OF_UNIT: usize = 8;
 
 /// Bytes of a text that a rank shows.
@@ -133,7 +134,7 @@ mod tests {
                     take(Board::of_rank(rank, word));
                 });
                 for (unit, count) in counts.iter().enumerate() {
-                    let single = [PUBLISHED, POSTS, SEEN, LANDED, NUMBERS, NUMBERS + 1];
+                    let single = [PUBLISHED, POSTS, SEEN, LANDED, NUMBERS, NUMBERS + 1, MADE];
                     single.into_iter().for_each(|word| take(board.of_unit(rank, unit, word)));
                     let words = count.div_ceil(8);
                     let notes = [0, 1].map(|post| board.note(rank, unit, post));

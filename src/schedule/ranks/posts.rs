@@ -5,14 +5,15 @@
 //! over by `n + 2`, which comes when all have posted `n + 1`, and so have done with `n`.
 //! A2: a piece of step `n` is begun only when all ranks have posted `n` alike (none has another idea of the step) and all are *quiet*: what
 //! they had enqueued before it, which may read what it writes, has run.
-//! A3: a rank publishes a unit's step when its own part is made; the unit is read again when all have.
+//! A3: a rank publishes a unit's step when its own part of the weights is made, and once more when its states are; the unit is read again when
+//! all have published it, its states when all have done so once more, and only then is it stepped again.
 //! A4: gradients of a unit are exchanged when all have posted which of them they have; a unit is posted again only by who has seen that.
 //! A5: a rank takes its step when all are at theirs after the same number of backwards; who did fewer joins those of the others.
 //!
 //! A6, on ranks that wait in different calls, stands in [`super::crossed`].
 
 use crate::schedule::ranks::board::{
-    ARRIVED, BACKWARD, Board, LANDED, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN, STARTED, STATE,
+    ARRIVED, BACKWARD, Board, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN, STARTED, STATE,
     STEPS, TEXT, TEXT_BYTES, Words,
 };
 
@@ -171,14 +172,24 @@ impl<W: Words> Posts<'_, W> {
         }
     }
 
-    /// This rank's part of a unit's step is made (A3).
+    /// This rank's part of a unit's weights is made, of this step (A3). Where its states are made too, those are published first.
     pub fn publish(&self, unit: usize, step: u64) {
         self.words.store(self.board.of_unit(self.rank, unit, PUBLISHED), step);
     }
 
-    /// A rank that has not published a unit's step; none if all have.
+    /// This rank's part of a unit's states is made, of this step (A3).
+    pub fn publish_states(&self, unit: usize, step: u64) {
+        self.words.store(self.board.of_unit(self.rank, unit, MADE), step);
+    }
+
+    /// A rank that has not published a unit's weights of this step; none if all have.
     pub fn unpublished(&self, unit: usize, step: u64) -> Option<usize> {
         self.lacks(unit, PUBLISHED, step)
+    }
+
+    /// A rank that has not published a unit's states of this step; none if all have.
+    pub fn unmade(&self, unit: usize, step: u64) -> Option<usize> {
+        self.lacks(unit, MADE, step)
     }
 
     fn lacks(&self, unit: usize, word: usize, count: u64) -> Option<usize> {

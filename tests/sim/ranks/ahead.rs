@@ -6,7 +6,7 @@ use super::{
     program::Way,
     rank::{Bytes, Model, Rank, posts},
 };
-use crate::chance::mix;
+use crate::chance::{Chance, mix};
 
 /// What changes places, per unit and owner.
 #[derive(Debug)]
@@ -36,6 +36,18 @@ pub(super) struct Ahead {
     may: Vec<bool>,
     landed: Vec<u64>,
     made: Vec<Option<u64>>,
+}
+
+/// States of a rank that follow their weights: of which unit and step, from where they are made, and into which place.
+#[derive(Debug)]
+pub(super) struct Trailing {
+    pub(super) unit: usize,
+    step: u64,
+    backward: u64,
+    before: u64,
+    result: u64,
+    from: usize,
+    to: usize,
 }
 
 /// What an update gives.
@@ -77,10 +89,18 @@ impl Ahead {
 }
 
 impl Rank {
-    /// Whether a unit's last update is known to be made by all; then its states have changed places.
+    /// Whether the weights of a unit's last update are known to be made by all.
+    pub(super) fn published(&self, memory: &Memory, model: &Model, unit: usize) -> bool {
+        let view = memory.view(self.rank);
+        posts(&model.board, &view, self.rank).unpublished(unit, self.versions[unit]).is_none()
+    }
+
+    /// The same of its states; then they have changed places.
     pub(super) fn settled(&mut self, memory: &Memory, model: &Model, unit: usize) -> bool {
         let view = memory.view(self.rank);
-        if posts(&model.board, &view, self.rank).unpublished(unit, self.versions[unit]).is_some() {
+        let posts = posts(&model.board, &view, self.rank);
+        let made = self.fault == Fault::Half || posts.unmade(unit, self.versions[unit]).is_none();
+        if !made || !self.published(memory, model, unit) {
             return false;
         }
         if std::mem::take(&mut self.ahead.turns[unit]) {
@@ -114,8 +134,9 @@ impl Rank {
         true
     }
 
-    /// Makes this rank's part of a step's update, which all have posted, or completes what was made ahead.
-    pub(super) fn make_own(&mut self, memory: &Memory, model: &mut Model, unit: usize) {
+    /// Makes this rank's part of a step's update, which all have posted, or completes what was made ahead; true if it makes the weights alone,
+    /// as it may where `first`.
+    pub(super) fn make_own(&mut self, memory: &Memory, model: &mut Model, (unit, step): (usize, u64), first: bool) -> bool {
         let (rank, ahead) = (self.rank, &mut self.ahead);
         let (place, turns, result) = (ahead.place[unit], ahead.turns[unit], ahead.results[unit]);
         let made = ahead.made[unit].take();
@@ -123,11 +144,35 @@ impl Rank {
         if let Some(made) = made.filter(|_| turns && (ahead.foreseen[unit] || self.fault == Fault::Stubborn)) {
             model.places.weights[unit][rank].read(memory, rank, made, "weights made ahead");
             model.weights[unit][rank].write(memory, rank, made, "weights");
-            return;
+            return false;
         }
         let to = if turns && self.fault != Fault::Aside { 1 - place } else { place };
+        let states = &mut model.places.states;
+        if first {
+            let before = states[place][unit][rank].version();
+            states[place][unit][rank].read(memory, rank, before, "states that weights are made from");
+            let backward = self.exchanged[unit];
+            self.trail.push(Trailing { unit, step, backward, before, result, from: place, to });
+        } else {
+            states[to][unit][rank].write(memory, rank, result, "states");
+        }
         model.weights[unit][rank].write(memory, rank, result, "weights");
+        first
+    }
+
+    /// Makes states that follow their weights, and publishes them; false if there are none.
+    pub(super) fn make_states(&mut self, memory: &Memory, model: &mut Model, chance: &mut Chance) -> bool {
+        if self.trail.is_empty() {
+            return false;
+        }
+        let Trailing { unit, step, backward, before, result, from, to } =
+            self.trail.swap_remove(chance.index(self.trail.len()));
+        let (rank, view) = (self.rank, memory.view(self.rank));
+        model.grads[unit][rank].read(memory, rank, backward, "gradients of states");
+        model.places.states[from][unit][rank].read(memory, rank, before, "states");
         model.places.states[to][unit][rank].write(memory, rank, result, "states");
+        posts(&model.board, &view, rank).publish_states(unit, step);
+        true
     }
 
     /// Reads all of a unit's states, as a save does.

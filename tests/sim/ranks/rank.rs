@@ -10,7 +10,7 @@ use funicular::schedule::ranks::{
 
 use super::{
     Fault,
-    ahead::{Ahead, Places},
+    ahead::{Ahead, Places, Trailing},
     memory::{Clock, Memory, View},
     program::{Op, Program, Way},
 };
@@ -34,6 +34,11 @@ pub(super) struct Bytes {
 }
 
 impl Bytes {
+    /// Which version they are.
+    pub(super) fn version(&self) -> u64 {
+        self.version
+    }
+
     pub(super) fn write(&mut self, memory: &Memory, rank: usize, version: u64, what: &str) {
         for (reader, action) in self.read.drain(..) {
             assert!(memory.knows(rank, reader, action), "{what}: rank {rank} writes what rank {reader} may be reading");
@@ -140,6 +145,8 @@ pub(crate) struct Rank {
     quiet: u64,
     /// Units to update, with the step, and the step of each unit's last update.
     pub(super) queue: Vec<(usize, u64)>,
+    /// States that follow their weights.
+    pub(super) trail: Vec<Trailing>,
     pub(super) versions: Vec<u64>,
     /// The backward of each unit's last exchange in which any rank had a gradient.
     pub(super) exchanged: Vec<u64>,
@@ -169,6 +176,7 @@ impl Rank {
             passed: 0,
             quiet: 0,
             queue: Vec::new(),
+            trail: Vec::new(),
             versions: vec![0; program.units.len()],
             exchanged: vec![0; program.units.len()],
             exchanges: 0,
@@ -182,7 +190,7 @@ impl Rank {
     }
 
     pub(crate) fn done(&self) -> bool {
-        self.ops.is_empty() && self.device.is_empty() && self.queue.is_empty()
+        self.ops.is_empty() && self.device.is_empty() && self.queue.is_empty() && self.trail.is_empty()
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -237,7 +245,7 @@ impl Rank {
     /// The runner: a piece of a step's update, or of one ahead.
     fn update(&mut self, memory: &Memory, model: &mut Model, chance: &mut Chance) -> bool {
         let (rank, view) = (self.rank, memory.view(self.rank));
-        if chance.percent(50) && self.make_ahead(memory, model) {
+        if chance.percent(50) && (self.make_ahead(memory, model) || self.make_states(memory, model, chance)) {
             return true;
         }
         let Some(at) = (!self.queue.is_empty()).then(|| chance.index(self.queue.len())) else { return false };
@@ -258,10 +266,15 @@ impl Rank {
         }
         self.queue.swap_remove(at);
         if self.fault == Fault::Hasty {
+            posts.publish_states(unit, step);
             posts.publish(unit, step);
         }
-        self.make_own(memory, model, unit);
-        self::posts(&model.board, &view, rank).publish(unit, step);
+        let trails = self.make_own(memory, model, (unit, step), chance.percent(40));
+        let posts = self::posts(&model.board, &view, rank);
+        if !trails || self.fault == Fault::Slack {
+            posts.publish_states(unit, step);
+        }
+        posts.publish(unit, step);
         true
     }
 
@@ -271,10 +284,14 @@ impl Rank {
         let Some(op) = self.ops.front().cloned() else { return false };
         let done = match op {
             Op::Read(unit) => {
-                let there = !self.queue.iter().any(|&(queued, _)| queued == unit)
-                    && (self.fault == Fault::Blind || self.settled(memory, model, unit));
+                // Of some readers that look at weights alone.
+                let states = self.ops.len().is_multiple_of(2);
+                let made = if states { self.settled(memory, model, unit) } else { self.published(memory, model, unit) };
+                let there = !self.queue.iter().any(|&(queued, _)| queued == unit) && (self.fault == Fault::Blind || made);
                 if there {
                     self.device.push_back(Work::Read { unit, result: self.ahead.results[unit] });
+                }
+                if there && states {
                     self.read_states(memory, model, unit);
                 }
                 there
@@ -306,7 +323,8 @@ impl Rank {
         };
         let mut notes = Vec::new();
         // An owner overwrites what its own update has yet to read.
-        let updated = !self.queue.iter().any(|&(queued, _)| queued == unit);
+        let reads = |trailing: &Trailing| trailing.unit == unit && self.fault != Fault::Hurried;
+        let updated = !self.queue.iter().any(|&(queued, _)| queued == unit) && !self.trail.iter().any(reads);
         match posts(&model.board, &view, rank).gradients(unit, &mut notes) {
             Look::Waits(_) if self.fault == Fault::Unasked => notes = vec![vec![1; self.parameters[unit]]],
             Look::All if updated => {}
