@@ -2,7 +2,9 @@
 //!
 //! `cargo bench --bench adamw` for everything; benches/adamw_vs_torch.py compares with torch's fused AdamW.
 //! Environment: `ADAMW_MI` elements in Mi (64), `ADAMW_THREADS` (all processors), `ADAMW_LINE=1`: instead of criterion,
-//! answer each line `<dtype>`, or `into <dtype>` for out of place, on stdin with the seconds of one parallel step, for interleaved comparisons.
+//! answer each line `<dtype>` on stdin with the seconds of one parallel step, for interleaved comparisons; `into <dtype>` is out of place, and
+//! `weights`, `moments`, `param` and `states` are the passes of an update that makes its weights first, `param` out of place. `ADAMW_CLIP=1`
+//! multiplies gradients by a factor, as clipping does.
 #![expect(unsafe_code, reason = "cuts raw buffers out of a host region")]
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a program, not a library")]
 
@@ -13,8 +15,8 @@ use funicular::{
     dtype::{DType, StateKind},
     memory::HostRegion,
     optim::{
-        AdamWOptions, Hyper, Isa, Pool, Span, Target, Update, adamw_into_parallel, adamw_parallel, adamw_with,
-        norm_blocks, norm_sq_parallel,
+        AdamWOptions, Hyper, Isa, PIECE, Pool, Portion, Span, Target, Update, adamw_into_parallel, adamw_parallel,
+        adamw_portion_with, adamw_with, norm_blocks, norm_sq_parallel,
     },
     quantities::ByteCount,
 };
@@ -54,7 +56,8 @@ fn traffic(dtype: DType) -> usize {
 }
 
 fn hyper() -> Hyper {
-    Hyper::new(&AdamWOptions::default(), 10, 1.0)
+    let clip = if setting("ADAMW_CLIP", 0) == 1 { 0.77 } else { 1.0 };
+    Hyper { clip, ..Hyper::new(&AdamWOptions::default(), 10, 1.0) }
 }
 
 fn step(pool: &Pool, span: Span) {
@@ -67,6 +70,48 @@ fn step_into(pool: &Pool, span: Span, spare: &Span) {
     let to = Target { param: spare.param, master: spare.master, exp_avg: spare.exp_avg, exp_avg_sq: spare.exp_avg_sq };
     // SAFETY: as in `step`; the target's buffers are another region's.
     unsafe { adamw_into_parallel(pool, &[(Update { span, hyper: hyper() }, to)]) }.unwrap();
+}
+
+/// One pass of an update in two.
+fn step_portion(pool: &Pool, span: Span, spare: &Span, portion: Portion) {
+    let hyper = hyper();
+    let (dtype, len) = (span.dtype, span.len);
+    let to = if portion == Portion::Param { spare.param } else { span.param } as usize;
+    let [param, grad, master, exp_avg, exp_avg_sq] =
+        [span.param, span.grad.cast_mut(), span.master, span.exp_avg.cast(), span.exp_avg_sq.cast()]
+            .map(|at| at as usize);
+    let task = |index: usize| {
+        let start = index * PIECE;
+        let (at, of_master) = (start * dtype.size(), start * StateKind::Master.element_size(dtype));
+        let piece = Span {
+            param: (param + at) as *mut u8,
+            grad: (grad + at) as *const u8,
+            master: (master + of_master) as *mut u8,
+            exp_avg: (exp_avg + 4 * start) as *mut f32,
+            exp_avg_sq: (exp_avg_sq + 4 * start) as *mut f32,
+            len: PIECE.min(len - start),
+            ..span_of(dtype)
+        };
+        let to = Target { param: (to + at) as *mut u8, ..Target::in_place(&piece) };
+        // SAFETY: as in `step`; pieces are disjoint.
+        unsafe { adamw_portion_with(Isa::best(), &piece, portion, &to, &hyper) }.unwrap();
+    };
+    pool.run(len.div_ceil(PIECE), &task).unwrap();
+}
+
+/// A span of nothing.
+fn span_of(dtype: DType) -> Span {
+    let none = std::ptr::null_mut();
+    Span {
+        param: none,
+        grad: none,
+        master: none,
+        exp_avg: none.cast(),
+        exp_avg_sq: none.cast(),
+        len: 0,
+        dtype,
+        reset_master: false,
+    }
 }
 
 fn with_criterion(len: usize, pool: &Pool) {
@@ -104,10 +149,13 @@ fn by_line(len: usize, pool: &Pool) {
         let (place, name) = line.trim().split_once(' ').unwrap_or(("in", line.trim()));
         let (_, (_, span)) = all.iter().find(|(known, _)| *known == name).unwrap();
         let start = Instant::now();
-        if place == "into" {
-            step_into(pool, *span, &spare)
-        } else {
-            step(pool, *span)
+        match place {
+            "into" => step_into(pool, *span, &spare),
+            "weights" => step_portion(pool, *span, &spare, Portion::Weights),
+            "moments" => step_portion(pool, *span, &spare, Portion::Moments),
+            "param" => step_portion(pool, *span, &spare, Portion::Param),
+            "states" => step_portion(pool, *span, &spare, Portion::States),
+            _ => step(pool, *span),
         }
         println!("{}", start.elapsed().as_secs_f64());
     }

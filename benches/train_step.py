@@ -247,10 +247,12 @@ def policy_of(args: argparse.Namespace, tiers: dict[str, str]) -> dict[str, Any]
     optimizer = {"tier": tiers.get("optimizer", "auto"), "where": tiers.get("where", "auto")}
     policy: dict[str, Any] = {
         "device": args.device, "budget": {"hbm": args.hbm}, "params": {"tier": tiers.get("params", "auto")},
-        "optimizer": optimizer, "gradients": {"tier": tiers.get("gradients", "auto")}, "debug": {"poison": "poison" in tiers},
+        "optimizer": optimizer, "gradients": {"tier": tiers.get("gradients", "auto")}, "debug": {"poison": "poison" in tiers, "faults": args.faults},
     }  # fmt: skip
     if args.host:
         policy["budget"]["host"] = args.host
+    if args.threads:
+        policy["budget"]["threads"] = args.threads
     if args.spare:
         optimizer["spare"] = args.spare
     if "nvme" in tiers.values():
@@ -395,9 +397,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "host"])
     parser.add_argument("--hbm", default="16GiB", help="budget of the compute tier")
     parser.add_argument("--host", default="", help="budget of host memory")
+    parser.add_argument("--threads", type=int, default=0, help="budget.threads")
     parser.add_argument("--spare", default="", help="optimizer.spare")
     parser.add_argument("--disk", default="/var/tmp", help="folder for what lives on NVMe")
     parser.add_argument("--trace", default="", help="file for a trace of two steps")
+    parser.add_argument("--faults", default="", help="debug.faults; states:delay=0ms makes weights first in every step")
     parser.add_argument("--micro-batch", type=int, default=0, help="rows that a block takes at a time; 0: checkpoints")
     parser.add_argument("--activations", default="hbm", choices=["hbm", "host"], help="where block inputs wait then")
     parser.add_argument("--digest", action="store_true", help="tell the bits of all weights after each workload")

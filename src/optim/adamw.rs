@@ -370,14 +370,13 @@ fn clipped<W: Weight>(g: W::Param, h: &Hyper) -> f32 {
     W::value(W::round(W::value(g) * h.clip))
 }
 
-/// [`step_few`] of the moments alone.
+/// [`step_few`] of the moments alone. The gradients are widened first: in one loop with the rest, clipped ones are not vectorized.
 #[inline(always)]
-fn moments_few<W: Weight>(grad: &[W::Param], m: &mut [f32], v: &mut [f32], h: &Hyper) {
-    let all = grad.iter().zip(m).zip(v);
-    if h.clip.to_bits() == 1.0_f32.to_bits() {
-        all.for_each(|((g, m), v)| moments_one(W::value(*g), m, v, h));
-    } else {
-        all.for_each(|((g, m), v)| moments_one(clipped::<W>(*g, h), m, v, h));
+fn moments_few<W: Weight, const N: usize>(grad: &[W::Param; N], m: &mut [f32; N], v: &mut [f32; N], h: &Hyper) {
+    let grad =
+        if h.clip.to_bits() == 1.0_f32.to_bits() { grad.map(W::value) } else { grad.map(|g| clipped::<W>(g, h)) };
+    for ((g, m), v) in grad.iter().zip(m).zip(v) {
+        moments_one(*g, m, v, h);
     }
 }
 

@@ -168,7 +168,7 @@ unsafe fn chunk<W: Weight, const PORTION: u8, const N: usize>(arrays: &Arrays<W>
         let grad = read::<W, _, N>(arrays.grad, at);
         let (mut m, mut v) = (read::<W, _, N>(arrays.m, at), read::<W, _, N>(arrays.v, at));
         if PORTION == MOMENTS {
-            moments_few::<W>(&grad, &mut m, &mut v, h);
+            moments_few::<W, N>(&grad, &mut m, &mut v, h);
         } else {
             let mut param = read::<W, _, N>(arrays.param, at);
             let old = read::<W, _, N>(arrays.master, at);

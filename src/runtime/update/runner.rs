@@ -120,7 +120,8 @@ impl Runner {
                     return decide(shared, unit);
                 }
                 Task::Update { unit, chunk, lease }
-                    if (self.waiting.units.is_empty() && !shared.trails_among_ranks()?) || shared.may_begin(unit)? =>
+                    if (self.waiting.units.is_empty() && !shared.trails_among_ranks()?)
+                        || shared.may_begin(unit)? =>
                 {
                     return run(shared, unit, chunk, lease);
                 }

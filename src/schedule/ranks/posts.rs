@@ -13,8 +13,8 @@
 //! A6, on ranks that wait in different calls, stands in [`super::crossed`].
 
 use crate::schedule::ranks::board::{
-    ARRIVED, BACKWARD, Board, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN, STARTED, STATE,
-    STEPS, TEXT, TEXT_BYTES, Words,
+    ARRIVED, BACKWARD, Board, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN, STARTED,
+    STATE, STEPS, TEXT, TEXT_BYTES, Words,
 };
 
 /// Numbers that tell a step: digests of what is stepped and how.

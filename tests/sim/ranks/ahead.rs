@@ -136,7 +136,13 @@ impl Rank {
 
     /// Makes this rank's part of a step's update, which all have posted, or completes what was made ahead; true if it makes the weights alone,
     /// as it may where `first`.
-    pub(super) fn make_own(&mut self, memory: &Memory, model: &mut Model, (unit, step): (usize, u64), first: bool) -> bool {
+    pub(super) fn make_own(
+        &mut self,
+        memory: &Memory,
+        model: &mut Model,
+        (unit, step): (usize, u64),
+        first: bool,
+    ) -> bool {
         let (rank, ahead) = (self.rank, &mut self.ahead);
         let (place, turns, result) = (ahead.place[unit], ahead.turns[unit], ahead.results[unit]);
         let made = ahead.made[unit].take();

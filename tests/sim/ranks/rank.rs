@@ -287,7 +287,8 @@ impl Rank {
                 // Of some readers that look at weights alone.
                 let states = self.ops.len().is_multiple_of(2);
                 let made = if states { self.settled(memory, model, unit) } else { self.published(memory, model, unit) };
-                let there = !self.queue.iter().any(|&(queued, _)| queued == unit) && (self.fault == Fault::Blind || made);
+                let there =
+                    !self.queue.iter().any(|&(queued, _)| queued == unit) && (self.fault == Fault::Blind || made);
                 if there {
                     self.device.push_back(Work::Read { unit, result: self.ahead.results[unit] });
                 }
