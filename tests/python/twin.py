@@ -42,6 +42,7 @@ class World:
     poison: bool = True
     gradients: str = "auto"
     spare: str = "auto"
+    faults: str = ""
 
     @property
     def torch_device(self) -> torch.device:
@@ -63,7 +64,7 @@ class World:
             "params": {"tier": self.params},
             "optimizer": {"tier": self.optimizer, "spare": self.spare},
             "gradients": {"tier": self.gradients},
-            "debug": {"poison": self.poison},
+            "debug": {"poison": self.poison, "faults": self.faults},
         }
         return merge(policy, sections)
 

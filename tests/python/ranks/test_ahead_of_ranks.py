@@ -94,6 +94,45 @@ def test_a_save_and_a_load(host_world: World, spare_world: World, tmp_path: Path
             assert all(torch.equal(c, d) for c, d in zip(a, b, strict=True))
 
 
+@pytest.fixture(params=["32MiB", "0B"], ids=["beside", "in_place"])
+def trailing_world(host_world: World, request: pytest.FixtureRequest) -> World:
+    """Host memory, where weights are made first and states follow late, in the other place or in theirs."""
+    return dataclasses.replace(host_world, spare=request.param, faults="states:delay=3ms")
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {"steps": 4, "clip": 0.05}),
+        (3, {"steps": 4, "dtype": BF16, "clip": 0.05, "accumulate": 2}),
+        (2, {"steps": 3, "dtype": torch.float16, "clip": 0.05, "rows": 1, "accumulate": 2}),
+    ],
+    ids=str,
+)
+def test_weights_first(size: int, options: dict[str, Any], trailing_world: World):
+    several.compare("rank_scripts:train", size, trailing_world, **options)
+
+
+@pytest.mark.parametrize("script", ["two_optimizers", "looking", "rates", "states_written", "experts"])
+def test_use_of_weights_first(script: str, trailing_world: World):
+    several.compare(f"rank_scripts:{script}", 2, trailing_world)
+
+
+def test_weights_come_first(trailing_world: World):
+    """On all ranks, in each step whose gradients are clipped; without other places in all."""
+    for clip, every in (("1e-3", True), ("nothing", trailing_world.spare == "0B")):
+        for ahead in several.run(2, "ahead_checks:first", trailing_world, clip):
+            assert ahead.weights_first >= (5 if every else 1)
+            assert every == (ahead.used == 0)
+
+
+def test_a_save_and_a_load_amid_it(host_world: World, trailing_world: World, tmp_path: Path):
+    plain = several.run(2, "ahead_checks:saved_and_loaded", str(tmp_path / "plain"), host_world)
+    for rank in several.run(2, "ahead_checks:saved_and_loaded", str(tmp_path / "later"), trailing_world):
+        for a, b in zip(plain[0], rank, strict=True):
+            assert all(torch.equal(c, d) for c, d in zip(a, b, strict=True))
+
+
 def test_can_fail(spare_world: World):
     """What was begun from gradients that are cleared since shows."""
     with pytest.raises(Mismatch):
