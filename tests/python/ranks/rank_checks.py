@@ -61,7 +61,7 @@ def other_rate(world: World) -> list[str]:
 def added(world: World) -> list[str]:
     """A layer that comes into the model after ``offload``: trained, frozen, and in an evaluation; the model's own weights are trained on."""
     model, opt = offloaded(world)
-    model.extra = nn.Linear(WIDE, WIDE)
+    model.extra = nn.Linear(WIDE, WIDE, device=DEVICE)
 
     def train() -> None:
         model.extra(model(own_batch(0))).sum().backward()

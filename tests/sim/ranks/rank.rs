@@ -245,7 +245,10 @@ impl Rank {
     /// The runner: a piece of a step's update, or of one ahead.
     fn update(&mut self, memory: &Memory, model: &mut Model, chance: &mut Chance) -> bool {
         let (rank, view) = (self.rank, memory.view(self.rank));
-        if chance.percent(50) && (self.make_ahead(memory, model) || self.make_states(memory, model, chance)) {
+        if chance.percent(50) && self.make_ahead(memory, model) {
+            return true;
+        }
+        if chance.percent(15) && self.make_states(memory, model, chance) {
             return true;
         }
         let Some(at) = (!self.queue.is_empty()).then(|| chance.index(self.queue.len())) else { return false };
