@@ -24,7 +24,7 @@ pub use terminal::coloured;
 use terminal::{columns, error_for_terminal, for_terminal, look_of_stdout};
 
 use self::{
-    exit::{COULD_NOT_TELL, IN_DOUBT, INTERRUPTED},
+    exit::{COULD_NOT_TELL, INTERRUPTED},
     values::{Sets, device, engine, seconds, size},
 };
 use crate::{
@@ -54,8 +54,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Measure what this machine can do: disks, links, memory, and all at once. Exit code 0; 2 for an error; 3 if --save was asked for
-    /// and nothing was saved, because the figures are not to be relied on; 130 after Ctrl-C.
+    /// Measure what this machine can do: disks, links, memory, and all at once. Exit code 0; 2 for an error; 3 if nothing was measured, or
+    /// if --save was asked for and nothing was saved, because the figures are not to be relied on; 130 after Ctrl-C.
     Bench(Box<BenchArguments>),
     /// Look at this machine and say what is in the way. Exit code 0, 1 (warnings), 3 (failures) or 2 (an error).
     Doctor(DoctorArguments),
@@ -409,16 +409,15 @@ fn measure(arguments: BenchArguments, among: Option<(&Place, &Rc<Crew>)>, interr
     for file in outputs.write(&report)? {
         eprintln!("written: {}", printable(&file.display().to_string()));
     }
-    if let Some(file) = not_saved {
+    if let Some(file) = &not_saved {
         let file = printable(&file.display().to_string()).into_owned();
         let why = match report.is_empty() {
             true => "nothing was measured.",
             false => "the figures are not to be relied on. --force saves them all the same.",
         };
         eprintln!("{}", error_for_terminal(&format!("not saved: {file}: {why}")));
-        return Ok(IN_DOUBT);
     }
-    Ok(0)
+    Ok(exit::of_bench(report.is_empty(), not_saved.is_some()))
 }
 
 /// The first Ctrl-C (or SIGTERM) asks the benchmark to stop and clean up; the second ends the process at once.
