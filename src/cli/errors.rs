@@ -50,12 +50,13 @@ fn described(entry: &Entry) -> String {
     format!("{}: {}\nKind: {kind}.\n{action}", entry.code, entry.meaning.replace('`', ""))
 }
 
-/// The codes whose numbers are nearest, of the letter that was given if there was one.
+/// The codes that begin alike and whose numbers are nearest, of the letter that was given if there was one.
 fn nearest(wanted: &str) -> Vec<&'static str> {
     let number = |text: &str| text.trim_start_matches(|c: char| !c.is_ascii_digit()).parse::<i64>().unwrap_or(0);
     let letter = wanted.chars().next().filter(|c| "EWI".contains(*c)).unwrap_or('E');
     let mut codes: Vec<&str> = entries().map(|entry| entry.code).filter(|code| code[3..].starts_with(letter)).collect();
-    codes.sort_by_key(|code| number(code).abs_diff(number(wanted)));
+    let alike = |code: &str| code[3..].bytes().zip(wanted.bytes()).take_while(|(a, b)| a == b).count();
+    codes.sort_by_key(|code| (std::cmp::Reverse(alike(code)), number(code).abs_diff(number(wanted))));
     codes.truncate(3);
     codes
 }
@@ -81,9 +82,13 @@ mod tests {
 
     #[test]
     fn an_unknown_code_is_met_with_the_nearest() {
-        for (code, near) in
-            [("FN-E299", "FN-E205"), ("W6", "FN-W112"), ("202", "FN-E202"), ("nothing\x1b[2J", "FN-E001")]
-        {
+        for (code, near) in [
+            ("FN-E299", "FN-E205"),
+            ("W6", "FN-W601"),
+            ("E2020", "FN-E202"),
+            ("202", "FN-E202"),
+            ("nothing\x1b[2J", "FN-E001"),
+        ] {
             let said = run(Some(code));
             assert!(said.code == 2 && said.out.is_empty() && said.err.contains(near), "{said:?}");
             assert!(!said.err.contains('\x1b'), "{said:?}");
