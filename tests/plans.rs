@@ -215,6 +215,48 @@ fn a_plan_of_nothing_names_both_ways_to_give_a_model() {
 }
 
 #[test]
+fn what_is_larger_than_the_gpu_does_not_fit() {
+    let run = |more: &str| {
+        let arguments = ["plan", "--params", "7B", "--layers", "32", "--ram", "640GB"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_funicular"));
+        let run = command.args(arguments).args(more.split_whitespace()).output().unwrap();
+        (run.status.code(), String::from_utf8(run.stdout).unwrap())
+    };
+    for (more, next) in [
+        ("--gpu 100MB", "name smaller modules in units.match, or take a GPU with more memory"),
+        ("--gpu 24GB --set budget.hbm=40GiB", "Lower budget.hbm"),
+    ] {
+        let (code, said) = run(more);
+        assert!(code == Some(1) && said.contains("It does not fit") && said.contains("FN-E201"), "{said}");
+        assert!(said.contains(next), "{said}");
+    }
+    assert_eq!(run("--gpu 1GB").0, Some(0));
+}
+
+#[test]
+fn a_model_that_is_not_there_gets_the_hint_that_helps() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("llama.json"), r#"{"model_type": "llama"}"#).unwrap();
+    for (model, part) in [
+        ("org/model-7B", "hf download org/model-7B config.json"),
+        ("dir/model.json", "Give the path of a directory"),
+        ("./model", "Give the path of a directory"),
+        ("/a/model", "Give the path of a directory"),
+        ("llama.json", "is read under the name config.json alone"),
+    ] {
+        let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
+            .args(["plan", model, "--ram", "4GB"])
+            .current_dir(dir.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(run.stderr).unwrap();
+        assert_eq!(run.status.code(), Some(2), "{said}");
+        assert!(said.starts_with("FN-E505") && said.contains(part), "{model}: {said}");
+        assert_eq!(said.contains("hf download"), model.starts_with("org"), "{said}");
+    }
+}
+
+#[test]
 fn activations_that_do_not_fit_are_in_the_answer() {
     let model = "--params 7B --layers 32 --gpu 24GB --ram 128GB --cpus 8 --flops 80e12";
     let answer = |more: &str| {

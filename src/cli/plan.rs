@@ -274,11 +274,23 @@ fn model(
     }
     if !path.exists() && !text.contains(':') {
         let what = format!("there is no '{text}': a model is a directory, a safetensors file, or module:function.");
+        let named = text.matches('/').count() < 2 && !text.starts_with(['/', '.', '~']);
+        let file =
+            path.extension().is_some_and(|end| ["json", "safetensors", "py", "bin", "pt"].iter().any(|e| end == *e));
+        if !named || file {
+            let next = "Give the path of a directory with a config.json or safetensors files.";
+            return Err(Error::new(Code::PlannedModel, what).action(next));
+        }
         return Err(Error::new(Code::PlannedModel, what).action(format!(
             "If it is a name on the Hugging Face hub, fetch what describes it and plan that: `hf download {text} config.json --local-dir \
              {0}`, then `funicular plan {0}`.",
             path.file_name().map_or_else(|| "DIR".into(), |name| name.to_string_lossy())
         )));
+    }
+    if path.is_file() && path.extension().is_some_and(|end| end == "json") {
+        let what = format!("{text}: a model's configuration is read under the name config.json alone.");
+        return Err(Error::new(Code::PlannedModel, what)
+            .action("Put it into a directory of its own as config.json, and give that directory."));
     }
     let Some(loader) = loader else {
         return Err(Error::new(Code::PlannedModel, format!("{text}: only Python can build this model."))

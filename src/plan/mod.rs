@@ -179,6 +179,21 @@ impl Plan {
     }
 }
 
+/// `FN-E201` for what is larger than the GPU itself, whatever `budget.hbm` says.
+fn beyond(tiers: &[TierPlan], policy: &Policy, gpu: Option<ByteCount>) -> Option<Error> {
+    let hbm = tiers.iter().find(|tier| tier.tier == "hbm")?;
+    let most = ByteCount(hbm.steady.max(hbm.init).max(hbm.step).max(hbm.checkpoint));
+    let gpu = gpu.filter(|gpu| most > *gpu)?;
+    let what = format!("the plan needs {most} of GPU memory, and the GPU has {gpu}.");
+    let next = match policy.budget.hbm.given() {
+        Some(_) => "Lower budget.hbm, or leave it at \"auto\".",
+        None => {
+            "Two of the largest units must have room: name smaller modules in units.match, or take a GPU with more memory."
+        }
+    };
+    Some(Error::new(crate::error::Code::HbmBudget, what).needing(most).action(next))
+}
+
 /// Plans a model on a machine.
 ///
 /// # Errors
@@ -219,6 +234,8 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     };
     let uses = Uses { passes: compute.passes.max(1), backward: units.iter().map(|u| u.backward).collect() };
     let sight = Sight { layout: &layout, config: &config, limits, budgets, placed: &placed };
+    let tiers = sight.tiers(config.budgets);
+    let refusal = refusal.or_else(|| beyond(&tiers, policy, machine.gpu));
     let moved = crate::schedule::traffic::of_step(&layout, &placed, &uses);
     let on_host = machine.gpu.is_none();
     let ranks = several
@@ -248,7 +265,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         fits: refusal.is_none(),
         refusal: refusal.as_ref().map(Error::to_string),
         ways: ways.iter().map(advice::Way::describe).collect(),
-        tiers: sight.tiers(config.budgets),
+        tiers,
         units: sight.units(),
         traffic,
         wear: wear(moved.nvme_write, step.as_ref(), machine.disk),
