@@ -212,7 +212,7 @@ fn wrong_types() {
     assert_error(
         &refused("[log]\ntrace_steps = [1, \"2\"]\n"),
         Code::PolicyValue,
-        &["p.toml:2:19:", "log.trace_steps[1]"],
+        &["p.toml:2:19:", "log.trace_steps[1]", "the string \"2\" is not a whole number"],
     );
     assert_error(
         &refused("nvme.paths = \"/tmp\"\n"),

@@ -101,7 +101,12 @@ impl de::Error for Fault {
     }
 
     fn invalid_type(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        let expected = expected.to_string().replace("a sequence", "a list");
+        let expected = match expected.to_string().as_str() {
+            "i64" | "i32" | "u64" | "u32" => "a whole number".to_owned(),
+            "f64" => "a number".to_owned(),
+            "string" | "str" => "a text".to_owned(),
+            other => other.replace("a sequence", "a list"),
+        };
         let instead = match found {
             de::Unexpected::Str(text) if expected == "a list" => format!(": write [{text:?}]"),
             _ => String::new(),
