@@ -422,3 +422,31 @@ fn aliases_do_not_grow_without_end() {
     script += "ds = {'zero_optimization': {'offload_param': {'device': 'cpu'}}, 'x': a11}\n";
     assert!(text(&script, "bomb.py").contains("params.tier = \"host\""));
 }
+
+#[test]
+fn an_object_that_offloads_is_read_however_it_is_written() {
+    let object = "torch.distributed.fsdp.CPUOffload";
+    for (inner, tier, said) in [
+        (format!("{{class_path: {object}, init_args: {{offload_params: true}}}}"), "host", "-> params.tier"),
+        (format!("{{class_path: {object}, init_args: {{offload_params: false}}}}"), "auto", "offloads nothing"),
+        (format!("{{class_path: {object}}}"), "auto", "offloads nothing"),
+        (format!("{{_target_: {object}, offload_params: true}}"), "host", "-> params.tier"),
+        ("{class_path: my.Policy, init_args: {all: true}}".to_owned(), "auto", "cannot be told from it"),
+        ("{offload: true}".to_owned(), "auto", "cannot be told from it"),
+    ] {
+        let file =
+            format!("trainer:\n  strategy:\n    class_path: FSDPStrategy\n    init_args: {{cpu_offload: {inner}}}\n");
+        let found = any(&file, "a.yaml", Hints::default()).unwrap();
+        assert_eq!((found.policy.params.tier.word(), found.policy.optimizer.tier.word()), (tier, tier), "{found}");
+        assert!(found.to_string().contains(said), "{found}");
+    }
+}
+
+#[test]
+fn a_precision_that_stands_elsewhere_is_said_to_be_so() {
+    let file = "trainer:\n  strategy: deepspeed_stage_3_offload\n  precision: ${half}\nhalf: bf16-true\n";
+    let found = text(file, "a.yaml");
+    assert!(found.contains("trainer.precision = \"${half}\": is filled in by another program"), "{found}");
+    let file = file.replace("${half}", "64-true");
+    assert!(text(&file, "a.yaml").contains("is none of 32-true, 16-true, 16-mixed, bf16-true, bf16-mixed"));
+}

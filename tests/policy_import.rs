@@ -173,6 +173,8 @@ fn parameters_that_a_low_stage_leaves_on_the_gpu_are_spoken_of() {
         assert!(note.contains("stage 1 keeps all parameters on the GPU; offload_param has no effect there"), "{note}");
         assert_eq!(set, tier);
     }
+    let (said, _) = note("\"stage\": 0, \"offload_optimizer\": {\"device\": \"cpu\"}");
+    assert!(said.contains("states too; offload_* have no effect there"), "{said}");
     for none in ["\"stage\": 2, \"offload_param\": {\"device\": \"none\"}", "\"stage\": 2"] {
         let (note, set) = note(none);
         assert!(!note.contains("offload_param") && note.contains("paged through budget.hbm"), "{note}");

@@ -157,6 +157,119 @@ fn a_file_that_the_script_reads_is_followed() {
 }
 
 #[test]
+fn a_file_is_followed_however_the_script_reads_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.py");
+    let config = r#"{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}"#;
+    std::fs::create_dir(dir.path().join("conf")).unwrap();
+    std::fs::write(dir.path().join("conf/z3.json"), config).unwrap();
+    for (given, edited) in [
+        ("deepspeed.initialize(model=m, config_params=json.load(open('conf/z3.json')))", false),
+        ("deepspeed.initialize(model=m, config=json.loads(Path('conf/z3.json').read_text()))", false),
+        ("deepspeed.initialize(model=m, config=json.loads(open('conf/z3.json', 'r').read()))", false),
+        ("deepspeed.initialize(model=m, config=json.load(pathlib.Path('conf/z3.json').open()))", false),
+        ("deepspeed.initialize(model=m, config=os.path.join('conf', 'z3.json'))", false),
+        ("c = json.loads(Path('conf/z3.json').read_text())\nc['a'] = 1\ndeepspeed.initialize(config=c)", true),
+    ] {
+        std::fs::write(&path, given).unwrap();
+        let output = import(&path, Hints::default());
+        let mapped = output.out.contains("offload_param.device = \"cpu\" -> params.tier");
+        assert!(output.code == 0 && mapped, "{given}: {}{}", output.out, output.err);
+        assert_eq!(output.out.contains("is not followed"), edited, "{given}: {}", output.out);
+    }
+}
+
+#[test]
+fn arguments_that_are_unpacked_may_be_changed_under_a_condition() {
+    for start in ["kw = {}", "kw = {'mesh': mesh}", "kw = dict(mesh=mesh)"] {
+        let text = format!(
+            "{start}\nif cpu_offload:\n    kw['offload_policy'] = CPUOffloadPolicy()\n\
+             for block in model.layers:\n    fully_shard(block, **kw, reshard_after_forward=True)\nfully_shard(model, **kw)\n"
+        );
+        let found = any(&text, "a.py", Hints::default()).unwrap();
+        let said = found.to_string();
+        assert!(said.contains("cannot be told from it") && !said.contains("offloads nothing"), "{said}");
+        let edit = found.undecided.iter().find(|item| item.line == Some(3)).unwrap();
+        assert!(edit.note.contains("is run under a condition"), "{said}");
+        assert!(found.undecided.iter().all(|item| item.line.is_none_or(|line| line < 4)), "{said}");
+    }
+}
+
+#[test]
+fn a_script_that_speaks_of_offloading_elsewhere_is_not_said_to_offload_nothing() {
+    for text in [
+        "fully_shard(model, **arguments(cpu_offload=True))\n",
+        "if args.cpu_offload:\n    model = wrap(model)\nfully_shard(model)\n",
+        "kw = arguments[args.offload]\nfully_shard(model, **kw)\n",
+        "def build(model, offload_params=True):\n    fully_shard(model)\n",
+    ] {
+        let said = any(text, "a.py", Hints::default()).unwrap().to_string();
+        assert!(said.contains("cannot be told from it") && !said.contains("offloads nothing"), "{said}");
+    }
+    for text in [
+        "from a import CPUOffloadPolicy\n# offload\nfully_shard(model)\n",
+        "cfg = {'zero_optimization': {\n  'stage': 3,\n  'offload_param':\n    {'device': 'none'}}}\n",
+        "fully_shard(model, offload_policy=OffloadPolicy())\n",
+    ] {
+        let said = any(text, "a.py", Hints::default()).unwrap().to_string();
+        assert!(!said.contains("cannot be told from it"), "{said}");
+    }
+}
+
+#[test]
+fn where_reading_ends_is_said() {
+    for (rest, line) in [
+        ("print(\ncfg['zero_optimization']['offload_param'] = {'device': 'nvme'}\n", 2),
+        ("x = [\n", 2),
+        (&*"x = 1\n".repeat(20_001), 20_001),
+    ] {
+        let found = any(&format!("{CFG}{rest}"), "a.py", Hints::default()).unwrap();
+        let last = found.undecided.last().unwrap();
+        assert!(last.line == Some(line) && last.note.contains("is not read"), "{line}: {:?}", found.undecided);
+        assert_eq!(found.policy.optimizer.tier.word(), "host");
+    }
+}
+
+#[test]
+fn arithmetic_of_numbers_is_read() {
+    let text = "cfg = {'zero_optimization': {'stage': 1 + 2, 'offload_param': {'device': 'cpu'},\n\
+        'stage3_prefetch_bucket_size': 10 * 10**5}, 'aio': {'block_size': 1 << 20, 'queue_depth': 2 * (8 + 8)}}\n";
+    let found = any(text, "a.py", Hints::default()).unwrap();
+    assert!(found.undecided.is_empty(), "{found}");
+    let toml = found.toml().unwrap();
+    assert!(toml.contains("queue_depth = 32\n") && toml.contains("window = \"2MB\""), "{toml}");
+    let text = text.replace("2 * (8 + 8)", "2 * n").replace("1 << 20", "1 << 20, 'thread_count': 4");
+    let found = any(&text, "a.py", Hints::default()).unwrap();
+    assert!(!found.toml().unwrap().contains("queue_depth"), "{found}");
+}
+
+#[test]
+fn a_comparison_is_shown_as_it_is_written() {
+    let text = "cfg = {'zero_optimization': {'stage': 3}, 'bf16': {'enabled': dtype == 'bf16'}}\n";
+    let found = any(text, "a.py", Hints::default()).unwrap();
+    assert!(found.undecided.iter().any(|item| item.value == "dtype == 'bf16'"), "{found}");
+}
+
+#[test]
+fn several_plugins_are_one_configuration_with_its_format() {
+    let text = "a = DeepSpeedPlugin(hf_ds_config={'zero_optimization': {'stage': 3, 'offload_param': {'device': 'cpu'}}})\n\
+        b = DeepSpeedPlugin(hf_ds_config={'zero_optimization': {'stage': 2}})\n\
+        acc = Accelerator(deepspeed_plugins={'student': a, 'teacher': b}, mixed_precision='bf16')\n";
+    let found = any(text, "a.py", Hints::default()).unwrap();
+    let policy = &found.policy;
+    assert_eq!((policy.params.tier.word(), policy.params.dtype.word()), ("host", "bfloat16"), "{found}");
+    assert_eq!(found.undecided.len(), 1, "{found}");
+    assert!(found.undecided[0].note.contains("into a file of its own"), "{found}");
+}
+
+#[test]
+fn the_last_of_several_values_of_a_name_counts() {
+    let (params, optimizer, lines) =
+        told("cfg = {'zero_optimization': {'stage': 3, 'offload_param': {'device': 'nvme', 'nvme_path': '/q'}}}\n");
+    assert_eq!((params.as_str(), optimizer.as_str(), &lines[..]), ("nvme", "auto", &[1][..]));
+}
+
+#[test]
 fn what_is_given_to_deepspeed_is_not_called_lightnings() {
     let (params, optimizer, lines) = told("deepspeed.initialize(model=m, config=pick())\n");
     assert_eq!((params.as_str(), optimizer.as_str(), &lines[..]), ("auto", "host", &[2][..]));

@@ -179,7 +179,7 @@ impl Plan {
     }
 }
 
-/// `FN-E201` for what is larger than the GPU itself, whatever `budget.hbm` says.
+/// `FN-E201` for a plan that needs more than the GPU has, at any `budget.hbm`.
 fn beyond(tiers: &[TierPlan], policy: &Policy, gpu: Option<ByteCount>) -> Option<Error> {
     let hbm = tiers.iter().find(|tier| tier.tier == "hbm")?;
     let most = ByteCount(hbm.steady.max(hbm.init).max(hbm.step).max(hbm.checkpoint));

@@ -245,7 +245,7 @@ impl<'a> Parser<'a> {
                 }
                 Ok(table)
             }
-            (_, true) if self.peek() == Some('=') => {
+            (_, true) if self.peek() == Some('=') && !self.rest().starts_with("==") => {
                 self.at += 1;
                 Ok(self.item(depth + 1)?.value)
             }

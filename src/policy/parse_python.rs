@@ -1,6 +1,7 @@
 //! Expressions of Python as far as they can be read without running them; the rest is kept as it is written.
 
 use super::{
+    arithmetic,
     parse_json::{Dialect, MAX_DEPTH, Parser},
     source::{CALLEE, Entry, Node, Source, Value},
 };
@@ -97,6 +98,9 @@ impl Parser<'_> {
             return Err(literal.err().unwrap_or_else(|| self.fault("a value was expected here")));
         }
         self.at = end;
+        if let Some(value) = arithmetic::value(&self.text[start..end]) {
+            return Ok(Node { span: Some(start..end), value });
+        }
         Ok(Node { span: Some(start..end), value: Value::Code(self.text[start..end].chars().take(MAX_CODE).collect()) })
     }
 
@@ -128,11 +132,33 @@ impl Parser<'_> {
     }
 }
 
-/// What `int(1e6)`, `Path("a")` and the like stand for: their only argument.
+/// What `int(1e6)`, `Path("a")` and the like stand for: their only argument; `os.path.join("a", "b")`: the path.
 fn converted(node: Node) -> Node {
-    const CONVERSIONS: &[&str] = &["int", "float", "str", "bool", "Path", "pathlib.Path", "dict"];
+    const CONVERSIONS: &[&str] = &["float", "str", "bool", "Path", "pathlib.Path", "dict"];
+    const JOINS: &[&str] = &["os.path.join", "Path", "pathlib.Path"];
     match &node.value {
         Value::Table(entries) => match &entries[..] {
+            [Entry { key, node: Node { value: Value::Text(name), .. }, .. }, argument]
+                if key == CALLEE && name == "int" && argument.key == "argument 1" =>
+            {
+                Node { span: argument.node.span.clone(), value: truncated(&argument.node.value) }
+            }
+            [Entry { key, node: Node { value: Value::Text(name), .. }, .. }, parts @ ..]
+                if key == CALLEE && parts.len() > 1 && JOINS.contains(&name.as_str()) =>
+            {
+                let texts: Option<Vec<&str>> = parts
+                    .iter()
+                    .map(|part| match &part.node.value {
+                        Value::Text(text) if part.key.starts_with("argument ") => Some(text.as_str()),
+                        _ => None,
+                    })
+                    .collect();
+                let path = texts.map(|texts| texts.iter().collect::<std::path::PathBuf>());
+                match path.as_deref().and_then(std::path::Path::to_str) {
+                    Some(path) => Node { value: Value::Text(path.to_owned()), ..node },
+                    None => node,
+                }
+            }
             [Entry { key, node: name, .. }, argument]
                 if key == CALLEE
                     && argument.key == "argument 1"
@@ -143,6 +169,14 @@ fn converted(node: Node) -> Node {
             _ => node,
         },
         _ => node,
+    }
+}
+
+/// A number without what stands behind its point.
+fn truncated(value: &Value) -> Value {
+    match value {
+        Value::Float(x) if x.fract() != 0.0 => Value::Float(x.trunc()),
+        other => other.clone(),
     }
 }
 
@@ -170,12 +204,12 @@ mod tests {
 
     #[test]
     fn what_only_running_would_tell_is_kept() {
-        let text = "F(m, a=int(1e6), b=[x for x in y], c=\"u\" if v else 'w', d={'e': 2 ** 3, **f}, g=1) # h\nnext";
+        let text = "F(m, a=int(1e6), b=[x for x in y], c=\"u\" if v else 'w', d={'e': n ** 3, **f}, g=1) # h\nnext";
         let (node, end) = parse_expression(&Source::new("t.py", text), text, 0).unwrap();
         assert_eq!(&text[end..], " # h\nnext");
         let want = serde_json::json!({
             "_target_": "F", "argument 1": "m", "a": 1e6,
-            "b": ["x for x in y"], "c": "\"u\" if v else 'w'", "d": {"e": "2 ** 3", "**f": "**f"}, "g": 1,
+            "b": ["x for x in y"], "c": "\"u\" if v else 'w'", "d": {"e": "n ** 3", "**f": "**f"}, "g": 1,
         });
         assert_eq!(node.to_json(), want);
     }

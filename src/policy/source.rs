@@ -141,16 +141,20 @@ fn advanced((mut line, mut column): (usize, usize), bytes: &[u8]) -> (usize, usi
 
 /// The line of a span with carets under it, shortened around the span when long.
 fn snippet(text: &str, span: &Range<usize>, line: usize, column: usize) -> String {
-    let shown: Vec<char> =
-        text.lines().nth(line - 1).unwrap_or_default().chars().map(|c| if misleads(c) { ' ' } else { c }).collect();
+    // From the place itself: counting lines from the top would cost a script with many faults its square.
+    let from = text.get(..span.start).unwrap_or(text);
+    let begin = from.rfind('\n').map_or(0, |end| end + 1);
+    let whole = text[begin..].split('\n').next().unwrap_or_default();
+    let whole = whole.strip_suffix('\r').unwrap_or(whole);
     let width = text
         .get(span.start.min(text.len())..span.end.min(text.len()))
         .and_then(|s| s.lines().next())
         .map_or(1, |s| s.chars().count())
         .max(1);
     let at = column - 1;
-    let first = if shown.len() > SNIPPET { at.saturating_sub(SNIPPET / 2) } else { 0 };
-    let part: String = shown.iter().skip(first).take(SNIPPET).collect();
+    let long = whole.len() > SNIPPET && whole.chars().nth(SNIPPET).is_some();
+    let first = if long { at.saturating_sub(SNIPPET / 2) } else { 0 };
+    let part: String = whole.chars().skip(first).take(SNIPPET).map(|c| if misleads(c) { ' ' } else { c }).collect();
     let carets = "^".repeat(width.min(SNIPPET.saturating_sub(at - first)).max(1));
     format!("{line:5} | {part}\n      | {}{carets}", " ".repeat(at - first))
 }

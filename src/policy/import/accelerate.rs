@@ -60,6 +60,7 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
         let full = joined(prefix, key);
         match (key.as_str(), &node.value) {
             ("deepspeed_config" | "deepspeed_plugin", Value::Table(_)) | ("mixed_precision", _) => {}
+            ("deepspeed_plugins", Value::Table(_) | Value::List(_)) => plugins(to, &full, node),
             ("fsdp_config", Value::Table(keys)) if keys.is_empty() => to.ignored(&full, node, "empty"),
             ("deepspeed_config" | "fsdp_config", Value::Null) => to.ignored(&full, node, "empty"),
             ("deepspeed_config_file", _) => refer(to, &full, node),
@@ -71,6 +72,19 @@ pub(super) fn file(to: &mut Rewrite<'_>, prefix: &str, root: &Node) {
             ("debug", _) => to.ignored(&full, node, "belongs to your training loop"),
             _ => beside(to, &full, key, node, "about launching; belongs to your training loop"),
         }
+    }
+}
+
+/// Reads the first of several plugins, each for a model of its own.
+fn plugins(to: &mut Rewrite<'_>, full: &str, node: &Node) {
+    let mut all = blocks::children(node).into_iter();
+    let Some((first, taken)) = all.next() else { return to.ignored(full, node, "empty") };
+    let place = joined(full, &first);
+    plugin(to, &place, taken);
+    for (key, node) in all {
+        let note =
+            format!("of another model than {place}, which was taken: put it into a file of its own to import it");
+        to.undecided(&joined(full, &key), node, &note);
     }
 }
 

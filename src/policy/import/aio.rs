@@ -36,6 +36,8 @@ const MAX_DEPTH: u64 = 4096;
 #[derive(Default)]
 pub(super) struct Aio {
     depth: Option<Number>,
+    /// A depth is given, and cannot be read.
+    unknown: bool,
     threads: Vec<(usize, Number)>,
 }
 
@@ -64,7 +66,10 @@ impl Aio {
             "block_size" => block(import, found, misplaced),
             "queue_depth" => match number("") {
                 Ok(depth) => self.depth = Some(depth),
-                Err(fault) => import.undecided(found, fault),
+                Err(fault) => {
+                    self.unknown = true;
+                    import.undecided(found, fault);
+                }
             },
             "single_submit" | "overlap_events" => {
                 import.ignored(
@@ -127,6 +132,8 @@ impl Aio {
             let found = Found { key: &threads.key, node: &threads.node };
             if self.depth.is_some() {
                 import.mapped(found, format!("nvme.queue_depth, as a factor{}", threads.note));
+            } else if self.unknown {
+                import.undecided(found, "of as many times queue_depth, which is not known: set nvme.queue_depth");
             } else {
                 queue(import, found, flight, &format!(" (DeepSpeed's 8 of each of {each} threads){}", threads.note));
             }

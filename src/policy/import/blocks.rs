@@ -38,6 +38,8 @@ struct Block<'n> {
     path: String,
     node: &'n Node,
     kind: Kind,
+    /// The name that a script has given it.
+    name: &'n str,
 }
 
 /// The texts that a file is made of.
@@ -59,17 +61,38 @@ impl<'n> Parts<'n> {
             Self::Statements(all) => all.iter().map(|e| (String::new(), &e.node)).collect(),
         }
     }
+
+    /// The name of a root of a script.
+    fn name(self, at: usize) -> &'n str {
+        match self {
+            Self::Documents(_) => "",
+            Self::Statements(all) => &all[at].key,
+        }
+    }
+}
+
+/// What a script does besides.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Beside<'n> {
+    /// Statements that may change a configuration.
+    pub(super) notes: &'n [Note],
+    /// Statements that speak of offloading.
+    pub(super) speaking: &'n [Node],
+    /// Where reading ended before the script does, and why.
+    pub(super) unread: Option<(&'n Node, &'static str)>,
 }
 
 /// Imports the configuration of a file.
 ///
 /// # Errors
 /// `FN-E507` if there is none.
-pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, notes: &[Note], hints: Hints) -> Result<Imported> {
+pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, script: Beside<'_>, hints: Hints) -> Result<Imported> {
     let roots = parts.roots();
     let mut blocks: Vec<Block<'_>> = Vec::new();
-    for (path, node) in &roots {
+    for (at, (path, node)) in roots.iter().enumerate() {
+        let before = blocks.len();
         search(path, node, 0, &mut blocks);
+        blocks[before..].iter_mut().for_each(|block| block.name = parts.name(at));
     }
     if matches!(parts, Parts::Statements(_)) {
         drop_repeated(&mut blocks);
@@ -78,10 +101,13 @@ pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, notes: &[Note], hint
     let Some(chosen) = blocks.iter().position(offloads).or(if blocks.is_empty() { None } else { Some(0) }) else {
         return Err(unknown(source, &roots));
     };
+    // A name stands for what was given to it last.
+    let name = blocks[chosen].name;
+    let chosen = blocks.iter().rposition(|b| !name.is_empty() && b.name == name && b.path.is_empty()).unwrap_or(chosen);
     let taken = blocks.swap_remove(chosen);
     let mut out = read(source, &taken, hints);
     for other in &blocks {
-        beside(source, &taken, other, hints, &mut out);
+        another(source, &taken, other, hints, &mut out);
     }
     for (path, node) in &roots {
         let skip: Vec<&Node> = blocks.iter().map(|b| b.node).chain([taken.node]).collect();
@@ -91,7 +117,13 @@ pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, notes: &[Note], hint
             outside.account(path, node, 0, &mut out);
         }
     }
-    out.undecided.extend(notes.iter().map(|note| Item::statement(source, &note.node, note.why)));
+    out.undecided.extend(script.notes.iter().map(|note| Item::statement(source, &note.node, note.why)));
+    out.undecided.extend(script.unread.map(|(node, why)| Item::statement(source, node, why)));
+    if !out.says_homes() && out.refers_to.is_none() {
+        let mut seen = BTreeSet::new();
+        blocks.iter().chain([&taken]).for_each(|block| places(block.node, &mut seen));
+        speaking(source, script.speaking, &seen, &mut out);
+    }
     if out.refers_to.is_none() {
         out.settle();
     }
@@ -99,8 +131,21 @@ pub(super) fn import(source: &Source<'_>, parts: Parts<'_>, notes: &[Note], hint
     Ok(out)
 }
 
+/// Names statements that speak of offloading, where no configuration has a part in them.
+fn speaking(source: &Source<'_>, statements: &[Node], seen: &BTreeSet<(usize, usize)>, out: &mut Imported) {
+    for node in statements {
+        let Some(span) = &node.span else { continue };
+        let line = source.locate(span.start).0;
+        if seen.range((span.start, 0)..(span.end, 0)).next().is_none()
+            && out.undecided.iter().all(|item| item.line != Some(line))
+        {
+            out.undecided.push(Item::statement(source, node, "speaks of offloading, and is not followed"));
+        }
+    }
+}
+
 /// Accounts for a configuration beside the one that was taken.
-fn beside(source: &Source<'_>, taken: &Block<'_>, other: &Block<'_>, hints: Hints, out: &mut Imported) {
+fn another(source: &Source<'_>, taken: &Block<'_>, other: &Block<'_>, hints: Hints, out: &mut Imported) {
     let key = if other.path.is_empty() { called(other.node) } else { &other.path };
     let line = taken.node.span.as_ref().map_or(0, |span| source.locate(span.start).0);
     let place = if taken.path.is_empty() { format!("the one in line {line}") } else { taken.path.clone() };
@@ -189,7 +234,7 @@ fn search<'n>(path: &str, node: &'n Node, depth: usize, found: &mut Vec<Block<'n
         return;
     }
     if let Some(kind) = Kind::of(node) {
-        found.push(Block { path: path.to_owned(), node, kind });
+        found.push(Block { path: path.to_owned(), node, kind, name: "" });
         return;
     }
     if depth >= MAX_DEPTH {
@@ -201,7 +246,7 @@ fn search<'n>(path: &str, node: &'n Node, depth: usize, found: &mut Vec<Block<'n
 }
 
 /// The parts of a table or list, with what they are called.
-fn children(node: &Node) -> Vec<(String, &Node)> {
+pub(super) fn children(node: &Node) -> Vec<(String, &Node)> {
     match &node.value {
         Value::Table(entries) => entries.iter().map(|e| (e.key.clone(), &e.node)).collect(),
         Value::List(items) => items.iter().enumerate().map(|(at, node)| (format!("[{at}]"), node)).collect(),
@@ -276,8 +321,15 @@ impl Outside<'_, '_> {
         let speaking = offloading(key, node);
         let parts = children(node);
         if self.holds(node, depth) || !(speaking.is_empty() || parts.is_empty() || depth >= MAX_DEPTH) {
-            for (key, node) in parts {
-                self.account(&joined(path, &key), node, depth + 1, out);
+            for (key, part) in parts {
+                // What is called stands where the call is.
+                let called = key == CALLEE && part.span.is_none();
+                let (key, part) = if called { (super::kinds::called(node).to_owned(), node) } else { (key, part) };
+                match called {
+                    true if !key.to_ascii_lowercase().contains("offload") => {}
+                    true => out.undecided.push(Item::new(self.source, Found { key: &key, node: part }, SPEAKS)),
+                    false => self.account(&joined(path, &key), part, depth + 1, out),
+                }
             }
             return;
         }

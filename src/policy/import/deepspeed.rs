@@ -20,6 +20,10 @@ use crate::{
     quantities::{ByteCount, Tier},
 };
 
+/// Sections that send parameters away from the GPU, and those that send anything.
+const PARAMS_AWAY: &[&str] = &["offload_param", "cpu_offload_params"];
+const ANY_AWAY: &[&str] = &["offload_param", "cpu_offload_params", "offload_optimizer", "cpu_offload"];
+
 /// An import under way.
 pub(super) struct Import<'a> {
     source: &'a Source<'a>,
@@ -235,7 +239,10 @@ impl<'a> Import<'a> {
                 self.ignored(found, "parameters are always paged here; nothing is partitioned over ranks")
             }
             Ok(Read { value: stage @ 0..=2, .. }) => {
-                let homes = match self.asks_for_params_away() {
+                let homes = match self.asks_away(PARAMS_AWAY) {
+                    _ if stage == 0 && self.asks_away(ANY_AWAY) => {
+                        ", states too; offload_* have no effect there in DeepSpeed; the tiers are what they say here: set \"auto\" if that is not meant"
+                    }
                     true => {
                         "; offload_param has no effect there in DeepSpeed, and params.tier is what it says here: set \"auto\" if it is not meant"
                     }
@@ -250,14 +257,15 @@ impl<'a> Import<'a> {
     // Where things live.
 
     /// True if the file names a device to keep parameters on that is not the GPU.
-    fn asks_for_params_away(&self) -> bool {
+    /// Whether one of these sections sends something away.
+    fn asks_away(&self, sections: &[&str]) -> bool {
         let zero = self.root.get("zero_optimization");
-        let asked = zero.and_then(|z| z.get("offload_param").or_else(|| z.get("cpu_offload_params")));
-        match asked.map(|node| &node.get("device").unwrap_or(node).value) {
-            Some(Value::Bool(on)) => *on,
-            Some(Value::Text(word)) => ["cpu", "nvme", "true"].contains(&word.trim().to_ascii_lowercase().as_str()),
+        let asked = sections.iter().filter_map(|section| zero?.get(section));
+        asked.map(|node| &node.get("device").unwrap_or(node).value).any(|value| match value {
+            Value::Bool(on) => *on,
+            Value::Text(word) => ["cpu", "nvme", "true"].contains(&word.trim().to_ascii_lowercase().as_str()),
             _ => false,
-        }
+        })
     }
 
     fn device(&mut self, found: Found<'_>) -> Option<Tier> {

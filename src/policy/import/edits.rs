@@ -156,13 +156,14 @@ impl Edits {
     }
 
     /// A statement that assigns nothing by `=`: `cfg.update(...)`, `del cfg["a"]`, a call, or what only running it would tell.
-    pub(super) fn other(&mut self, source: &Source<'_>, line: &Line<'_>, node: Node) {
+    /// True for a change that is applied.
+    pub(super) fn other(&mut self, source: &Source<'_>, line: &Line<'_>, node: Node) -> bool {
         if let Some((name, applied)) = self.change(source, line) {
             if !applied {
                 let why = if line.conditional { CONDITIONAL } else { NOT_FOLLOWED };
                 self.note(line, &name, why);
             }
-            return;
+            return applied;
         }
         self.mentions(line);
         if let Some((name, opened)) = mentions::opened(source, line) {
@@ -171,6 +172,7 @@ impl Edits {
         if !matches!(node.value, Value::Code(_)) {
             self.push(String::new(), node.span.clone(), node);
         }
+        false
     }
 
     /// Applies a change that is plain; the name that it is of, and whether it was.

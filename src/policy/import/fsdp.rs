@@ -84,10 +84,15 @@ pub(super) fn offload(to: &mut Rewrite<'_>, full: &str, node: &Node) {
         Value::Null => Ok(false),
         Value::Table(_) if super::kinds::called(node).ends_with("CPUOffloadPolicy") => Ok(true),
         Value::Table(_) if super::kinds::called(node).ends_with("OffloadPolicy") => Ok(false),
-        Value::Table(_) => match node.get("offload_params").or_else(|| node.get("argument 1")) {
-            Some(inner) => scalar::flag(inner).map(|on| on.value),
-            None => Ok(false),
-        },
+        Value::Table(entries) => {
+            // LightningCLI writes arguments beside the class.
+            let given = node.get("init_args").unwrap_or(node);
+            match given.get("offload_params").or_else(|| given.get("argument 1")) {
+                Some(inner) => scalar::flag(inner).map(|on| on.value),
+                None if entries.is_empty() || super::kinds::called(node).ends_with("CPUOffload") => Ok(false),
+                None => Err(super::blocks::SPEAKS.to_owned()),
+            }
+        }
         _ => scalar::flag(node).map(|on| on.value),
     };
     match on {

@@ -90,10 +90,18 @@ fn by_call(name: &str, node: &Node) -> Option<Kind> {
         "DeepSpeedPlugin" if is_plugin(node) => Kind::Plugin,
         "DeepSpeedPlugin" => Kind::Lightning,
         "FullyShardedDataParallelPlugin" | "FullyShardedDataParallel" | "FSDP" | "fully_shard" => Kind::Fsdp,
-        "Accelerator" if node.get("deepspeed_plugin").or(node.get("fsdp_plugin")).is_some() => Kind::Accelerate,
+        "Accelerator"
+            if ["deepspeed_plugin", "deepspeed_plugins", "fsdp_plugin"].iter().any(|key| node.get(key).is_some()) =>
+        {
+            Kind::Accelerate
+        }
         "Trainer" | "Fabric" if node.get("strategy").is_some() => Kind::Lightning,
         // DeepSpeed's own `deepspeed.initialize(config=...)`.
-        "initialize" if name.starts_with("deepspeed.") && node.get("config").is_some() => Kind::Lightning,
+        "initialize"
+            if name.starts_with("deepspeed.") && node.get("config").or(node.get("config_params")).is_some() =>
+        {
+            Kind::Lightning
+        }
         "DeepSpeedConfig" | "HfDeepSpeedConfig" if is_deepspeed(node) => Kind::DeepSpeed,
         class if class.ends_with("TrainingArguments") && node.get("deepspeed").or(node.get("fsdp")).is_some() => {
             Kind::Trainer

@@ -210,7 +210,10 @@ fn precision(to: &mut Rewrite<'_>, full: &str, node: &Node) {
         "bf16" | "bf16-mixed" => to.format(full, node, Some(ParamsDtype::Bfloat16)),
         "16" | "16-mixed" => to.format(full, node, Some(ParamsDtype::Float16)),
         "32" | "32-true" => to.format(full, node, None),
-        _ => to.undecided(full, node, "is none of 32-true, 16-mixed, bf16-mixed; set params.dtype"),
+        _ => {
+            let known = "is none of 32-true, 16-true, 16-mixed, bf16-true, bf16-mixed; set params.dtype";
+            to.undecided(full, node, scalar::elsewhere(node).unwrap_or(known));
+        }
     }
 }
 

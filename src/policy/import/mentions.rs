@@ -16,6 +16,9 @@ pub(super) struct Path {
     pub(super) length: usize,
 }
 
+/// Deepest `name["a"]["b"]...` that is followed.
+pub(super) const MAX_STEPS: usize = 16;
+
 /// Functions that leave a dict as it is, by the last part of their names.
 const READERS: &[&str] = &[
     "print",
@@ -44,6 +47,10 @@ const READERS: &[&str] = &[
     "HfTrainerDeepSpeedConfig",
     "DeepSpeedPlugin",
     "DeepSpeedStrategy",
+    "FSDPStrategy",
+    "FullyShardedDataParallel",
+    "FSDP",
+    "fully_shard",
     "Accelerator",
     "Trainer",
     "Fabric",
@@ -61,6 +68,7 @@ pub(super) fn path(text: &str, known: impl Fn(&str) -> bool) -> Option<Path> {
     let mut at = token.len();
     let mut steps = Vec::new();
     while method.is_empty()
+        && steps.len() < MAX_STEPS
         && let Some(inner) = text[at..].strip_prefix('[')
         && inner.starts_with(['"', '\''])
     {
@@ -181,22 +189,39 @@ pub(super) fn opened(source: &Source<'_>, line: &Line<'_>) -> Option<(String, No
     Some((name.to_owned(), node))
 }
 
-/// Whether a value is `json.load(...)` or its like.
+/// Whether a value is `json.load(...)`, `json.loads(...)` or its like.
 pub(super) fn is_load(node: &Node) -> bool {
     let modules = ["json", "hjson", "json5", "commentjson"];
-    let called = |name: &str| name.split_once('.').is_some_and(|(of, name)| modules.contains(&of) && name == "load");
+    let called = |name: &str| {
+        name.split_once('.').is_some_and(|(of, name)| modules.contains(&of) && ["load", "loads"].contains(&name))
+    };
     matches!(node.get(CALLEE), Some(Node { value: Value::Text(name), .. }) if called(name))
 }
 
 /// Whether it is `json.load(open(...))`.
 pub(super) fn is_load_of_opened(node: &Node) -> bool {
-    is_load(node) && node.get("argument 1").is_some_and(|opened| opened.get(CALLEE).is_some())
+    let opens = |from: &Node| from.get(CALLEE).is_some() || read_path(from).is_some();
+    is_load(node) && node.get("argument 1").is_some_and(opens)
 }
 
-/// The path in `json.load(open("path"))`.
+/// The path in `json.load(open("path"))` and `json.loads(Path("path").read_text())`.
 pub(super) fn loaded(node: &Node) -> Option<Node> {
-    let opened = node.get("argument 1").filter(|_| is_load(node))?;
-    let is_open = matches!(opened.get(CALLEE), Some(Node { value: Value::Text(name), .. }) if name == "open");
-    let path = opened.get("argument 1").filter(|_| is_open)?;
-    matches!(path.value, Value::Text(_)).then(|| Node { span: node.span.clone(), value: path.value.clone() })
+    let from = node.get("argument 1").filter(|_| is_load(node))?;
+    let is_open = matches!(from.get(CALLEE), Some(Node { value: Value::Text(name), .. }) if name == "open");
+    let path = match from.get("argument 1").filter(|_| is_open).map(|path| &path.value) {
+        Some(Value::Text(path)) => path.clone(),
+        _ => read_path(from)?,
+    };
+    Some(Node { span: node.span.clone(), value: Value::Text(path) })
+}
+
+/// The path in `open("path").read()`, `Path("path").open()` and `Path("path").read_text()`.
+fn read_path(node: &Node) -> Option<String> {
+    let Value::Code(code) = &node.value else { return None };
+    let (opens, rest) = code.split_once('(')?;
+    let quote = rest.chars().next().filter(|c| matches!(c, '"' | '\''))?;
+    let (path, after) = rest[1..].split_once(quote)?;
+    let read = [".read()", ".read_text(", ".read_bytes(", ".open("].iter().any(|end| after.contains(end));
+    let known = ["open", "Path", "pathlib.Path"].contains(&opens) && read && !path.is_empty();
+    known.then(|| path.to_owned())
 }

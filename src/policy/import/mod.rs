@@ -30,7 +30,7 @@ use super::{
     source::{Node, Source, Value},
 };
 use crate::error::{Code, Result};
-use blocks::Parts;
+use blocks::{Beside, Parts};
 use kinds::Kind;
 use report::Found;
 use rewrite::{Around, Rewrite};
@@ -69,18 +69,18 @@ pub fn any(text: &str, name: &str, hints: Hints) -> Result<Imported> {
     match ending.as_str() {
         "json" | "jsonc" | "hjson" | "json5" => {
             let node = json(&source, text)?;
-            blocks::import(&source, Parts::Documents(&[node]), &[], hints)
+            blocks::import(&source, Parts::Documents(&[node]), Beside::default(), hints)
         }
         "yaml" | "yml" => documents(&source, text, hints),
         "toml" => {
             let node = parse_toml::parse(&source, text)?;
             table(&source, &node)?;
-            blocks::import(&source, Parts::Documents(&[node]), &[], hints)
+            blocks::import(&source, Parts::Documents(&[node]), Beside::default(), hints)
         }
         "py" => script(&source, text, hints),
         _ if braces => {
             let node = json(&source, text);
-            node.and_then(|node| blocks::import(&source, Parts::Documents(&[node]), &[], hints))
+            node.and_then(|node| blocks::import(&source, Parts::Documents(&[node]), Beside::default(), hints))
                 .or_else(|fault| script(&source, text, hints).map_err(|_| fault))
         }
         // No ending that tells: what can be read as YAML with keys is that, else it may be a script.
@@ -99,7 +99,7 @@ fn documents(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> 
     for node in &documents {
         table(source, node)?;
     }
-    let mut out = blocks::import(source, Parts::Documents(&documents), &[], hints)?;
+    let mut out = blocks::import(source, Parts::Documents(&documents), Beside::default(), hints)?;
     for (key, node) in &twice {
         let note = "is there again further down, which counts";
         out.ignored.push(Item::new(source, Found { key, node }, note));
@@ -113,6 +113,7 @@ fn script(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> {
     for entry in &script.statements {
         source.check_size(&entry.node)?;
     }
+    let why = if script.fault.is_some() { python::UNREAD } else { python::TOO_LONG };
     // Only the name of a strategy, as a script gives it to `Trainer`.
     if let [only] = &script.statements[..]
         && let Value::Text(name) = &only.node.value
@@ -124,7 +125,12 @@ fn script(source: &Source<'_>, text: &str, hints: Hints) -> Result<Imported> {
         out.settle();
         return Ok(out);
     }
-    let found = blocks::import(source, Parts::Statements(&script.statements), &script.notes, hints);
+    let beside = Beside {
+        notes: &script.notes,
+        speaking: &script.speaking,
+        unread: script.unread.as_ref().map(|node| (node, why)),
+    };
+    let found = blocks::import(source, Parts::Statements(&script.statements), beside, hints);
     found.map_err(|unknown| script.fault.unwrap_or(unknown))
 }
 

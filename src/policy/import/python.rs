@@ -18,6 +18,10 @@ use crate::{
 /// Most statements of a script that are looked at.
 const MAX_STATEMENTS: usize = 20_000;
 
+/// Most statements that are shown because they speak of offloading, and words of each.
+const MAX_SPEAKING: usize = 100;
+const MAX_WORDS: usize = 40;
+
 /// Deepest nesting that names are looked for in.
 const MAX_DEPTH: usize = 16;
 
@@ -30,13 +34,24 @@ pub(super) struct Script {
     pub(super) statements: Vec<Entry>,
     /// What it does with them that needs a decision.
     pub(super) notes: Vec<Note>,
+    /// Its statements that speak of offloading.
+    pub(super) speaking: Vec<Node>,
+    /// Where reading ended before the script does.
+    pub(super) unread: Option<Node>,
     /// The first thing in it that is no Python.
     pub(super) fault: Option<Error>,
 }
 
+/// Said of the statement at which reading ends, or after which it does.
+pub(super) const UNREAD: &str =
+    "is where reading ends, at a bracket that is never closed: it and what stands after it is not read";
+pub(super) const TOO_LONG: &str =
+    "is where reading ends, after 20000 statements: it and what stands after it is not read";
+
 /// Reads a script.
 pub(super) fn read(source: &Source<'_>, text: &str) -> Script {
     let (mut edits, mut blocks, mut fault) = (Edits::default(), Blocks::default(), None);
+    let mut speaking = Vec::new();
     let mut at = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
     for _ in 0..MAX_STATEMENTS {
         at += text[at..].len() - text[at..].trim_start_matches([' ', '\t', '\r', '\n', ';']).len();
@@ -55,7 +70,10 @@ pub(super) fn read(source: &Source<'_>, text: &str) -> Script {
                 let whole = without_comment(&text[at..end.max(at)]);
                 let line =
                     Line { text: whole, start: at, conditional: blocks.conditional(), function: blocks.function() };
-                take(&mut edits, source, &line, target, node);
+                let applied = take(&mut edits, source, &line, target, node);
+                if !applied && speaks(whole) && speaking.len() < MAX_SPEAKING {
+                    speaking.push(statement(whole, at));
+                }
                 blocks.enter(whole);
                 at = end.max(start + 1).min(text.len());
                 // What stands behind a `;` is a statement too.
@@ -69,7 +87,23 @@ pub(super) fn read(source: &Source<'_>, text: &str) -> Script {
             }
         }
     }
-    resolve(edits, fault)
+    let rest = text[at..].trim_start_matches([' ', '\t', '\r', '\n', ';']);
+    let unread = text.len() - rest.len();
+    let line = rest.lines().next().unwrap_or_default();
+    let (statements, notes) = resolve(edits);
+    Script { statements, notes, speaking, unread: (!line.is_empty()).then(|| statement(line, unread)), fault }
+}
+
+/// The text of a statement on one line, and where it stands.
+fn statement(text: &str, at: usize) -> Node {
+    let words: Vec<&str> = text.split_whitespace().take(MAX_WORDS).collect();
+    Node { span: Some(at..at + text.len()), value: Value::Code(words.join(" ")) }
+}
+
+/// Whether a statement is about offloading; one that imports a name does nothing with it, and a text by itself neither.
+fn speaks(text: &str) -> bool {
+    let passive = ["import ", "from ", "\"", "'"].iter().any(|start| text.starts_with(start));
+    !passive && text.to_ascii_lowercase().contains("offload")
 }
 
 /// A statement without the comment behind it.
@@ -160,6 +194,9 @@ fn target(text: &str) -> Option<Target> {
     let mut rest = &line[end..];
     let mut steps = Vec::new();
     while let Some(inner) = rest.strip_prefix('[') {
+        if steps.len() >= mentions::MAX_STEPS {
+            return None;
+        }
         let (step, after) = inner.split_once(']')?;
         let step = step.trim();
         let quoted = step.len() > 2 && step.starts_with(['"', '\'']) && step.ends_with(&step[..1]);
@@ -181,17 +218,19 @@ fn target(text: &str) -> Option<Target> {
     Some(Target { name: line[..end].to_owned(), steps, length: line.len() - value.len() })
 }
 
-fn take(edits: &mut Edits, source: &Source<'_>, line: &Line<'_>, target: Option<Target>, node: Node) {
+/// True for a change of what is there that is applied.
+fn take(edits: &mut Edits, source: &Source<'_>, line: &Line<'_>, target: Option<Target>, node: Node) -> bool {
     match target {
-        None => edits.other(source, line, node),
+        None => return edits.other(source, line, node),
         Some(Target { name, .. }) if name.is_empty() => edits.value(line, node, line.text.starts_with("return")),
         Some(Target { name, steps, .. }) if steps.is_empty() => edits.assign(line, name, node),
         Some(Target { name, steps, .. }) => edits.edit(line, name, &steps, node),
     }
+    false
 }
 
 /// Puts in place of a name what is assigned to it, where that is once. What was unpacked into others goes.
-fn resolve(mut edits: Edits, fault: Option<Error>) -> Script {
+fn resolve(mut edits: Edits) -> (Vec<Entry>, Vec<Note>) {
     let mut names: BTreeMap<String, (usize, Node)> = BTreeMap::new();
     for Entry { key, node, .. } in edits.statements.iter().filter(|e| !e.key.is_empty()) {
         let (times, last) = names.entry(key.clone()).or_insert_with(|| (0, node.clone()));
@@ -200,10 +239,23 @@ fn resolve(mut edits: Edits, fault: Option<Error>) -> Script {
     }
     let mut statements = std::mem::take(&mut edits.statements);
     edits.statements.clone_from(&statements);
-    let mut names = Names { of: names, edits: &edits, own: String::new(), left: MAX_COPIED, unpacked: BTreeSet::new() };
+    let mut names = Names {
+        of: names,
+        edits: &edits,
+        own: String::new(),
+        left: MAX_COPIED,
+        unpacked: BTreeSet::new(),
+        here: BTreeSet::new(),
+    };
+    // What is unpacked into a configuration is a part of it.
+    let mut parts_of = BTreeSet::new();
     for entry in &mut statements {
         names.own.clone_from(&entry.key);
+        names.here.clear();
         names.replace(&mut entry.node, 0);
+        if !names.here.is_empty() && blocks::holds(&entry.node) {
+            parts_of.append(&mut names.here);
+        }
     }
     let unpacked = names.unpacked;
     // Only what is done to a configuration counts, or to a part of one.
@@ -212,11 +264,11 @@ fn resolve(mut edits: Edits, fault: Option<Error>) -> Script {
     holders.for_each(|node| blocks::places(node, &mut places));
     let place = |entry: &Entry| entry.node.span.as_ref().map(|span| (span.start, span.end));
     let parts = edits.statements.iter().filter(|entry| place(entry).is_some_and(|place| places.contains(&place)));
-    let kept: BTreeSet<String> = parts.map(|entry| entry.key.clone()).collect();
+    let kept: BTreeSet<String> = parts.map(|entry| entry.key.clone()).chain(parts_of).collect();
     let notes = std::mem::take(&mut edits.notes);
     let notes = notes.into_iter().filter(|note| kept.contains(edits.about(note))).collect();
     statements.retain(|entry| !unpacked.contains(&entry.key));
-    Script { statements, notes, fault }
+    (statements, notes)
 }
 
 /// What a script has given names to.
@@ -229,6 +281,8 @@ struct Names<'e> {
     /// How many values may still be put in place of names.
     left: usize,
     unpacked: BTreeSet<String>,
+    /// Those of the statement at hand.
+    here: BTreeSet<String>,
 }
 
 impl Names<'_> {
@@ -284,6 +338,7 @@ impl Names<'_> {
             match self.named(&name).map(|base| base.value.clone()) {
                 Some(Value::Table(more)) if self.left > more.len() => {
                     self.left -= more.len() + 1;
+                    self.here.insert(name.clone());
                     self.unpacked.insert(name);
                     let after = entries.split_off(at);
                     entries.retain(|e| more.iter().all(|m| m.key != e.key));

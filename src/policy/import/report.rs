@@ -102,12 +102,17 @@ impl Imported {
         self
     }
 
-    /// Says so if nothing is offloaded, or if that cannot be told.
-    pub(super) fn settle(&mut self) {
+    /// Whether it is said where parameters or states live.
+    pub(super) fn says_homes(&self) -> bool {
         let auto = Policy::default();
         let tiers = ["params.tier = ", "optimizer.tier = "];
         let said = self.mapped.iter().any(|item| tiers.iter().any(|tier| item.note.contains(tier)));
-        if said || (self.policy.params.tier, self.policy.optimizer.tier) != (auto.params.tier, auto.optimizer.tier) {
+        said || (self.policy.params.tier, self.policy.optimizer.tier) != (auto.params.tier, auto.optimizer.tier)
+    }
+
+    /// Says so if nothing is offloaded, or if that cannot be told.
+    pub(super) fn settle(&mut self) {
+        if self.says_homes() {
             return;
         }
         let unclear = self.undecided.iter().any(|item| {
