@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ def toy(tmp_path: Path, disk: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     toy_model.write_model(tmp_path)
     (tmp_path / "policy.toml").write_text("")
     return tmp_path
+
+
+def test_versions() -> None:
+    """The page names those of the two lock files, and these are what `make test-integrations` runs."""
+    page = (ROOT / "docs" / "trainers.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| ([\d.]+ \| [\d.]+) \|$", page, re.MULTILINE))
+    locks = [(ROOT / f"requirements-integrations{which}.lock").read_text() for which in ("-oldest", "")]
+    for name, said in rows.items():
+        found = [re.search(rf"^{name.lower()}==(\S+)$", lock, re.MULTILINE) for lock in locks]
+        assert said == " | ".join(version[1] for version in found if version), name
+    assert list(rows) == ["transformers", "accelerate", "TRL", "PEFT", "Lightning"]
 
 
 def test_trainer(toy: Path) -> None:
