@@ -87,7 +87,7 @@ need-python:
 # uv installs what a lock file names in a fraction of pip's time. It reads neither pip's options nor its configuration, so where these name an
 # index, and where uv cannot be had or fails, pip does it. Bytecode is made here: made by an import amid a test, its warnings would be errors.
 install_quickly = { [ -z "$(PIP_ARGS)" ] && ! $1/bin/python -m pip config list | grep index >/dev/null \
-    && $1/bin/python -m pip install --disable-pip-version-check --quiet "$$(grep '^uv==' $2)" \
+    && $1/bin/python -m pip install --disable-pip-version-check --quiet "$$(grep '^uv==' $(LOCK))" \
     && UV_HTTP_TIMEOUT=180 $1/bin/uv pip install --python $1/bin/python --compile-bytecode -r $2; }
 
 # The virtual environment: made again from nothing when it is broken, brought up to date when the lock file changes. Rust is
@@ -199,7 +199,7 @@ $(INTEGRATIONS_OLDEST)/.installed: requirements-integrations-oldest.lock | need-
 $(INTEGRATIONS)/.installed $(INTEGRATIONS_OLDEST)/.installed:
 	$(call say,Python environment in $(@D) from $< (about 6 GB))
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $<
+	@$(call install_quickly,$(@D),$<) || $(@D)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $<
 	@touch $@
 
 test-integrations: package $(INTEGRATIONS)/.installed $(INTEGRATIONS_OLDEST)/.installed
