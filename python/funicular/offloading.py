@@ -33,6 +33,7 @@ from funicular.units.classes import unpaged, unpaged_note
 from funicular.units.discover import Found, describe, find_units
 from funicular.units.param import PagedParam, link, ref_of
 from funicular.units.unit import Unit
+from funicular.windows.beside import warn_of_equal_budgets
 from funicular.windows.hooks import AssignHook, ModuleHooks, RootHooks, counts_hooks, remove_hooks
 from funicular.windows.lookup import ATTRIBUTE, offloaded, owner_of, session_of
 from funicular.windows.moved_by_others import refuse_for_ranks, refuse_movers
@@ -90,15 +91,13 @@ def offload(
     Raises
     ------
     UsageError, BudgetError, StorageError
-        Before anything is touched: bad policy (``FN-E50x``), budgets (``FN-E20x``), paths (``FN-E60x``), parameters that
-        cannot be paged (``FN-E11x``) or that another library moves (``FN-E140``); weights that are missing (``FN-E404``), damaged (``FN-E406``) or of another model
-        (``FN-E407``); several ranks that differ (``FN-E703``) or whose model or policy is not supported there (``FN-E704``, ``FN-E720``). What
-        fails later leaves the model where it was; weights that ``params.dtype`` has rounded stay so.
+        Before anything is touched: bad policy (``FN-E50x``), budgets (``FN-E20x``), paths (``FN-E60x``), parameters that cannot be paged
+        (``FN-E11x``) or that another library moves (``FN-E140``); weights that are missing (``FN-E404``), damaged (``FN-E406``) or of another
+        model (``FN-E407``); several ranks that differ (``FN-E703``) or whose model or policy is not supported there (``FN-E704``,
+        ``FN-E720``). What fails later leaves the model where it was; weights that ``params.dtype`` has rounded stay so.
     """
     if session_of(model) is not None:
-        raise UsageError(
-            "FN-E110", "the model is offloaded already. Call funicular.unwrap(model) to change its policy."
-        )
+        raise UsageError("FN-E110", "the model is offloaded already. To change its policy: funicular.unwrap(model).")
     for name, module in model.named_modules():
         if name and session_of(module) is not None:
             raise UsageError("FN-E110", f"its part '{name}' is offloaded already. Offload the whole model only.")
@@ -131,6 +130,7 @@ def offload(
         session.growth.begin()
     if session.held.unpaged:
         _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
+    warn_of_equal_budgets(session)
     _tell_homes(session, told)
     return model
 

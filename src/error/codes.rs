@@ -245,6 +245,11 @@ const LINES: &[Entry] = &[
         "Leave room for them with `[budget] reserve`, if there are any.",
     ),
     line(
+        "FN-W212",
+        "two models of one process have the same budgets, and each may take them in full",
+        "Divide one policy between them with `funicular.integrations.policies.divided`. Nothing, if the machine is meant to hold both.",
+    ),
+    line(
         "FN-W301",
         "a model is unwrapped after a failure",
         "Load a checkpoint. Weights in host memory are, element by element, as before or as after the step that failed.",

@@ -29,6 +29,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<engine::Engine>()?;
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;
     m.add_function(wrap_pyfunction!(policies::match_names, m)?)?;
+    m.add_function(wrap_pyfunction!(policies::size_in_bytes, m)?)?;
     m.add_function(wrap_pyfunction!(policies::policy_schema, m)?)?;
     m.add_function(wrap_pyfunction!(completion::complete, m)?)?;
     m.add_function(wrap_pyfunction!(memory::trim, m)?)?;

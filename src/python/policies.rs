@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use super::failures::check;
 use crate::{
     error::{Code, Error, Result},
-    policy::{Pattern, Policy, schema},
+    policy::{Pattern, Policy, parse_size, schema},
 };
 
 /// Reads a policy: `form` is "file", "name" (a preset, else a file), "json" or "preset". Environment variables and overrides come on top.
@@ -43,6 +43,12 @@ pub(crate) fn match_names(py: Python<'_>, patterns: Vec<String>, names: Vec<Stri
     let read = |text: &String| Pattern::new(text).map_err(|why| Error::new(Code::PolicyValue, format!("{why}.")));
     let patterns = check(py, patterns.iter().map(read).collect::<Result<Vec<_>>>())?;
     Ok(names.iter().map(|name| patterns.iter().any(|p| p.matches(name))).collect())
+}
+
+/// The bytes of a size as a policy writes it, such as "4GiB".
+#[pyfunction]
+pub(crate) fn size_in_bytes(py: Python<'_>, size: &str) -> PyResult<u64> {
+    check(py, parse_size(size).map(|size| size.0).map_err(|why| Error::new(Code::PolicyValue, format!("{why}."))))
 }
 
 /// The JSON Schema of policies.

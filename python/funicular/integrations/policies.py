@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -13,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from funicular import _core
 from funicular.errors import UsageError
 from funicular.policy import Policy
 from funicular.units.dtypes import state_bytes
+from funicular.windows.beside import counted_twice
 from funicular.windows.lookup import session_for
 
 if TYPE_CHECKING:
@@ -72,28 +73,22 @@ def divided(source: Any, *models: nn.Module) -> list[Policy]:
     weights = [sum(p.nbytes for p in model.parameters()) for model in models]
     needs = [sum(_need(p) for p in model.parameters()) for model in models]
     shares = {"hbm": weights, "host": needs, "nvme": needs}
-    parts = []
+    given = {tier: str(getattr(policy.budget, tier)) for tier in shares}
+    sizes = {tier: _core.size_in_bytes(size) for tier, size in given.items() if size != "auto"}
+    parts: list[dict[str, int]] = []
     for index in range(len(models)):
-        keys = {}
-        for tier, sizes in shares.items():
-            budget = str(getattr(policy.budget, tier))
-            if budget != "auto":
-                keys[f"budget__{tier}"] = f"{_bytes(budget) * sizes[index] // max(sum(sizes), 1)}B"
-        parts.append(policy.replace(**keys))
-    return parts
+        parts.append({tier: size * shares[tier][index] // max(sum(shares[tier]), 1) for tier, size in sizes.items()})
+    # Parts of equal models differ by a byte: equal ones would look like one policy that two models were given.
+    repeats = [parts[:index].count(part) for index, part in enumerate(parts)]
+    keys = [
+        {f"budget__{tier}": f"{max(size - less, 0)}B" for tier, size in part.items()}
+        for part, less in zip(parts, repeats, strict=True)
+    ]
+    return [policy.replace(**said) for said in keys]
 
 
 def _need(p: torch.Tensor) -> int:
     return p.nbytes + (p.nbytes + p.numel() * state_bytes(p.dtype) if p.requires_grad else 0)
-
-
-def _bytes(size: str) -> int:
-    """Return what a size of a policy, which has been read already, is in bytes."""
-    found = re.fullmatch(r"([\d.]+) *(?:([KMGTP])(i?))?B", size)
-    assert found is not None, size
-    number, prefix, binary = found.groups()
-    power = 0 if prefix is None else 1 + "KMGTP".index(prefix)
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def refuse_twice(policy: Policy, models: Iterable[nn.Module]) -> None:
@@ -104,15 +99,14 @@ def refuse_twice(policy: Policy, models: Iterable[nn.Module]) -> None:
     UsageError
         ``FN-E141``.
     """
-    budget = (policy.budget.hbm, policy.budget.host, policy.budget.nvme)
     for model in models:
         session = session_for(model)
-        other = None if session is None else session.policy.budget
-        if other is not None and budget[1] != "auto" and budget == (other.hbm, other.host, other.nvme):
+        sizes = "" if session is None else counted_twice(policy, None, session)
+        if sizes:
             raise UsageError(
                 "FN-E141",
                 f"policy= has the budgets with which the trainer's other model ({type(model).__name__}) was offloaded, and both would take "
-                f"them in full: budget.host = {other.host} twice. Divide them: mine, its = "
+                f"them in full: {sizes} twice. Divide them: mine, its = "
                 "funicular.integrations.policies.divided(policy, model, ref_model), offload the other one with its, and say policy=mine.",
             )
 

@@ -225,6 +225,21 @@ def test_policy_in_python() -> None:
     assert place["smaller"].budget.hbm == "12GiB"
 
 
+def test_two_models(toy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each has its part; nothing is said of budgets that are counted twice."""
+    (code,) = run_by("test_two_models", "docs/policy.md", "python")
+    (toy / "policy.toml").write_text("")
+    models = {"model": Stack(), "teacher": Stack()}
+    with caplog.at_level(logging.WARNING, "funicular"):
+        exec(compile(code, "policy.md", "exec"), {"funicular": funicular, **models})
+    assert "FN-W212" not in caplog.text
+    limits = [funicular.stats(model).budgets["host"].limit or 0 for model in models.values()]
+    assert limits[0] > limits[1]
+    assert 0.99 * 2**30 < sum(limits) <= 2**30
+    for model in models.values():
+        funicular.unwrap(model)
+
+
 def test_checkpoints(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, weights = run_by("test_checkpoints", "docs/checkpoints.md", "python")
     import transformers
