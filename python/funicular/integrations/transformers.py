@@ -304,10 +304,13 @@ class OffloadMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._whole() or not (Path(resume_from_checkpoint) / MANIFEST).exists():
             if self.args.world_size > 1:
+                holds, made = "was saved without funicular", "from_pretrained(checkpoint)"
+                if not self._whole():
+                    holds = "holds adapters alone"
+                    made = "PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
                 refuse(
-                    f"{resume_from_checkpoint} holds adapters alone, or was saved without funicular, and this run has "
-                    f"{self.args.world_size} ranks: each would write the weights that all share",
-                    "Go on from it in one process, with python.",
+                    f"{resume_from_checkpoint} {holds}, and this run has {self.args.world_size} ranks: each would write the weights that all share",
+                    f"Go on from it in one process, with python; or begin with its weights and new states: model = {made}.",
                 )
             above: Any = super()
             above._load_from_checkpoint(resume_from_checkpoint, model)

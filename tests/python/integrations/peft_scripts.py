@@ -92,6 +92,23 @@ def switched(run: Ranked) -> None:
     train(run, 1)
 
 
+def resumed(run: Ranked, folder: str) -> None:
+    """Ranks that have made their adapters before `offload` take those of a checkpoint, with the states, and go on."""
+    wrapped(run)
+    if not run.offloaded:
+        train(run)
+        return
+    funicular.save(run.model, run.opt, folder)
+    model = adapted(lora_dropout=0.0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    run.model = run.wrap(model)
+    run.opt = run.adamw(trained(run))
+    funicular.load(folder, run.model, run.opt)
+    train(run)
+
+
 def checked(policy: Any) -> list[str]:
     """What each of these is told on this rank; then all train on."""
     torch.set_num_threads(1)

@@ -160,6 +160,12 @@ def test_on_ranks(script: str, options: dict[str, Any], host_world: World):
     several.compare(f"peft_scripts:{script}", 2, host_world, **options)
 
 
+@pytest.mark.skipif(CUDA, reason="their random numbers are those of processors")
+def test_resumed_on_ranks(host_world: World, tmp_path: Path):
+    """Adapters that each rank makes before `offload`: a checkpoint of the whole model has them, and their states."""
+    several.compare("peft_scripts:resumed", 2, host_world, folder=str(tmp_path / "saved"))
+
+
 def test_refused_on_ranks(host_world: World):
     """What would train weights that no rank exchanges, or write to memory that all share: by name, on all."""
     for made_after, merged in several.run(2, "peft_scripts:checked", host_world.policy(llama())):

@@ -60,7 +60,11 @@ def test_refused(host_world: World, tmp_path: Path):
     checkpoint = tmp_path / "checkpoint-1"
     run = trainer(tmp_path, None, max_steps=1, save_steps=1)
     run.train()
-    refused = [f"SGD on {SIZE} ranks", f"{checkpoint} holds adapters", "the model was offloaded as rank 0 of 1"]
+    refused = [
+        f"SGD on {SIZE} ranks",
+        f"{checkpoint} was saved without funicular",
+        "the model was offloaded as rank 0 of 1",
+    ]
     policy = host_world.policy(llama())
     first, second = several.run(SIZE, "trainer_ranks:refused", str(checkpoint), policy, ready=READY)
     for text, *both in zip(refused, first, second, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("peft")
 import trl_runs
 
 from trainer_ranks import SIZE, check
+from trainer_runs import equal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -62,3 +64,29 @@ def test_grpo(adapters: bool, host_world: World, tmp_path: Path):
         assert all(torch.equal(plain["weights"][name], paged["weights"][name]) for name in plain["weights"])
         assert paged["size"] == SIZE
     assert not torch.equal(found[1][0]["losses"], found[1][1]["losses"])
+
+
+def test_adapters_of_a_checkpoint(host_world: World, tmp_path: Path):
+    """Ranks are told that they cannot resume them. One process resumes them, and ranks begin with a model that has them."""
+    policy, out = host_world.policy(trl_runs.build()), tmp_path / "ranks"
+    first = started("SFT", policy, True, tmp_path).results()
+    arguments = [str(out), policy, str(tmp_path / "data")]
+    ranks = several.Ranks(SIZE, "trl_runs:refused_then_begun", *arguments, ready=READY)
+    try:
+        begun = trl_runs.reference("SFT", tmp_path / "plain", True, begun=out / "checkpoint-3")
+        found = ranks.results()
+    finally:
+        ranks.end()
+    assert all(said.startswith(f"FN-E141 {out / 'checkpoint-3'} holds adapters alone") for said, _ in found)
+    assert all("PeftModel.from_pretrained" in said for said, _ in found)
+    check(begun, [rank for _, rank in found])
+    assert not torch.equal(first[0]["losses"], found[0][1]["losses"])
+    alone = []
+    for name, given in (("alone", policy), ("by itself", None)):
+        shutil.copytree(out, tmp_path / name)
+        checkpoint = str(tmp_path / name / "checkpoint-3")
+        alone.append(
+            trl_runs.run("SFT", given, tmp_path / name, True, resume=checkpoint, **trl_runs.of_ranks("SFT", SIZE))
+        )
+    assert equal(*alone)
+    assert alone[0].state.global_step == 6

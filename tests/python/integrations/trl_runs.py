@@ -13,7 +13,7 @@ import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import trainer_runs
-from trainer_ranks import ROWS, SIZE, as_launched, found_by, in_turn, on_rank, options
+from trainer_ranks import ROWS, SIZE, as_launched, found_by, in_turn, on_rank, options, told_by
 from trainer_runs import seen, trainer, weights
 
 WORDS = [
@@ -84,16 +84,21 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 
 def made(kind: str, policy: Any, out: Path | str, adapters: bool, of: Any = None, rows: Any = None, **more: Any) -> Any:
-    """A trainer of TRL. ``of`` makes its class of TRL's; ``rows`` are its data, ``call`` among ``more`` what the constructor takes besides."""
+    """A trainer of TRL. ``of`` makes its class of TRL's; ``rows`` are its data; of ``more`` ``call`` is what the constructor takes
+    besides, and ``begun`` the folder of adapters that the model has from the beginning.
+    """
     name, own, data, besides = KINDS[kind]
     model = build(kind.lower())
+    begun = more.pop("begun", None)
+    if begun is not None:
+        model = peft.PeftModel.from_pretrained(model, begun, is_trainable=True)
     given = {"max_steps": 6, "eval_strategy": "no", "max_grad_norm": 0.5, "learning_rate": 1e-2} | own | more
     if name == "SFTTrainer" and not hasattr(trl.SFTConfig, "max_length"):  # its name in TRL before 0.16
         given["max_seq_length"] = given.pop("max_length")
     rows = datasets.Dataset.from_dict(data) if rows is None else rows
     call = {"train_dataset": rows, "eval_dataset": None, "processing_class": tokenizer()} | besides
     call |= given.pop("call", {})
-    if adapters:
+    if adapters and begun is None:
         call["peft_config"] = lora(kind.lower())
     if hasattr(policy, "policy"):
         policy = policy.policy(model)
@@ -127,3 +132,14 @@ def train(kind: str, out: str, policy: Any, adapters: bool, data: str, more: dic
     if policy is None:
         return {"losses": torch.stack(found.losses), "said": seen(found), "weights": weights(found.model)}
     return found_by(found) | {"frozen": sum(not p.requires_grad for p in found.model.parameters())}
+
+
+def refused_then_begun(out: str, policy: Any, data: str) -> tuple[str, dict[str, Any]]:
+    """What a rank is told that resumes adapters; then it trains from them, as a model that has them when it is offloaded."""
+    as_launched()
+    checkpoint = f"{out}/checkpoint-3"
+    rows = datasets.load_from_disk(data)
+    said = told_by(
+        lambda: run("SFT", policy, out, True, of=on_rank, rows=rows, resume=checkpoint, **of_ranks("SFT", 1))
+    )
+    return said, train("SFT", f"{out}-begun", policy, True, data, {"begun": checkpoint})
