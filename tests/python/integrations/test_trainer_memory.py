@@ -49,11 +49,12 @@ run.train(resume_from_checkpoint=True)
 print("resumed", run.state.global_step, flush=True)
 os._exit(0)  # Python's own end touches all that the fork shares with its parent
 """
-#: The Trainer's own way to save weights, which collects them first.
+#: The Trainer's own way to save weights, which collects them first; and a load that makes copies.
 BROKEN = {
     "": "",
     "save": "OffloadMixin._save = lambda self, out, state_dict=None: transformers.Trainer._save(self, out, {k: v.clone() for k, v in self.model.state_dict().items()})",
-    "load": "OffloadMixin._load_optimizer_and_scheduler = lambda self, path: self.keep([p.detach().clone() for p in self.model.parameters()])\nOffloadMixin.keep = list.copy",
+    # As many bytes as weights and both moments. Of one copy, some takes memory that was freed before the group counted.
+    "load": "OffloadMixin._load_optimizer_and_scheduler = lambda self, path: vars(self).update(kept=[p.detach().clone() for _ in range(3) for p in self.model.parameters()])",
 }
 
 
