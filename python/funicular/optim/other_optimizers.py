@@ -6,6 +6,7 @@ optimizer may hold parameters that nothing trains any more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from funicular.errors import UsageError
+from funicular.errors import RuntimeFailure, UsageError
 from funicular.torch_internals.compiling import in_compiled_call
 from funicular.torch_internals.overrides import unguarded
 from funicular.torch_internals.trees import tree_leaves
 from funicular.units.dtypes import state_bytes
 from funicular.units.param import ref_of
+from funicular.units.unit import UNDER_WAY, Access
 from funicular.windows.faults import bring_in
 from funicular.windows.lookup import owner_of
 
@@ -33,6 +35,8 @@ _log = logging.getLogger("funicular")
 
 #: versions before the step under way
 _before: weakref.WeakKeyDictionary[Any, list[tuple[PagedParam, int]]] = weakref.WeakKeyDictionary()
+#: the use of weights by the compiled step under way, or by one that failed, and what ends it with the optimizer's life
+_using: weakref.WeakKeyDictionary[Any, tuple[Access, weakref.finalize[..., Any]]] = weakref.WeakKeyDictionary()
 #: optimizers whose user was told that their states are in no budget
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -93,23 +97,49 @@ def _note_versions(optimizer: Any, args: Any, kwargs: Any) -> None:
         elif p.is_meta and p.grad is None:
             refuse_meta(optimizer)
     if refs:
-        _bring_in(refs)
+        _bring_in(optimizer, refs)
         with unguarded():
             _before[optimizer] = [(ref, ref.param._version) for ref in refs]
 
 
-def _bring_in(refs: list[PagedParam]) -> None:
-    """Bring weights that live on NVMe before a compiled step: its kernels take addresses and ask nothing.
+def _bring_in(optimizer: Any, refs: list[PagedParam]) -> None:
+    """Have weights at their homes, and in memory, during a compiled step: its kernels take addresses and ask nothing.
 
     Raises
     ------
     BudgetError
-        ``FN-E205`` if ``budget.host`` has no room for all of them at once.
+        ``FN-E205`` if ``budget.host`` has no room at once for all that lives on NVMe.
+    UsageError
+        ``FN-E118`` if another thread computes with them and does not end.
     """
-    units = dict.fromkeys(ref.unit for ref in refs if ref.unit.on_nvme)
-    if units and in_compiled_call():
+    _end_use(optimizer)
+    if not in_compiled_call():
+        return
+    units = dict.fromkeys(ref.unit for ref in refs)
+    use = Access()
+    _using[optimizer] = use, weakref.finalize(optimizer, _end, use)
+    try:
+        UNDER_WAY.append(use)
         for session in dict.fromkeys(owner_of(unit) for unit in units):
-            bring_in(session, [unit for unit in units if unit.owner is session])
+            bring_in(session, [unit for unit in units if unit.owner is session], use)
+    except BaseException:
+        _end_use(optimizer)
+        raise
+
+
+def _end_use(optimizer: Any) -> None:
+    if optimizer not in _using:
+        return
+    use, end = _using.pop(optimizer)
+    end()
+    for unit in use.themselves:
+        with contextlib.suppress(RuntimeFailure):  # the model is gone
+            unit.owner.close_left(unit)
+
+
+def _end(use: Access) -> None:
+    if use in UNDER_WAY:
+        UNDER_WAY.remove(use)
 
 
 def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -126,6 +156,7 @@ def _count_edits(optimizer: Any, args: Any, kwargs: Any) -> None:
             with session.lock:
                 if not ref.unit.is_open:  # a window takes it home when it closes
                     session.edited(ref)
+    _end_use(optimizer)
 
 
 def _tell_of_states(optimizer: Any, refs: list[PagedParam]) -> None:

@@ -179,12 +179,9 @@ class Session:
         return self.open(unit, BACKWARD)
 
     @_locked
-    def close(self, unit: Unit, *, force: bool = False) -> None:
-        """Bring the parameters home and give the frames up, unless other tensors look at them.
-
-        ``force`` also where another thread is inside: its parameters are needed at home.
-        """
-        self.windows.close(unit, force=force)
+    def close(self, unit: Unit) -> None:
+        """Bring the parameters home and give the frames up, unless other tensors look at them."""
+        self.windows.close(unit)
 
     @_locked
     def close_left(self, unit: Unit) -> None:

@@ -69,16 +69,19 @@ class Windows:
         unit.end_entering()
         return True
 
-    def close(self, unit: Unit, *, force: bool = False) -> None:
-        """Bring the parameters home and give the frames up, as far as nothing looks at them and no other thread is inside.
+    def is_used_by_others(self, unit: Unit) -> bool:
+        """Whether other threads use the parameters at their frames, so that they must stay there."""
+        return unit.where is not Where.HOME and (
+            unit.is_used_by_others() or unit.others_inside(self._backwards.__contains__)
+        )
 
-        ``force`` also where another thread is inside: its parameters are needed at home.
-        """
+    def close(self, unit: Unit) -> None:
+        """Bring the parameters home and give the frames up, as far as nothing looks at them and no other thread is inside."""
         if unit.where is not Where.HOME:
             # Autograd or the user holds a view: the bytes must stay. In backward so must the parameters.
             if in_backward() and unit.frame_in_use():
                 return
-            if unit.is_used_by_others() or (not force and unit.others_inside(self._backwards.__contains__)):
+            if self.is_used_by_others(unit):
                 return
             self.go_home(unit)
         elif unit.held:
