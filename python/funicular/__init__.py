@@ -60,6 +60,9 @@ if not TYPE_CHECKING:  # checkers of types know the names by their imports, and 
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(_LATER[name]), name)
         if name != "Policy":
+            # All at once: a signal handler that saves may strike amid an import, and would find a module that is not whole.
+            for module in dict.fromkeys(_LATER.values()):
+                import_module(module)
             import_module("funicular.install").install()
         globals()[name] = value
         return value

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import children
+import forks
 import funicular
 import handlers
 from conftest import DEVICE, PLACEMENTS
-from twin import World
+from funicular import testing
+from models import WIDTH, stack
+from twin import Run, World, compare
 
 #: handlers that change nothing, and handlers after which a checkpoint is loaded
 CHANGING = ("clears", "steps", "trains", "loads")
@@ -64,3 +71,93 @@ def test_a_model_that_comes_and_goes_within_a_backward(grads: bool, host_world: 
         y.square().sum().backward()
     for p, q in zip(plain.parameters(), paged.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def forward(run: Run, folder: Path) -> Callable[[], Any]:
+    return lambda: run.model(torch.ones(1, WIDTH, device=run.device))
+
+
+def forward_of_a_block(run: Run, folder: Path) -> Callable[[], Any]:
+    return lambda: run.model.layers[1](torch.ones(1, WIDTH, device=run.device))
+
+
+def backward(run: Run, folder: Path) -> Callable[[], Any]:
+    loss = run.model(torch.ones(1, WIDTH, device=run.device)).square().mean()
+    return lambda: loss.backward()
+
+
+def step(run: Run, folder: Path) -> Callable[[], Any]:
+    run.model(torch.ones(1, WIDTH, device=run.device)).square().mean().backward()
+    return run.opt.step
+
+
+def compiled_step(run: Run, folder: Path) -> Callable[[], Any]:
+    opt = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    run.model(torch.ones(1, WIDTH, device=run.device)).square().mean().backward()
+    return torch.compile(opt.step, backend="eager")
+
+
+def load(run: Run, folder: Path) -> Callable[[], Any]:
+    funicular.save(run.model, run.opt, folder / "saved")
+    run.train(1, look=False)
+    return lambda: funicular.load(folder / "saved", run.model, run.opt)
+
+
+def unwrap(run: Run, folder: Path) -> Callable[[], Any]:
+    return lambda: funicular.unwrap(run.model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "action", [forward, forward_of_a_block, backward, step, compiled_step, load, unwrap], ids=lambda f: f.__name__
+)
+def test_refused_amid_the_work_of_the_session(
+    action: Callable[[Run, Path], Callable[[], Any]], host_world: World, tmp_path: Path
+):
+    """Each place that refuses a handler: its thread has the session's lock, whatever the work is."""
+    if DEVICE == "cuda" and action is backward:
+        pytest.skip("torch differentiates in a thread of its own there")
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()())
+    run.opt = run.adamw()
+    run.train(2, look=False)
+    act = action(run, tmp_path)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    session: Any = testing.inspect(run.model).session
+    with session.lock, pytest.raises(funicular.RuntimeFailure, match="FN-E106"):
+        act()
+    assert testing.is_offloaded(run.model)
+    assert all(torch.equal(a, p.detach()) for a, p in zip(before, run.model.parameters(), strict=True))
+    run.train(1)
+
+
+def test_a_forward_that_is_refused_ends_no_other(host_world: World):
+    """The forward that the handler struck goes on in its windows."""
+
+    def script(run: Run) -> None:
+        x = run.data(2, WIDTH)
+
+        def handler(*_: Any) -> None:
+            if run.offloaded:
+                inspected = testing.inspect(run.model)
+                before = [unit.calls for unit in inspected.units]
+                assert sum(before) > 0
+                session: Any = inspected.session
+                with session.lock, pytest.raises(funicular.RuntimeFailure, match="FN-E106"):
+                    run.model(x)
+                assert [unit.calls for unit in inspected.units] == before
+
+        handle = run.model.layers[1].norm.register_forward_pre_hook(handler)
+        run.train(1)
+        handle.remove()
+        run.train(1)
+
+    compare(host_world, stack(), script)
+
+
+def test_what_a_handler_calls_is_imported():
+    """Amid the first import of a module another handler would find a part of it."""
+    code = "import sys, funicular; funicular.offload; print(sorted({*funicular._LATER.values()} - sys.modules.keys()))"
+    with forks.python(code, ready="import torch", stdout=subprocess.PIPE, text=True) as program:
+        out, _ = program.communicate(timeout=60)
+    assert out == "[]\n"
