@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["packed", "spawning"]
+__all__ = ["ByValue", "packed", "spawning"]
 
 
 def spawning() -> bool:
@@ -29,6 +29,16 @@ def packed(tensor: torch.Tensor) -> tuple[Any, ...]:
     kind = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
     place = (tensor.dtype, str(tensor.device), tuple(tensor.size()), tensor.stride())
     return _unpacked, (kind, raw, place, tensor.requires_grad, dict(tensor.__dict__))
+
+
+class ByValue:
+    """Becomes a dense tensor of its own where it is unpickled."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return packed(self.tensor)
 
 
 def _unpacked(

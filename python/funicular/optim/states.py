@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funicular.errors import BudgetError
+from funicular.guard.sending import ByValue, spawning
 from funicular.optim.state_places import EDITED, MANAGED, Handed, StatePlaces
 from funicular.optim.state_values import Unusable, step_count, usable
 from funicular.units.dtypes import MOMENTS, has_whole_master, is_half
@@ -200,7 +201,14 @@ class ParamStates(StatePlaces, _Dictionary):
         return self.copy()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return (dict, (self.copies(),))
+        copies = self.copies()
+        if spawning():  # the copies are gone before the process looks for them
+            copies = {k: ByValue(v) if _is_dense(v) else v for k, v in copies.items()}
+        return (dict, (copies,))
+
+
+def _is_dense(value: Any) -> bool:
+    return type(value) is torch.Tensor and value.layout is torch.strided
 
 
 def _is_step(value: Any) -> bool:
