@@ -15,7 +15,6 @@ from torch import Tensor
 
 import funicular
 from funicular import testing
-from funicular.windows import faults
 from models import CUDA, WIDTH, stack
 from twin import Run, World, compare
 
@@ -195,7 +194,7 @@ def test_a_step_beside_a_save(host_world: World, tmp_path: Path):
 
 def test_a_thread_that_stays_inside(host_world: World, monkeypatch: pytest.MonkeyPatch):
     """As one that waits for the step itself."""
-    monkeypatch.setattr(faults, "_PATIENCE", 0.05)
+    monkeypatch.setattr("funicular.windows.faults._PATIENCE", 0.05)
     run = Run(host_world, True)
     run.model = run.wrap(stack()())
     step, _ = compiled(run)
