@@ -46,7 +46,7 @@ impl Error {
     /// One more sentence on what happened.
     #[must_use]
     pub fn because(mut self, sentence: &str) -> Self {
-        self.message = format!("{} {}", self.message, printable_lines(sentence));
+        self.message = safe(format!("{} {}", self.message, printable_lines(sentence)));
         self
     }
 
@@ -93,11 +93,19 @@ impl Error {
     }
 }
 
+/// Bytes of a message; a file's value that is quoted can have any length.
+const LONGEST: usize = 16 << 10;
+
 fn safe(text: String) -> String {
-    match printable_lines(&text) {
+    let text = match printable_lines(&text) {
         Cow::Borrowed(_) => text,
         Cow::Owned(escaped) => escaped,
+    };
+    if text.len() <= LONGEST {
+        return text;
     }
+    let (begin, end) = (text.floor_char_boundary(LONGEST / 2), text.ceil_char_boundary(text.len() - LONGEST / 2));
+    format!("{} [{} bytes left out] {}", &text[..begin], end - begin, &text[end..])
 }
 
 impl fmt::Display for Error {
@@ -132,6 +140,15 @@ mod tests {
         let e = Error::new(Code::PolicyKey, "key 'a\x1b[2J'\n    1 | a").because("b\x07").action("See \u{9b}c.");
         assert_eq!(e.to_string(), "FN-E502 key 'a\\u001b[2J'\n    1 | a b\\u0007\nSee \\u009bc.");
         assert_eq!(e.message(), "key 'a\\u001b[2J'\n    1 | a b\\u0007");
+    }
+
+    #[test]
+    fn a_message_has_an_end() {
+        let e = Error::new(Code::Corrupted, format!("begins {} ends.", "\u{e9}".repeat(100_000)));
+        let (begin, end) = (e.message().get(..7), e.message().ends_with(" ends."));
+        assert_eq!((begin, end), (Some("begins "), true));
+        assert!(e.message().contains("bytes left out] "), "{e}");
+        assert!(e.message().len() < LONGEST + 100, "{}", e.message().len());
     }
 
     #[test]
