@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 def python(code: str, ready: str = _READY, **options: Any) -> subprocess.Popen[str]:
     """Start ``code``, with the options of ``subprocess.Popen`` for streams, text, ``env`` and ``cwd``.
 
-    ``ready`` is what the process that is forked has run before; each has one of its own.
+    ``ready`` is what the process that is forked has run before; each has one of its own, which all but the first are forked for.
     """
     return _Fork([ready, "-c", code], executable="python", **options)
 
@@ -83,16 +83,14 @@ class _Server:
     def __init__(self, ready: str) -> None:
         if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
+        self.process: subprocess.Popen[str] | subprocess.Popen[bytes]
         self.socket, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"import sys; sys.path[:0] = [{str(HERE)!r}]; import forks; exec(forks.serve({theirs.fileno()}, {ready!r}))",
-                ],
-                pass_fds=[theirs.fileno()],
-            )
+            if ready == _READY:
+                program = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import forks; exec(forks.serve({theirs.fileno()}, {ready!r}))"
+                self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
+            else:  # torch is there already: a fork of the process that has imported it
+                self.process = python(f"import forks; exec(forks.serve(0, {ready!r}))", stdin=theirs)
         atexit.register(self.end)
 
     def fork(self, request: dict[str, object], streams: list[int]) -> int:
