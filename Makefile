@@ -115,8 +115,8 @@ $(STAMPS)/package-$(PROFILE): $(SOURCES) $(VENV)/.installed | need-rust
 # With the system's Python nothing is installed: the module is built by cargo and put beside the package's Python files.
 $(STAMPS)/package-system-$(PROFILE): $(SOURCES) $(STAMPS)/system-python | need-rust
 	$(call say,building funicular ($(PROFILE)) beside python/funicular)
-	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --profile $(PROFILE) --locked --lib --features python,heap
-	@cp target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/libfunicular.so python/funicular/_core.abi3.so
+	@PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON=$$(command -v $(PYTHON)) $(CARGO) build --profile $(PROFILE) --locked --package funicular-python
+	@cp target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/libfunicular_python.so python/funicular/_core.abi3.so
 	@rm -f $(STAMPS)/package-* && touch $@
 
 package: $(BUILT)
@@ -221,9 +221,9 @@ AS_MATURIN = $(addprefix PYO3_BUILD_EXTENSION_MODULE=1 PYO3_CONFIG_FILE=$(CURDIR
 lint-rust: need-rust
 	$(call say,Rust lints)
 	@$(CARGO) fmt --all --check
-	@env $(AS_MATURIN) $(CARGO) clippy --locked --all-targets --quiet --features python -- -D warnings
-	@$(CARGO) clippy --locked --all-targets --quiet --no-default-features -- -D warnings
-	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --quiet
+	@env $(AS_MATURIN) $(CARGO) clippy --locked --workspace --all-targets --quiet -- -D warnings
+	@$(CARGO) clippy --locked --workspace --all-targets --quiet --no-default-features -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --quiet
 	@$(CARGO) test --locked --quiet --test tidy
 
 lint-python: package

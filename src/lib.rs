@@ -2,7 +2,7 @@
 //!
 //! Layers, imports only downward (`tests/tidy.rs` checks it):
 //! `error quantities dtype text os_error` < `machine` < `memory model policy` < `schedule` < `device io optim` < `checkpoint store` < `runtime` <
-//! `bench doctor plan` < `cli` < `python`.
+//! `bench doctor plan` < `cli` < `python`, which is a crate of its own.
 
 pub mod bench;
 pub mod checkpoint;
@@ -25,11 +25,4 @@ pub mod schedule;
 pub mod store;
 pub mod text;
 
-#[cfg(feature = "python")]
-mod python;
-
 pub use error::{Code, Error, Result};
-
-#[cfg(feature = "heap")]
-#[global_allocator]
-static HEAP: memory::Heap = memory::Heap;

@@ -4,13 +4,11 @@
 //! is set aside, given up when the heap needs it, and set aside again before the next call may begin.
 #![expect(unsafe_code, reason = "is the heap of this library, and maps memory without access")]
 
-#[cfg(feature = "heap")]
-use std::alloc::{GlobalAlloc, Layout, System};
-#[cfg(any(feature = "heap", test))]
-use std::time::Duration;
 use std::{
+    alloc::{GlobalAlloc, Layout, System},
     ptr,
     sync::atomic::{AtomicPtr, Ordering},
+    time::Duration,
 };
 
 use crate::error::{Code, Error, Result};
@@ -19,17 +17,15 @@ const BYTES: usize = 32 << 20;
 
 static BALLAST: AtomicPtr<libc::c_void> = AtomicPtr::new(ptr::null_mut());
 
-/// The system's heap, which gives up what was set aside before it refuses.
-#[cfg(feature = "heap")]
-pub(crate) struct Heap;
+/// The system's heap, which gives up what was set aside before it refuses: the extension module's own, which fails by name near `ulimit -v`.
+#[derive(Debug)]
+pub struct Heap;
 
 /// How often a refused allocation is repeated, and the pause before each.
-#[cfg(any(feature = "heap", test))]
 const AGAIN: (u32, Duration) = (100, Duration::from_millis(1));
 
 /// Repeats a refused allocation after giving the reserve up. Several times: another thread may be giving it up, and the C library takes twice the
 /// address space of a thread's heap (64 MiB) for a moment.
-#[cfg(any(feature = "heap", test))]
 fn retried(first: *mut u8, mut again: impl FnMut() -> *mut u8) -> *mut u8 {
     let mut place = first;
     for _ in 0..AGAIN.0 {
@@ -44,7 +40,6 @@ fn retried(first: *mut u8, mut again: impl FnMut() -> *mut u8) -> *mut u8 {
     place
 }
 
-#[cfg(feature = "heap")]
 // SAFETY: every call is the system's heap's, with the same arguments; a call that failed has changed nothing and may be made again.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -68,7 +63,6 @@ unsafe impl GlobalAlloc for Heap {
     }
 }
 
-#[cfg(any(feature = "heap", test))]
 fn give_up() -> bool {
     let ballast = BALLAST.swap(ptr::null_mut(), Ordering::AcqRel);
     // SAFETY: what `set_aside` mapped, whole; after the swap no other thread has it.

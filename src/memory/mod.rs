@@ -17,9 +17,7 @@ mod shared_file;
 mod slots;
 mod words;
 
-#[cfg(feature = "heap")]
-pub(crate) use ballast::Heap;
-pub use ballast::set_aside;
+pub use ballast::{Heap, set_aside};
 pub(crate) use copy::copy_past_caches;
 pub(crate) use fault::install as watch_faults;
 pub(crate) use fork::NotForked;

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::records;
-use crate::{
+use funicular::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     model::{ParamSpec, Unit, UnitSpec},

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 
 use super::{arguments::known, dlpack, engine::Engine};
-use crate::{device::DeviceKind, error::Error};
+use funicular::{device::DeviceKind, error::Error};
 
 impl Engine {
     /// A capsule over `part` (offset, length; `None`: all) of one of a unit's buffers.

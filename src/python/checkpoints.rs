@@ -12,7 +12,7 @@ use super::{
     failures::{check, guarded, waiting},
     records::{ReadBuffer, RestoredState, SaveRequest, SavedPlace, SavedTensor},
 };
-use crate::{
+use funicular::{
     checkpoint::{self, Contents, Control, Dtype, Found, FrameBudget, Request, TensorSpec},
     dtype::StateKind,
     error::{Code, Error, Result},
@@ -163,7 +163,7 @@ impl Checkpoint {
         let control = Control::default();
         let budget = FrameBudget { engine: EngineOptions::default(), direct: true, frames: 4, frame: 8 << 20 };
         waiting(py, |i| {
-            crate::runtime::aside(&control, i, || {
+            funicular::runtime::aside(&control, i, || {
                 let all: Vec<&Found> = self.contents.model.values().chain(self.contents.optimizer.values()).collect();
                 let mine = part_of(in_file_order(all), rank, ranks);
                 let wrong = checkpoint::verify(&self.contents, mine, &budget, &control)?;

@@ -7,7 +7,7 @@ use std::{any::Any, ffi::c_void};
 
 use pyo3::{ffi, prelude::*};
 
-use crate::device::DeviceKind;
+use funicular::device::DeviceKind;
 
 #[repr(C)]
 struct Device {

@@ -28,7 +28,7 @@ use super::{
     figures::Figures,
     records::{Hyper, Param, Ranks, ResidentUpdate, UnitUpdate},
 };
-use crate::{
+use funicular::{
     device::DeviceKind,
     error::{Code, Error, Result},
     io::Direction,

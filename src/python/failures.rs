@@ -2,7 +2,7 @@
 
 use pyo3::{prelude::*, types::PyTuple};
 
-use crate::error::{Code, Error, Family, Result};
+use funicular::error::{Code, Error, Family, Result};
 
 /// The exception of an error's family, with its code and message.
 pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {

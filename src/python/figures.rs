@@ -2,7 +2,7 @@
 
 use pyo3::{prelude::*, types::PyDict};
 
-use crate::{
+use funicular::{
     error::Result,
     quantities::Tier,
     runtime::{

@@ -14,7 +14,7 @@ use std::{
 use pyo3::{prelude::*, types::PyDict};
 
 use super::engine::Engine;
-use crate::runtime::give_all;
+use funicular::runtime::give_all;
 
 /// Blocks that torch has freed.
 static FREED: AtomicU64 = AtomicU64::new(0);

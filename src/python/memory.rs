@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use crate::memory;
+use funicular::memory;
 
 /// Gives free memory of the heap back to the system.
 #[pyfunction]

@@ -19,13 +19,17 @@ mod ranks;
 mod records;
 mod switch;
 
+use funicular::memory::Heap;
 use pyo3::prelude::*;
+
+#[global_allocator]
+static HEAP: Heap = Heap;
 
 /// The native core of funicular.
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     // If there is no address space left, the next call reports it.
-    let _ = crate::memory::set_aside();
+    let _ = funicular::memory::set_aside();
     m.add_class::<engine::Engine>()?;
     m.add_function(wrap_pyfunction!(policies::resolve_policy, m)?)?;
     m.add_function(wrap_pyfunction!(policies::match_names, m)?)?;
@@ -89,9 +93,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("FORWARD", arguments::FORWARD)?;
     m.add("BACKWARD", arguments::BACKWARD)?;
     m.add("EVAL", arguments::EVAL)?;
-    m.add("ALIGN_ELEMENTS", crate::model::ALIGN_ELEMS)?;
-    m.add("REST_BYTES", crate::plan::source::REST_BYTES)?;
-    m.add("FACTORS_PER_STEP", crate::runtime::FACTORS_PER_STEP)?;
+    m.add("ALIGN_ELEMENTS", funicular::model::ALIGN_ELEMS)?;
+    m.add("REST_BYTES", funicular::plan::source::REST_BYTES)?;
+    m.add("FACTORS_PER_STEP", funicular::runtime::FACTORS_PER_STEP)?;
     Ok(())
 }
 
@@ -101,26 +105,26 @@ fn cli(py: Python<'_>, argv: Vec<std::ffi::OsString>) -> i32 {
     let python =
         py.import("sys").and_then(|sys| sys.getattr("executable")).and_then(|e| e.extract::<std::ffi::OsString>());
     let relaunch = [python.unwrap_or_else(|_| "python3".into()), "-m".into(), "funicular".into()];
-    py.detach(|| crate::cli::run(argv.into_iter().skip(1), &relaunch, Some(&planner::load)))
+    py.detach(|| funicular::cli::run(argv.into_iter().skip(1), &relaunch, Some(&planner::load)))
 }
 
 /// Text cut for a terminal so wide, as the command line cuts its own.
 #[pyfunction]
 fn wrapped(text: &str, width: usize) -> String {
-    crate::text::wrapped(text, width)
+    funicular::text::wrapped(text, width)
 }
 
 /// Whether text for a person has colours, on a terminal or not.
 #[pyfunction]
 fn coloured(terminal: bool) -> bool {
-    crate::cli::coloured(terminal)
+    funicular::cli::coloured(terminal)
 }
 
 /// Adds files or folders in which CUDA's run-time compiler may lie.
 #[pyfunction]
 fn search_compiler(paths: Vec<std::path::PathBuf>) {
     #[cfg(feature = "cuda")]
-    crate::device::cuda::search_compiler(paths);
+    funicular::device::cuda::search_compiler(paths);
     #[cfg(not(feature = "cuda"))]
     drop(paths);
 }

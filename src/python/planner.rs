@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::{arguments::unit_specs, records::Param};
-use crate::{
+use funicular::{
     error::{Code, Error, Result},
     plan::{PlannedUnit, Unpaged},
 };

@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::failures::check;
-use crate::{
+use funicular::{
     error::{Code, Error, Result},
     policy::{Pattern, Policy, parse_size, schema},
 };

@@ -9,7 +9,7 @@ use super::{
     engine::Engine,
     failures::{check, guarded},
 };
-use crate::{
+use funicular::{
     error::{Error, Result},
     quantities::UnitId,
     runtime::{
