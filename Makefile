@@ -64,7 +64,7 @@ RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
-.PHONY: help demo test test-rust test-rust-built test-python test-fast test-hangs test-oldest test-integrations fmt lint lint-rust lint-python lint-text deny bench
+.PHONY: help demo test test-rust test-python test-fast test-hangs test-oldest test-integrations fmt lint lint-rust lint-python lint-text deny bench
 .PHONY: memcheck wheel wheel-test sdist docs gpu-test bench-gpu soak package clean
 
 help:
@@ -121,10 +121,10 @@ $(STAMPS)/package-system-$(PROFILE): $(SOURCES) $(STAMPS)/system-python | need-r
 
 package: $(BUILT)
 
-# The programs of `make test-rust`, built and not run.
-test-rust-built: need-rust
-	$(call say,building the Rust tests)
-	@$(CARGO) test --locked --no-run --quiet
+# Unit tests have the library compiled once more, and LLVM takes four fifths of that time to optimize: plain, they run a little longer. All other
+# tests share the library with the extension module.
+UNIT_TESTS := --lib --config profile.test.package.funicular.opt-level=0
+OTHER_TESTS := --bins --test '*'
 
 ## What to run --------------------------------------------------------------------------------------------------------
 
@@ -133,9 +133,17 @@ demo: package
 
 test: test-rust test-python
 
+ifeq ($(ARGS),)
+test-rust: need-rust
+	$(call say,Rust tests)
+	@$(CARGO) test --locked $(OTHER_TESTS)
+	@$(CARGO) test --locked $(UNIT_TESTS)
+	@$(CARGO) test --locked --doc
+else
 test-rust: need-rust
 	$(call say,Rust tests)
 	@$(CARGO) test --locked $(ARGS)
+endif
 
 # The files with tests that judge by times: to collect all takes ten seconds.
 TIMING = $(shell grep -rl "mark\.timing" tests/python --include="test_*.py")
@@ -218,7 +226,8 @@ lint: lint-rust lint-python lint-text
 # What maturin tells pyo3: in another environment clippy would have cargo compile pyo3 again for the next wheel.
 AS_MATURIN = $(addprefix PYO3_BUILD_EXTENSION_MODULE=1 PYO3_CONFIG_FILE=$(CURDIR)/,$(firstword $(wildcard target/maturin/pyo3-config-*.txt)))
 
-lint-rust: need-rust
+# In CI after the package, whose environment clippy is to take.
+lint-rust: need-rust $(if $(CI),package)
 	$(call say,Rust lints)
 	@$(CARGO) fmt --all --check
 	@env $(AS_MATURIN) $(CARGO) clippy --locked --workspace --all-targets --quiet -- -D warnings
