@@ -176,6 +176,23 @@ fn weights_are_there_before_states_that_follow() {
 }
 
 #[test]
+fn gradients_wait_for_states_that_follow() {
+    let steps = |rt: &Runtime, rank| {
+        for number in 1..=3 {
+            take(rt, rank, number, Between::Clipped(0.5), false);
+        }
+    };
+    let alone = open(POLICY, None).unwrap();
+    steps(&alone, None);
+    let expected = contents(&alone);
+    for policy in [SPARE, IN_PLACE] {
+        let all = together_by(&trailing(policy, 30), 2);
+        scope(|scope| all.iter().enumerate().for_each(|(rank, rt)| drop(scope.spawn(move || steps(rt, Some(rank))))));
+        assert!(all.iter().all(|rt| contents(rt) == expected));
+    }
+}
+
+#[test]
 fn states_follow_while_an_update_waits_for_another_rank() {
     let all = together_by(&trailing(SPARE, 100), 2);
     let one = |rt: &Runtime, unit: u32, number: u64| {
