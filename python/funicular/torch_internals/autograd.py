@@ -3,6 +3,8 @@
 ``torch._C._current_graph_task_id``: the number of the backward in which the calling thread is, -1 outside. In its place: hooks on the
 outputs and behind the last gradient.
 
+``torch.autograd.graph._engine_run_backward``: the frame in which a thread waits for a backward. Without it such a wait is not told from others.
+
 ``Variable._execution_engine.queue_callback``: what runs at the end of a backward; torch's own FSDP and DDP use it.
 
 ``torch._C._will_engine_execute_node``: whether the backward under way calls a node. Of a leaf that ``torch.autograd.grad`` is asked about it
@@ -27,6 +29,7 @@ from funicular.torch_internals.modes import no_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
 __all__ = [
     "adds_to",
@@ -39,6 +42,7 @@ __all__ = [
     "is_wrapped",
     "seen_by_others",
     "unwrapped",
+    "waits_for_backward",
 ]
 
 #: the number of the backward in which the calling thread is; -1 outside
@@ -96,6 +100,15 @@ def _is_added_to(leaf: torch.Tensor) -> bool | None:
 def at_end_of_backward(action: Callable[[], None]) -> None:
     """Have something done at the end of the backward under way."""
     torch.autograd.Variable._execution_engine.queue_callback(action)
+
+
+def waits_for_backward(frame: FrameType | None) -> bool:
+    """Whether a thread at this frame has called a backward that is not over, and runs nothing of this package in it."""
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith("funicular."):
+        if frame.f_code.co_name == "_engine_run_backward":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def graph_is_kept() -> bool:

@@ -35,7 +35,7 @@ from funicular.units.param import PagedParam, ref_of
 from funicular.units.unit import Access, Unit, Where
 from funicular.windows.leases import LeaseHooks
 from funicular.windows.shutdown import check_alive, leave, living
-from funicular.windows.signals import note_step
+from funicular.windows.signals import note_step, refuse_backward
 from funicular.windows.window import Windows
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ _R = TypeVar("_R")
 def _locked(method: Callable[..., _R]) -> Callable[..., _R]:
     @functools.wraps(method)
     def wrapper(self: Session, *args: Any, **kwargs: Any) -> _R:
+        if in_backward():
+            refuse_backward(self)
         with self.lock:
             return method(self, *args, **kwargs)
 

@@ -7,13 +7,15 @@ touched by that. What would change windows or weights under it is refused.
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING
 
 from funicular import _core
 from funicular.errors import RuntimeFailure, UsageError
 from funicular.homes.digests import digest
 from funicular.homes.edits import take_edits
-from funicular.torch_internals.autograd import in_backward
+from funicular.torch_internals.autograd import in_backward, waits_for_backward
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from funicular.units.unit import Unit
     from funicular.windows.session import Session
 
-__all__ = ["await_reads", "look", "note_step", "refuse", "under_way"]
+__all__ = ["await_reads", "look", "note_step", "refuse", "refuse_backward", "under_way"]
+
+_OWNER = re.compile(r"owner=(\d+)")
 
 
 def under_way(session: Session) -> bool:
@@ -38,11 +42,33 @@ def refuse(session: Session, what: str) -> None:
         ``FN-E106``.
     """
     if session.busy():
-        raise RuntimeFailure(
-            "FN-E106",
-            f"{what} was asked for by a signal handler amid a step or a page-in. A handler may read weights and states and call "
-            "funicular.save; set a flag in it for the rest, and look at the flag between steps.",
-        )
+        raise _refused(what)
+
+
+def refuse_backward(session: Session) -> None:
+    """Refuse the work of a backward that the owner of the session's lock waits for.
+
+    On a GPU autograd differentiates in a thread of its own. A signal handler that calls ``backward`` amid the session's own work has that
+    thread ask for the lock, which the handler's thread will not give up before the backward is over.
+
+    Raises
+    ------
+    RuntimeFailure
+        ``FN-E106``.
+    """
+    if session.busy():
+        return
+    found = _OWNER.search(repr(session.lock))
+    if found is not None and (owner := int(found[1])) and waits_for_backward(sys._current_frames().get(owner)):
+        raise _refused("a backward")
+
+
+def _refused(what: str) -> RuntimeFailure:
+    return RuntimeFailure(
+        "FN-E106",
+        f"{what} was asked for by a signal handler amid a step or a page-in. A handler may read weights and states and call "
+        "funicular.save; set a flag in it for the rest, and look at the flag between steps.",
+    )
 
 
 def note_step(session: Session) -> None:

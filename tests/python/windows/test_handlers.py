@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,8 +117,6 @@ def test_refused_amid_the_work_of_the_session(
     action: Callable[[Run, Path], Callable[[], Any]], host_world: World, tmp_path: Path
 ):
     """Each place that refuses a handler: its thread has the session's lock, whatever the work is."""
-    if DEVICE == "cuda" and action is backward:
-        pytest.skip("torch differentiates in a thread of its own there")
     run = Run(host_world, True)
     run.model = run.wrap(stack()())
     run.opt = run.adamw()
@@ -129,6 +129,60 @@ def test_refused_amid_the_work_of_the_session(
     assert testing.is_offloaded(run.model)
     assert all(torch.equal(a, p.detach()) for a, p in zip(before, run.model.parameters(), strict=True))
     run.train(1)
+
+
+def test_refused_in_another_thread_of_a_backward(host_world: World):
+    """On a GPU a backward has a thread of its own: it must not wait for the handler's, which waits for it."""
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()())
+    run.opt = run.adamw()
+    run.train(2, look=False)
+    loss = run.model(torch.ones(1, WIDTH, device=run.device)).square().mean()
+    said: list[str] = []
+
+    def differentiate() -> None:
+        try:
+            loss.backward()
+        except funicular.RuntimeFailure as error:
+            said.append(error.code)
+
+    def elsewhere(grad: torch.Tensor) -> None:
+        other = threading.Thread(target=differentiate, daemon=True)
+        other.start()
+        other.join(20)
+        assert not other.is_alive(), "it waits for this thread"
+
+    handler = torch.ones(1, requires_grad=True)
+    (doubled := handler * 2).register_hook(elsewhere)
+    session: Any = testing.inspect(run.model).session
+    with session.lock:
+        doubled.sum().backward()
+    assert said == ["FN-E106"]
+    run.train(1)
+
+
+def test_a_lock_that_is_held_for_long_is_waited_for(host_world: World, monkeypatch: pytest.MonkeyPatch):
+    """By a backward, where the session works for another thread, amid a backward of that one."""
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()())
+    run.opt = run.adamw()
+    run.train(2, look=False)
+    losses = [run.model(torch.ones(1, WIDTH, device=run.device)).square().mean() for _ in range(2)]
+    session: Any = testing.inspect(run.model).session
+    held = threading.Event()
+
+    def hold() -> None:
+        held.set()
+        time.sleep(0.7)
+
+    monkeypatch.setattr(session.windows, "recover", hold)
+    losses[0].register_hook(lambda _: session.recover())
+    first = threading.Thread(target=losses[0].backward)
+    first.start()
+    assert held.wait(20)
+    losses[1].backward()
+    first.join(20)
+    assert not first.is_alive()
 
 
 def test_a_forward_that_is_refused_ends_no_other(host_world: World):
