@@ -295,17 +295,18 @@ def test_interrupted_moves(host_world):
                 loss_of(run).backward()
             steps = engine.steps()
             others(paged, SHORT if turn % 5 == 4 else ROOMY)
-            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 3e-3))
-            try:
-                if turn % 3 == 2:
-                    asked(paged)
-                paged.opt.step()
-            except (KeyboardInterrupt, SystemError):  # SystemError: through a C++ frame of torch
-                struck += 1
-            finally:
-                with contextlib.suppress(KeyboardInterrupt):
+            # The alarm strikes once, at the latest between the step's end and this one's own.
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 3e-3))
+                try:
+                    if turn % 3 == 2:
+                        asked(paged)
+                    paged.opt.step()
+                except (KeyboardInterrupt, SystemError):  # SystemError: through a C++ frame of torch
+                    struck += 1
+                finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
-                torch.set_grad_enabled(True)  # torch's own context managers may be struck too
+            torch.set_grad_enabled(True)  # torch's own context managers may be struck too
             if engine.steps() > steps:
                 plain.opt.step()
             agree(runs)
