@@ -16,7 +16,7 @@ use crate::{
     runtime::{
         paging::homes::Set,
         shared::Shared,
-        update::job::{Arrays, Job, Outcome},
+        update::job::{Job, Outcome},
     },
 };
 
@@ -43,9 +43,9 @@ impl Shared {
         let mut share = self.share.lock();
         share.clear();
         for span in &job.spans {
-            let at = |set, spare| self.span_of(unit, span, span.start, span.len, &Arrays::Places { set, spare });
             // Both have the parameters at home.
-            let (from, to) = (at(Set::Current, false), at(Set::Spare, true));
+            let (from, to) =
+                (self.whole_at(unit, span, Set::Current, false), self.whole_at(unit, span, Set::Spare, true));
             share.add(from, self.hyper_of(job.hypers[span.hyper]), Some(Target::in_place(&to)), Portion::Whole)?;
         }
         // SAFETY: as for `run_chunk`; the states' other place is this rank's alone until all have made their parts.

@@ -11,13 +11,13 @@
 
 use crate::{
     error::{Code, Error, Result},
-    optim::{Portion, Span, Target},
+    optim::{Portion, Target},
     quantities::{Tier, UnitId},
     runtime::{
         paging::homes::Set,
         shared::Shared,
         update::{
-            job::{Arrays, Job, JobSpan, Outcome, Rest, StepHyper},
+            job::{Job, Outcome, Rest, StepHyper},
             update_on::shares_processor,
         },
     },
@@ -58,9 +58,9 @@ impl Shared {
         let mut share = self.share.lock();
         share.clear();
         for span in &job.spans {
-            let from = self.portion_at(unit, span, Set::Current, spare);
+            let from = self.whole_at(unit, span, Set::Current, spare);
             // Apart, both sets have the parameters at home.
-            let to = (turned || apart).then(|| self.portion_at(unit, span, Set::Spare, spare || apart));
+            let to = (turned || apart).then(|| self.whole_at(unit, span, Set::Spare, spare || apart));
             share.add(from, job.hypers[span.hyper].hyper, to.as_ref().map(Target::in_place), first)?;
         }
         // SAFETY: as for `run_chunk`, in place; in the other place as for `speculate_piece`, but that no copy up reads it any more because
@@ -69,10 +69,6 @@ impl Shared {
         job.rest = Some(Rest { portion: second, spare, apart });
         self.stats.weights_first();
         Ok(Outcome::Weights { turned })
-    }
-
-    fn portion_at(&self, unit: UnitId, span: &JobSpan, set: Set, spare: bool) -> Span {
-        self.span_of(unit, span, span.start, span.len, &Arrays::Places { set, spare })
     }
 
     /// Makes the states of a unit whose weights were made.
@@ -84,8 +80,8 @@ impl Shared {
         let mut share = self.share.lock();
         share.clear();
         for span in &job.spans {
-            let from = self.portion_at(unit, span, Set::Current, spare);
-            let to = apart.then(|| self.portion_at(unit, span, Set::Spare, true));
+            let from = self.whole_at(unit, span, Set::Current, spare);
+            let to = apart.then(|| self.whole_at(unit, span, Set::Spare, true));
             share.add(from, job.hypers[span.hyper].hyper, to.as_ref().map(Target::in_place), portion)?;
         }
         // SAFETY: gradients, states and the old weights are the runner's alone until the machine hears of the end (W1, R7).

@@ -99,9 +99,8 @@ impl Shared {
         let mut share = self.share.lock();
         share.clear();
         for span in &job.spans {
-            let source = Arrays::Places { set: Set::Current, spare: false };
-            let span_of = self.span_of(unit, span, span.start, span.len, &source);
-            share.add(span_of, self.hyper_of(job.hypers[span.hyper]), None, Portion::Whole)?;
+            let at = self.whole_at(unit, span, Set::Current, false);
+            share.add(at, self.hyper_of(job.hypers[span.hyper]), None, Portion::Whole)?;
         }
         // SAFETY: all ranges lie in homes, registered regions, are disjoint, and belong to this update
         // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
@@ -112,6 +111,11 @@ impl Shared {
     /// The scalars, with what the device has to say of them; the gates of the job have passed.
     pub(crate) fn hyper_of(&self, step: StepHyper) -> Hyper {
         step.clip.map_or(step.hyper, |slot| Hyper { clip: self.factors.value(slot), ..step.hyper })
+    }
+
+    /// The addresses of a whole span in host memory, in one of its two places; `spare`: the parameters are in their spare copy now.
+    pub(crate) fn whole_at(&self, unit: UnitId, span: &JobSpan, set: Set, spare: bool) -> Span {
+        self.span_of(unit, span, span.start, span.len, &Arrays::Places { set, spare })
     }
 
     /// The addresses of a piece of a span.
