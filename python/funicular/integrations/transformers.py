@@ -123,6 +123,8 @@ class OffloadMixin:
         if policy is not None:
             self.policy = policy
         self._checkpointing = False
+        #: `logging_nan_inf_filter` as it was given, while this class does what it says
+        self._filter: bool | None = None
         #: reference models and the like, which are offloaded already
         self._others = [
             one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module) and session_for(one) is not None
@@ -217,6 +219,31 @@ class OffloadMixin:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return inner if isinstance(inner, (AdamW, torch.optim.AdamW)) else None
 
+    # Steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in the trainer; a loss that is not finite is replaced on the device.
+
+        The trainer's ``logging_nan_inf_filter`` looks at each loss, which waits for the end of backward: what Python does before the step would be
+        no longer hidden. The same sums are logged, with the same bits. Older versions keep that sum where this class cannot see it, and filter
+        themselves.
+        """
+        above: Any = super()
+        loss: torch.Tensor = above.training_step(*args, **kwargs)
+        total: torch.Tensor | None = self.__dict__.get("_tr_loss")
+        if total is None or total.device != loss.device:
+            return loss
+        if self._filter is None:
+            self._filter, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        if not self._filter:
+            return loss
+        since = 1 + self.state.global_step - self.__dict__["_globalstep_last_logged"]
+        return torch.where(torch.isfinite(loss), loss, total / since)
+
+    def _give_back_filter(self) -> None:
+        if self._filter is not None:
+            self._filter, self.args.logging_nan_inf_filter = None, self._filter
+
     # Saving
 
     def _whole(self) -> bool:
@@ -229,6 +256,7 @@ class OffloadMixin:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         above: Any = super()
         self._checkpointing = True
+        self._give_back_filter()  # the arguments are saved, too
         try:
             with together(self._session(), "saved a checkpoint"):
                 above._save_checkpoint(*args, **kwargs)
@@ -292,7 +320,10 @@ class OffloadMixin:
                 "earlier one; resume_from_checkpoint=True finds the last that is whole.",
             )
         above: Any = super()
-        return above.train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return above.train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._give_back_filter()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         above: Any = super()

@@ -192,6 +192,45 @@ class Scaled(transformers.Trainer):
         self.accelerator.scaler = torch.amp.GradScaler("cuda" if CUDA else "cpu", init_scale=2.0**20, growth_interval=3)
 
 
+class Spiky(transformers.Trainer):
+    """Its loss is not finite in some steps."""
+
+    calls = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.calls += 1
+        return {5: loss * math.nan, 6: loss * math.inf, 14: -loss * math.inf}.get(self.calls, loss)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_losses_that_are_not_finite(given: bool, host_world: World, tmp_path: Path):
+    """They are left out of what is logged or not, as the plain trainer does it; the arguments stay what they were."""
+    runs = both(host_world, tmp_path, base=Spiky, logging_nan_inf_filter=given, logging_steps=4)
+    logged = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in runs]
+    assert str(logged[0]) == str(logged[1])  # NaN is not equal to itself
+    assert any(not math.isfinite(loss) for loss in logged[0]) is not given
+    for run in runs:
+        saved = torch.load(Path(run.args.output_dir) / "checkpoint-3" / "training_args.bin", weights_only=False)
+        assert saved.logging_nan_inf_filter == run.args.logging_nan_inf_filter == given
+
+
+def test_no_loss_is_looked_at_between_logs(host_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A look would wait for the end of backward, before Python has prepared the step."""
+    run = trainer(tmp_path, policy(host_world), logging_steps=100, eval_strategy="no")
+    looked: list[str] = []
+
+    def noting(name: str) -> Any:
+        found = getattr(torch, name)
+        return lambda given: (looked.append(name), found(given))[1]
+
+    for name in ("isnan", "isinf"):
+        monkeypatch.setattr(torch, name, noting(name))
+    run.train()
+    if hasattr(run, "_tr_loss"):
+        assert not looked
+
+
 def test_fp16_with_a_scaler(two_worlds: World, tmp_path: Path):
     """Steps that are left out, clipping after unscaling, a scale that grows; and a checkpoint that has it, from which another run goes on."""
     plain, paged = both(two_worlds, tmp_path, base=Scaled, fp16=CUDA)
