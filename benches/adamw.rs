@@ -67,7 +67,7 @@ fn step(pool: &Pool, span: Span) {
 
 /// Out of place: `spare` has room for any type.
 fn step_into(pool: &Pool, span: Span, spare: &Span) {
-    let to = Target { param: spare.param, master: spare.master, exp_avg: spare.exp_avg, exp_avg_sq: spare.exp_avg_sq };
+    let to = Target::in_place(spare);
     // SAFETY: as in `step`; the target's buffers are another region's.
     unsafe { adamw_into_parallel(pool, &[(Update { span, hyper: hyper() }, to)]) }.unwrap();
 }

@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
-        "--systems", default=f"{BASE},host,auto,fsdp2,deepspeed", help="as those of benches/train_step.py"
+        "--systems", default=f"{BASE},no_policy,host,auto,fsdp2,deepspeed", help="as those of benches/train_step.py"
     )
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a system is ended")
     args, rest = parser.parse_known_args()

@@ -269,7 +269,7 @@ def offloaded(args: argparse.Namespace, **tiers: str) -> tuple[nn.Module, Any]:
     model = built(args)
     if args.micro_batch:
         model.recompute = False  # blocks in micro-batches keep their inputs only
-    funicular.offload(model, policy_of(args, tiers))
+    funicular.offload(model, None if "nothing" in tiers else policy_of(args, tiers))
     if args.device == "cuda":
         torch.cuda.empty_cache()
     return model, funicular.AdamW(model.parameters(), **HYPER)
@@ -280,6 +280,7 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace], tuple[nn.Module, Any]]] = {
     "compute": compute,
     "reference": reference,
     "auto": offloaded,
+    "no_policy": lambda args: offloaded(args, nothing="said"),
     "host": lambda args: offloaded(args, params="host", optimizer="host"),
     "host_cpu": lambda args: offloaded(args, params="host", optimizer="host", where="cpu"),
     "host_gpu": lambda args: offloaded(args, params="host", optimizer="host", where="gpu"),

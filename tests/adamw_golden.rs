@@ -94,6 +94,7 @@ fn every_isa_gives_the_bits_of_the_python_reference() {
                 master: master.cast(),
                 exp_avg: exp_avg.cast(),
                 exp_avg_sq: exp_avg_sq.cast(),
+                second: std::ptr::null_mut(),
             };
             // SAFETY: as above.
             unsafe { adamw_into_with(isa, &span, &target, &case.hyper) }.expect("trainable");

@@ -141,6 +141,22 @@ fn ranks_share_the_hosts_memory() {
 }
 
 #[test]
+fn each_rank_grows_by_what_it_owns() {
+    let planned = |ranks: u32| -> serde_json::Value {
+        let text = plan(&format!(
+            "--params 1B --layers 16 --gpu 80GB --ram 200GB --cpus 64 --tokens 4096 --recompute --json --ranks {ranks}"
+        ));
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["grows"].clone()
+    };
+    let [two, eight] = [2, 8].map(planned);
+    assert_eq!(two["units"], two["of"], "{two}");
+    let bytes = |plan: &serde_json::Value| plan["bytes"].as_f64().unwrap();
+    // States and weights, both sets of them, of half the parameters.
+    assert!((0.98..1.1).contains(&(bytes(&two) / (1e9 * 24.0 / 2.0))), "{two}");
+    assert!((0.98..1.2).contains(&(4.0 * bytes(&eight) / bytes(&two))), "{eight}");
+}
+
+#[test]
 fn rates_of_ranks_at_once_are_taken_as_measured() {
     let dir = tempfile::tempdir().unwrap();
     let profile = |name: &str, ranks: &str, up: f64| {

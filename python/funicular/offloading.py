@@ -126,8 +126,7 @@ def offload(
         raise
     for text in session.engine.notes():
         note(text)
-    if ranks is None:
-        session.growth.begin()
+    session.growth.begin()
     if session.held.unpaged:
         _log.warning("FN-W112 not paged, in no budget, and left where they are: %s", unpaged_note(session.held.unpaged))
     warn_of_equal_budgets(session)

@@ -37,6 +37,16 @@ pub trait Lanes: Send + Sync {
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
     unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()>;
 
+    /// Enqueues a copy on a lane: behind what was launched there, and behind nothing else. It may be made before this returns.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    ///
+    /// # Safety
+    /// Both ranges are valid, in registered host memory or in memory of the device, and stay free of conflicting access until the lane is done.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn copy(&self, lane: usize, dst: u64, src: u64, len: usize) -> Result<()>;
+
     /// Blocks the calling thread until everything launched on a lane has ended, or the time is over; true if it has ended.
     ///
     /// # Errors
@@ -60,8 +70,8 @@ pub(super) struct Staged {
     pub(super) up: [Copy; 5],
     /// The span there.
     pub(super) span: Span,
-    /// What the portion stores, to its target.
-    pub(super) down: [Copy; 4],
+    /// What the portion stores, to its target; parameters to a second place too, if it has one.
+    pub(super) down: [Copy; 5],
 }
 
 // SAFETY: only addresses and numbers; the caller of `launch` vouched for the bytes, on any thread.
@@ -97,11 +107,13 @@ impl Staged {
             let len = if portion.stores(kind) { from.len } else { 0 };
             Copy { dst: to, src: from.dst, len }
         };
+        let second = back(param, StateKind::Param, target.second as u64);
         let down = [
             back(param, StateKind::Param, target.param as u64),
             back(master, StateKind::Master, target.master as u64),
             back(exp_avg, StateKind::ExpAvg, target.exp_avg as u64),
             back(exp_avg_sq, StateKind::ExpAvgSq, target.exp_avg_sq as u64),
+            Copy { len: if target.second.is_null() { 0 } else { second.len }, ..second },
         ];
         let staged = Span {
             param: param.dst as *mut u8,

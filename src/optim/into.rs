@@ -27,6 +27,8 @@ pub struct Target {
     pub exp_avg: *mut f32,
     /// Second moment.
     pub exp_avg_sq: *mut f32,
+    /// A second place of the parameter, which lanes of a device fill too; null for none.
+    pub second: *mut u8,
 }
 
 // SAFETY: only addresses; the caller of `adamw_into` vouches for exclusive access to the bytes.
@@ -37,7 +39,8 @@ unsafe impl Sync for Target {}
 impl Target {
     /// The arrays of the span itself.
     pub fn in_place(span: &Span) -> Self {
-        Self { param: span.param, master: span.master, exp_avg: span.exp_avg, exp_avg_sq: span.exp_avg_sq }
+        let Span { param, master, exp_avg, exp_avg_sq, .. } = *span;
+        Self { param, master, exp_avg, exp_avg_sq, second: std::ptr::null_mut() }
     }
 
     /// The places of the elements from `start` on.
@@ -47,6 +50,7 @@ impl Target {
             master: self.master.wrapping_add(start * StateKind::Master.element_size(dtype)),
             exp_avg: self.exp_avg.wrapping_add(start),
             exp_avg_sq: self.exp_avg_sq.wrapping_add(start),
+            second: if self.second.is_null() { self.second } else { self.second.wrapping_add(start * dtype.size()) },
         }
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     schedule::{
         Budgets, Limits, Placement, advice,
         cost::{self, Rates, Resource, Work},
-        growth::{Candidate, candidates},
+        growth::{Candidate, Own, candidates},
         placement,
         traffic::Uses,
     },
@@ -174,7 +174,8 @@ impl Plan {
     /// Takes an estimate of activations in, and what it leaves for growth.
     pub fn expect(&mut self, gpu: Option<ByteCount>, activations: Option<Activations>) {
         let hbm = self.tiers.iter().find(|tier| tier.tier == "hbm").map_or(0, |tier| tier.steady);
-        self.grows = growth::expect(&self.order, gpu, hbm, activations.as_ref().map(|a| a.bytes));
+        let gradients = self.ranks.as_ref().map_or(0, |ranks| ranks.own_gradients.1);
+        self.grows = growth::expect(&self.order, gpu, hbm + gradients, activations.as_ref().map(|a| a.bytes));
         self.activations = activations;
     }
 }
@@ -203,7 +204,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let mut config = Config::resolve_on(policy, &layout, machine.gpu, &machine.limits)?;
     let several = machine.ranks > 1;
     if several {
-        config = config.among(RankSpec { rank: 0, size: machine.ranks, file: None }, policy);
+        config = config.among(RankSpec { rank: 0, size: machine.ranks, file: None, grows: None }, policy);
     }
     let granularity = if machine.gpu.is_some() { GPU_GRANULARITY } else { HOST_GRANULARITY };
     let limits = config.limits(granularity);
@@ -255,8 +256,9 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         traffic.push(("exchange", ranks.exchange));
         notes.push("The exchange of gradients between ranks is not in the time: its rate is not measured.".to_owned());
     }
-    let grows = !several && policy.budget.hbm.given().is_none() && placed.lane_elems > 0;
-    let order = if grows { candidates(&layout, &placed, granularity) } else { Vec::new() };
+    let grows = policy.budget.hbm.given().is_none() && placed.lane_elems > 0;
+    let own = several.then_some(Own { rank: 0, size: machine.ranks, holds: true });
+    let order = if grows { candidates(&layout, &placed, granularity, own) } else { Vec::new() };
     // Counted from the model's parameters, as sections are padded.
     let params = || units.iter().flat_map(|u| &u.spec.params);
     Ok(Plan {

@@ -22,11 +22,11 @@ const MOST_ELEMENTS: u64 = 1 << 48;
 
 /// What the wrapper says of its rank, checked.
 pub(super) fn rank_spec(ranks: Option<records::Ranks>) -> Result<Option<RankSpec>> {
-    let Some(records::Ranks { rank, size, fd: file }) = ranks else { return Ok(None) };
+    let Some(records::Ranks { rank, size, fd: file, grows }) = ranks else { return Ok(None) };
     if !(2..=RankSpec::MOST).contains(&size) || rank >= size || (rank == 0) != file.is_none() {
         return Err(Error::argument(format!("rank {rank} of {size} cannot share file {file:?}.")));
     }
-    Ok(Some(RankSpec { rank, size, file }))
+    Ok(Some(RankSpec { rank, size, file, grows }))
 }
 
 /// The unit of that number.

@@ -112,6 +112,8 @@ pub(crate) struct Ranks {
     pub(super) size: usize,
     /// The file that rank 0 shares, in this process; none on rank 0.
     pub(super) fd: Option<i32>,
+    /// Whether memory that stays free on its device takes optimizer states; none: as the policy says.
+    pub(super) grows: Option<bool>,
 }
 
 /// Elements of a state in a unit.

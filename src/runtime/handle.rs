@@ -68,6 +68,7 @@ impl Runtime {
             shared.finish_parts();
             shared.saves.stop();
             shared.growing.stopped.store(true, std::sync::atomic::Ordering::Relaxed);
+            shared.leave_states();
             shared.inner.lock().closing = true;
             shared.changed.notify_all();
             if let Some(ranks) = &shared.ranks {

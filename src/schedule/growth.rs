@@ -5,9 +5,10 @@
 //! because memory was short is not taken again for a while, each time for longer, so that moves cannot go on for ever.
 
 use crate::{
-    model::Layout,
+    dtype::StateKind,
+    model::{Layout, SECTION_ALIGN, Unit},
     quantities::{Tier, UnitId, round_up},
-    schedule::placement::Placement,
+    schedule::{placement::Placement, ranks::owned::owned},
 };
 
 /// Steps whose free memory is looked at before anything is taken.
@@ -15,8 +16,10 @@ pub const LOOKS: usize = 3;
 /// Of the memory of the compute device, this part stays free (one in so many), and at least [`LEAST_MARGIN`].
 const MARGIN: u64 = 10;
 const LEAST_MARGIN: u64 = 1 << 30;
-/// Bytes that move up in one step: more in one go would hold the link up for other copies.
-const AT_ONCE: u64 = 2 << 30;
+/// Of the memory of the compute device, this part moves up in one step (one in so many), and at least [`LEAST_AT_ONCE`]: more in one go would hold
+/// the link up for other copies, for a third of a second as it is.
+const AT_ONCE: u64 = 8;
+const LEAST_AT_ONCE: u64 = 2 << 30;
 const LARGEST_CHUNK: u64 = 32 << 20;
 /// Steps without moves after memory was short, at first and at most.
 const PAUSES: (u32, u32) = (8, 512);
@@ -32,19 +35,61 @@ pub struct Candidate {
 
 /// The units whose states may move up, those first whose move gains the most for its bytes. A unit without a spare copy has one set
 /// of states, and its update is made at the step, where time is dear; one with a spare copy takes twice as much, and its update is
-/// made ahead. Within both the order is that of the forward, which waits for updates in that order.
-pub fn candidates(layout: &Layout, placement: &Placement, granularity: u64) -> Vec<Candidate> {
+/// made ahead. Within both the order is that of the forward, which waits for updates in that order. Of one of several ranks: what it owns.
+pub fn candidates(layout: &Layout, placement: &Placement, granularity: u64, own: Option<Own>) -> Vec<Candidate> {
+    let bytes_of = |unit: UnitId| -> u64 {
+        states(layout.unit(unit), own).map(|state| round_up(state.bytes, SECTION_ALIGN)).sum()
+    };
     let on_host = |unit: &UnitId| {
         // Updates that stream through slots find states at home.
-        layout.unit(*unit).optimizer_bytes() > 0 && placement.homes[unit.index()].all_in(Tier::Host)
+        bytes_of(*unit) > 0 && placement.homes[unit.index()].all_in(Tier::Host)
     };
     let one = |unit: UnitId| {
         let sets = if placement.spare[unit.index()] { 2 } else { 1 };
-        let bytes = layout.unit(unit).optimizer_bytes() * sets;
+        let bytes = bytes_of(unit) * sets;
         Candidate { unit, bytes: round_up(bytes, chunk(bytes, granularity)) }
     };
     let (spare, alone): (Vec<_>, Vec<_>) = layout.ids().filter(on_host).partition(|u| placement.spare[u.index()]);
     alone.into_iter().chain(spare).map(one).collect()
+}
+
+/// Which of several ranks has states that move up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Its number.
+    pub rank: usize,
+    /// How many there are.
+    pub size: usize,
+    /// Lanes alone update what is up: then its parameters are kept beside their states, so that they need not come up for an update. Those of
+    /// one process may be edited at home; ranks change them by updates alone.
+    pub holds: bool,
+}
+
+/// One state of one section, or its parameters, that moves up, and which of its bytes do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatePart {
+    /// The section.
+    pub section: usize,
+    /// The state, or the parameters.
+    pub kind: StateKind,
+    /// First byte within it, and how many.
+    pub start: u64,
+    /// See [`Self::start`].
+    pub bytes: u64,
+}
+
+/// What moves up of a unit, in the order in which it lies there: all of its states, or what one of several ranks owns.
+pub fn states(unit: &Unit, own: Option<Own>) -> impl Iterator<Item = StatePart> {
+    unit.sections.iter().enumerate().flat_map(move |(index, section)| {
+        let part = own.map(|own| owned(section.elems, own.rank, own.size));
+        let held = own.is_some_and(|own| own.holds) && section.bytes(StateKind::ExpAvg) > 0;
+        StateKind::OPTIMIZER.into_iter().chain(held.then_some(StateKind::Param)).filter_map(move |kind| {
+            let (size, all) = (kind.element_size(section.dtype) as u64, section.bytes(kind));
+            let bytes = part.clone().map_or(0..all, |part| part.start * size..part.end * size);
+            let (start, bytes) = (bytes.start, bytes.end - bytes.start);
+            (all > 0 && bytes > 0).then_some(StatePart { section: index, kind, start, bytes })
+        })
+    })
 }
 
 /// What memory for so many bytes is made of: chunks as large as waste little, for each is a handle of the device.
@@ -92,7 +137,8 @@ pub struct Growth {
     /// Steps to go without taking anything, and how many it will be the next time.
     pause: u32,
     next_pause: u32,
-    /// Bytes that may still move up in this step.
+    /// Bytes that move up in a step, and that still may in this one.
+    at_once: u64,
     this_step: u64,
 }
 
@@ -108,6 +154,7 @@ impl Growth {
             least: u64::MAX,
             pause: 0,
             next_pause: PAUSES.0,
+            at_once: (capacity / AT_ONCE).max(LEAST_AT_ONCE),
             this_step: 0,
         }
     }
@@ -138,7 +185,7 @@ impl Growth {
         self.left.rotate_left(1);
         self.left[LOOKS - 1] = self.least;
         self.looked = (self.looked + 1).min(LOOKS);
-        (self.least, self.this_step) = (u64::MAX, AT_ONCE);
+        (self.least, self.this_step) = (u64::MAX, self.at_once);
         self.pause = self.pause.saturating_sub(1);
     }
 
@@ -149,8 +196,8 @@ impl Growth {
         }
         let left = self.left.iter().copied().min().unwrap_or(0);
         let room = left.saturating_sub(self.margin + self.bytes(|place| place != Place::Home));
-        let first = |this_step| this_step == AT_ONCE;
-        let fits = |bytes| bytes <= room && (bytes <= self.this_step || first(self.this_step));
+        let first = self.this_step == self.at_once;
+        let fits = |bytes| bytes <= room && (bytes <= self.this_step || first);
         let home = self.places.iter().position(|&place| place == Place::Home)?;
         let Candidate { unit, bytes } = self.order[home];
         if !fits(bytes) {
@@ -249,7 +296,7 @@ mod tests {
             assert_eq!(world.growth.taken(), 0);
         }
         world.step();
-        assert_eq!(world.growth.taken(), 2 * GIB, "as much as moves in one step");
+        assert_eq!(world.growth.taken(), 10 * GIB, "as much as moves in one step");
         (0..40).for_each(|_| world.step());
         assert_eq!(world.growth.taken(), 32 * GIB);
         assert_eq!(world.free(), world.growth.margin());
@@ -291,11 +338,11 @@ mod tests {
 
     #[test]
     fn a_large_unit_alone_may_be_more_than_what_moves_in_one_step() {
-        let mut world = World::new(3, 5 * GIB, 80 * GIB, 0);
+        let mut world = World::new(3, 12 * GIB, 80 * GIB, 0);
         (0..LOOKS).for_each(|_| world.step());
-        assert_eq!(world.growth.taken(), 5 * GIB);
+        assert_eq!(world.growth.taken(), 12 * GIB);
         world.step();
-        assert_eq!(world.growth.taken(), 10 * GIB);
+        assert_eq!(world.growth.taken(), 24 * GIB);
     }
 
     #[test]

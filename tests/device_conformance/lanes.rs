@@ -11,7 +11,7 @@ use funicular::{
 };
 
 use crate::{
-    bench::{Bench, PATIENCE, pattern},
+    bench::{Bench, PATIENCE, pattern, round_to},
     on_every_device,
 };
 
@@ -56,7 +56,13 @@ impl Launch {
             dtype,
             reset_master: number.is_multiple_of(3),
         };
-        let target = Target { param: at(5), master: at(6), exp_avg: at(7).cast(), exp_avg_sq: at(8).cast() };
+        let target = Target {
+            param: at(5),
+            master: at(6),
+            exp_avg: at(7).cast(),
+            exp_avg_sq: at(8).cast(),
+            second: std::ptr::null_mut(),
+        };
         let options =
             AdamWOptions { lr: 1e-3, weight_decay: 0.1, maximize: number % 5 == 4, ..AdamWOptions::default() };
         let clip = if number.is_multiple_of(2) { 1.0 } else { 0.37 };
@@ -227,5 +233,33 @@ fn dropping_lanes_waits_for_them() {
             drop(lanes);
             assert!(bench.get(0, LAUNCH) == Launch::expected(ELEMS, DType::F32, 0, &before));
         }
+    });
+}
+
+#[test]
+fn a_lane_copies_in_its_order_and_fills_a_second_place() {
+    on_every_device(|device| {
+        let Some(lanes) = lanes_of(&device, 1) else { return };
+        let bench = Bench::new(device, 2 * LAUNCH as u64);
+        let chunk = round_to(LAUNCH, bench.device.granularity());
+        let frames = bench.frames(1, chunk as u64, &[(0, 1)]);
+        let (len, before) = (ELEMS, state(11));
+        bench.set(0, &before);
+        let launch = Launch { to: None, ..Launch::new(bench.at(0), len, DType::Bf16, 1) };
+        let (held, size) = (frames.address(0), len * DType::Bf16.size());
+        // SAFETY: all lies in the registered region or in the frame, and the lane is waited for.
+        unsafe {
+            // The parameters lie in the device's memory, and come from there.
+            lanes.copy(0, held, launch.span.param as u64, size).expect("enqueued");
+            let span = Span { param: held as *mut u8, ..launch.span };
+            let to = Target { second: held as *mut u8, ..Target::in_place(&launch.span) };
+            lanes.launch(0, &span, &to, Portion::Whole, &launch.hyper).expect("enqueued");
+            lanes.copy(0, bench.at(LAUNCH), held, size).expect("enqueued");
+        }
+        assert!(lanes.block(0, PATIENCE).expect("works"));
+        let expected = Launch::in_place(len, DType::Bf16, 1, &before);
+        assert!(bench.get(0, LAUNCH) == expected, "at home");
+        assert!(bench.get(LAUNCH, size) == expected[..size], "in the second place");
+        assert!(expected[..size] != before[..size], "something is updated");
     });
 }

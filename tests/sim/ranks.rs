@@ -10,6 +10,8 @@
 //! Ranks make updates ahead of their step, or do not, as it comes: whether a step is the one that was foreseen is in the program, and readers of
 //! weights and states must find the same, whichever ranks made theirs ahead. At a step a rank may make its weights first, and its states later.
 //!
+//! States of a rank move to its device and home again at any time. In some programs one rank loads weights and states that others own.
+//!
 //! Each fault of [`Fault`] is planted into ranks or memory; some seed must find it. What else was seen to be caught, one line of
 //! `src/schedule/ranks/` broken at a time, failing seeds of 600 (before updates were made ahead here):
 //!
@@ -31,6 +33,7 @@
 //!
 //! Not caught, because another check covers it: who has passed is not looked at first; a rank at its step after fewer backwards counts as there.
 
+mod above;
 mod ahead;
 mod elsewhere;
 mod memory;
@@ -81,11 +84,19 @@ pub(crate) enum Fault {
     Hurried,
     /// States are read when all have published their weights.
     Half,
+    /// States are read at home, or written, without asking their owners.
+    Assuming,
+    /// An owner answers, and does not bring its states home.
+    Promising,
+    /// An owner keeps states on its device that another rank is about to write.
+    Clinging,
+    /// Its states move up again before the step after that.
+    Eager,
     /// Stores may be seen in any order.
     Weak,
 }
 
-const FAULTS: [Fault; 16] = [
+const FAULTS: [Fault; 20] = [
     Fault::Loud,
     Fault::Early,
     Fault::Hasty,
@@ -101,6 +112,10 @@ const FAULTS: [Fault; 16] = [
     Fault::Slack,
     Fault::Hurried,
     Fault::Half,
+    Fault::Assuming,
+    Fault::Promising,
+    Fault::Clinging,
+    Fault::Eager,
     Fault::Weak,
 ];
 

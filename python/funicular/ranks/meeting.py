@@ -112,15 +112,18 @@ def make_engine(units: list[Any], policy: str, freed: int, group: Group | None) 
     try:
         with agreed(group, "made its runtime"):
             if group.rank == 0:
-                engine = Engine(units, policy, freed, _core.Ranks(0, group.size, None))
+                engine = Engine(units, policy, freed, _core.Ranks(0, group.size, None, None))
         # What rank 0 has found room for is the plan of all ranks.
         resolved = group.gather("" if engine is None else _core.resolved_policy(engine))[0]
         with agreed(group, "took the memory that rank 0 had made"):
             fd = _hand_over(group, None if engine is None else _core.shared_fd(engine))
             if engine is None:
                 try:
-                    ours = json.dumps(json.loads(resolved) | {"device": json.loads(policy)["device"]})
-                    engine = Engine(units, ours, 0, _core.Ranks(group.rank, group.size, fd))
+                    said = json.loads(policy)
+                    ours = json.dumps(json.loads(resolved) | {"device": said["device"]})
+                    # There the budgets are numbers.
+                    grows = said["budget"]["hbm"] in (None, "auto")
+                    engine = Engine(units, ours, 0, _core.Ranks(group.rank, group.size, fd, grows))
                 finally:
                     os.close(fd)  # the runtime has its own
         assert engine is not None

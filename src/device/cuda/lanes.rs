@@ -112,6 +112,17 @@ impl Lanes for CudaLanes {
         enqueued.and(recorded)
     }
 
+    unsafe fn copy(&self, lane: usize, dst: u64, src: u64, len: usize) -> Result<()> {
+        let lane = &self.lanes[lane];
+        let context = &*self.streams.context;
+        let _entered = context.enter()?;
+        // SAFETY: the caller vouches for both ranges; the stream is alive.
+        let enqueued = context.check(unsafe { context.driver.cuMemcpyAsync(dst, src, len, lane.stream) });
+        // SAFETY: as in `launch`.
+        let recorded = context.check(unsafe { context.driver.cuEventRecord(lane.ended, lane.stream) });
+        enqueued.and(recorded)
+    }
+
     fn block(&self, lane: usize, timeout: Duration) -> Result<bool> {
         let context = &*self.streams.context;
         // A time beyond the clock's range is no limit.

@@ -179,9 +179,9 @@ impl Shared {
         if direction == Direction::Write {
             self.saves.preserve(group_of(unit), interrupted)?;
             self.drop_speculation(unit);
-            self.states_home(unit)?;
+            self.states_home(unit, interrupted)?;
         } else {
-            self.states_current(unit)?;
+            self.states_current(unit, interrupted)?;
         }
         let size = kind.element_size(self.layout.unit(unit).sections[section].dtype) as u64;
         let range = (elems.start * size) as usize..(elems.end * size) as usize;

@@ -7,12 +7,12 @@ use std::{
 };
 
 use crate::{
-    device::{DeviceKind, FrameSpan, Frames, StreamRef},
+    device::{FrameSpan, Frames, StreamRef},
     error::{Code, Error, Result},
     quantities::UnitId,
     runtime::{
         growth::record::Why,
-        paging::homes::Set,
+        paging::homes::{Part, Set},
         shared::{Shared, waits::Interrupted},
         update::share::Share,
     },
@@ -83,11 +83,15 @@ impl Shared {
     pub(crate) fn rise(&self) -> Result<bool> {
         // Before the first move the lock of updates is not taken.
         let Some(next) = self.growing.state.lock().rising.front().copied() else { return Ok(false) };
-        // Where states trail, they are made at home first. Only the caller, which runs the updates, can have them trail.
+        // Where states trail, they are made at home first. Only the caller, which runs the updates, can have them trail. Of several ranks all have
+        // made theirs, and sets have changed places: parameters are at home beside the current one.
         if self.lock()?.machine.update_unmade(next) {
             return Ok(false);
         }
-        let _updates = self.share.lock();
+        let mut updates = self.share.lock();
+        if self.growing.stopped.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         let Some(unit) = self.growing.state.lock().rising.pop_front() else { return Ok(false) };
         let Some(frames) = self.take_memory(unit) else {
             let mut state = self.growing.state.lock();
@@ -100,7 +104,7 @@ impl Shared {
         let home = self.homes.unit(unit);
         let base = frames.address(0);
         for set in 0..2 {
-            if !self.carry(unit, set, base, StreamRef::Up)? {
+            if !self.carry(&mut updates, unit, set, base, StreamRef::Up)? {
                 self.growing.state.lock().decide.at_home(unit);
                 return Ok(false);
             }
@@ -127,16 +131,25 @@ impl Shared {
         self.device.create_frames(chunks, chunk, &[FrameSpan { first_chunk: 0, chunks }]).ok()
     }
 
-    /// Copies one set of a unit's states up or down, and waits for it; false if the runtime ends meanwhile.
-    fn carry(&self, unit: UnitId, set: usize, base: u64, stream: StreamRef) -> Result<bool> {
-        for part in self.homes.unit(unit).parts(set) {
+    /// Copies one set of a unit's states up or down, and waits for it; false if the runtime ends meanwhile. Other copies wait for computations,
+    /// and so for other ranks, for which there is no limit: where there are lanes these wait for neither.
+    fn carry(&self, updates: &mut Share, unit: UnitId, set: usize, base: u64, stream: StreamRef) -> Result<bool> {
+        let home = self.homes.unit(unit);
+        let params = if set == home.index(Set::Current) { home.params } else { home.spare_params };
+        let held =
+            home.held(set).filter(|_| stream == StreamRef::Up).map(|part| Part { home: params + part.home, ..part });
+        for part in home.parts(set).iter().copied().chain(held) {
             for at in (0..part.bytes).step_by(COPY as usize) {
-                let (here, there, len) = (base + part.offset + at, part.home + at, COPY.min(part.bytes - at));
+                let (here, there, len) =
+                    (base + part.offset + at, part.home + part.start + at, COPY.min(part.bytes - at));
                 let (dst, src) = if stream == StreamRef::Up { (here, there) } else { (there, here) };
                 // SAFETY: both ranges are the unit's own, in a registered region and in memory taken for it; the lock of updates is
                 // held, and readers of a home have it made current with that lock first.
-                unsafe { self.device.copy(stream, dst, src, len as usize)? };
-                self.await_copy(stream)?;
+                if !unsafe { updates.copy(dst, src, len as usize) }? {
+                    // SAFETY: as above.
+                    unsafe { self.device.copy(stream, dst, src, len as usize)? };
+                    self.await_copy(stream)?;
+                }
                 if stream == StreamRef::Up && self.growing.stopped.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
@@ -159,11 +172,11 @@ impl Shared {
     }
 
     /// Moves a unit's states down, if they are up, and gives their memory back. Where the home of a set is current nothing is copied.
-    fn lower(&self, _updates: &mut Share, unit: UnitId, why: Why) -> Result<()> {
+    fn lower(&self, updates: &mut Share, unit: UnitId, why: Why) -> Result<()> {
         let home = self.homes.unit(unit);
         let Some(base) = home.lifted() else { return Ok(()) };
         for set in 0..2 {
-            self.bring_down(unit, set, base)?;
+            self.bring_down(updates, unit, set, base)?;
         }
         home.lift(None);
         self.growing.count(false);
@@ -177,27 +190,40 @@ impl Shared {
         Ok(())
     }
 
-    fn bring_down(&self, unit: UnitId, set: usize, base: u64) -> Result<()> {
+    fn bring_down(&self, updates: &mut Share, unit: UnitId, set: usize, base: u64) -> Result<()> {
         if self.growing.newer(unit, set) {
-            self.carry(unit, set, base, StreamRef::Down)?;
+            self.carry(updates, unit, set, base, StreamRef::Down)?;
             self.growing.current(unit, set);
         }
         Ok(())
     }
 
     /// Makes the home of a unit's states current, for a reader; its update is made, and no other one begins meanwhile.
-    pub(crate) fn states_current(&self, unit: UnitId) -> Result<()> {
+    pub(crate) fn states_current(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.own_states_current(unit)?;
+        self.await_states(unit, false, interrupted)
+    }
+
+    /// The same, of what this rank owns of them.
+    pub(crate) fn own_states_current(&self, unit: UnitId) -> Result<()> {
         let home = self.homes.unit(unit);
         if home.lifted().is_none() {
             return Ok(());
         }
-        let _updates = self.share.lock();
+        let mut updates = self.share.lock();
         // They may have moved down while this waited.
-        home.lifted().map_or(Ok(()), |base| self.bring_down(unit, home.index(Set::Current), base))
+        let set = home.index(Set::Current);
+        home.lifted().map_or(Ok(()), |base| self.bring_down(&mut updates, unit, set, base))
     }
 
     /// Has a unit's states at home, for a writer; they stay there until the next step at least.
-    pub(crate) fn states_home(&self, unit: UnitId) -> Result<()> {
+    pub(crate) fn states_home(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
+        self.own_states_home(unit)?;
+        self.await_states(unit, true, interrupted)
+    }
+
+    /// The same, of what this rank owns of them.
+    pub(crate) fn own_states_home(&self, unit: UnitId) -> Result<()> {
         let to_rise = {
             let mut state = self.growing.state.lock();
             let before = state.rising.len();
@@ -231,13 +257,14 @@ impl Shared {
         self.growing.state.lock().decide.last()
     }
 
-    /// Whether an update of a unit has to be made by the device alone, since the processor cannot reach its states; with the lock of
-    /// updates. What it writes in the compute tier is newer than its home from now on.
-    pub(crate) fn updates_above(&self, unit: UnitId) -> bool {
-        let up = self.homes.unit(unit).lifted().is_some();
+    /// Whether an update of a unit, which writes that set of its states, has to be made by the device alone, since the processor cannot reach
+    /// them; with the lock of updates. What it writes in the compute tier is newer than its home from now on.
+    pub(crate) fn updates_above(&self, unit: UnitId, writes: Set) -> bool {
+        let home = self.homes.unit(unit);
+        let up = home.lifted().is_some();
         if up {
-            self.growing.updated(unit);
+            self.growing.updated(unit, home.index(writes));
         }
-        up && self.device.kind() != DeviceKind::Host
+        up && self.growing.above
     }
 }

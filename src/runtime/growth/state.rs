@@ -51,6 +51,8 @@ pub(crate) struct Growing {
     on: AtomicBool,
     /// Units that are up.
     up: AtomicU32,
+    /// Lanes alone update what is up.
+    pub(super) above: bool,
     /// Per unit and set: the home is older than what is in the compute tier.
     newer: Vec<[AtomicBool; 2]>,
     /// The runtime ends: what is under way is given up.
@@ -59,7 +61,7 @@ pub(crate) struct Growing {
 
 impl Growing {
     /// For a model of so many units, on a device of `capacity` bytes. It is off at first.
-    pub(crate) fn new(units: usize, candidates: Vec<Candidate>, capacity: u64) -> Self {
+    pub(crate) fn new(units: usize, candidates: Vec<Candidate>, capacity: u64, above: bool) -> Self {
         let state = State {
             decide: Growth::new(candidates.clone(), capacity),
             rising: VecDeque::with_capacity(units),
@@ -71,6 +73,7 @@ impl Growing {
         Self {
             state: Ordered::new(Line::Moment, state),
             candidates,
+            above,
             on: AtomicBool::new(false),
             up: AtomicU32::new(0),
             newer: (0..units).map(|_| [AtomicBool::new(false), AtomicBool::new(false)]).collect(),
@@ -118,9 +121,14 @@ impl Growing {
         (state.record.taken, state.record.peak)
     }
 
-    /// Notes that an update may have written both sets of a unit in the compute tier.
-    pub(crate) fn updated(&self, unit: UnitId) {
-        self.newer[unit.index()].iter().for_each(|newer| newer.store(true, Ordering::Relaxed));
+    /// Notes that an update may have written a set of a unit in the compute tier.
+    pub(crate) fn updated(&self, unit: UnitId, set: usize) {
+        self.newer[unit.index()][set].store(true, Ordering::Relaxed);
+    }
+
+    /// Whether units are to move up as soon as that is possible.
+    pub(crate) fn waits_to_rise(&self) -> bool {
+        self.on() && !self.state.lock().rising.is_empty()
     }
 
     /// Whether the home of a set is older than what is in the compute tier.

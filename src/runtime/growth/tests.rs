@@ -8,7 +8,7 @@ use crate::{
     model::{Layout, ParamSpec, UnitSpec},
     policy::Policy,
     quantities::{ByteCount, UnitId},
-    runtime::{Runtime, Why},
+    runtime::{Runtime, Why, paging::homes::Set},
     schedule::growth::LOOKS,
 };
 
@@ -65,7 +65,7 @@ fn states_move_up_and_down_and_are_the_same() {
     // SAFETY: the first state of the unit begins there, and nothing else uses it now.
     unsafe { std::slice::from_raw_parts_mut(there as *mut f32, ELEMS as usize).fill(0.5) };
     let shared = rt.shared().unwrap();
-    assert!(!shared.updates_above(UnitId(1)), "the processor reaches it");
+    assert!(!shared.updates_above(UnitId(1), Set::Current), "the processor reaches it");
     let mut got = vec![0.0; ELEMS as usize];
     state(&rt, 1, &mut got, Direction::Read);
     assert!(got.iter().all(|&v| v.to_bits() == 0.5_f32.to_bits()));

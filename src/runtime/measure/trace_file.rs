@@ -301,7 +301,7 @@ mod tests {
         check(&at("new")).expect("there is nothing");
         check(&at("empty")).expect("nothing is lost");
         Trace::default().write(&at("trace"), None, &|_| String::new()).expect("writes");
-        let of = Some((RankSpec { rank: 1, size: 2, file: None }, 7));
+        let of = Some((RankSpec { rank: 1, size: 2, file: None, grows: None }, 7));
         Trace::default().write(&at("trace"), of, &|_| String::new()).expect("its own");
         Trace::default().write(&at("trace"), None, &|_| String::new()).expect("that of a rank");
         for wrong in [at("thesis"), folder.path().to_path_buf(), at("none/at/all")] {

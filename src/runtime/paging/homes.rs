@@ -14,7 +14,11 @@ use crate::{
     memory::{self, HostRegion, Shadow, ShadowSpace, page_size},
     model::{Layout, SECTION_ALIGN},
     quantities::{ByteCount, Tier, UnitId, round_up},
-    schedule::{Placement, placement},
+    schedule::{
+        Placement,
+        growth::{self, Own},
+        placement,
+    },
 };
 
 /// Host addresses of one unit's segments.
@@ -69,12 +73,14 @@ pub enum Set {
     Spare,
 }
 
-/// One state of one section: where it lies at home, and from which byte on in memory of the compute tier.
+/// One state of one section, or what a rank owns of it: where the section's state begins at home, the first byte of it and how many, and from
+/// which byte on these lie in memory of the compute tier.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Part {
     pub(crate) home: u64,
-    pub(crate) offset: u64,
+    pub(crate) start: u64,
     pub(crate) bytes: u64,
+    pub(crate) offset: u64,
 }
 
 /// The place of a unit's states in the compute tier. The home stays; it is older while they are there.
@@ -86,11 +92,13 @@ struct Lifted {
     bytes: u64,
     /// Per set, in the order of sections and of [`StateKind::OPTIMIZER`].
     parts: [Vec<Part>; 2],
+    /// Per set, parameters that are kept beside it, with their section; `home` counts from the first byte of the unit's parameters.
+    held: [Vec<(usize, Part)>; 2],
 }
 
 impl UnitHome {
     /// Addresses of master, exp_avg and exp_avg_sq of a section where the update finds them, in the compute tier or at home; 0 where
-    /// there is none or it lives elsewhere. They change with [`Self::swap`] and `lift`, so they are asked for with the lock of
+    /// there is none or it lives elsewhere. Where this is one of several ranks, only what it owns lies there. They change with [`Self::swap`] and `lift`, so they are asked for with the lock of
     /// updates (`share`).
     pub fn states(&self, section: usize, set: Set) -> [u64; 3] {
         let (home, index) = (self.states_at_home(section, set), self.index(set));
@@ -100,7 +108,8 @@ impl UnitHome {
         }
         home.map(|at| {
             let part = self.lifted.parts[index].iter().find(|part| at > 0 && part.home == at);
-            part.map_or(0, |part| base + part.offset)
+            // Of what begins before the part, as if it began there too.
+            part.map_or(0, |part| (base + part.offset).wrapping_sub(part.start))
         })
     }
 
@@ -119,6 +128,20 @@ impl UnitHome {
         &self.lifted.parts[index]
     }
 
+    /// Parameters that are kept beside one of the two sets in the compute tier: which bytes of the unit's parameters, and from where on they lie
+    /// there, counted from the first byte of what is up.
+    pub(crate) fn held(&self, index: usize) -> impl Iterator<Item = Part> {
+        self.lifted.held[index].iter().map(|(_, part)| *part)
+    }
+
+    /// Where the parameters of a section begin there, as if all of them were; none where none are.
+    pub(crate) fn held_params(&self, section: usize, set: Set) -> Option<u64> {
+        let base = self.lifted()?;
+        let parts = &self.lifted.held[self.index(set)];
+        let found = parts.iter().find(|(index, _)| *index == section);
+        found.map(|(_, part)| (base + part.offset).wrapping_sub(part.start))
+    }
+
     /// Where the states are in the compute tier; none while they are at home.
     pub(crate) fn lifted(&self) -> Option<u64> {
         Some(self.lifted.base.load(Ordering::Acquire)).filter(|&base| base > 0)
@@ -129,15 +152,21 @@ impl UnitHome {
         self.lifted.base.store(base.unwrap_or(0), Ordering::Release);
     }
 
-    /// Lays both sets out in the compute tier, one behind the other; their homes are known.
-    fn lay_out(&mut self, unit: &crate::model::Unit) {
-        for (set, parts) in self.sets.iter().zip(&mut self.lifted.parts) {
-            for (section, homes) in unit.sections.iter().zip(set) {
-                for (kind, &home) in StateKind::OPTIMIZER.into_iter().zip(homes).filter(|(_, home)| **home > 0) {
-                    let bytes = section.bytes(kind);
-                    parts.push(Part { home, offset: self.lifted.bytes, bytes });
-                    self.lifted.bytes += round_up(bytes, SECTION_ALIGN);
+    /// Lays both sets out in the compute tier, one behind the other; their homes are known. `own`: of one of several ranks.
+    fn lay_out(&mut self, unit: &crate::model::Unit, own: Option<Own>) {
+        let Lifted { parts, held, bytes, .. } = &mut self.lifted;
+        for (set, (parts, held)) in self.sets.iter().zip(parts.iter_mut().zip(held)) {
+            for state in growth::states(unit, own) {
+                let slot = StateKind::OPTIMIZER.iter().position(|&kind| kind == state.kind);
+                let there = Part { home: 0, start: state.start, bytes: state.bytes, offset: *bytes };
+                match slot.map(|slot| set[state.section][slot]) {
+                    Some(home) if home > 0 => parts.push(Part { home, ..there }),
+                    None if set[state.section].iter().any(|&home| home > 0) => {
+                        held.push((state.section, Part { home: unit.sections[state.section].offset, ..there }));
+                    }
+                    _ => continue,
                 }
+                *bytes += round_up(state.bytes, SECTION_ALIGN);
             }
         }
     }
@@ -186,13 +215,15 @@ impl Homes {
         ])
     }
 
-    /// Lays everything out in the regions that `map` makes for these bytes of parameters, gradients, states and spare copies.
+    /// Lays everything out in the regions that `map` makes for these bytes of parameters, gradients, states and spare copies. `own`: of one
+    /// of several ranks.
     ///
     /// # Errors
     /// `FN-E204` when the system refuses.
     pub fn new(
         layout: &Layout,
         placement: &Placement,
+        own: Option<Own>,
         map: impl FnOnce([u64; 4]) -> Result<[Arc<HostRegion>; 4]>,
     ) -> Result<Self> {
         // A forked child that touches any of it ends with a message.
@@ -260,7 +291,7 @@ impl Homes {
             if let Some(of_grads) = &u.grad_shadow {
                 u.grads = of_grads.shadow.as_ptr() as u64;
             }
-            u.lay_out(packed);
+            u.lay_out(packed, own);
         }
         Ok(Self { params, grads, states, spare, shadows, grad_shadows, bytes, units })
     }

@@ -11,7 +11,7 @@
 
 use crate::{
     error::Result,
-    optim::{Portion, Target},
+    optim::Portion,
     quantities::UnitId,
     runtime::{
         paging::homes::Set,
@@ -46,7 +46,8 @@ impl Shared {
             // Both have the parameters at home.
             let (from, to) =
                 (self.whole_at(unit, span, Set::Current, false), self.whole_at(unit, span, Set::Spare, true));
-            share.add(from, self.hyper_of(job.hypers[span.hyper]), Some(Target::in_place(&to)), Portion::Whole)?;
+            let (from, to) = self.with_held(unit, span, span.start, from, Some(to));
+            share.add(from, self.hyper_of(job.hypers[span.hyper]), to, Portion::Whole)?;
         }
         // SAFETY: as for `run_chunk`; the states' other place is this rank's alone until all have made their parts.
         unsafe { self.run_share(&mut share, unit, "adamw") }?;

@@ -14,6 +14,7 @@ mod elsewhere;
 pub(super) mod peers;
 pub(super) mod shelf;
 pub(super) mod spec;
+pub(super) mod states;
 pub(super) mod steps;
 #[cfg(test)]
 mod tests;

@@ -24,6 +24,7 @@ use crate::{
     },
     schedule::{
         Placement,
+        growth::Own,
         ranks::{
             board::{self, Board, Words},
             posts::{Posts, State},
@@ -32,7 +33,7 @@ use crate::{
 };
 
 /// What a board of this version begins with.
-const MAGIC: u64 = u64::from_le_bytes(*b"funicul3");
+const MAGIC: u64 = u64::from_le_bytes(*b"funicul4");
 /// Parts of the file begin at multiples of a huge page.
 const ALIGN: u64 = 2 << 20;
 
@@ -84,12 +85,18 @@ fn alike(layout: &Layout, plan: &Placement, policy: &str) -> Result<[u64; ALIKE.
 }
 
 /// Makes the memory, or adopts that of rank 0, and maps it.
-pub(crate) fn open(spec: RankSpec, layout: &Layout, plan: &Placement, policy: String) -> Result<(Homes, Ranks)> {
+pub(crate) fn open(
+    spec: RankSpec,
+    layout: &Layout,
+    plan: &Placement,
+    policy: String,
+    own: Option<Own>,
+) -> Result<(Homes, Ranks)> {
     let board = Board::new(spec.size, layout.units.iter().map(|unit| unit.params.len()));
     let alike = alike(layout, plan, &policy)?;
     let words = round_up(board.words() as u64 * 8, ALIGN);
     let mut made = None;
-    let homes = Homes::new(layout, plan, |sizes| {
+    let homes = Homes::new(layout, plan, own, |sizes| {
         let mut at = words;
         let places = sizes.map(|bytes| {
             let place = (at, bytes);

@@ -11,6 +11,9 @@ pub struct RankSpec {
     pub size: usize,
     /// The number of the file that rank 0 has made, in this process; none on rank 0.
     pub file: Option<RawFd>,
+    /// Whether memory that stays free on its device takes optimizer states; none: as the policy says, whose budgets are concrete on all ranks but
+    /// the first.
+    pub grows: Option<bool>,
 }
 
 impl RankSpec {

@@ -59,10 +59,12 @@ fn together(size: usize) -> Vec<Runtime> {
 }
 
 pub(super) fn together_by(policy: &str, size: usize) -> Vec<Runtime> {
-    let first = open(policy, Some(RankSpec { rank: 0, size, file: None })).unwrap();
+    let first = open(policy, Some(RankSpec { rank: 0, size, file: None, grows: None })).unwrap();
     let (policy, file) = (first.concrete_policy().unwrap(), first.shared_file().unwrap());
     let mut all = vec![first];
-    all.extend((1..size).map(|rank| open(&policy, Some(RankSpec { rank, size, file: Some(file) })).unwrap()));
+    all.extend(
+        (1..size).map(|rank| open(&policy, Some(RankSpec { rank, size, file: Some(file), grows: None })).unwrap()),
+    );
     let digests: Vec<u64> = all.iter().map(|rt| rt.plan_digest().unwrap()).collect();
     assert!(digests.iter().all(|digest| *digest == digests[0]));
     all
@@ -251,16 +253,16 @@ fn a_step_of_other_units_and_an_edit_of_one_rank_are_named() {
 
 #[test]
 fn another_model_or_policy_is_refused_and_rank_0_is_told() {
-    let first = open(POLICY, Some(RankSpec { rank: 0, size: 2, file: None })).unwrap();
+    let first = open(POLICY, Some(RankSpec { rank: 0, size: 2, file: None, grows: None })).unwrap();
     let (policy, file) = (first.concrete_policy().unwrap(), first.shared_file().unwrap());
-    let second = RankSpec { rank: 1, size: 2, file: Some(file) };
+    let second = RankSpec { rank: 1, size: 2, file: Some(file), grows: None };
     let other = policy.replace(r#""poison":false"#, r#""poison":true"#);
     assert_ne!(other, policy);
     let error = open(&other, Some(second)).err().expect("another policy");
     assert!(error.code() == Code::RanksUnlike && error.message().contains("another policy"), "{error}");
     let error = first.meet("offload", false, &mut never).unwrap_err();
     assert!(error.code() == Code::PeerLost && error.message().contains("another policy"), "{error}");
-    let first = open(POLICY, Some(RankSpec { rank: 0, size: 2, file: None })).unwrap();
+    let first = open(POLICY, Some(RankSpec { rank: 0, size: 2, file: None, grows: None })).unwrap();
     let second = RankSpec { file: Some(first.shared_file().unwrap()), ..second };
     let mut units = layout();
     units.units[1].params[0].name = "other".to_owned();
@@ -282,7 +284,7 @@ fn what_ranks_cannot_do_yet_is_refused() {
     );
     let hbm = r#"{"device": "host", "budget": {"host": "64MiB"}, "optimizer": {"tier": "hbm"}}"#;
     for policy in [&*nvme, hbm] {
-        let error = open(policy, Some(RankSpec { rank: 0, size: 2, file: None })).err().expect("refused");
+        let error = open(policy, Some(RankSpec { rank: 0, size: 2, file: None, grows: None })).err().expect("refused");
         assert_eq!(error.code(), Code::RanksUnsupported, "{error}");
     }
 }

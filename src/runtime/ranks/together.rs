@@ -59,8 +59,8 @@ pub(crate) struct Ranks {
     pub(crate) sent: Vec<AtomicU64>,
     /// Units whose own part of a step's weights is made, until the states of all ranks are.
     pub(crate) made: Ordered<Vec<Made>>,
-    /// Held while this rank's text is written, and the word that says where it waits.
-    text: Ordered<()>,
+    /// Held while this rank's text is written, and the words that say where it waits and which states it wants.
+    pub(super) text: Ordered<()>,
     /// Threads that wait for other ranks.
     waiting: AtomicU32,
 }

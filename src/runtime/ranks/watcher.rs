@@ -55,6 +55,7 @@ fn watch(shared: &Shared, ranks: &Ranks, look: bool) -> Result<bool> {
         }
     }
     shared.end_updates(ranks)?;
+    shared.answer_for_states(ranks)?;
     match look.then(|| ranks.lost()).flatten() {
         Some(error) => Err(error),
         None => Ok(true),

@@ -103,7 +103,7 @@ impl Runtime {
             shared.await_update(unit, Some(stream), Until::Whole, interrupted)?;
             shared.saves.preserve(group_of(unit), interrupted)?;
             shared.drop_speculation(unit);
-            shared.states_home(unit)?;
+            shared.states_home(unit, interrupted)?;
         }
         // Kernels may still read a home, and copies up and down may be on their way.
         for on in [StreamRef::Compute(stream), StreamRef::Down, StreamRef::Up] {

@@ -395,7 +395,8 @@ impl SaveSource for Snapshot<'_> {
         block(self.shared, self.homes[unit.index()], control)?;
         let written = self.shared.wait_written(unit, &mut || control.check().is_err());
         written.map_err(|e| given_up(control, e))?;
-        self.shared.states_current(unit)?;
+        let current = self.shared.states_current(unit, &mut || control.check().is_err());
+        current.map_err(|e| given_up(control, e))?;
         self.chunks.clear();
         Ok(Some(group))
     }

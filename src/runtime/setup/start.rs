@@ -39,7 +39,12 @@ use crate::{
         },
         update::{factors::Factors, job::Job, rhythm::Rhythm, runner, share::Share, task::Task, update_on::UpdateOn},
     },
-    schedule::{Budgets, LaneUse, Machine, Placement, growth, placement, ranks::posts::State},
+    schedule::{
+        Budgets, LaneUse, Machine, Placement,
+        growth::{self, Own},
+        placement,
+        ranks::posts::State,
+    },
     store::{OpenedStore, SegmentSpec, Store, StoreSpec},
 };
 
@@ -94,10 +99,13 @@ fn begin(
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
     let mut notes = running.notes();
     let share = open_share(|count, bytes| device.create_lanes(count, bytes), config.updates, &mut plan, &mut notes)?;
+    // The GPU alone can update what lies in its memory.
+    let above = share.uses_lanes() && (!on_host || config.updates.0 == UpdateOn::Gpu);
+    let own = spec.map(|RankSpec { rank, size, .. }| Own { rank, size, holds: above });
     let (homes, ranks) = match spec {
-        None => (Homes::new(&layout, &plan, Homes::private)?, None),
+        None => (Homes::new(&layout, &plan, None, Homes::private)?, None),
         Some(spec) => {
-            let (homes, ranks) = shelf::open(spec, &layout, &plan, shelf::concrete(policy, config))?;
+            let (homes, ranks) = shelf::open(spec, &layout, &plan, shelf::concrete(policy, config), own)?;
             (homes, Some(Arc::new(ranks)))
         }
     };
@@ -137,9 +145,12 @@ fn begin(
     let machine = Machine::new(&plan, &counts, window);
     let machine = if ranks.is_some() { machine.among_peers() } else { machine };
     let units = layout.units.len();
-    // The GPU alone can update what lies in its memory.
-    let grows = policy.budget.hbm.given().is_none() && ranks.is_none() && (on_host || share.uses_lanes());
-    let candidates = if grows { growth::candidates(&layout, &plan, device.granularity()) } else { Vec::new() };
+    let free = spec.and_then(|spec| spec.grows).unwrap_or_else(|| policy.budget.hbm.given().is_none());
+    let grows = free && (on_host || above);
+    let candidates = if grows { growth::candidates(&layout, &plan, device.granularity(), own) } else { Vec::new() };
+    if let Some(ranks) = ranks.as_ref().filter(|_| candidates.is_empty()) {
+        ranks.posts().states_stay();
+    }
     let shared = Arc::new(Shared {
         jobs: (0..units).map(|_| Ordered::new(Line::Job, Job::default())).collect(),
         rhythm: Ordered::new(Line::Moment, Rhythm::default()),
@@ -151,7 +162,7 @@ fn begin(
         factors: Factors::new(&*device)?,
         homes,
         share: Ordered::new(Line::Share, share),
-        growing: Growing::new(units, candidates, device_free.unwrap_or_default().0),
+        growing: Growing::new(units, candidates, device_free.unwrap_or_default().0, above),
         device,
         frames,
         disk,

@@ -6,7 +6,7 @@ use crate::{
     dtype::StateKind,
     error::Result,
     memory::SlotLease,
-    optim::{Hyper, Portion, Span},
+    optim::{Hyper, Portion, Span, Target},
     quantities::UnitId,
     runtime::{
         disk::map::UpdateChunk,
@@ -100,7 +100,8 @@ impl Shared {
         share.clear();
         for span in &job.spans {
             let at = self.whole_at(unit, span, Set::Current, false);
-            share.add(at, self.hyper_of(job.hypers[span.hyper]), None, Portion::Whole)?;
+            let (at, to) = self.with_held(unit, span, span.start, at, None);
+            share.add(at, self.hyper_of(job.hypers[span.hyper]), to, Portion::Whole)?;
         }
         // SAFETY: all ranges lie in homes, registered regions, are disjoint, and belong to this update
         // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
@@ -116,6 +117,26 @@ impl Shared {
     /// The addresses of a whole span in host memory, in one of its two places; `spare`: the parameters are in their spare copy now.
     pub(crate) fn whole_at(&self, unit: UnitId, span: &JobSpan, set: Set, spare: bool) -> Span {
         self.span_of(unit, span, span.start, span.len, &Arrays::Places { set, spare })
+    }
+
+    /// A piece of a span that begins at `start`, and where its new values go, `to` or in place. Where this rank keeps parameters beside states that
+    /// are up, they are read there, unless they were edited at home, and go there too.
+    pub(crate) fn with_held(
+        &self,
+        unit: UnitId,
+        span: &JobSpan,
+        start: u64,
+        from: Span,
+        to: Option<Span>,
+    ) -> (Span, Option<Target>) {
+        let home = self.homes.unit(unit);
+        let target = to.as_ref().map(Target::in_place);
+        let sets = [Set::Current, if to.is_some() { Set::Spare } else { Set::Current }];
+        let [Some(old), Some(new)] = sets.map(|set| home.held_params(span.section, set)) else { return (from, target) };
+        let at = |base: u64| base.wrapping_add(start * from.dtype.size() as u64) as *mut u8;
+        let target = target.unwrap_or_else(|| Target::in_place(&from));
+        let param = if span.reset_master { from.param } else { at(old) };
+        (Span { param, ..from }, Some(Target { second: at(new), ..target }))
     }
 
     /// The addresses of a piece of a span.
@@ -147,7 +168,7 @@ impl Shared {
                 StateKind::ExpAvg => exp_avg,
                 StateKind::ExpAvgSq => exp_avg_sq,
             };
-            base + start * size(kind)
+            base.wrapping_add(start * size(kind))
         };
         Span {
             param: address(StateKind::Param) as *mut u8,
@@ -172,7 +193,7 @@ impl Shared {
     /// # Safety
     /// As for [`Share::run`].
     pub(crate) unsafe fn run_share(&self, share: &mut Share, unit: UnitId, name: &'static str) -> Result<()> {
-        share.lanes_alone(self.updates_above(unit));
+        share.lanes_alone(self.updates_above(unit, if share.apart() { Set::Spare } else { Set::Current }));
         // SAFETY: passed on.
         let done = unsafe { share.run(&self.pool, &|| self.trace.now(), &|| self.paging()) }?;
         if share.portion().completes() {

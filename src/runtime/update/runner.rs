@@ -16,6 +16,10 @@ use crate::{
     },
 };
 
+/// How long it rests at most where there is nothing to do.
+const REST: Duration = Duration::from_hours(1);
+/// Between two looks whether states that are to move up can: other ranks may have to make theirs first.
+const RISE: Duration = Duration::from_millis(2);
 /// Between two looks at a gate that has not passed.
 const NAP: Duration = Duration::from_micros(100);
 
@@ -66,7 +70,8 @@ pub(crate) fn spawn(
     let shared = Arc::downgrade(shared);
     let mut runner = Runner { tasks, speculations, step: None, later: VecDeque::new(), waiting: Waiting::default() };
     let body = move || {
-        while runner.take() {
+        let mut rises = false;
+        while runner.take(rises) {
             let Some(shared) = shared.upgrade() else { return };
             let work = || runner.work(&shared).and_then(|()| runner.at_leisure(&shared));
             match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
@@ -74,6 +79,7 @@ pub(crate) fn spawn(
                 Ok(Err(error)) => shared.fail(error),
                 Err(_) => shared.fail(Error::new(Code::Panicked, "thread 'funicular-run' panicked.")),
             }
+            rises = shared.growing.waits_to_rise() && shared.lock().is_ok();
         }
     };
     let started = crate::os_error::start_thread("funicular-run", body);
@@ -81,8 +87,9 @@ pub(crate) fn spawn(
 }
 
 impl Runner {
-    /// Takes what there is to do, and waits for it if there is nothing; false when the runtime is gone.
-    fn take(&mut self) -> bool {
+    /// Takes what there is to do, and waits for it if there is nothing, a moment only where states are to move up once that is possible; false
+    /// when the runtime is gone.
+    fn take(&mut self, rises: bool) -> bool {
         while let Ok(unit) = self.speculations.try_recv() {
             self.waiting.units.push(unit);
         }
@@ -105,6 +112,7 @@ impl Runner {
                     Ok(unit) => self.waiting.units.push(unit),
                     Err(_) => return false,
                 },
+                default(if rises { RISE } else { REST }) => {}
             }
         }
         true

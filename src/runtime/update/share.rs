@@ -110,6 +110,25 @@ impl Share {
         self.above = above;
     }
 
+    /// Whether the new states of the set go to another place.
+    pub(crate) fn apart(&self) -> bool {
+        self.parts.iter().any(|part| part.to.is_some_and(|to| to.exp_avg != part.span.exp_avg))
+    }
+
+    /// Copies bytes on a lane, which waits for no other stream, and waits for it; false where there are no lanes. Between two sets.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    ///
+    /// # Safety
+    /// As for [`Lanes::copy`].
+    pub(crate) unsafe fn copy(&mut self, dst: u64, src: u64, len: usize) -> Result<bool> {
+        let Some(lanes) = self.lanes.as_deref() else { return Ok(false) };
+        // SAFETY: passed on; the end is waited for here.
+        let copied = unsafe { lanes.copy(0, dst, src, len) };
+        copied.and(await_lane(lanes, 0)).map(|()| true)
+    }
+
     /// Begins a new set.
     pub(crate) fn clear(&mut self) {
         self.parts.clear();
@@ -209,6 +228,18 @@ impl Share {
     }
 }
 
+/// Waits until what was launched on a lane has ended.
+fn await_lane(lanes: &dyn Lanes, lane: usize) -> Result<()> {
+    for _ in 0..SLICES {
+        if lanes.block(lane, SLICE)? {
+            return Ok(());
+        }
+    }
+    let message = format!("an update on the device did not end for {:?}.", SLICE * SLICES);
+    Err(Error::new(Code::Stuck, message)
+        .action("Check the device with its own tools; start again from the last checkpoint."))
+}
+
 /// The part that holds some pieces, which are all of one part, and the span and target of those pieces.
 fn cut(parts: &[Part], pieces: Range<u32>) -> (&Part, Span, Option<Target>) {
     let part = &parts[holder(parts, pieces.start)];
@@ -256,8 +287,11 @@ impl Feeder<'_> {
             let start = |back: u32| self.parts[holder(self.parts, back - 1)].first.max(back.saturating_sub(self.group));
             let Some(pieces) = self.claims.last(start) else { break };
             let (part, span, to) = cut(self.parts, pieces);
-            // Parameters up and down, gradients up: of what lies in the device's memory no more crosses the link.
-            let bytes = if self.above { 3 * (span.len * span.dtype.size()) as u64 } else { span.traffic(part.portion) };
+            // Gradients up and parameters down; up too, where they are not kept: of what lies in the device's memory no more crosses the link.
+            let kept = to.is_some_and(|to| !to.second.is_null());
+            let arrays = if kept { 2 } else { 3 };
+            let bytes =
+                if self.above { arrays * (span.len * span.dtype.size()) as u64 } else { span.traffic(part.portion) };
             let flight = Flight { start: (self.now)(), elems: span.len as u64, bytes };
             self.flights[lane] = Some(flight);
             let to = to.unwrap_or_else(|| Target::in_place(&span));
@@ -292,15 +326,7 @@ impl Feeder<'_> {
     /// Waits for the group on a lane, if there is one.
     fn land(&mut self, lane: usize) -> Result<()> {
         let Some(flight) = self.flights[lane].take() else { return Ok(()) };
-        let mut looks = 0;
-        while !self.lanes.block(lane, SLICE)? {
-            looks += 1;
-            if looks == SLICES {
-                let message = format!("an update on the device did not end for {:?}.", SLICE * SLICES);
-                return Err(Error::new(Code::Stuck, message)
-                    .action("Check the device with its own tools; start again from the last checkpoint."));
-            }
-        }
+        await_lane(self.lanes, lane)?;
         let now = (self.now)();
         if flight.elems == u64::from(self.group) * PIECE as u64 && !self.above {
             self.pace.flew(now - flight.start);

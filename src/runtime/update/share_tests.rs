@@ -150,6 +150,7 @@ impl Arrays {
             master: master.as_mut_ptr().cast(),
             exp_avg: exp_avg.as_mut_ptr().cast(),
             exp_avg_sq: exp_avg_sq.as_mut_ptr().cast(),
+            second: std::ptr::null_mut(),
         }
     }
 }
@@ -359,6 +360,11 @@ impl Lanes for Failing {
         self.flying.lock().expect("no panic")[lane] = true;
         // SAFETY: passed on.
         unsafe { self.inner.launch(lane, span, target, portion, hyper) }
+    }
+
+    unsafe fn copy(&self, lane: usize, dst: u64, src: u64, len: usize) -> Result<()> {
+        // SAFETY: passed on.
+        unsafe { self.inner.copy(lane, dst, src, len) }
     }
 
     fn block(&self, lane: usize, timeout: Duration) -> Result<bool> {

@@ -16,7 +16,7 @@ use crate::{
     dtype::StateKind,
     error::Result,
     memory::copy_past_caches,
-    optim::{Portion, Target},
+    optim::Portion,
     quantities::UnitId,
     runtime::{
         measure::stats::Link,
@@ -139,7 +139,8 @@ impl Shared {
             let (start, len) = (span.start + done, room.min(span.len - done));
             let from = self.span_of(unit, &span, start, len, &Arrays::Places { set: Set::Current, spare });
             let to = self.span_of(unit, &span, start, len, &Arrays::Places { set: Set::Spare, spare });
-            share.add(from, speculation.hypers[span.hyper].hyper, Some(Target::in_place(&to)), Portion::Whole)?;
+            let (from, to) = self.with_held(unit, &span, start, from, Some(to));
+            share.add(from, speculation.hypers[span.hyper].hyper, to, Portion::Whole)?;
             room -= len;
             (index, done) = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
         }

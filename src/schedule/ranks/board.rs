@@ -40,7 +40,9 @@ pub(super) const SEEN: usize = 2;
 pub(super) const LANDED: usize = 3;
 pub(super) const NUMBERS: usize = 4;
 pub(super) const MADE: usize = 6;
-const OF_UNIT: usize = 8;
+pub(super) const WANTS: usize = 7;
+pub(super) const HOME: usize = 8;
+const OF_UNIT: usize = 10;
 
 /// Bytes of a text that a rank shows.
 pub const TEXT_BYTES: usize = 512;
@@ -134,7 +136,7 @@ mod tests {
                     take(Board::of_rank(rank, word));
                 });
                 for (unit, count) in counts.iter().enumerate() {
-                    let single = [PUBLISHED, POSTS, SEEN, LANDED, NUMBERS, NUMBERS + 1, MADE];
+                    let single = [PUBLISHED, POSTS, SEEN, LANDED, NUMBERS, NUMBERS + 1, MADE, WANTS, HOME];
                     single.into_iter().for_each(|word| take(board.of_unit(rank, unit, word)));
                     let words = count.div_ceil(8);
                     let notes = [0, 1].map(|post| board.note(rank, unit, post));

@@ -9,12 +9,14 @@
 //! all have published it, its states when all have done so once more, and only then is it stepped again.
 //! A4: gradients of a unit are exchanged when all have posted which of them they have; a unit is posted again only by who has seen that.
 //! A5: a rank takes its step when all are at theirs after the same number of backwards; who did fewer joins those of the others.
+//! A7: an owner may keep states elsewhere, newer than their home. Who reads or writes them asks for that of the last step, which none can leave
+//! before it posts the next; the owner answers once they are at home, or are there to stay. A number of the step says both.
 //!
 //! A6, on ranks that wait in different calls, stands in [`super::crossed`].
 
 use crate::schedule::ranks::board::{
-    ARRIVED, BACKWARD, Board, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN, STARTED,
-    STATE, STEPS, TEXT, TEXT_BYTES, Words,
+    ARRIVED, BACKWARD, Board, HOME, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN,
+    STARTED, STATE, STEPS, TEXT, TEXT_BYTES, WANTS, Words,
 };
 
 /// Numbers that tell a step: digests of what is stepped and how.
@@ -190,6 +192,46 @@ impl<W: Words> Posts<'_, W> {
     /// A rank that has not published a unit's states of this step; none if all have.
     pub fn unmade(&self, unit: usize, step: u64) -> Option<usize> {
         self.lacks(unit, MADE, step)
+    }
+
+    /// Asks the owners of a unit's states, of which all ranks have made their parts, to have them at home: for a reader, or to leave them there
+    /// for a writer. Returns what they answer. One thread of a rank at a time.
+    pub fn want_states(&self, unit: usize, writes: bool) -> u64 {
+        let mine = |word| self.words.load(self.board.of_unit(self.rank, unit, word));
+        let number = Self::wanted_of(mine(MADE)) + u64::from(writes);
+        // What another thread asks of the same step is not taken back.
+        self.words.store(self.board.of_unit(self.rank, unit, WANTS), number.max(mine(WANTS)));
+        number
+    }
+
+    /// What is asked for by a reader after a step.
+    fn wanted_of(step: u64) -> u64 {
+        2 * (step + 1)
+    }
+
+    /// A rank that has not answered so; none if all others have.
+    pub fn away(&self, unit: usize, number: u64) -> Option<usize> {
+        let lacking = |&rank: &usize| self.words.load(self.board.of_unit(rank, unit, HOME)) < number;
+        self.others().filter(lacking).fold(None, |missing, rank| self.rather(missing, rank))
+    }
+
+    /// What this rank is to answer others that want a unit's states after its last step; none where none do, or all have been answered. The
+    /// second one says whether they are wanted for a writer.
+    pub fn asked(&self, unit: usize) -> Option<(u64, bool)> {
+        let of = |rank: usize, word| self.words.load(self.board.of_unit(rank, unit, word));
+        let (first, answered) = (Self::wanted_of(of(self.rank, MADE)), of(self.rank, HOME));
+        let now = |&number: &u64| (first..first + 2).contains(&number) && number > answered;
+        self.others().map(|rank| of(rank, WANTS)).filter(now).max().map(|number| (number, number > first))
+    }
+
+    /// This rank's part of a unit's states is at home, as was asked.
+    pub fn answer(&self, unit: usize, number: u64) {
+        self.words.store(self.board.of_unit(self.rank, unit, HOME), number);
+    }
+
+    /// This rank's states are at home from now on.
+    pub fn states_stay(&self) {
+        (0..self.board.units()).for_each(|unit| self.answer(unit, u64::MAX));
     }
 
     fn lacks(&self, unit: usize, word: usize, count: u64) -> Option<usize> {

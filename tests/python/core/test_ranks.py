@@ -22,7 +22,7 @@ COUNT, UNITS = 3 * 8192 + 5, 4
 units = [(f"unit {{u}}", [_core.Param(f"{{u}}.w", COUNT, "float32", 4, True)]) for u in range(UNITS)]
 policy = '{{"device": "host", "budget": {{"host": "64MiB", "hbm": "256KiB", "threads": 1}}}}'
 if rank == 0:
-    engine = _core.Engine(units, policy, 0, _core.Ranks(0, size, None))
+    engine = _core.Engine(units, policy, 0, _core.Ranks(0, size, None, None))
     door = socket.socket(socket.AF_UNIX)
     door.bind("\\0" + name)
     door.listen()
@@ -34,7 +34,7 @@ else:
     while guest.connect_ex("\\0" + name):
         time.sleep(0.01)
     policy, files, *_ = socket.recv_fds(guest, 1 << 20, 1)
-    engine = _core.Engine(units, policy.decode(), 0, _core.Ranks(rank, size, files[0]))
+    engine = _core.Engine(units, policy.decode(), 0, _core.Ranks(rank, size, files[0], None))
     os.close(files[0])
 owned = [_core.owned(engine, u, rank) for u in range(UNITS)]
 sent = [(ctypes.c_float * COUNT)(*([1.0 + rank] * COUNT)) for u in range(UNITS)]

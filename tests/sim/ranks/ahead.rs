@@ -13,12 +13,15 @@ use crate::chance::{Chance, mix};
 pub(super) struct Places {
     /// Parameters that were made ahead.
     weights: Vec<Vec<Bytes>>,
-    states: [Vec<Vec<Bytes>>; 2],
+    pub(super) states: [Vec<Vec<Bytes>>; 2],
+    /// What the owner has of both sets on its device.
+    pub(super) above: [Vec<Vec<Bytes>>; 2],
 }
 
 impl Places {
     pub(super) fn new(parts: &[Vec<Bytes>]) -> Self {
-        Self { weights: parts.to_vec(), states: [parts.to_vec(), parts.to_vec()] }
+        let two = || [parts.to_vec(), parts.to_vec()];
+        Self { weights: parts.to_vec(), states: two(), above: two() }
     }
 }
 
@@ -76,6 +79,17 @@ impl Ahead {
         self.made[unit].take_if(|_| !keep);
     }
 
+    /// In which place a unit's states are.
+    pub(super) fn place(&self, unit: usize) -> usize {
+        self.place[unit]
+    }
+
+    /// Nothing is made ahead before gradients come.
+    pub(super) fn drop_all(&mut self) {
+        self.may.fill(false);
+        self.made.fill(None);
+    }
+
     /// This rank's slices of a unit's gradients are there.
     pub(super) fn landed(&mut self, unit: usize, backward: u64) {
         self.landed[unit] = backward;
@@ -124,9 +138,9 @@ impl Rank {
         let made = result(before, backward, FORESEEN);
         model.grads[unit][rank].read(memory, rank, backward, "gradients of an update ahead");
         model.weights[unit][rank].read(memory, rank, before, "weights of an update ahead");
-        model.places.states[place][unit][rank].read(memory, rank, before, "states of an update ahead");
+        self.read_own(memory, model, (unit, place), before);
         model.places.weights[unit][rank].write(memory, rank, made, "weights made ahead");
-        model.places.states[1 - place][unit][rank].write(memory, rank, made, "states made ahead");
+        self.write_own(memory, model, (unit, 1 - place), made);
         if self.fault == Fault::Forward {
             model.weights[unit][rank].write(memory, rank, made, "weights");
         }
@@ -153,14 +167,13 @@ impl Rank {
             return false;
         }
         let to = if turns && self.fault != Fault::Aside { 1 - place } else { place };
-        let states = &mut model.places.states;
         if first {
-            let before = states[place][unit][rank].version();
-            states[place][unit][rank].read(memory, rank, before, "states that weights are made from");
+            let before = self.own_version(model, unit, place);
+            self.read_own(memory, model, (unit, place), before);
             let backward = self.exchanged[unit];
             self.trail.push(Trailing { unit, step, backward, before, result, from: place, to });
         } else {
-            states[to][unit][rank].write(memory, rank, result, "states");
+            self.write_own(memory, model, (unit, to), result);
         }
         model.weights[unit][rank].write(memory, rank, result, "weights");
         first
@@ -175,8 +188,8 @@ impl Rank {
             self.trail.swap_remove(chance.index(self.trail.len()));
         let (rank, view) = (self.rank, memory.view(self.rank));
         model.grads[unit][rank].read(memory, rank, backward, "gradients of states");
-        model.places.states[from][unit][rank].read(memory, rank, before, "states");
-        model.places.states[to][unit][rank].write(memory, rank, result, "states");
+        self.read_own(memory, model, (unit, from), before);
+        self.write_own(memory, model, (unit, to), result);
         posts(&model.board, &view, rank).publish_states(unit, step);
         true
     }

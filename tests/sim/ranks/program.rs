@@ -4,6 +4,8 @@ use crate::chance::Chance;
 
 /// Where one rank meets no other.
 const ODD: u64 = 1000;
+/// Where they meet before a load, and after it.
+const LOADS: u64 = 500;
 
 /// What the training thread of a rank does next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +24,10 @@ pub(crate) enum Op {
     Step { number: u64 },
     /// Meets all others at a place.
     Meet { place: u64 },
+    /// Lets what is under way end, before a load.
+    Quiesce,
+    /// A load into what all share, which one rank makes.
+    Load { mine: bool },
 }
 
 /// How a step updates its units.
@@ -76,6 +82,7 @@ impl Program {
             let whole = chance.index(size);
             // Not after fewer backwards than others have begun: those wait for this rank at its step.
             let (before_all, before_step) = (chance.percent(20), chance.percent(20) && !skips);
+            let loads = chance.percent(15) && !skips && !crossed;
             for rank in 0..size {
                 let alone = |early| crossed && odd == (rank, number, early);
                 if before_all {
@@ -108,6 +115,15 @@ impl Program {
                 }
                 if alone(false) {
                     ops.push(Op::Meet { place: ODD });
+                }
+                if loads {
+                    let place = LOADS + 2 * number as u64;
+                    ops.extend([
+                        Op::Quiesce,
+                        Op::Meet { place },
+                        Op::Load { mine: rank == 0 },
+                        Op::Meet { place: place + 1 },
+                    ]);
                 }
                 ops.push(Op::AtStep { backward: before + mine });
                 ops.push(Op::Step { number: number as u64 + 1 });

@@ -10,6 +10,7 @@ use funicular::schedule::ranks::{
 
 use super::{
     Fault,
+    above::Above,
     ahead::{Ahead, Places, Trailing},
     memory::{Clock, Memory, View},
     program::{Op, Program, Way},
@@ -40,6 +41,9 @@ impl Bytes {
     }
 
     pub(super) fn write(&mut self, memory: &Memory, rank: usize, version: u64, what: &str) {
+        if let Some((writer, action)) = self.written {
+            assert!(memory.knows(rank, writer, action), "{what}: rank {rank} writes what rank {writer} may be writing");
+        }
         for (reader, action) in self.read.drain(..) {
             assert!(memory.knows(rank, reader, action), "{what}: rank {rank} writes what rank {reader} may be reading");
         }
@@ -138,6 +142,7 @@ pub(crate) struct Rank {
     steps: Vec<Vec<usize>>,
     ways: Vec<Way>,
     pub(super) ahead: Ahead,
+    pub(super) above: Above,
     parameters: Vec<usize>,
     device: VecDeque<Work>,
     /// The last step whose gate has passed, and the last one that was said to be.
@@ -171,6 +176,7 @@ impl Rank {
             steps: program.steps.clone(),
             ways: program.ways.clone(),
             ahead: Ahead::new(program.units.len()),
+            above: Above::new(program.units.len()),
             parameters: program.units.clone(),
             device: VecDeque::new(),
             passed: 0,
@@ -190,7 +196,12 @@ impl Rank {
     }
 
     pub(crate) fn done(&self) -> bool {
-        self.ops.is_empty() && self.device.is_empty() && self.queue.is_empty() && self.trail.is_empty()
+        self.ops.is_empty() && self.idle()
+    }
+
+    /// Nothing is under way on its device, and it has no updates to make.
+    pub(super) fn idle(&self) -> bool {
+        self.device.is_empty() && self.queue.is_empty() && self.trail.is_empty()
     }
 
     pub(crate) fn describe(&self) -> String {
@@ -199,9 +210,10 @@ impl Rank {
 
     /// One of its threads, or its device, does one thing.
     pub(crate) fn turn(&mut self, memory: &Memory, model: &mut Model, chance: &mut Chance) -> Turn {
-        let moved = match chance.below(3) {
+        let moved = match chance.below(4) {
             0 => self.work(memory, model),
             1 => self.update(memory, model, chance),
+            2 => self.grow(memory, model, chance),
             _ => return self.call(memory, model),
         };
         if moved { Turn::Moved } else { Turn::Waits }
@@ -292,6 +304,7 @@ impl Rank {
                 let made = if states { self.settled(memory, model, unit) } else { self.published(memory, model, unit) };
                 let there =
                     !self.queue.iter().any(|&(queued, _)| queued == unit) && (self.fault == Fault::Blind || made);
+                let there = there && (!states || self.at_home(memory, model, unit, false));
                 if there {
                     self.device.push_back(Work::Read { unit, result: self.ahead.results[unit] });
                 }
@@ -310,6 +323,8 @@ impl Rank {
             Op::AtStep { backward } => return self.at_step(memory, model, backward),
             Op::Step { number } => self.step(memory, model, number),
             Op::Meet { place } => return self.meet(memory, model, place),
+            Op::Quiesce => self.quiesce(),
+            Op::Load { mine } => self.load(memory, model, mine),
         };
         if done {
             self.ops.pop_front();
@@ -421,6 +436,7 @@ impl Rank {
             self.queue.push((unit, number));
             self.versions[unit] = number;
             self.ahead.step(unit, self.exchanged[unit], way);
+            self.above.step(unit);
         }
         true
     }
