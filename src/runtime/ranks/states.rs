@@ -1,5 +1,5 @@
 //! States that a rank keeps in free memory of its device, where no other rank looks: before one reads or writes them at home, it asks the owners to
-//! have them there. An owner answers by its watcher, whatever its other threads do. What is asked and answered stands in
+//! have them there. An owner answers by its watcher, while its other threads do anything else. What is asked and answered stands in
 //! [`crate::schedule::ranks::posts`], A7.
 
 use crate::{
