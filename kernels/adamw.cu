@@ -140,15 +140,28 @@ static __device__ __forceinline__ void step(typename T::Param& param, typename T
     T::store(w, param, master);
 }
 
+// Where the new values of a call go, each array the old one or disjoint from all; `second` takes the parameters too, or is null.
 template <typename T>
-static __device__ __forceinline__ void adamw(typename T::Param* param, const typename T::Param* grad,
-                                             typename T::Master* master, float* exp_avg, float* exp_avg_sq, u64 n,
-                                             const Hyper& h, u32 reset_master) {
+struct Target {
+    typename T::Param* param;
+    typename T::Master* master;
+    float* exp_avg;
+    float* exp_avg_sq;
+    typename T::Param* second;
+};
+
+template <typename T>
+static __device__ __forceinline__ void adamw(const typename T::Param* param, const typename T::Param* grad,
+                                             const typename T::Master* master, const float* exp_avg,
+                                             const float* exp_avg_sq, const Target<T>& to, u64 n, const Hyper& h,
+                                             u32 reset_master) {
     typedef typename T::Param Param;
     typedef typename T::Master Master;
     const u64 first = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     const u64 stride = (u64)gridDim.x * blockDim.x;
-    const u64 addresses = (u64)param | (u64)grad | (T::has_master ? (u64)master : 0) | (u64)exp_avg | (u64)exp_avg_sq;
+    const u64 masters = T::has_master ? (u64)master | (u64)to.master : 0;
+    const u64 addresses = (u64)param | (u64)grad | (u64)exp_avg | (u64)exp_avg_sq | (u64)to.param | (u64)to.exp_avg |
+                          (u64)to.exp_avg_sq | (u64)to.second | masters;
     const u64 wide = addresses % 16 == 0 ? n / WIDTH : 0;
     for (u64 i = first; i < wide; i += stride) {
         const u64 at = i * WIDTH;
@@ -159,38 +172,42 @@ static __device__ __forceinline__ void adamw(typename T::Param* param, const typ
         Wide<float> m = load(exp_avg + at), v = load(exp_avg_sq + at);
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) step<T>(p.x[j], g.x[j], r.x[j], m.x[j], v.x[j], h, reset_master);
-        store(param + at, p);
-        if (T::has_master) store(master + at, r);
-        store(exp_avg + at, m);
-        store(exp_avg_sq + at, v);
+        store(to.param + at, p);
+        if (to.second) store(to.second + at, p);
+        if (T::has_master) store(to.master + at, r);
+        store(to.exp_avg + at, m);
+        store(to.exp_avg_sq + at, v);
     }
     for (u64 i = wide * WIDTH + first; i < n; i += stride) {
         Param p = param[i];
         Master r = T::has_master ? master[i] : Master(0);
         float m = exp_avg[i], v = exp_avg_sq[i];
         step<T>(p, grad[i], r, m, v, h, reset_master);
-        param[i] = p;
-        if (T::has_master) master[i] = r;
-        exp_avg[i] = m;
-        exp_avg_sq[i] = v;
+        to.param[i] = p;
+        if (to.second) to.second[i] = p;
+        if (T::has_master) to.master[i] = r;
+        to.exp_avg[i] = m;
+        to.exp_avg_sq[i] = v;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) adamw_bf16(u16* param, const u16* grad, short* master, float* exp_avg,
-                                                             float* exp_avg_sq, u64 n, Hyper h, u32 reset_master) {
-    adamw<Bf16>(param, grad, master, exp_avg, exp_avg_sq, n, h, reset_master);
+extern "C" __global__ void __launch_bounds__(256)
+    adamw_bf16(const u16* param, const u16* grad, const short* master, const float* exp_avg, const float* exp_avg_sq,
+               Target<Bf16> to, u64 n, Hyper h, u32 reset_master) {
+    adamw<Bf16>(param, grad, master, exp_avg, exp_avg_sq, to, n, h, reset_master);
 }
 
-extern "C" __global__ void __launch_bounds__(256) adamw_f16(u16* param, const u16* grad, float* master, float* exp_avg,
-                                                            float* exp_avg_sq, u64 n, Hyper h, u32 reset_master) {
-    adamw<F16>(param, grad, master, exp_avg, exp_avg_sq, n, h, reset_master);
+extern "C" __global__ void __launch_bounds__(256)
+    adamw_f16(const u16* param, const u16* grad, const float* master, const float* exp_avg, const float* exp_avg_sq,
+              Target<F16> to, u64 n, Hyper h, u32 reset_master) {
+    adamw<F16>(param, grad, master, exp_avg, exp_avg_sq, to, n, h, reset_master);
 }
 
-// `master` and `reset_master` are there for equal signatures and not used.
-extern "C" __global__ void __launch_bounds__(256) adamw_f32(float* param, const float* grad, float* master,
-                                                            float* exp_avg, float* exp_avg_sq, u64 n, Hyper h,
-                                                            u32 reset_master) {
-    adamw<F32>(param, grad, master, exp_avg, exp_avg_sq, n, h, reset_master);
+// The masters and `reset_master` are there for equal signatures and not used.
+extern "C" __global__ void __launch_bounds__(256)
+    adamw_f32(const float* param, const float* grad, const float* master, const float* exp_avg, const float* exp_avg_sq,
+              Target<F32> to, u64 n, Hyper h, u32 reset_master) {
+    adamw<F32>(param, grad, master, exp_avg, exp_avg_sq, to, n, h, reset_master);
 }
 
 // Sums of squares in the order of src/optim/norm.rs: a lane of a warp is a lane of a block.

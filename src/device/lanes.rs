@@ -23,19 +23,18 @@ pub trait Lanes: Send + Sync {
     /// How many there are.
     fn count(&self) -> usize;
 
-    /// Enqueues the update of a span in registered host memory on a lane; what the portion stores goes to `target`, which may be
-    /// [`Target::in_place`]. The gradient is only read.
+    /// Enqueues the update of a span on a lane; the gradient is only read.
     ///
     /// # Errors
     /// `FN-E112` for a type that is not trainable, with nothing enqueued; a failure of the device. After a failure too the lane may
     /// be busy with a part of the launch.
     ///
     /// # Safety
-    /// The arrays of the span and of the target lie in registered host memory, are valid and aligned as for
+    /// The arrays of the span and of the target lie where [`Launch`] says, are valid and aligned as for
     /// [`crate::optim::adamw`], [`crate::optim::adamw_into_with`] and [`crate::optim::adamw_portion_with`], and stay free of conflicting access until the lane is
     /// done.
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()>;
+    unsafe fn launch(&self, lane: usize, work: &Launch<'_>) -> Result<()>;
 
     /// Enqueues a copy on a lane: behind what was launched there, and behind nothing else. It may be made before this returns.
     ///
@@ -54,6 +53,22 @@ pub trait Lanes: Send + Sync {
     fn block(&self, lane: usize, timeout: Duration) -> Result<bool>;
 }
 
+/// What a lane is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// The elements, in registered host memory.
+    pub span: &'a Span,
+    /// Where what the portion stores goes: registered host memory, [`Target::in_place`] too. A second place lies in the device's memory.
+    pub target: &'a Target,
+    /// What is stored.
+    pub portion: Portion,
+    /// The numbers of the update.
+    pub hyper: &'a Hyper,
+    /// Whether masters and moments, old and new, lie in the device's memory; the old parameters do too, where the target has a second place for
+    /// the new ones, unless masters are reset.
+    pub above: bool,
+}
+
 /// One copy.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Copy {
@@ -68,8 +83,10 @@ pub(super) struct Staged {
     /// The arrays that the portion reads, to staging memory; of the others no bytes. There the whole update is made: what it makes of
     /// bytes that were not copied is not copied back.
     pub(super) up: [Copy; 5],
-    /// The span there.
+    /// The span there, or in other memory of the device.
     pub(super) span: Span,
+    /// Where its new values go: the same arrays, or others of the device.
+    pub(super) to: Target,
     /// What the portion stores, to its target; parameters to a second place too, if it has one.
     pub(super) down: [Copy; 5],
 }
@@ -80,17 +97,33 @@ unsafe impl Send for Staged {}
 
 impl Staged {
     /// Lays a launch out in `room` bytes of staging memory at `base`.
-    pub(super) fn new(span: &Span, target: &Target, portion: Portion, base: u64, room: u64) -> Result<Self> {
+    pub(super) fn new(work: &Launch<'_>, base: u64, room: u64) -> Result<Self> {
+        let span = work.span;
         if matches!(span.dtype, DType::Opaque { .. }) {
             return Err(unsupported(span.dtype));
         }
         let mut end = base;
-        let mut place = |kind: StateKind, src: u64| {
+        let place = |kind: StateKind, src: u64| {
             let len = span.len * kind.element_size(span.dtype);
             let dst = end;
             end += round_up(len as u64, ALIGN);
-            Copy { dst, src, len: if portion.reads(kind) { len } else { 0 } }
+            Copy { dst, src, len: if work.portion.reads(kind) { len } else { 0 } }
         };
+        let staged = if work.above && work.portion == Portion::Whole {
+            Self::beside_states(work, place)
+        } else {
+            Self::all(work, place)
+        };
+        if end - base > room {
+            let message = format!("{} elements do not fit the {room} bytes of a lane.", span.len);
+            return Err(Error::new(Code::Stale, message).action("This is a bug of funicular; please report it."));
+        }
+        Ok(staged)
+    }
+
+    /// All arrays pass through staging memory.
+    fn all(work: &Launch<'_>, mut place: impl FnMut(StateKind, u64) -> Copy) -> Self {
+        let Launch { span, target, portion, .. } = *work;
         let up = [
             place(StateKind::Param, span.param as u64),
             place(StateKind::Grad, span.grad as u64),
@@ -98,10 +131,6 @@ impl Staged {
             place(StateKind::ExpAvg, span.exp_avg as u64),
             place(StateKind::ExpAvgSq, span.exp_avg_sq as u64),
         ];
-        if end - base > room {
-            let message = format!("{} elements do not fit the {room} bytes of a lane.", span.len);
-            return Err(Error::new(Code::Stale, message).action("This is a bug of funicular; please report it."));
-        }
         let [param, grad, master, exp_avg, exp_avg_sq] = up;
         let back = |from: Copy, kind: StateKind, to: u64| {
             let len = if portion.stores(kind) { from.len } else { 0 };
@@ -123,14 +152,29 @@ impl Staged {
             exp_avg_sq: exp_avg_sq.dst as *mut f32,
             ..*span
         };
-        Ok(Self { up, span: staged, down })
+        Self { up, span: staged, to: Target::in_place(&staged), down }
+    }
+
+    /// States stay where they are: only gradients and parameters pass through staging memory, so that many more elements fit.
+    fn beside_states(work: &Launch<'_>, mut place: impl FnMut(StateKind, u64) -> Copy) -> Self {
+        let Launch { span, target, .. } = *work;
+        let none = Copy { dst: 0, src: 0, len: 0 };
+        let (param, grad) = (place(StateKind::Param, span.param as u64), place(StateKind::Grad, span.grad as u64));
+        let near = !target.second.is_null() && !span.reset_master;
+        let from = if near { span.param } else { param.dst as *mut u8 };
+        Self {
+            up: [if near { none } else { param }, grad, none, none, none],
+            span: Span { param: from, grad: grad.dst as *const u8, ..*span },
+            to: Target { param: param.dst as *mut u8, ..*target },
+            down: [Copy { dst: target.param as u64, src: param.dst, len: param.len }, none, none, none, none],
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::staging_bytes;
+    use crate::{model::staging_bytes, optim::AdamWOptions};
 
     fn span(dtype: DType, len: usize) -> Span {
         let at = |n: usize| (0x10_0000 * n) as *mut u8;
@@ -146,13 +190,19 @@ mod tests {
         }
     }
 
+    /// A launch of all that an update makes, for numbers that are not looked at.
+    fn staged(span: &Span, to: &Target, above: bool, base: u64, room: u64) -> Result<Staged> {
+        let hyper = Hyper::new(&AdamWOptions::default(), 1, 1.0);
+        Staged::new(&Launch { span, target: to, portion: Portion::Whole, hyper: &hyper, above }, base, room)
+    }
+
     #[test]
     fn arrays_are_disjoint_aligned_and_inside() {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             for len in [1, 127, 128, 4001, 4096] {
                 let span = span(dtype, len);
                 let to = Target::in_place(&span);
-                let staged = Staged::new(&span, &to, Portion::Whole, 4096, staging_bytes(4096)).expect("fits");
+                let staged = staged(&span, &to, false, 4096, staging_bytes(4096)).expect("fits");
                 let mut end = 4096;
                 for copy in staged.up {
                     assert!(copy.dst >= end && copy.dst.is_multiple_of(ALIGN));
@@ -162,8 +212,29 @@ mod tests {
             }
             let span = span(dtype, 4096 * 8 + 1);
             let to = Target::in_place(&span);
-            let refused = Staged::new(&span, &to, Portion::Whole, 0, staging_bytes(4096 * 7)).expect_err("too long");
+            let refused = staged(&span, &to, false, 0, staging_bytes(4096 * 7)).expect_err("too long");
             assert_eq!(refused.code(), Code::Stale);
         }
+    }
+
+    #[test]
+    fn states_of_the_device_stay_there() {
+        let span = span(DType::Bf16, 4 * 4096);
+        let kept = Target { second: 0x90_0000 as *mut u8, ..Target::in_place(&span) };
+        let fits = staged(&span, &kept, true, 4096, staging_bytes(4096)).expect("four times as many fit");
+        let bytes = span.len * 2;
+        assert_eq!(
+            (fits.up.map(|copy| copy.len), fits.down.map(|copy| copy.len)),
+            ([0, bytes, 0, 0, 0], [bytes, 0, 0, 0, 0])
+        );
+        assert_eq!((fits.span.param, fits.span.exp_avg, fits.to.second), (span.param, span.exp_avg, kept.second));
+        assert!(fits.to.param != span.param && fits.to.exp_avg == span.exp_avg && fits.to.master == span.master);
+        let reset = Span { reset_master: true, ..span };
+        let fits = staged(&reset, &kept, true, 4096, staging_bytes(4096)).expect("fits");
+        assert_eq!(
+            (fits.up[0].len, fits.span.param),
+            (bytes, fits.to.param),
+            "parameters that were edited come from home"
+        );
     }
 }

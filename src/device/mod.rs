@@ -17,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
-pub use lanes::Lanes;
+pub use lanes::{Lanes, Launch};
 pub use marks::{Elapsed, MARKS, Mark};
 pub use open::open;
 

@@ -18,6 +18,7 @@ use crate::{
 /// Where the new values of a span go; the types are those of [`Span`], the arrays disjoint from it and from each other, but that the parameter
 /// may be the span's own.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)] // as `Target` of kernels/adamw.cu
 pub struct Target {
     /// The parameter.
     pub param: *mut u8,

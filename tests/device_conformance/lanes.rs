@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use funicular::{
-    device::{Device, Lanes, staging_bytes},
+    device::{Device, Lanes, Launch, staging_bytes},
     dtype::{DType, StateKind},
     error::Code,
     optim::{AdamWOptions, Hyper, Isa, Portion, Span, Target, adamw, adamw_into_with},
@@ -37,13 +37,13 @@ fn lanes_of(device: &Arc<dyn Device>, count: usize) -> Option<Arc<dyn Lanes>> {
 
 /// A launch whose arrays lie behind `base`.
 #[derive(Clone, Copy)]
-struct Launch {
+struct Arrays {
     span: Span,
     to: Option<Target>,
     hyper: Hyper,
 }
 
-impl Launch {
+impl Arrays {
     fn new(base: u64, len: usize, dtype: DType, number: usize) -> Self {
         let at = |i: u64| (base + i * ROOM as u64) as *mut u8;
         let span = Span {
@@ -68,6 +68,10 @@ impl Launch {
         let clip = if number.is_multiple_of(2) { 1.0 } else { 0.37 };
         let hyper = Hyper { clip, ..Hyper::new(&options, number as u64 + 1, 0.5) };
         Self { span, to: (number % 4 > 1).then_some(target), hyper }
+    }
+
+    fn work<'a>(&'a self, target: &'a Target, portion: Portion) -> Launch<'a> {
+        Launch { span: &self.span, target, portion, hyper: &self.hyper, above: false }
     }
 
     fn target(&self) -> Target {
@@ -118,16 +122,17 @@ fn an_update_through_a_lane_has_the_bits_of_the_processor() {
         let mut number = 0;
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             for len in [0, 1, 129, 4095, ELEMS - 8, ELEMS] {
-                for _ in 0..4 {
+                // A device reads and writes registered memory itself, too: states that it is told are near need not pass through the lane.
+                for above in [false, true].into_iter().flat_map(|above| [above; 4]) {
                     let before = state(number as u64);
                     bench.set(0, &before);
-                    let launch = Launch::new(bench.at(0), len, dtype, number);
+                    let launch = Arrays::new(bench.at(0), len, dtype, number);
                     let lane = number % 2;
                     // SAFETY: the arrays lie in the registered region, and the lane is waited for.
-                    unsafe { lanes.launch(lane, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) }
+                    unsafe { lanes.launch(lane, &Launch { above, ..launch.work(&launch.target(), Portion::Whole) }) }
                         .expect("enqueued");
                     assert!(lanes.block(lane, PATIENCE).expect("works"));
-                    let expected = Launch::expected(len, dtype, number, &before);
+                    let expected = Arrays::expected(len, dtype, number, &before);
                     assert_eq!(expected == before, len == 0, "something is updated");
                     let kind = bench.device.kind();
                     assert!(bench.get(0, LAUNCH) == expected, "{dtype:?} of {len}, launch {number} on {kind:?}");
@@ -150,7 +155,7 @@ fn two_passes_through_lanes_leave_the_bits_of_one() {
             let len = ELEMS - 8 * number;
             let before = state(number as u64);
             bench.set(0, &before);
-            let launch = Launch::new(bench.at(0), len, dtype, number);
+            let launch = Arrays::new(bench.at(0), len, dtype, number);
             let passes = match launch.to {
                 None => [Portion::Weights, Portion::Moments],
                 Some(_) => [Portion::Param, Portion::States],
@@ -158,10 +163,10 @@ fn two_passes_through_lanes_leave_the_bits_of_one() {
             let in_place = Target::in_place(&launch.span);
             for (lane, (portion, to)) in passes.into_iter().zip([launch.to.unwrap_or(in_place), in_place]).enumerate() {
                 // SAFETY: the arrays lie in the registered region, and the lane is waited for.
-                unsafe { lanes.launch(lane, &launch.span, &to, portion, &launch.hyper) }.expect("enqueued");
+                unsafe { lanes.launch(lane, &launch.work(&to, portion)) }.expect("enqueued");
                 assert!(lanes.block(lane, PATIENCE).expect("works"));
             }
-            let (after, expected) = (bench.get(0, LAUNCH), Launch::in_place(len, dtype, number, &before));
+            let (after, expected) = (bench.get(0, LAUNCH), Arrays::in_place(len, dtype, number, &before));
             let param = if launch.to.is_some() { 5 } else { 0 };
             let bytes = len * dtype.size();
             assert!(array(&after, param, bytes) == array(&expected, 0, bytes), "{dtype:?}, {passes:?}: the parameter");
@@ -184,14 +189,13 @@ fn lanes_at_once_and_launches_in_a_row() {
             let all = || (0..3 * EACH).map(|n| (n, ELEMS - 8 * n, [DType::Bf16, DType::F32, DType::F16][n % 3]));
             all().for_each(|(n, ..)| bench.set(n * LAUNCH, &state((round * 100 + n) as u64)));
             for (n, len, dtype) in all() {
-                let launch = Launch::new(bench.at(n * LAUNCH), len, dtype, n);
+                let launch = Arrays::new(bench.at(n * LAUNCH), len, dtype, n);
                 // SAFETY: the arrays lie in the registered region, are disjoint, and the lanes are waited for.
-                unsafe { lanes.launch(n % 3, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) }
-                    .expect("enqueued");
+                unsafe { lanes.launch(n % 3, &launch.work(&launch.target(), Portion::Whole)) }.expect("enqueued");
             }
             (0..3).for_each(|lane| assert!(lanes.block(lane, PATIENCE).expect("works")));
             for (n, len, dtype) in all() {
-                let expected = Launch::expected(len, dtype, n, &state((round * 100 + n) as u64));
+                let expected = Arrays::expected(len, dtype, n, &state((round * 100 + n) as u64));
                 assert!(bench.get(n * LAUNCH, LAUNCH) == expected, "launch {n} of round {round}");
             }
         }
@@ -206,9 +210,9 @@ fn what_does_not_fit_or_has_no_kernel_is_refused() {
         for (len, dtype, code) in
             [(8, DType::Opaque { size: 4 }, Code::UnsupportedParam), (64 * ELEMS, DType::F32, Code::Stale)]
         {
-            let launch = Launch::new(bench.at(0), len, dtype, 1);
+            let launch = Arrays::new(bench.at(0), len, dtype, 1);
             // SAFETY: nothing is touched.
-            let refused = unsafe { lanes.launch(0, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) };
+            let refused = unsafe { lanes.launch(0, &launch.work(&launch.target(), Portion::Whole)) };
             assert_eq!(refused.expect_err("refused").code(), code);
         }
         assert!(lanes.block(0, PATIENCE).expect("works"), "nothing is under way");
@@ -223,15 +227,14 @@ fn dropping_lanes_waits_for_them() {
             let bench = Bench::new(Arc::clone(&device), LAUNCH as u64);
             let before = state(7);
             bench.set(0, &before);
-            let launch = Launch::new(bench.at(0), ELEMS, DType::F32, 0);
+            let launch = Arrays::new(bench.at(0), ELEMS, DType::F32, 0);
             // SAFETY: the arrays lie in the registered region; dropping the lanes waits.
-            unsafe { lanes.launch(0, &launch.span, &launch.target(), Portion::Whole, &launch.hyper) }
-                .expect("enqueued");
+            unsafe { lanes.launch(0, &launch.work(&launch.target(), Portion::Whole)) }.expect("enqueued");
             if waits {
                 assert!(lanes.block(0, PATIENCE).expect("works"));
             }
             drop(lanes);
-            assert!(bench.get(0, LAUNCH) == Launch::expected(ELEMS, DType::F32, 0, &before));
+            assert!(bench.get(0, LAUNCH) == Arrays::expected(ELEMS, DType::F32, 0, &before));
         }
     });
 }
@@ -244,22 +247,24 @@ fn a_lane_copies_in_its_order_and_fills_a_second_place() {
         let chunk = round_to(LAUNCH, bench.device.granularity());
         let frames = bench.frames(1, chunk as u64, &[(0, 1)]);
         let (len, before) = (ELEMS, state(11));
-        bench.set(0, &before);
-        let launch = Launch { to: None, ..Launch::new(bench.at(0), len, DType::Bf16, 1) };
-        let (held, size) = (frames.address(0), len * DType::Bf16.size());
-        // SAFETY: all lies in the registered region or in the frame, and the lane is waited for.
-        unsafe {
-            // The parameters lie in the device's memory, and come from there.
-            lanes.copy(0, held, launch.span.param as u64, size).expect("enqueued");
-            let span = Span { param: held as *mut u8, ..launch.span };
-            let to = Target { second: held as *mut u8, ..Target::in_place(&launch.span) };
-            lanes.launch(0, &span, &to, Portion::Whole, &launch.hyper).expect("enqueued");
-            lanes.copy(0, bench.at(LAUNCH), held, size).expect("enqueued");
+        for above in [false, true] {
+            bench.set(0, &before);
+            let launch = Arrays { to: None, ..Arrays::new(bench.at(0), len, DType::Bf16, 1) };
+            let (held, size) = (frames.address(0), len * DType::Bf16.size());
+            // SAFETY: all lies in the registered region or in the frame, and the lane is waited for.
+            unsafe {
+                // The parameters lie in the device's memory, and come from there.
+                lanes.copy(0, held, launch.span.param as u64, size).expect("enqueued");
+                let span = Span { param: held as *mut u8, ..launch.span };
+                let to = Target { second: held as *mut u8, ..Target::in_place(&launch.span) };
+                lanes.launch(0, &Launch { span: &span, above, ..launch.work(&to, Portion::Whole) }).expect("enqueued");
+                lanes.copy(0, bench.at(LAUNCH), held, size).expect("enqueued");
+            }
+            assert!(lanes.block(0, PATIENCE).expect("works"));
+            let expected = Arrays::in_place(len, DType::Bf16, 1, &before);
+            assert!(bench.get(0, LAUNCH) == expected, "at home");
+            assert!(bench.get(LAUNCH, size) == expected[..size], "in the second place");
+            assert!(expected[..size] != before[..size], "something is updated");
         }
-        assert!(lanes.block(0, PATIENCE).expect("works"));
-        let expected = Launch::in_place(len, DType::Bf16, 1, &before);
-        assert!(bench.get(0, LAUNCH) == expected, "at home");
-        assert!(bench.get(LAUNCH, size) == expected[..size], "in the second place");
-        assert!(expected[..size] != before[..size], "something is updated");
     });
 }

@@ -13,7 +13,7 @@ use super::{driver::Context, nvrtc};
 use crate::{
     dtype::DType,
     error::Result,
-    optim::{Hyper, Span, unsupported},
+    optim::{Hyper, Span, Target, unsupported},
 };
 
 pub(super) const SOURCE: &str = include_str!("../../../kernels/adamw.cu");
@@ -63,11 +63,12 @@ impl Kernels {
         Ok(kernels)
     }
 
-    /// Enqueues the update of one span of device memory.
+    /// Enqueues the update of one span of device memory; its new values go to `to`.
     ///
     /// # Safety
-    /// As for [`crate::optim::adamw`], until the stream has run it; the addresses are the device's.
-    pub(super) unsafe fn adamw(&self, stream: CUstream, span: &Span, hyper: &Hyper) -> Result<()> {
+    /// The arrays of the span are valid for reading, those of `to` for writing, and aligned to their elements; each of `to` is the same one of the
+    /// span or disjoint from all. No other code writes the former or accesses the latter until the stream has run it; the addresses are the device's.
+    pub(super) unsafe fn adamw(&self, stream: CUstream, span: &Span, to: &Target, hyper: &Hyper) -> Result<()> {
         let function = match span.dtype {
             DType::F32 => self.adamw[0],
             DType::Bf16 => self.adamw[1],
@@ -81,13 +82,14 @@ impl Kernels {
         }
         let (mut param, mut grad, mut master) = (span.param, span.grad, span.master);
         let (mut m, mut v, mut n) = (span.exp_avg, span.exp_avg_sq, span.len as u64);
-        let (mut hyper, mut reset) = (*hyper, u32::from(span.reset_master));
-        let mut arguments: [*mut c_void; 8] = [
+        let (mut to, mut hyper, mut reset) = (*to, *hyper, u32::from(span.reset_master));
+        let mut arguments: [*mut c_void; 9] = [
             (&raw mut param).cast(),
             (&raw mut grad).cast(),
             (&raw mut master).cast(),
             (&raw mut m).cast(),
             (&raw mut v).cast(),
+            (&raw mut to).cast(),
             (&raw mut n).cast(),
             (&raw mut hyper).cast(),
             (&raw mut reset).cast(),

@@ -18,10 +18,10 @@ use super::{
 use crate::{
     device::{
         FrameSpan, Frames,
-        lanes::{Copy, Lanes, Staged},
+        lanes::{Copy, Lanes, Launch, Staged},
     },
     error::Result,
-    optim::{Hyper, Portion, Span, Target},
+    optim::Hyper,
 };
 
 struct Lane {
@@ -88,8 +88,8 @@ impl CudaLanes {
             context.check(unsafe { context.driver.cuMemcpyAsync(copy.dst, copy.src, copy.len, stream) })
         };
         staged.up.into_iter().try_for_each(copy)?;
-        // SAFETY: the span lies in the lane's memory, which only this stream touches.
-        unsafe { self.kernels.adamw(stream, &staged.span, hyper) }?;
+        // SAFETY: what lies in the lane's memory only this stream touches; the caller vouches for the rest.
+        unsafe { self.kernels.adamw(stream, &staged.span, &staged.to, hyper) }?;
         staged.down.into_iter().try_for_each(copy)
     }
 }
@@ -99,13 +99,13 @@ impl Lanes for CudaLanes {
         self.lanes.len()
     }
 
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()> {
-        let staged = Staged::new(span, target, portion, self.staging.address(lane), self.bytes_each)?;
+    unsafe fn launch(&self, lane: usize, work: &Launch<'_>) -> Result<()> {
+        let staged = Staged::new(work, self.staging.address(lane), self.bytes_each)?;
         let lane = &self.lanes[lane];
         let context = &*self.streams.context;
         let _entered = context.enter()?;
         // SAFETY: the caller's contract.
-        let enqueued = unsafe { self.enqueue(lane.stream, &staged, hyper) };
+        let enqueued = unsafe { self.enqueue(lane.stream, &staged, work.hyper) };
         // Record also after a failure, so that `block` waits for what was enqueued before it.
         // SAFETY: both handles are alive.
         let recorded = context.check(unsafe { context.driver.cuEventRecord(lane.ended, lane.stream) });

@@ -33,7 +33,7 @@ use crate::{
     device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
-    optim::{Hyper, Span},
+    optim::{Hyper, Span, Target},
     quantities::{ByteCount, round_up},
 };
 
@@ -267,7 +267,7 @@ impl Device for CudaDevice {
 
     unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()> {
         // SAFETY: passed on to the caller; the stream is alive.
-        unsafe { self.kernels()?.adamw(self.streams.handle(stream), span, hyper) }
+        unsafe { self.kernels()?.adamw(self.streams.handle(stream), span, &Target::in_place(span), hyper) }
     }
 
     fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>> {

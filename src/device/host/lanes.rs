@@ -14,10 +14,11 @@ use parking_lot::{Condvar, Mutex};
 
 use super::streams::copy_here;
 use crate::{
-    device::lanes::{Lanes, Staged},
+    device::lanes::{Lanes, Launch, Staged},
+    dtype::StateKind,
     error::{Code, Error, Result},
     memory::HostRegion,
-    optim::{Hyper, Portion, Span, Target, adamw},
+    optim::{Hyper, Span, Target, adamw},
     quantities::ByteCount,
 };
 
@@ -68,9 +69,9 @@ impl Lanes for HostLanes {
         self.lanes.len()
     }
 
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()> {
+    unsafe fn launch(&self, lane: usize, work: &Launch<'_>) -> Result<()> {
         let lane = &*self.lanes[lane];
-        let staged = Staged::new(span, target, portion, lane.staging.as_ptr() as u64, lane.staging.len() as u64)?;
+        let staged = Staged::new(work, lane.staging.as_ptr() as u64, lane.staging.len() as u64)?;
         let mut state = lane.state.lock();
         while state.queue.len() == CAPACITY && state.failure.is_none() {
             lane.changed.wait(&mut state);
@@ -78,7 +79,7 @@ impl Lanes for HostLanes {
         if let Some(error) = &state.failure {
             return Err(error.clone());
         }
-        state.queue.push((staged, *hyper));
+        state.queue.push((staged, *work.hyper));
         lane.changed.notify_all();
         Ok(())
     }
@@ -156,8 +157,24 @@ unsafe fn run(staged: &Staged, hyper: &Hyper) -> Result<()> {
         // SAFETY: the caller's contract.
         unsafe { copy_here(copy.dst, copy.src, copy.len) };
     }
-    // SAFETY: the span lies in the staging memory, filled above.
-    unsafe { adamw(&staged.span, hyper) }?;
+    let (from, to) = (&staged.span, &staged.to);
+    let arrays = [
+        (StateKind::Param, from.param as u64, to.param as u64),
+        (StateKind::Master, from.master as u64, to.master as u64),
+        (StateKind::ExpAvg, from.exp_avg as u64, to.exp_avg as u64),
+        (StateKind::ExpAvgSq, from.exp_avg_sq as u64, to.exp_avg_sq as u64),
+    ];
+    for (kind, old, new) in arrays.into_iter().filter(|(_, old, new)| old != new) {
+        // SAFETY: the caller's contract: both are valid, and disjoint as they are not the same.
+        unsafe { copy_here(new, old, from.len * kind.element_size(from.dtype)) };
+    }
+    let Target { param, master, exp_avg, exp_avg_sq, second } = *to;
+    // SAFETY: the arrays are filled: the lane's by the copies up, the others by those above.
+    unsafe { adamw(&Span { param, master, exp_avg, exp_avg_sq, ..*from }, hyper) }?;
+    if !second.is_null() {
+        // SAFETY: as above.
+        unsafe { copy_here(second as u64, param as u64, from.len * from.dtype.size()) };
+    }
     for copy in staged.down {
         // SAFETY: the caller's contract.
         unsafe { copy_here(copy.dst, copy.src, copy.len) };

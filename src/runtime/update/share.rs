@@ -16,8 +16,9 @@ use std::{
 };
 
 use crate::{
-    device::Lanes,
+    device::{Lanes, Launch},
     error::{Code, Error, Result},
+    model::staging_bytes,
     optim::{Hyper, Isa, PIECE, Pool, Portion, Span, Target, adamw, adamw_into_with, adamw_portion_with, unsupported},
     runtime::update::{claims::Claims, pace::Pace, update_on::UpdateOn},
 };
@@ -284,7 +285,10 @@ impl Feeder<'_> {
             if self.by_pace && !self.worth_it(round)? {
                 break;
             }
-            let start = |back: u32| self.parts[holder(self.parts, back - 1)].first.max(back.saturating_sub(self.group));
+            let start = |back: u32| {
+                let part = &self.parts[holder(self.parts, back - 1)];
+                part.first.max(back.saturating_sub(self.group * self.fold(part)))
+            };
             let Some(pieces) = self.claims.last(start) else { break };
             let (part, span, to) = cut(self.parts, pieces);
             // Gradients up and parameters down; up too, where they are not kept: of what lies in the device's memory no more crosses the link.
@@ -295,10 +299,19 @@ impl Feeder<'_> {
             let flight = Flight { start: (self.now)(), elems: span.len as u64, bytes };
             self.flights[lane] = Some(flight);
             let to = to.unwrap_or_else(|| Target::in_place(&span));
+            let (portion, hyper) = (part.portion, &part.hyper);
             // SAFETY: the contract of `Share::run`; the pieces were claimed above, and `land` waits for their end.
-            unsafe { self.lanes.launch(lane, &span, &to, part.portion, &part.hyper) }?;
+            unsafe {
+                self.lanes.launch(lane, &Launch { span: &span, target: &to, portion, hyper, above: self.above })
+            }?;
         }
         Ok(())
+    }
+
+    /// How many times as many elements a launch takes whose states do not pass through the lane's memory.
+    fn fold(&self, part: &Part) -> u32 {
+        let apart = self.above && part.portion == Portion::Whole;
+        if apart { (staging_bytes(1) / (2 * part.span.dtype.size() as u64)).max(1) as u32 } else { 1 }
     }
 
     /// Whether a group should be launched, now that the link is free; false when the processor would be through sooner.

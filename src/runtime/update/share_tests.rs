@@ -352,14 +352,14 @@ impl Lanes for Failing {
         self.inner.count()
     }
 
-    unsafe fn launch(&self, lane: usize, span: &Span, target: &Target, portion: Portion, hyper: &Hyper) -> Result<()> {
+    unsafe fn launch(&self, lane: usize, work: &Launch<'_>) -> Result<()> {
         if self.launches.fetch_add(1, Ordering::Relaxed) == self.at {
             assert!(!self.panics, "as asked");
             return Err(Error::new(Code::Cuda, "as asked."));
         }
         self.flying.lock().expect("no panic")[lane] = true;
         // SAFETY: passed on.
-        unsafe { self.inner.launch(lane, span, target, portion, hyper) }
+        unsafe { self.inner.launch(lane, work) }
     }
 
     unsafe fn copy(&self, lane: usize, dst: u64, src: u64, len: usize) -> Result<()> {
