@@ -118,7 +118,7 @@ class _Saver:
 
     def __init__(self, accelerator: Any) -> None:
         self._all: list[_Prepared] = []
-        self._models = lambda: accelerator._models
+        self._models: Callable[[], list[Any]] = lambda: accelerator._models
         self._processes, self._first = accelerator.num_processes, accelerator.is_main_process
         #: the folder of the save under way
         self._folder = Path()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,13 @@ def test_plain_checkpoint_of_another_model(host_world: World, tmp_path: Path):
     run = trainer(tmp_path, host_world.policy(model), model=model, max_steps=6)
     with pytest.raises(funicular.UsageError, match=r"FN-E407.*missing.*model\.norm\.weight"):
         run.train(resume_from_checkpoint=str(folder))
+
+
+def test_configuration_of_a_model(host_world: World, tmp_path: Path):
+    """`config.json` is what `save_pretrained` writes: the type of the weights under the name that this version reads, and no choice of attention."""
+    model = llama().to(torch.bfloat16)
+    run = trainer(tmp_path, host_world.policy(model), model=model)
+    run.save_model(str(tmp_path / "paged"))
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "paged")]
+    assert said[0] == said[1]
