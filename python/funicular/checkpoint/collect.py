@@ -237,10 +237,15 @@ def config_files(model: Any, *, fp32: bool) -> Iterator[tuple[str, bytes]]:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return
-    said = {"architectures": [type(model).__name__]}
+    said: dict[str, Any] = {"architectures": [type(model).__name__]}
     dtype = getattr(model, "dtype", None)
     if isinstance(dtype, torch.dtype):
-        said["dtype"] = "float32" if fp32 and is_half(dtype) else name_of(dtype)  # type: ignore[assignment]
+        # What transformers 4.55 and older call it; newer ones have a property of that name.
+        key = "torch_dtype" if "torch_dtype" in vars(config) else "dtype"
+        said[key] = "float32" if fp32 and is_half(dtype) else name_of(dtype)
+    if "_attn_implementation_autoset" in vars(config):
+        # As `save_pretrained` does there: what loads the model chooses its attention anew.
+        said["_attn_implementation_autoset"] = False
     copy = type(config).from_dict({**config.to_dict(), **said})
     yield "config.json", str(copy.to_json_string()).encode()
     generation = getattr(model, "generation_config", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import os
 import threading
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
     from funicular.windows.session import Session
 
-__all__ = ["Loaded", "SaveHandle", "load", "save"]
+__all__ = ["Loaded", "SaveHandle", "load", "load_weights", "save"]
+
+_log = logging.getLogger("funicular")
 
 #: the last save of each model
 _last: weakref.WeakKeyDictionary[nn.Module, SaveHandle] = weakref.WeakKeyDictionary()
@@ -365,23 +368,53 @@ def load(
             raise
         mark_whole(model)
     else:
-        between_steps(session)
-        with session.lock:
-            kept, session.partial = session.partial, ""
-            try:
-                quiesce(session)
-            except BaseException:
-                session.partial = kept
-                raise
-            with whole([session], "a load"):
-                # None changes what another still reads.
-                meet(session, "a load, before it changes anything")
-                _fill(source, model, named, session, opt, groups)
+        _fill_offloaded(source, model, named, session, opt, groups)
     if opt is not None:
         take_groups(source, opt)
     if random and "random" in said and (ranks is None or ranks.rank == 0):
         set_random_states(said["random"])
     return Loaded(said["step"], decode(said["extra"]))
+
+
+def load_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Load what other programs saved, any directory of the model's safetensors, into a model that one process has offloaded.
+
+    Names are converted as ``from_pretrained`` does, and floating-point types as torch does. Masters begin anew.
+
+    Raises
+    ------
+    UsageError
+        ``FN-E404`` if there are no files, ``FN-E407`` if names are missing or shapes differ. Nothing was loaded then.
+    """
+    model = uncompiled(model)
+    session = session_for(model)
+    assert session is not None
+    source = Source(Path(path), own=False)
+    source.convert_for(model)
+    named = named_tensors(model)
+    unexpected = compare_model(source, model, named, exact=False)
+    if unexpected:
+        _log.warning("FN-W407 %s has %s, which the model does not have.", path, unexpected)
+    _fill_offloaded(source, model, named, session, None, [])
+    if source.conversion is not None:
+        source.conversion.done()
+
+
+def _fill_offloaded(
+    source: Source, model: nn.Module, named: Any, session: Session, opt: Any, groups: list[list[str]]
+) -> None:
+    between_steps(session)
+    with session.lock:
+        kept, session.partial = session.partial, ""
+        try:
+            quiesce(session)
+        except BaseException:
+            session.partial = kept
+            raise
+        with whole([session], "a load"):
+            # None changes what another still reads.
+            meet(session, "a load, before it changes anything")
+            _fill(source, model, named, session, opt, groups)
 
 
 def _fill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from funicular.checkpoint.save_load import load, save
+from funicular.checkpoint.save_load import load, load_weights, save
 from funicular.errors import UsageError
 from funicular.integrations.figures import Figures
 from funicular.integrations.policies import policy_of, refuse_twice
@@ -34,6 +35,7 @@ from funicular.windows.ranked import together
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
     from funicular.windows.session import Session
 
@@ -117,6 +119,7 @@ class OffloadMixin:
         lr_scheduler: Any
         callback_handler: Any
         state: Any
+        training_step: Any
         is_in_train: bool
 
     def __init__(self, *args: Any, policy: Any = None, **kwargs: Any) -> None:
@@ -221,15 +224,33 @@ class OffloadMixin:
 
     # Steps
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in the trainer; a loss that is not finite is replaced on the device.
+    @contextlib.contextmanager
+    def _filtered(self) -> Iterator[None]:
+        """Have losses that are not finite replaced on the device, by what is called in the place of ``training_step``.
 
         The trainer's ``logging_nan_inf_filter`` looks at each loss, which waits for the end of backward: what Python does before the step would be
         no longer hidden. The same sums are logged, with the same bits. Older versions keep that sum where this class cannot see it, and filter
         themselves.
+
+        A ``training_step`` of a subclass sees losses as they are: its result is what the trainer would look at.
         """
-        above: Any = super()
-        loss: torch.Tensor = above.training_step(*args, **kwargs)
+        step, own = self.training_step, "training_step" in self.__dict__
+
+        @functools.wraps(step)
+        def filtered(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return self._finite(step(*args, **kwargs))
+
+        self.training_step = filtered
+        try:
+            yield
+        finally:
+            self._give_back_filter()
+            if own:
+                self.training_step = step
+            else:
+                del self.training_step
+
+    def _finite(self, loss: torch.Tensor) -> torch.Tensor:
         total: torch.Tensor | None = self.__dict__.get("_tr_loss")
         if total is None or total.device != loss.device:
             return loss
@@ -256,7 +277,6 @@ class OffloadMixin:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         above: Any = super()
         self._checkpointing = True
-        self._give_back_filter()  # the arguments are saved, too
         try:
             with together(self._session(), "saved a checkpoint"):
                 above._save_checkpoint(*args, **kwargs)
@@ -266,6 +286,7 @@ class OffloadMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in the trainer: one rank writes, and alone may call."""
         above: Any = super()
+        self._give_back_filter()  # the arguments are saved, too
         with together(self._session() if self._checkpointing else None, "saved the model"):
             above.save_model(output_dir, _internal_call=_internal_call)
 
@@ -320,10 +341,8 @@ class OffloadMixin:
                 "earlier one; resume_from_checkpoint=True finds the last that is whole.",
             )
         above: Any = super()
-        try:
+        with self._filtered():
             return above.train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._give_back_filter()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         above: Any = super()
@@ -343,6 +362,10 @@ class OffloadMixin:
                     f"{resume_from_checkpoint} {holds}, and this run has {self.args.world_size} ranks: each would write the weights that all share",
                     f"Go on from it in one process, with python; or begin with its weights and new states: model = {made}.",
                 )
+            if self._whole() and any(Path(resume_from_checkpoint).glob("*.safetensors")):
+                # The plain trainer leaves out weights that the file has under another name, as transformers 5 writes some.
+                load_weights(resume_from_checkpoint, self.model if model is None else model)
+                return
             above: Any = super()
             above._load_from_checkpoint(resume_from_checkpoint, model)
         elif not self.is_in_train:
@@ -367,6 +390,9 @@ class OffloadMixin:
         best = Path(self.state.best_model_checkpoint)
         if self._whole() and (best / MANIFEST).exists():
             load(best, self.model, random=False)
+            return
+        if self._whole() and self.args.world_size == 1 and any(best.glob("*.safetensors")):
+            load_weights(best, self.model)
             return
         above: Any = super()
         above._load_best_model()

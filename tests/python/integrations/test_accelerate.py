@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +22,9 @@ pytest.importorskip("transformers")
 from accelerate_loops import ROWS, Loop
 
 from funicular.integrations.accelerate import prepare
+from funicular.reference import ReferenceAdamW
 from trainer_ranks import READY, SIZE
-from trainer_runs import llama, weights
+from trainer_runs import Tokens, llama, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -156,3 +160,78 @@ def test_refusals(host_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyP
     loop = Loop(host_world.policy(llama()))
     with pytest.raises(funicular.UsageError, match="FN-E404.*without funicular.*checkpoint="):
         loop.accelerator.load_state(str(tmp_path / "plain"))
+
+
+class Pair(Loop):
+    """Two models with an optimizer each, and an ordinary one after them, of one accelerator."""
+
+    def __init__(self, policies: Any) -> None:
+        super().__init__(None if policies is None else policies[0])
+        torch.manual_seed(7)
+        second = llama(tie_word_embeddings=False)
+        kind = ReferenceAdamW if policies is None else funicular.AdamW
+        opt = kind(second.parameters(), lr=1e-2)
+        if policies is None:
+            self.second, self.second_opt = self.accelerator.prepare(second, opt)
+        else:
+            self.second, self.second_opt = prepare(self.accelerator, second, opt, policies[1])
+        torch.manual_seed(8)
+        self.third = self.accelerator.prepare(torch.nn.Linear(3, 3))
+
+    def both(self, steps: int) -> None:
+        """Train the two by turns, and change the third."""
+        for number in range(steps):
+            self.run(1, first=number)
+            batch = {name: value.to(self.second.device) for name, value in Tokens()[number].items()}
+            loss = self.second(**{name: value[None] for name, value in batch.items()}, use_cache=False).loss
+            self.losses.append(loss.item())
+            self.accelerator.backward(loss)
+            self.second_opt.step()
+            self.second_opt.zero_grad()
+            with torch.no_grad():
+                self.third.weight.mul_(1.5)
+
+    def all_weights(self) -> dict[str, torch.Tensor]:
+        models = {"a": self.module(), "b": self.accelerator.unwrap_model(self.second), "c": self.third}
+        return {f"{one}.{name}": value for one, model in models.items() for name, value in weights(model).items()}
+
+
+def test_several_offloaded_models(host_world: World, tmp_path: Path):
+    """Each has a folder of its own; an ordinary one beside them is in accelerate's file."""
+    out = []
+    for name in ("plain", "paged"):
+        policies = (host_world.policy(llama()), host_world.policy(llama(tie_word_embeddings=False)))
+        first = Pair(None if name == "plain" else policies)
+        first.both(2)
+        first.accelerator.save_state(str(tmp_path / name))
+        again = Pair(None if name == "plain" else policies)
+        again.accelerator.load_state(str(tmp_path / name))
+        again.both(2)
+        out.append((first.losses + again.losses, again.all_weights()))
+    assert out[0][0] == out[1][0]
+    assert [name for name, value in out[0][1].items() if not torch.equal(value, out[1][1][name])] == []
+    assert {p.name for p in (tmp_path / "paged").iterdir()} >= {"funicular", "funicular_1", "model.safetensors"}
+    one = Loop(host_world.policy(llama()))
+    one.accelerator.save_state(str(tmp_path / "one"))
+    with pytest.raises(funicular.UsageError, match="FN-E404.*funicular_1"):
+        again.accelerator.load_state(str(tmp_path / "one"))
+
+
+def test_another_model_after_free_memory(host_world: World, tmp_path: Path):
+    """The accelerator that has freed a model lets go of it, and saves the next one."""
+    loop = Loop(host_world.policy(llama()))
+    gone = weakref.ref(loop.module())
+    loop.model = loop.opt = loop.schedule = loop.data = None
+    loop.accelerator.free_memory()
+    gc.collect()
+    assert gone() is None
+    loop.accelerator.save_state(str(tmp_path / "none"))
+    model = llama()
+    loop.model, opt = prepare(loop.accelerator, model, funicular.AdamW(model.parameters()), host_world.policy(llama()))
+    loop.accelerator.save_state(str(tmp_path / "state"))
+    saved = {name: value.clone() for name, value in weights(loop.module()).items()}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    loop.accelerator.load_state(str(tmp_path / "state"))
+    assert all(torch.equal(value, saved[name]) for name, value in weights(loop.module()).items())
+    assert opt.optimizer.param_groups
