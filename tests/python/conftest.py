@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import facts
+import forks
 import funicular
 from covering import thin
 from models import CUDA, Stack
@@ -80,6 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="funicular-inductor-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """The processes that share the tests are forks of one that has imported what they need. A GPU is for processes that begin anew."""
+    if not CUDA:
+        forks.fork_workers()
 
 
 def in_worlds(item: pytest.Item, worlds: set[str]) -> bool:
