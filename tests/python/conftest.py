@@ -118,6 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.enable()
+    facts.compile_sooner()
 
 
 @pytest.hookimpl(wrapper=True)
