@@ -223,7 +223,7 @@ fmt: $(ENVIRONMENT) need-rust
 
 lint: lint-rust lint-python lint-text
 
-# What maturin tells pyo3: in another environment clippy would have cargo compile pyo3 again for the next wheel.
+# What maturin tells pyo3: in another environment clippy would have cargo check pyo3 once more, and compile it again for the next wheel.
 AS_MATURIN = $(addprefix PYO3_BUILD_EXTENSION_MODULE=1 PYO3_CONFIG_FILE=$(CURDIR)/,$(firstword $(wildcard target/maturin/pyo3-config-*.txt)))
 
 # In CI after the package, whose environment clippy is to take.
@@ -231,7 +231,7 @@ lint-rust: need-rust $(if $(CI),package)
 	$(call say,Rust lints)
 	@$(CARGO) fmt --all --check
 	@env $(AS_MATURIN) $(CARGO) clippy --locked --workspace --all-targets --quiet -- -D warnings
-	@$(CARGO) clippy --locked --workspace --all-targets --quiet --no-default-features -- -D warnings
+	@env $(AS_MATURIN) $(CARGO) clippy --locked --workspace --all-targets --quiet --no-default-features -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --quiet
 	@$(CARGO) test --locked --quiet --test tidy
 
@@ -341,7 +341,7 @@ soak: package
 	$(call say,soak: all cases of the products of which make test takes some)
 	@$(PY) -m pytest tests/python --full -m covering -n $(TEST_JOBS)
 	$(call say,soak: signal handlers that use the model at every point)
-	@FUNICULAR_EVERY_POINT=1 $(PY) -m pytest tests/python/windows/test_handlers.py -n $(TEST_JOBS) --timeout 20000
+	@FUNICULAR_EVERY_POINT=1 $(PY) -m pytest tests/python/windows/test_handlers.py --full -n $(TEST_JOBS) --timeout 20000
 	$(call say,soak: thousands of steps in which nothing may grow)
 	@$(PY) tests/python/soak.py $(SOAK_ARGS)
 

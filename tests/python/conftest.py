@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import facts
+import forks
 import funicular
 from covering import thin
 from models import CUDA, Stack
@@ -82,6 +83,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """The processes that share the tests are forks of one that has imported what they need. A GPU is for processes that begin anew."""
+    if not CUDA:
+        forks.fork_workers()
+
+
 def in_worlds(item: pytest.Item, worlds: set[str]) -> bool:
     """Whether all placements that a case names among its parameters are wanted."""
     call = getattr(item, "callspec", None)
@@ -110,6 +118,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.enable()
+    facts.compile_sooner()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,8 @@
 
 An import of torch and funicular takes seconds of a processor, a fork milliseconds. The fork runs the program as ``python -c`` would: in a
 ``__main__`` of its own, with an environment, a folder and streams of its own, and the interpreter ends as it always does.
+
+The processes that share the tests (``pytest -n``) are such forks, too, and each begins with a server of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,21 @@ with contextlib.suppress(ImportError):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 torch.set_num_threads(1)
 """
+#: The same for the processes that share the tests: what most of them would import, and the servers that they would start.
+TO_TEST = f"""
+import importlib, sys
+sys.path[:0] = [{str(HERE)!r}]
+{_READY}
+{TO_PLAN}
+for name in ("accelerate", "numpy", "safetensors.torch", "torch._functorch.config", "transformers.conversion_mapping", "transformers.trainer"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
+# pytest would rewrite the assertions of its plugins, and warns where they are imported already: here by transformers.
+for name in {{"anyio", "hypothesis"}} & sys.modules.keys():
+    sys.modules[name].__doc__ = "PYTEST_DONT_REWRITE"
+"""
+#: How execnet begins a process that shares the tests.
+_AS_WORKER = "import sys, forks; exec(eval(sys.stdin.readline())); forks.end()"
 
 
 def python(code: str, ready: str = _READY, **options: Any) -> subprocess.Popen[str]:
@@ -49,6 +66,34 @@ def plan(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     command = ["funicular", "plan", *arguments]
     program = f"import runpy, sys; sys.argv = {command!r}; runpy.run_module('funicular', None, '__main__', True)"
     return python(program, TO_PLAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def fork_workers() -> None:
+    """Have execnet, and so pytest-xdist, begin its processes as forks."""
+    from execnet import gateway_base, gateway_io
+
+    class Worker(gateway_io.Popen2IOMaster):
+        def __init__(self, _: list[str], execmodel: gateway_base.ExecModel) -> None:
+            program = [TO_TEST, "-c", "import forks; exec(forks.begin_worker())"]
+            self.popen: Any = _Fork(program, executable="python", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            gateway_base.Popen2IO.__init__(self, self.popen.stdin, self.popen.stdout, execmodel)
+
+    gateway_io.Popen2IOMaster = Worker
+
+
+def begin_worker() -> str:
+    """Fork a server for this process, while nothing but imports has happened in it. Returns the program that it, or a fork of the server, is to run."""
+    ours, theirs = socket.socketpair()
+    number = os.fork()
+    if number:
+        theirs.close()
+        _forked.append(_Server(ours, lambda: os.waitpid(number, 0)))
+        return _AS_WORKER
+    ours.close()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(nothing, stream)
+    return serve(theirs.detach())
 
 
 def end() -> None:
@@ -80,17 +125,10 @@ class _Fork(subprocess.Popen[str]):
 class _Server:
     """The process that forks. It ends when this one's end of the socket is closed."""
 
-    def __init__(self, ready: str) -> None:
+    def __init__(self, requests: socket.socket, wait: Callable[[], object]) -> None:
         if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError("prctl(PR_SET_CHILD_SUBREAPER) failed")
-        self.process: subprocess.Popen[str] | subprocess.Popen[bytes]
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            if ready == _READY:
-                program = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import forks; exec(forks.serve({theirs.fileno()}, {ready!r}))"
-                self.process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
-            else:  # torch is there already: a fork of the process that has imported it
-                self.process = python(f"import forks; exec(forks.serve(0, {ready!r}))", stdin=theirs)
+        self.socket, self.wait = requests, wait
         atexit.register(self.end)
 
     def fork(self, request: dict[str, object], streams: list[int]) -> int:
@@ -104,16 +142,30 @@ class _Server:
 
     def end(self) -> None:
         self.socket.close()
-        self.process.wait()
+        self.wait()
+
+
+#: the server that this process began with, which has run ``TO_TEST``
+_forked: list[_Server] = []
 
 
 @functools.cache
 def _server(ready: str) -> _Server:
-    return _Server(ready)
+    if _forked and ready in (_READY, TO_PLAN):
+        return _forked[0]
+    ours, theirs = socket.socketpair()
+    process: subprocess.Popen[Any]
+    with theirs:
+        if ready in (_READY, TO_TEST):
+            program = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import forks; exec(forks.serve({theirs.fileno()}, {ready!r}))"
+            process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()])
+        else:  # torch is there already: a fork of the process that has imported it
+            process = python(f"import forks; exec(forks.serve(0, {ready!r}))", stdin=theirs)
+    return _Server(ours, process.wait)
 
 
-def serve(number: int, ready: str) -> str:
-    """Fork for each request until the socket is closed. Returns the program that a fork is to run, and in the server none."""
+def serve(number: int, ready: str = "") -> str:
+    """Fork for each request until the socket is closed, which ends this process. Returns the program that a fork is to run."""
     exec(ready, {})
     gc.collect()
     gc.freeze()
@@ -127,7 +179,7 @@ def serve(number: int, ready: str) -> str:
             for stream in received[1]:
                 os.close(stream)
             requests.sendall(child.to_bytes(8, "little"))
-    return ""
+    os._exit(0)  # nothing to write; to take its modules apart takes a quarter of a second
 
 
 def _fork() -> int:

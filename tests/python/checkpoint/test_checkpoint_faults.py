@@ -55,6 +55,7 @@ def data_of(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little") if path.suffix == ".safetensors" else 0
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_any_file(damage: str, saved: Path, two_worlds: World, tmp_path: Path):
     """Nothing is lost of a model that has trained: the load fails before it touches anything."""

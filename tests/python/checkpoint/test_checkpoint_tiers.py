@@ -17,6 +17,7 @@ from twin import World
 __all__ = ["saved"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("fault", "code"), [("flip", "FN-E302"), ("eio", "FN-E301")])
 @pytest.mark.parametrize("engine", ["threads", "io_uring"])
 def test_the_tier_cannot_be_read(fault: str, code: str, engine: str, disk: str, io_uring: bool, tmp_path: Path):
@@ -50,6 +51,7 @@ def test_the_tier_cannot_be_read(fault: str, code: str, engine: str, disk: str, 
         assert struck(number) == "2 save", number
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("engine", ["threads", "io_uring"])
 def test_the_tier_cannot_be_written(engine: str, saved: Path, disk: str, io_uring: bool):
     """What a load writes to NVMe fails: an error by name, and a model that is half loaded does not run."""

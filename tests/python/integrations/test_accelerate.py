@@ -34,6 +34,7 @@ def equal(a: Loop, b: Loop) -> bool:
     return a.losses == b.losses and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_like_the_plain_loop(precision: str, two_worlds: World):
     plain = Loop(None, mixed_precision=precision).run(12)

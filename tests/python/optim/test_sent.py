@@ -25,6 +25,7 @@ def _step_there(model: nn.Module, optimizer: torch.optim.Optimizer, results: Any
 
 
 @pytest.mark.slow
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_optimizer_as_argument_of_a_process(method: str, two_worlds: World):
     """It goes with copies of the states, over the copies of the weights, and steps them as this process steps its own."""

@@ -33,7 +33,9 @@ ACTIONS = ("differentiate", "step", "look", "save", "load")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs the exception table of Python 3.11")
-@pytest.mark.parametrize("placement", ["host", "nvme-threads"])
+# The order decides which actions are chosen with the disk: those that read it themselves.
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("placement", ["nvme-threads", "host"])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_at_every_point(action: str, placement: str, disk: str):
     strikes = [*handlers.HARMLESS, *CHANGING]

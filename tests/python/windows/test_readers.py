@@ -110,6 +110,7 @@ def beside(run: Run, readers: list[Callable[..., None]], train: Callable[[], Any
     assert not wrong, wrong[:3]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reader", READERS)
 def test_beside_training(reader, world):
     """Readers see weights, and the training is, bit for bit, the one without them."""
@@ -175,6 +176,7 @@ def amid_a_backward(run: Run, begun: threading.Event, over: threading.Event) -> 
         gradients(run, look)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reads", [after_a_backward_that_failed, amid_a_backward])
 def test_frames_stay_while_another_thread_computes_from_them(reads, world):
     """Steps take no frames away that another thread's operation may be reading: it was let in by a backward, which may have failed."""
