@@ -35,7 +35,14 @@ fn model() -> (Layout, Vec<Tiers>, Budgets, Limits) {
         layout,
         tiers,
         budgets,
-        Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: false, residents: false, lanes: LaneUse::Never },
+        Limits {
+            granularity: 2 << 20,
+            block: 1 << 20,
+            has_nvme: false,
+            residents: false,
+            lanes: LaneUse::Never,
+            ranks: 1,
+        },
     )
 }
 
@@ -75,6 +82,7 @@ fn checksums(criterion: &mut Criterion) {
         direct: DirectIo::Preferred,
         engine: EngineOptions::default(),
         budget: None,
+        common: None,
     };
     let store = Store::open(spec, &[], drop).unwrap().store;
     let bytes: Vec<u8> = (0..SEGMENT).map(|n| (n * 31 + (n >> 9)) as u8).collect();

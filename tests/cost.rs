@@ -41,7 +41,7 @@ fn placed_with(
         nvme_free: None,
         spare: spare.map(ByteCount),
     };
-    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true, lanes };
+    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: true, lanes, ranks: 1 };
     place(layout, &vec![tiers; layout.units.len()], &budgets, &limits).unwrap()
 }
 

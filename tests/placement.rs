@@ -8,6 +8,7 @@ use funicular::{
     quantities::{ByteCount, Tier, UnitId},
     schedule::{
         Budgets, LaneUse, Limits, Placement, Tiers,
+        advice::{place_or_demote, ways},
         placement::{may_have_spare, place, spare_bytes},
     },
 };
@@ -82,10 +83,11 @@ fn cases() -> impl Strategy<Value = Case> {
         (
             prop_oneof![Just(4096u64), Just(2 << 20)],
             prop_oneof![2 => Just(LaneUse::Never), 1 => Just(LaneUse::IfRoom), 1 => Just(LaneUse::Always)],
+            prop_oneof![2 => Just(1_u32), 1 => 2_u32..9],
         ),
     )
         .prop_map(
-            |(layout, wishes, same, (host, hbm, nvme, spare), (has_nvme, residents), (granularity, lanes))| {
+            |(layout, wishes, same, (host, hbm, nvme, spare), (has_nvme, residents), (granularity, lanes, ranks))| {
                 let (params, states, grads) = bytes(&layout);
                 let all = params + states + grads;
                 let n = layout.units.len();
@@ -105,7 +107,7 @@ fn cases() -> impl Strategy<Value = Case> {
                     layout,
                     tiers,
                     budgets,
-                    limits: Limits { granularity, block: 1 << 20, has_nvme, residents, lanes },
+                    limits: Limits { granularity, block: 1 << 20, has_nvme, residents, lanes, ranks },
                 }
             },
         )
@@ -158,7 +160,8 @@ fn recount(case: &Case, plan: &Placement) -> Recount {
     // Parameter, gradient and moments of fp32, on each of three lanes.
     sum.hbm += 3 * (16 * plan.lane_elems).next_multiple_of(case.limits.granularity);
     let slots = |(n, b): (u32, u64)| u64::from(n) * b;
-    sum.host += slots(plan.page_slots) + slots(plan.update_slots) + slots(plan.grad_slots) + sum.spare;
+    let staging = slots(plan.page_slots) + slots(plan.update_slots) + slots(plan.grad_slots);
+    sum.host += staging * u64::from(case.limits.ranks) + sum.spare;
     if case.budgets.hbm.is_none() {
         sum.host += sum.hbm;
     }
@@ -191,7 +194,8 @@ fn holds(case: &Case, plan: &Placement) -> Result<(), TestCaseError> {
     let units = || case.layout.units.iter().zip(&plan.homes);
     let widest = units().filter(|(_, h)| h.params == Tier::Nvme).map(|(u, _)| u.param_bytes()).max().unwrap_or(0);
     let grads = units().filter(|(_, h)| h.grads == Tier::Nvme).map(|(u, _)| u.grad_bytes()).max().unwrap_or(0);
-    prop_assert!(plan.shadow_bytes >= widest + grads + checkpoint(plan), "any unit can be read outside its window");
+    let reads = (widest + grads + checkpoint(plan)) * u64::from(case.limits.ranks);
+    prop_assert!(plan.shadow_bytes >= reads, "any unit can be read outside its window");
     prop_assert!(grads == 0 || (plan.grad_slots.0 >= 1 && plan.grad_slots.1 >= grads), "they fit a gradient slot");
     prop_assert!(widest == 0 || (plan.page_slots.0 >= 1 && plan.page_slots.1 >= widest), "it fits a page slot");
     // The machine leaves one update slot to the runtime.
@@ -276,8 +280,8 @@ fn spares_are_left_over(case: &Case, plan: &Placement) -> Result<(), TestCaseErr
     }
     if let Some(first) = case.layout.ids().find(|&u| may(u) && !plan.spare[u.index()]) {
         let before = sum(&mut case.layout.ids().filter(|&u| u < first && may(u)));
-        let room =
-            case.budgets.host.0 - (plan.host_bytes - taken.0) - plan.widest_on_nvme(&case.layout) - checkpoint(plan);
+        let reads = (plan.widest_on_nvme(&case.layout) + checkpoint(plan)) * u64::from(case.limits.ranks);
+        let room = case.budgets.host.0 - (plan.host_bytes - taken.0) - reads;
         let room = case.budgets.spare.map_or(room / 2, |b| b.0.min(room));
         let on_nvme = case.budgets.nvme.0 - (plan.nvme_bytes - taken.1);
         let fits = before.0 + bytes(first).0 <= room && before.1 + bytes(first).1 <= on_nvme;
@@ -369,7 +373,8 @@ fn a_wide_unit_stays_home_where_paging_it_would_cost_more() {
         nvme_free: None,
         spare: None,
     };
-    let limits = Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: false, lanes: LaneUse::Never };
+    let limits =
+        Limits { granularity: 4096, block: 1 << 20, has_nvme: true, residents: false, lanes: LaneUse::Never, ranks: 1 };
     let plan = place(&layout, &[Tiers::default(); 9], &budgets, &limits).unwrap();
     assert_eq!(plan.homes[0].params, Tier::Host, "128 MiB at home; a slot and a shadow of it would be 256");
     assert!(plan.homes[1..].iter().any(|h| h.params == Tier::Nvme));
@@ -396,8 +401,37 @@ fn placed_with(lanes: LaneUse, tiers: Tiers, hbm: Option<u64>, host: u64) -> Res
         nvme_free: None,
         spare: None,
     };
-    let limits = Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: true, residents: true, lanes };
+    let limits = Limits { granularity: 2 << 20, block: 1 << 20, has_nvme: true, residents: true, lanes, ranks: 1 };
     place(&layers(), &[tiers; 12], &budgets, &limits)
+}
+
+#[test]
+fn of_several_ranks_states_alone_go_lower() {
+    let here = Tiers { params: Some(Tier::Host), optimizer: Some(Tier::Host), grads: Some(Tier::Host) };
+    let budgets = |host| Budgets {
+        hbm: Some(ByteCount::mib(64)),
+        host: ByteCount::mib(host),
+        nvme: ByteCount(u64::MAX),
+        nvme_free: None,
+        spare: None,
+    };
+    let limits = |ranks| Limits {
+        granularity: 4096,
+        block: 1 << 20,
+        has_nvme: true,
+        residents: false,
+        lanes: LaneUse::Never,
+        ranks,
+    };
+    let demoted = |host, ranks| place_or_demote(&layers(), &[here; 12], &budgets(host), &limits(ranks), true);
+    let (plan, note) = demoted(100, 4).unwrap();
+    assert!(plan.homes.iter().all(|h| h.params == Tier::Host && h.grads == Tier::Host), "48 MiB of both");
+    assert!(plan.homes.iter().any(|h| h.optimizer == Tier::Nvme) && note.is_some());
+    assert!(demoted(40, 1).is_ok(), "one process keeps parameters there, too");
+    assert_eq!(demoted(40, 4).unwrap_err().code(), Code::HostBudget);
+    let ways = ways(&layers(), &[here; 12], &budgets(100), &limits(4));
+    let said: Vec<&str> = ways.iter().map(|way| &*way.change).collect();
+    assert_eq!(said, ["optimizer.tier = \"auto\"", "optimizer.tier = \"nvme\""]);
 }
 
 #[test]

@@ -287,16 +287,53 @@ fn activations_that_do_not_fit_are_in_the_answer() {
     }
 }
 
+/// A model whose states do not fit into host memory, on ranks.
+fn on_small_hosts(ranks: &str, more: &[&str]) -> std::process::Output {
+    let model = ["plan", "--params", "7B", "--layers", "32", "--gpu", "24GB", "--ram", "64GB", "--disk", "1TB"];
+    Command::new(env!("CARGO_BIN_EXE_funicular"))
+        .args(model.iter().chain(&["--ranks", ranks]).chain(more))
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn states_of_ranks_are_on_nvme_once() {
+    let planned = |ranks: &str| -> serde_json::Value {
+        let run = on_small_hosts(ranks, &["--json"]);
+        assert_eq!(run.status.code(), Some(0), "{}", String::from_utf8_lossy(&run.stderr));
+        serde_json::from_slice(&run.stdout).unwrap()
+    };
+    let of = |plan: &serde_json::Value, tier: &str| {
+        plan["tiers"].as_array().unwrap().iter().find(|t| t["tier"] == tier).unwrap().clone()
+    };
+    let held = |tier: &serde_json::Value, what: &str| -> u64 {
+        let all = tier["holds"].as_array().unwrap();
+        all.iter().find(|held| held[0] == what).map_or(0, |held| held[1].as_u64().unwrap())
+    };
+    let (two, four) = (planned("2"), planned("4"));
+    let states = |plan: &serde_json::Value| held(&of(plan, "nvme"), "states") + held(&of(plan, "host"), "states");
+    assert!(held(&of(&two, "nvme"), "states") > 0 && states(&two) == states(&four));
+    let staging = |plan: &serde_json::Value| held(&of(plan, "host"), "staging");
+    assert_eq!(staging(&two) * 2, staging(&four), "each rank has staging of its own");
+    let host = of(&four, "host");
+    assert!(host["steady"].as_u64() <= host["budget"].as_u64(), "{host}");
+    let moved = |plan: &serde_json::Value, ranks: u64| -> u64 {
+        plan["traffic"].as_array().unwrap().iter().find(|t| t[0] == "nvme_write").unwrap()[1].as_u64().unwrap() * ranks
+    };
+    // But for the rounding of each unit.
+    let (moved, states) = (moved(&two, 2), held(&of(&two, "nvme"), "states"));
+    assert!(moved.abs_diff(states) < states / 100, "{moved} of {states}");
+}
+
 #[test]
 fn what_ranks_cannot_have_is_refused() {
-    let run = Command::new(env!("CARGO_BIN_EXE_funicular"))
-        .args([
-            "plan", "--params", "7B", "--layers", "32", "--gpu", "24GB", "--ram", "64GB", "--disk", "1TB", "--ranks",
-            "2",
-        ])
-        .output()
-        .unwrap();
-    assert_eq!(run.status.code(), Some(2));
-    let said = String::from_utf8_lossy(&run.stderr);
-    assert!(said.contains("FN-E704") && said.contains("on NVMe"), "{said}");
+    for key in ["params", "gradients"] {
+        let dir = tempfile::tempdir().unwrap();
+        let policy = dir.path().join("policy.toml");
+        std::fs::write(&policy, format!("version = 1\n[{key}]\ntier = \"nvme\"\n")).unwrap();
+        let run = on_small_hosts("2", &["--policy", policy.to_str().unwrap()]);
+        assert_eq!(run.status.code(), Some(2));
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert!(said.contains("FN-E704") && said.contains(&format!("{key}.tier")), "{said}");
+    }
 }

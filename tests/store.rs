@@ -13,9 +13,9 @@ use crossbeam::channel::{Receiver, unbounded};
 use funicular::{
     Code,
     io::{DirectIo, Direction, EngineChoice, EngineOptions, Fault, IoCompletion, IoRequest, Rule, free_bytes},
-    memory::{SlotLease, SlotPool},
+    memory::{HostRegion, SharedFile, SharedWords, SlotLease, SlotPool},
     quantities::ByteCount,
-    store::{OpenedStore, SegmentSpec, Store, StoreSpec},
+    store::{Common, OpenedStore, SegmentSpec, Store, StoreSpec},
 };
 use tempfile::TempDir;
 
@@ -39,6 +39,7 @@ fn spec(paths: &[&Path], sizes: &[u64]) -> StoreSpec {
         direct: DirectIo::Preferred,
         engine: EngineOptions { choice: EngineChoice::Auto, ..EngineOptions::default() },
         budget: None,
+        common: None,
     }
 }
 
@@ -148,15 +149,54 @@ fn a_flipped_bit_and_a_lost_write_are_found() {
 }
 
 #[test]
+fn what_one_process_has_written_another_reads_and_checks() {
+    for direct in [DirectIo::Preferred, DirectIo::Off] {
+        let (a, b) = (disk(), disk());
+        let sizes = [3 * CHUNK, CHUNK + 7];
+        let bytes = StoreSpec::common_words(2, CHUNK, sizes.into_iter()) as u64 * 8;
+        let file = SharedFile::create(bytes.next_multiple_of(1 << 16)).unwrap();
+        let words = || SharedWords::new(HostRegion::of_file(&file, 0, ByteCount(bytes), "a test").unwrap());
+        let with = |maker, sizes: &[u64]| {
+            let common = Some(Common::new(words(), maker));
+            open(StoreSpec { direct, common, ..spec(&[a.path(), b.path()], sizes) })
+        };
+        let me = std::process::id();
+        let (first, second) = (with(None, &sizes).unwrap(), with(Some(me), &sizes).unwrap());
+        assert_eq!(std::fs::read_dir(a.path()).unwrap().count(), 1, "one directory, of who has made the files");
+        assert!(!second.store.written(0, 0));
+        first.write(0, &pattern(1, sizes[0]));
+        second.write(1, &pattern(2, sizes[1]));
+        for rig in [&first, &second] {
+            for (segment, &size) in sizes.iter().enumerate() {
+                assert!(rig.store.written(segment, 0));
+                let (bytes, verified) = rig.read(segment, size as usize);
+                verified.unwrap();
+                assert!(bytes == pattern(segment + 1, size));
+            }
+        }
+        // Bytes that another has not written are found, as its own are.
+        second.store.seal(0, 1, &pattern(9, CHUNK));
+        assert_eq!(first.read(0, sizes[0] as usize).1.expect_err("another sum").code(), Code::Corrupted);
+        let larger = with(Some(me), &[sizes[0], 9 * CHUNK]).err().unwrap();
+        assert!(larger.code() == Code::PathUnusable && larger.to_string().contains("smaller than planned"), "{larger}");
+        // What the one has open outlives the other.
+        drop(first);
+        assert!(second.read(1, sizes[1] as usize).0 == pattern(2, sizes[1]));
+        assert_eq!(std::fs::read_dir(a.path()).unwrap().count(), 0, "nothing remains");
+    }
+}
+
+#[test]
 fn limits_are_named_with_their_numbers() {
     let dir = disk();
     let mut small = spec(&[dir.path()], &[10 * CHUNK]);
     small.budget = Some(ByteCount(10 * CHUNK - 1));
-    let e = open(small.clone()).err().unwrap();
+    let e = open(small).err().unwrap();
     assert_eq!(e.code(), Code::NvmeBudget);
     assert!(e.to_string().contains("160.0 KiB"), "{e}");
-    small.budget = Some(ByteCount(10 * CHUNK));
-    open(small).unwrap();
+    let mut enough = spec(&[dir.path()], &[10 * CHUNK]);
+    enough.budget = Some(ByteCount(10 * CHUNK));
+    open(enough).unwrap();
 
     // Two paths on one file system that holds either half but not both.
     let other = disk();

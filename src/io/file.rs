@@ -72,7 +72,8 @@ impl IoFile {
         &self.file
     }
 
-    pub(super) fn fd(&self) -> RawFd {
+    /// Its number in this process.
+    pub fn number(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 }
@@ -249,6 +250,15 @@ fn alignment(file: &File) -> Option<usize> {
 /// `FN-E604` if it cannot be made.
 pub fn scratch_file(dir: &Path, direct: bool) -> Result<File> {
     unlinked_file(dir, direct).map_err(|e| unusable(dir, &e))
+}
+
+/// Opens once more, for reading and writing, what `path` leads to: a file of [`scratch_file`], by its number in a process.
+///
+/// # Errors
+/// What the system says.
+pub fn reopened_file(path: &Path, direct: bool) -> std::result::Result<File, OsError> {
+    let direct = if direct { libc::O_DIRECT } else { 0 };
+    OpenOptions::new().read(true).write(true).custom_flags(direct).open(path)
 }
 
 fn unlinked_file(dir: &Path, direct: bool) -> std::result::Result<File, OsError> {

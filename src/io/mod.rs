@@ -19,7 +19,7 @@ use std::sync::Arc;
 pub use fault::{Fault, Faults, Rule};
 pub use file::{
     DirectIo, DirectoryProbe, FileSystem, IoFile, allocate, device_number, free_bytes, probe_directory, reads_direct,
-    scratch_file, takes_direct,
+    reopened_file, scratch_file, takes_direct,
 };
 pub(crate) use file::{disk_full, random, unusable};
 pub use probe::{OpenedEngine, open_engine};

@@ -133,7 +133,7 @@ fn issue(file: &IoFile, block: &Block, fault: Option<Fault>) -> i64 {
         Some(Fault::Short(keep)) => keep.min(block.len).next_multiple_of(super::ALIGNMENT).min(block.len),
         Some(Fault::FlipBit) | None => block.len,
     };
-    let (fd, at, offset) = (file.fd(), block.address as *mut u8, block.offset as libc::off_t);
+    let (fd, at, offset) = (file.number(), block.address as *mut u8, block.offset as libc::off_t);
     // SAFETY: `check` found the range inside the request's lease, which is kept until this block has ended, and blocks
     // of a request are disjoint ranges of it unless its owner asked otherwise; no references into it exist meanwhile.
     let result = unsafe {

@@ -190,7 +190,7 @@ impl Ring {
         let depth = depth.clamp(1, 4096);
         let mut ring = build(depth + 1).map_err(|e| Refused::new("io_uring_setup", &e))?;
         try_out(&mut ring)?;
-        let fds: Vec<_> = shared.files.iter().map(IoFile::fd).collect();
+        let fds: Vec<_> = shared.files.iter().map(IoFile::number).collect();
         if !fds.is_empty() {
             ring.submitter().register_files(&fds).map_err(|e| Refused::new("io_uring_register", &e))?;
         }

@@ -227,8 +227,7 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
         }
     };
     let ways = match &refusal {
-        // Others than more host memory need a tier that ranks cannot use.
-        Some(error) if error.code() == crate::Code::HostBudget && !several => {
+        Some(error) if error.code() == crate::Code::HostBudget => {
             advice::ways(&layout, &config.tiers, &config.budgets, &limits)
         }
         _ => Vec::new(),
@@ -247,8 +246,8 @@ pub fn plan(units: &[PlannedUnit], policy: &Policy, machine: &Machine, compute: 
     let mut traffic = vec![
         ("host_to_device", moved.up),
         ("device_to_host", share(moved.down)),
-        ("nvme_read", moved.nvme_read),
-        ("nvme_write", moved.nvme_write),
+        ("nvme_read", share(moved.nvme_read)),
+        ("nvme_write", share(moved.nvme_write)),
         ("cpu_update", share(by_cpu)),
         ("gpu_update", share(by_gpu)),
     ];
@@ -340,7 +339,9 @@ impl Sight<'_> {
         let spare = spares().map(|u| placement::spare_bytes(self.layout.unit(u), plan.homes[u.index()]));
         let (spare, spare_on_nvme) = spare.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
         let staging =
-            [plan.page_slots, plan.update_slots, plan.grad_slots].iter().map(|(n, b)| u64::from(*n) * b).sum();
+            [plan.page_slots, plan.update_slots, plan.grad_slots].iter().map(|(n, b)| u64::from(*n) * b).sum::<u64>();
+        // Of several ranks each has its own.
+        let staging = staging * u64::from(self.limits.ranks);
         let shared = if self.budgets.hbm.is_none() { plan.hbm_bytes } else { 0 };
         let read = plan.widest_on_nvme(self.layout);
         let save = plan.checkpoint_bytes();

@@ -58,7 +58,8 @@ pub(super) fn of(
         // On the host device units are exchanged at the end of a backward; on GPUs once all of a unit has come, but for the first backward,
         // in which nothing tells what will come. The mean of the unit that is exchanged is there as a whole too, for its norm.
         own_gradients: (all, if on_host { all } else { (UNDER_WAY * largest).min(all) + largest }),
-        exchange: u64::from(passes) * layout.units.iter().map(|unit| exchanged(unit, 0, ranks)).sum::<u64>(),
+        exchange: u64::from(passes)
+            * layout.ids().map(|id| exchanged((layout.unit(id), placed.owned_block(id)), 0, ranks)).sum::<u64>(),
         through_host,
         per_parameter,
     }
@@ -82,9 +83,9 @@ fn gradient_bytes(unit: &Unit, section: usize, elems: u64) -> u64 {
 }
 
 /// Bytes of a unit's gradients that a rank sends and receives: what others own, once, and what it owns itself, of each of the others.
-fn exchanged(unit: &Unit, rank: usize, ranks: usize) -> u64 {
+fn exchanged((unit, block): (&Unit, u64), rank: usize, ranks: usize) -> u64 {
     let one = |p: &crate::model::ParamPlace| {
-        let part = owned(unit.sections[p.section].elems, rank, ranks);
+        let part = owned(unit.sections[p.section].elems, block, rank, ranks);
         let mine = part.end.min(p.start + p.numel).saturating_sub(part.start.max(p.start));
         gradient_bytes(unit, p.section, (p.numel - mine) + mine * (ranks as u64 - 1))
     };
@@ -142,6 +143,7 @@ impl fmt::Display for RanksPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schedule::ranks::owned::OWNED_BLOCK;
     use crate::{
         dtype::DType,
         model::{ParamSpec, UnitSpec},
@@ -153,7 +155,7 @@ mod tests {
         let unit = UnitSpec { name: "u".into(), params: vec![param(100_000, true), param(7, true), param(900, false)] };
         let layout = Layout::new(&[unit]).expect("a layout");
         let (unit, all) = (&layout.units[0], 2 * 100_007);
-        let of = |rank, ranks| exchanged(unit, rank, ranks);
+        let of = |rank, ranks| exchanged((unit, OWNED_BLOCK), rank, ranks);
         assert_eq!((of(0, 2), of(1, 2)), (all, all), "of two ranks each has every byte of it, sent or received");
         let sum: u64 = (0..4).map(|rank| of(rank, 4)).sum();
         assert_eq!(sum, 2 * 3 * all, "each byte is sent by three and received by one, three times");

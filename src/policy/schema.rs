@@ -89,7 +89,11 @@ pub const KEYS: &[Key] = &[
         "What moves bytes: `auto` takes io_uring where it works and threads elsewhere; a named engine that does not work is an error.",
     ),
     key("nvme.block", Kind::Size, "Size of one read or write and of a stripe: a power of two from 4KiB to 256MiB."),
-    key("nvme.queue_depth", Kind::AutoCount, "Reads and writes in flight per path. `auto`: 32."),
+    key(
+        "nvme.queue_depth",
+        Kind::AutoCount,
+        "Reads and writes in flight per path, of several ranks together. `auto`: 32.",
+    ),
     key(
         "nvme.direct",
         Kind::Word(words::Direct::WORDS),

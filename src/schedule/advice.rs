@@ -69,10 +69,10 @@ pub fn place_or_demote(
         return Err(error);
     }
     let loose = |tier: Option<Tier>| tier.filter(|&t| t == Tier::Nvme);
-    let loosened: Vec<Tiers> = tiers
-        .iter()
-        .map(|t| Tiers { params: loose(t.params), optimizer: loose(t.optimizer), grads: loose(t.grads) })
-        .collect();
+    let all = |t: &Tiers| Tiers { params: loose(t.params), optimizer: loose(t.optimizer), grads: loose(t.grads) };
+    // Of several ranks nothing but states can go lower yet.
+    let states = |t: &Tiers| Tiers { optimizer: loose(t.optimizer), ..*t };
+    let loosened: Vec<Tiers> = tiers.iter().map(|t| if limits.ranks > 1 { states(t) } else { all(t) }).collect();
     // Lower, not higher: what is wished on the host does not become resident on the device.
     let residents = limits.residents && !tiers.iter().any(|t| [t.params, t.optimizer].contains(&Some(Tier::Host)));
     let Ok(plan) = place(layout, &loosened, budgets, &Limits { residents, ..*limits }) else { return Err(error) };
@@ -106,6 +106,14 @@ pub fn ways(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits
     let nvme = Some(Some(Tier::Nvme));
     let paths = if limits.has_nvme { "" } else { "nvme.paths" };
     let free = tiers.iter().all(|t| t.params.is_none() && t.optimizer.is_none() && t.grads.is_none());
+    // Of several ranks nothing but states can live on NVMe yet.
+    let of_ranks = [
+        (
+            if tiers.iter().all(|t| t.optimizer.is_none()) { "" } else { "optimizer.tier = \"auto\"" },
+            with(None, Some(None), None),
+        ),
+        ("optimizer.tier = \"nvme\"", with(None, nvme, None)),
+    ];
     let choices = [
         (if free { "" } else { "the tiers \"auto\"" }, with(Some(None), Some(None), Some(None))),
         ("optimizer.tier = \"nvme\"", with(None, nvme, None)),
@@ -113,7 +121,7 @@ pub fn ways(layout: &Layout, tiers: &[Tiers], budgets: &Budgets, limits: &Limits
         ("optimizer.tier, params.tier and gradients.tier = \"nvme\"", with(nvme, nvme, nvme)),
     ];
     let mut found: Vec<Way> = Vec::new();
-    for (change, wishes) in choices {
+    for (change, wishes) in if limits.ranks > 1 { of_ranks.to_vec() } else { choices.to_vec() } {
         let keys: Vec<&str> = [paths, change].into_iter().filter(|key| !key.is_empty()).collect();
         let Ok(plan) = place(layout, &wishes, &roomy, &on_disk) else { continue };
         if keys.is_empty() {

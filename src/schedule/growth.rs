@@ -8,7 +8,10 @@ use crate::{
     dtype::StateKind,
     model::{Layout, SECTION_ALIGN, Unit},
     quantities::{Tier, UnitId, round_up},
-    schedule::{placement::Placement, ranks::owned::owned},
+    schedule::{
+        placement::Placement,
+        ranks::owned::{OWNED_BLOCK, owned},
+    },
 };
 
 /// Steps whose free memory is looked at before anything is taken.
@@ -81,7 +84,8 @@ pub struct StatePart {
 /// What moves up of a unit, in the order in which it lies there: all of its states, or what one of several ranks owns.
 pub fn states(unit: &Unit, own: Option<Own>) -> impl Iterator<Item = StatePart> {
     unit.sections.iter().enumerate().flat_map(move |(index, section)| {
-        let part = own.map(|own| owned(section.elems, own.rank, own.size));
+        // Only units at home in host memory move up: their blocks are the narrowest.
+        let part = own.map(|own| owned(section.elems, OWNED_BLOCK, own.rank, own.size));
         let held = own.is_some_and(|own| own.holds) && section.bytes(StateKind::ExpAvg) > 0;
         StateKind::OPTIMIZER.into_iter().chain(held.then_some(StateKind::Param)).filter_map(move |kind| {
             let (size, all) = (kind.element_size(section.dtype) as u64, section.bytes(kind));

@@ -279,6 +279,9 @@ fn check(layout: &Layout, budgets: &Budgets, limits: &Limits, device: &Device, h
         let or = match (limits.has_nvme, on_host(|h| h.optimizer), on_host(|h| h.params)) {
             (false, _, _) => "or name a directory on a local disk in nvme.paths.",
             (true, true, _) => "or set optimizer.tier to \"nvme\" or \"auto\".",
+            (true, false, true) if limits.ranks > 1 => {
+                "or offload a smaller model: of several ranks, only states can lie on NVMe."
+            }
             (true, false, true) => "or set params.tier to \"nvme\" or \"auto\".",
             (true, false, false) if grads => "or set gradients.tier to \"nvme\" or \"auto\".",
             (true, false, false) => "or offload a smaller model; everything that can lie on NVMe does already.",

@@ -1,4 +1,4 @@
-//! One checksum per chunk: XXH3-64, in a table of fixed size that several threads may use at once.
+//! One checksum per chunk: XXH3-64, in a table of fixed size that several threads may use at once, or several processes.
 
 use std::{
     fmt,
@@ -7,14 +7,40 @@ use std::{
 
 use twox_hash::XxHash3_64;
 
+use crate::memory::SharedWords;
+
 /// The entry of a chunk that was never sealed; a sum that happens to be 0 is stored as 1.
 const UNSEALED: u64 = 0;
 
 /// The table. Without checksums it only remembers which chunks were sealed.
 #[derive(Debug)]
 pub(super) struct Checksums {
-    sums: Box<[AtomicU64]>,
+    sums: Sums,
     enabled: bool,
+}
+
+/// Where the table is.
+#[derive(Debug)]
+enum Sums {
+    Own(Box<[AtomicU64]>),
+    /// From this word on, one after the other.
+    Shared(SharedWords, usize),
+}
+
+impl Sums {
+    fn load(&self, chunk: usize) -> u64 {
+        match self {
+            Self::Own(sums) => sums[chunk].load(Ordering::Acquire),
+            Self::Shared(words, first) => words.load(first + chunk),
+        }
+    }
+
+    fn store(&self, chunk: usize, sum: u64) {
+        match self {
+            Self::Own(sums) => sums[chunk].store(sum, Ordering::Release),
+            Self::Shared(words, first) => words.store(first + chunk, sum),
+        }
+    }
 }
 
 /// Why bytes are not those that were sealed.
@@ -37,23 +63,28 @@ impl fmt::Display for Mismatch {
 
 impl Checksums {
     pub(super) fn new(chunks: usize, enabled: bool) -> Self {
-        Self { sums: (0..chunks).map(|_| AtomicU64::new(UNSEALED)).collect(), enabled }
+        Self { sums: Sums::Own((0..chunks).map(|_| AtomicU64::new(UNSEALED)).collect()), enabled }
+    }
+
+    /// The table in words that several processes have, of which nothing else looks at those from `first` on: all zero to begin with.
+    pub(super) fn shared(words: SharedWords, first: usize, enabled: bool) -> Self {
+        Self { sums: Sums::Shared(words, first), enabled }
     }
 
     pub(super) fn seal(&self, chunk: usize, bytes: &[u8]) {
         let sum = if self.enabled { sum(bytes) } else { 1 };
-        self.sums[chunk].store(sum, Ordering::Release);
+        self.sums.store(chunk, sum);
     }
 
     pub(super) fn is_sealed(&self, chunk: usize) -> bool {
-        self.sums[chunk].load(Ordering::Acquire) != UNSEALED
+        self.sums.load(chunk) != UNSEALED
     }
 
     pub(super) fn verify(&self, chunk: usize, bytes: &[u8]) -> Result<(), Mismatch> {
         if !self.enabled {
             return Ok(());
         }
-        match self.sums[chunk].load(Ordering::Acquire) {
+        match self.sums.load(chunk) {
             UNSEALED => bytes.iter().position(|&byte| byte != 0).map_or(Ok(()), |at| Err(Mismatch::NotZero { at })),
             expected => {
                 let actual = sum(bytes);

@@ -4,26 +4,35 @@
 //! S2: a chunk is sealed (its checksum stored) before it is written, so that a lost or torn write is found by `verify`.
 //! S3: a chunk never written reads as zeros.
 //! S4: all space is reserved at the start and has no name: it is free again when the process is gone, however it went.
+//! S5: of processes that have one store in common each writes chunks that are its own, or all while the others wait for it; what one has
+//! written another reads when it was told that the write has ended.
 
 mod checksums;
+mod common;
 mod layout;
 mod owner;
+mod room;
 mod run_dir;
 
 use std::{ops::Range, path::PathBuf, sync::Arc};
 
+pub use common::Common;
 pub use owner::{Owner, PrivateName};
 pub use run_dir::RunDir;
 
 use crate::{
     error::{Code, Error, Result},
     io::{
-        ALIGNMENT, DirectIo, Direction, EngineOptions, FileId, IoCompletion, IoEngine, IoFile, IoPart, IoRequest,
-        OpenedEngine, Rejected, allocate, device_number, open_engine, probe_directory, scratch_file,
+        ALIGNMENT, DirectIo, Direction, EngineOptions, FileId, IoCompletion, IoEngine, IoPart, IoRequest, OpenedEngine,
+        Rejected, open_engine,
     },
     memory::HostRegion,
     quantities::{ByteCount, round_up},
-    store::{checksums::Checksums, layout::Layout},
+    store::{
+        checksums::Checksums,
+        layout::Layout,
+        room::{StorePath, make_room},
+    },
 };
 
 /// A segment to make room for.
@@ -36,7 +45,7 @@ pub struct SegmentSpec {
 }
 
 /// What a store shall hold, and where.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct StoreSpec {
     /// Directories, at least one, best each on a drive of its own.
     pub paths: Vec<PathBuf>,
@@ -52,6 +61,15 @@ pub struct StoreSpec {
     pub engine: EngineOptions,
     /// The most bytes that may be used on all paths together.
     pub budget: Option<ByteCount>,
+    /// Where other processes have the same store.
+    pub common: Option<Common>,
+}
+
+impl StoreSpec {
+    /// Words that processes need to have such a store in common.
+    pub fn common_words(paths: usize, chunk_bytes: u64, segments: impl Iterator<Item = u64>) -> usize {
+        common::words(paths, Layout::new(&segments.collect::<Vec<_>>(), chunk_bytes, paths).chunk_count())
+    }
 }
 
 /// A store at work, and what its user should know.
@@ -61,12 +79,6 @@ pub struct OpenedStore {
     pub store: Store,
     /// Fallbacks, left-overs removed, paths that share a drive; each a full line with its code.
     pub notes: Vec<String>,
-}
-
-struct StorePath {
-    /// Removed as it is dropped.
-    _run_dir: RunDir,
-    label: Arc<str>,
 }
 
 /// Segments on one or more paths.
@@ -98,7 +110,7 @@ impl Store {
         regions: &[Arc<HostRegion>],
         sink: impl Fn(IoCompletion) + Send + Sync + 'static,
     ) -> Result<OpenedStore> {
-        let StoreSpec { paths, chunk_bytes, segments, checksums, direct, engine, budget } = spec;
+        let StoreSpec { paths, chunk_bytes, segments, checksums, direct, engine, budget, common } = spec;
         if paths.is_empty() {
             return Err(
                 Error::new(Code::PolicyValue, "nvme.paths is empty.").action("Name a directory on a local drive.")
@@ -117,10 +129,19 @@ impl Store {
             let message = format!("{} segments need {} on NVMe, the budget is {budget}.", sizes.len(), ByteCount(need));
             return Err(Error::new(Code::NvmeBudget, message).action("Raise budget.nvme, or keep more in host memory."));
         }
-        let (paths, files, mut notes) = make_room(paths, direct, layout.file_bytes())?;
+        let (paths, files, mut notes) = match common.as_ref().and_then(Common::made_by) {
+            None => make_room(paths, direct, layout.file_bytes())?,
+            Some(maker) => maker.files(&paths, layout.file_bytes())?,
+        };
+        if let Some(common) = &common {
+            common.show(&files);
+        }
         let OpenedEngine { engine, notes: engine_notes } = open_engine(&engine, files, regions, sink)?;
         notes.extend(engine_notes);
-        let checksums = Checksums::new(layout.chunk_count(), checksums);
+        let checksums = match common {
+            None => Checksums::new(layout.chunk_count(), checksums),
+            Some(common) => common.checksums(paths.len(), checksums),
+        };
         let labels = segments.into_iter().map(|segment| segment.label).collect();
         Ok(OpenedStore { store: Self { engine, layout, labels, checksums, paths }, notes })
     }
@@ -218,51 +239,4 @@ impl Store {
     pub fn written(&self, segment: usize, chunk: u32) -> bool {
         self.checksums.is_sealed(self.layout.chunk_index(segment, chunk))
     }
-}
-
-/// A run directory and a file of full size on each path.
-fn make_room(
-    dirs: Vec<PathBuf>,
-    direct: DirectIo,
-    file_bytes: &[u64],
-) -> Result<(Vec<StorePath>, Vec<IoFile>, Vec<String>)> {
-    let (mut paths, mut files, mut notes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut devices: Vec<(u64, PathBuf, u64)> = Vec::new();
-    for (dir, &bytes) in dirs.iter().zip(file_bytes) {
-        let probe = probe_directory(dir, direct)?;
-        notes.extend(probe.notes);
-        let (run_dir, swept) = RunDir::create(dir, probe.file_system)?;
-        notes.extend(swept);
-        let device = device_number(dir)?;
-        let file = scratch_file(run_dir.path(), probe.direct)?;
-        let label: Arc<str> = run_dir.path().join("data").to_string_lossy().into();
-        files.push(IoFile::new(file, Arc::clone(&label), probe.direct));
-        paths.push(StorePath { _run_dir: run_dir, label });
-        match devices.iter_mut().find(|(known, ..)| *known == device) {
-            Some((_, first, total)) => {
-                notes.push(format!(
-                    "FN-W606 {} and {} are on the same file system: two paths there are no faster than one.",
-                    first.display(),
-                    dir.display()
-                ));
-                *total += bytes;
-            }
-            None => devices.push((device, dir.clone(), bytes)),
-        }
-    }
-    for (_, dir, need) in &devices {
-        let free = crate::io::free_bytes(dir)?;
-        if *need > free {
-            return Err(crate::io::disk_full(dir, *need, free));
-        }
-    }
-    for ((file, &bytes), dir) in files.iter().zip(file_bytes).zip(&dirs) {
-        if !allocate(file.file(), bytes, dir)? {
-            notes.push(format!(
-                "FN-W607 {}: this file system cannot reserve space; a full disk will be noticed only when it happens.",
-                dir.display()
-            ));
-        }
-    }
-    Ok((paths, files, notes))
 }

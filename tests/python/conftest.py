@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -255,6 +256,12 @@ def two_worlds(request: pytest.FixtureRequest, disk: str) -> World:
 def host_world(disk: str) -> World:
     """Parameters and states in host memory: for what does not depend on the disk."""
     return make_world("host", disk, False)
+
+
+@pytest.fixture
+def states_world(disk: str) -> World:
+    """Parameters in host memory, states on disk in small pieces, with the engine that works everywhere."""
+    return dataclasses.replace(make_world("host", disk, False), optimizer="nvme", host="" if CUDA else "6MiB")
 
 
 @pytest.fixture

@@ -43,6 +43,8 @@ class World:
     gradients: str = "auto"
     spare: str = "auto"
     faults: str = ""
+    #: the budget of host memory, of which a little makes pieces of updates small; ample without one
+    host: str = ""
 
     @property
     def torch_device(self) -> torch.device:
@@ -59,7 +61,7 @@ class World:
         roomy = "2GiB" if CUDA else "64MiB"  # the models are wider there, also where this world's device is the host
         policy: dict[str, Any] = {
             "device": self.device,
-            "budget": {"hbm": f"{hbm}B", "host": roomy, "nvme": roomy},
+            "budget": {"hbm": f"{hbm}B", "host": self.host or roomy, "nvme": roomy},
             "nvme": {"paths": list(self.paths), "engine": self.engine},
             "params": {"tier": self.params},
             "optimizer": {"tier": self.optimizer, "spare": self.spare},

@@ -73,7 +73,8 @@ impl Model {
         let has_nvme = chance.percent(80);
         // Residents take no part in what is simulated.
         let granularity = chance.pick(&[4096, 16384, 65536]);
-        let limits = Limits { granularity, block: 1 << 20, has_nvme, residents: false, lanes: LaneUse::Never };
+        let limits =
+            Limits { granularity, block: 1 << 20, has_nvme, residents: false, lanes: LaneUse::Never, ranks: 1 };
         let tiers = wishes(chance, layout.units.len(), has_nvme);
         let share = chance.pick(&[5, 20, 50, 100, 250]);
         let mut budgets = Budgets {
@@ -99,7 +100,7 @@ impl Model {
                 }
             }
         };
-        let map = Map::new(&layout, &plan);
+        let map = Map::new(&layout, &plan, None);
         let chunks = layout
             .ids()
             .map(|u| {

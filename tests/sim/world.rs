@@ -299,6 +299,7 @@ impl World {
                 self.update_free += 1;
             }
             Command::SwapPlaces(unit) => self.swap_places(unit),
+            Command::BringOwn(unit) => panic!("{unit} has no other ranks here"),
             Command::ReadGrads(unit) => self.read_grads(unit),
             Command::SealGrads(unit) => self.seal_grads(unit),
             Command::WriteGrads(unit) => self.write_grads(unit),

@@ -374,7 +374,7 @@ class Session:
     @property
     def leads(self) -> bool:
         """Whether this process writes what all ranks would write alike."""
-        return self.group is None or self.group.rank == 0 or self.loading
+        return self.group is None or self.group.rank == 0
 
     def _refuse_edit(self, ref: PagedParam) -> None:
         if self.shared:

@@ -11,8 +11,8 @@ use crate::{
     io::{Direction, IoPart},
     model::Layout,
     quantities::{Tier, UnitId},
-    runtime::paging::homes::Set,
-    schedule::Placement,
+    runtime::{paging::homes::Set, ranks::spec::RankSpec},
+    schedule::{Placement, ranks::owned::owned},
     store::Store,
 };
 
@@ -45,12 +45,13 @@ pub struct Map {
 }
 
 impl Map {
-    /// Numbers the segments of everything that lives on NVMe.
-    pub fn new(layout: &Layout, placement: &Placement) -> Self {
+    /// Numbers the segments of everything that lives on NVMe; of several `ranks` each updates what it owns.
+    pub fn new(layout: &Layout, placement: &Placement, ranks: Option<RankSpec>) -> Self {
         let mut specs = Vec::new();
         let mut segments = [Vec::new(), Vec::new()];
         let mut chunks = Vec::new();
-        for ((unit, home), &spare) in layout.units.iter().zip(&placement.homes).zip(&placement.spare) {
+        for (id, (home, &spare)) in layout.ids().zip(placement.homes.iter().zip(&placement.spare)) {
+            let unit = layout.unit(id);
             let mut of_unit = [Vec::new(), Vec::new()];
             let mut cuts = Vec::new();
             for (index, section) in unit.sections.iter().enumerate() {
@@ -73,11 +74,13 @@ impl Map {
                     }
                 }
                 if section.trainable && ids[0].iter().any(Option::is_some) {
-                    let step = placement.update_elems;
-                    cuts.extend((0..section.elems).step_by(step as usize).map(|start| UpdateChunk {
+                    let (step, block) = (placement.update_elems, placement.owned_block(id));
+                    let all = 0..section.elems;
+                    let own = ranks.map_or(all, |ranks| owned(section.elems, block, ranks.rank, ranks.size));
+                    cuts.extend(own.clone().step_by(step as usize).map(|start| UpdateChunk {
                         section: index,
                         start,
-                        len: step.min(section.elems - start),
+                        len: step.min(own.end - start),
                     }));
                 }
                 of_unit.iter_mut().zip(ids).for_each(|(place, ids)| place.push(ids));

@@ -27,6 +27,17 @@ impl Default for Slow {
     }
 }
 
+/// The rules of `debug.faults` that hold for one of several ranks: those that begin with `rank N` are for that one.
+pub(crate) fn rules_of(text: &str, rank: usize) -> String {
+    let one = |rule: &str| {
+        let Some((number, rest)) = rule.strip_prefix("rank ").and_then(|rest| rest.split_once(' ')) else {
+            return Some(rule.to_owned());
+        };
+        (number.parse() == Ok(rank)).then(|| rest.to_owned())
+    };
+    text.split(',').map(str::trim).filter_map(one).collect::<Vec<_>>().join(",")
+}
+
 impl Slow {
     /// Takes `up:times=N`, `down:times=N`, `update:delay=Nms`, `home:delay=Nms`, `states:delay=Nms` and `sums:up` out of the rules of `debug.faults`; returns the others too.
     ///

@@ -12,7 +12,7 @@
 use crate::{
     error::Result,
     optim::Portion,
-    quantities::UnitId,
+    quantities::{Tier, UnitId},
     runtime::{
         paging::homes::Set,
         shared::Shared,
@@ -23,15 +23,20 @@ use crate::{
 impl Shared {
     /// Whether the states of a unit change places with its update, on all ranks (S3).
     pub(crate) fn turns(&self, unit: UnitId, job: &Job) -> bool {
-        self.placement.spare[unit.index()] && job.covers
+        self.ranks.is_some() && self.placement.spare[unit.index()] && job.covers
+    }
+
+    /// At the step, which all ranks have posted: brings this rank's part of a unit's parameters home.
+    pub(crate) fn bring_own(&self, unit: UnitId) -> Result<()> {
+        let job = self.jobs[unit.index()].lock();
+        self.copy_parts_home(unit, job.spans.iter().map(|span| (span.section, span.start..span.start + span.len)))
     }
 
     /// At the step, which all ranks have posted: completes what was begun ahead of this rank's part of a unit, if it is what the step asks for;
     /// else makes the part where the step has it. None if that is in place. The gates of the job have passed.
     pub(crate) fn finish_own(&self, unit: UnitId, job: &mut Job) -> Result<Option<Outcome>> {
         if self.complete_speculation(unit, job, false)? {
-            let own = job.spans.iter().map(|span| (span.section, span.start..span.start + span.len));
-            self.copy_parts_home(unit, own)?;
+            self.copy_parts_home(unit, job.spans.iter().map(|s| (s.section, s.start..s.start + s.len)))?;
             return Ok(Some(Outcome::Ran));
         }
         if self.weights_first(unit) {
@@ -56,8 +61,12 @@ impl Shared {
 
     /// All ranks have made their parts of a unit's update: its states are where that has put them (S4).
     pub(super) fn turn_places(&self, unit: UnitId) {
-        if self.turns(unit, &self.jobs[unit.index()].lock()) {
-            self.homes.unit(unit).swap();
+        if !self.turns(unit, &self.jobs[unit.index()].lock()) {
+            return;
+        }
+        match (self.placement.homes[unit.index()].optimizer, &self.disk) {
+            (Tier::Nvme, Some(disk)) => disk.map.swap(unit),
+            _ => self.homes.unit(unit).swap(),
         }
     }
 }

@@ -3,7 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::{
-    sync::Barrier,
+    sync::{
+        Barrier,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::{scope, sleep},
     time::Duration,
 };
@@ -30,7 +33,7 @@ const IN_PLACE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": 
 
 /// What happens between the beginning of updates and the step.
 #[derive(Clone, Copy, Debug)]
-enum Between {
+pub(super) enum Between {
     Nothing,
     /// The step has another learning rate.
     OtherRate,
@@ -42,7 +45,7 @@ enum Between {
     Partial,
 }
 
-const STEPS: [Between; 11] = [
+pub(super) const STEPS: [Between; 11] = [
     Between::Nothing,
     Between::Nothing,
     Between::OtherRate,
@@ -60,9 +63,15 @@ const STEPS: [Between; 11] = [
 fn begin(rt: &Runtime, updates: &[UnitUpdate], hypers: &[StepHyper]) -> usize {
     let begun = updates.iter().filter(|update| rt.update_speculatively(update, hypers, 0).unwrap()).count();
     let shared = rt.shared().unwrap();
+    let streams = |unit: UnitId| shared.streams_ahead(unit);
     let left = |unit: UnitId| shared.speculations[unit.index()].lock().as_ref().is_some_and(|s| !s.done());
-    while (0..UNITS).map(UnitId).any(left) {
+    while (0..UNITS).map(UnitId).any(|unit| !streams(unit) && left(unit)) {
         sleep(Duration::from_millis(1));
+    }
+    // Of what streams the step finds all made, or some of it under way.
+    if begun > 0 && (0..UNITS).map(UnitId).any(streams) {
+        static TIMES: AtomicU64 = AtomicU64::new(0);
+        sleep(Duration::from_millis(TIMES.fetch_add(1, Ordering::Relaxed) % 3 * 10));
     }
     begun
 }
@@ -86,7 +95,7 @@ fn updates(number: u64) -> Vec<UnitUpdate> {
 }
 
 /// A step, for which updates were begun or not; how many were.
-fn take(rt: &Runtime, rank: Option<usize>, number: u64, between: Between, ahead: bool) -> usize {
+pub(super) fn take(rt: &Runtime, rank: Option<usize>, number: u64, between: Between, ahead: bool) -> usize {
     backward(rt, rank, 2 * number);
     let (mut updates, mut hypers) = (updates(number), [hyper(0.1, number)]);
     let begun = if ahead { begin(rt, &updates, &hypers) } else { 0 };
@@ -105,7 +114,7 @@ fn take(rt: &Runtime, rank: Option<usize>, number: u64, between: Between, ahead:
     begun
 }
 
-fn used(rt: &Runtime) -> u64 {
+pub(super) fn used(rt: &Runtime) -> u64 {
     rt.stats().unwrap().speculations().0
 }
 

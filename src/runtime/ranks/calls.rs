@@ -53,7 +53,8 @@ impl Runtime {
             return Err(Error::argument(format!("there is no rank {rank}, of {}.", ranks.spec.size)));
         }
         let sections = shared.layout.unit(unit).sections.iter().enumerate().filter(|(_, section)| section.trainable);
-        Ok(sections.map(|(index, section)| (index, owned(section.elems, rank, ranks.spec.size))).collect())
+        let (block, size) = (shared.placement.owned_block(unit), ranks.spec.size);
+        Ok(sections.map(|(index, section)| (index, owned(section.elems, block, rank, size))).collect())
     }
 
     /// Posts which gradients of a unit a backward gave this rank: a byte for each parameter, which the other ranks read.

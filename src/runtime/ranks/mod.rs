@@ -11,6 +11,8 @@ mod ahead_tests;
 pub(super) mod calls;
 mod crossed;
 mod elsewhere;
+#[cfg(test)]
+mod nvme_tests;
 pub(super) mod peers;
 pub(super) mod shelf;
 pub(super) mod spec;

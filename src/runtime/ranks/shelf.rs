@@ -1,8 +1,11 @@
 //! The memory that ranks share: rank 0 makes it, the others adopt it when it fits what they have planned.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    os::fd::RawFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use twox_hash::XxHash3_64;
@@ -25,11 +28,13 @@ use crate::{
     schedule::{
         Placement,
         growth::Own,
+        placement,
         ranks::{
             board::{self, Board, Words},
             posts::{Posts, State},
         },
     },
+    store::Common,
 };
 
 /// What a board of this version begins with.
@@ -50,23 +55,22 @@ pub(crate) fn concrete(policy: &Policy, config: &Config) -> String {
 
 /// Refuses what several ranks cannot do yet.
 pub(crate) fn check(layout: &Layout, plan: &Placement) -> Result<()> {
-    let named = |tier: Tier| {
-        let homes = layout.units.iter().zip(&plan.homes);
-        homes
-            .clone()
-            .find(|(_, home)| [home.params, home.optimizer, home.grads].contains(&tier))
-            .map(|(unit, _)| &*unit.name)
+    let named = |which: fn(&placement::Homes) -> bool| {
+        let mut homes = layout.units.iter().zip(&plan.homes);
+        homes.find(|(_, home)| which(home)).map(|(unit, _)| &*unit.name)
     };
     let refused = |text: String, action: &str| Err(Error::new(Code::RanksUnsupported, text).action(action));
-    if let Some(unit) = named(Tier::Nvme) {
-        let text =
-            format!("several ranks cannot have parameters, gradients or states on NVMe yet, and '{unit}' would.");
-        return refused(
-            text,
-            "Raise budget.host, so that the model fits into host memory, and set no tier to \"nvme\".",
-        );
+    let params = named(|home| home.params == Tier::Nvme);
+    let grads = named(|home| home.grads == Tier::Nvme);
+    for (what, key, unit) in [("parameters", "params", params), ("gradients", "gradients", grads)] {
+        if let Some(unit) = unit {
+            let text = format!("several ranks can have states on NVMe, and no {what} yet, as '{unit}' would.");
+            let action =
+                format!("Leave {key}.tier at \"auto\" or \"host\", and raise budget.host if that is too small.");
+            return refused(text, &action);
+        }
     }
-    if let Some(unit) = named(Tier::Hbm) {
+    if let Some(unit) = named(|home| home.params == Tier::Hbm) {
         let text =
             format!("several ranks cannot keep units on the compute device yet, as optimizer.tier asks for '{unit}'.");
         return refused(text, "Leave optimizer.tier at \"auto\" or \"host\".");
@@ -84,27 +88,29 @@ fn alike(layout: &Layout, plan: &Placement, policy: &str) -> Result<[u64; ALIKE.
     Ok(texts.map(|text| XxHash3_64::oneshot(text.as_bytes())))
 }
 
-/// Makes the memory, or adopts that of rank 0, and maps it.
+/// Makes the memory, or adopts that of rank 0, and maps it; with so many words for what ranks have in common of files on NVMe, where so much was
+/// free.
 pub(crate) fn open(
     spec: RankSpec,
     layout: &Layout,
     plan: &Placement,
     policy: String,
     own: Option<Own>,
-) -> Result<(Homes, Ranks)> {
+    (files, free): (usize, Option<ByteCount>),
+) -> Result<(Homes, Ranks, Option<Common>)> {
     let board = Board::new(spec.size, layout.units.iter().map(|unit| unit.params.len()));
     let alike = alike(layout, plan, &policy)?;
     let words = round_up(board.words() as u64 * 8, ALIGN);
-    let mut made = None;
+    let (mut made, files) = (None, files as u64 * 8);
     let homes = Homes::new(layout, plan, own, |sizes| {
-        let mut at = words;
+        let mut at = words + round_up(files, ALIGN);
         let places = sizes.map(|bytes| {
             let place = (at, bytes);
             at += round_up(bytes, ALIGN);
             place
         });
         let file = match spec.file {
-            None => lead(at, spec, alike)?,
+            None => lead(at, spec, alike, free)?,
             Some(number) => follow(number, at, spec, alike)?,
         };
         let map = |((at, bytes), purpose): ((u64, u64), &str)| match bytes {
@@ -122,15 +128,34 @@ pub(crate) fn open(
         Ok(regions)
     })?;
     let Some(file) = made else { unreachable!("regions are made once") };
+    let on_nvme = match files {
+        0 => None,
+        _ => Some(SharedWords::new(HostRegion::of_file(&file, words, ByteCount(files), "words of files")?)),
+    };
     let words = SharedWords::new(HostRegion::of_file(&file, 0, ByteCount(words), "words of the ranks")?);
     let ranks = Ranks::new(spec, board, words, file, (policy, alike));
+    let first = || u32::try_from(ranks.posts().process(0).0).unwrap_or(0);
+    let common = on_nvme.map(|words| Common::new(words, (!spec.leads()).then(first)));
     ranks.posts().enter(std::process::id(), began(std::process::id()).unwrap_or(0));
     ranks.words.ring();
-    Ok((homes, ranks))
+    Ok((homes, ranks, common))
 }
 
+/// What was free on NVMe when rank 0 planned, for another rank: the plan depends on it.
+pub(crate) fn free_at_first(number: RawFd, size: usize) -> Result<Option<ByteCount>> {
+    let file = SharedFile::adopt(number)?;
+    if file.size() < Board::head(size) as u64 * 8 {
+        return Ok(None); // refused later, by name
+    }
+    let free = Words::load(&head(&file, size)?, board::FREE);
+    Ok(Some(ByteCount(free)).filter(|free| free.0 < UNKNOWN))
+}
+
+/// Where it is not known what is free.
+const UNKNOWN: u64 = u64::MAX;
+
 /// Makes the file, and writes the head of its board.
-fn lead(len: u64, spec: RankSpec, alike: [u64; ALIKE.len()]) -> Result<Arc<SharedFile>> {
+fn lead(len: u64, spec: RankSpec, alike: [u64; ALIKE.len()], free: Option<ByteCount>) -> Result<Arc<SharedFile>> {
     let file = SharedFile::create(len)?;
     let head = head(&file, spec.size)?;
     for (part, digest) in alike.into_iter().enumerate() {
@@ -138,6 +163,7 @@ fn lead(len: u64, spec: RankSpec, alike: [u64; ALIKE.len()]) -> Result<Arc<Share
     }
     head.store(board::RANKS, spec.size as u64);
     head.store(board::IDENTITY, identity());
+    head.store(board::FREE, free.map_or(UNKNOWN, |free| free.0));
     head.store(board::MAGIC, MAGIC);
     Ok(file)
 }

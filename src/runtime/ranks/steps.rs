@@ -19,6 +19,7 @@ use crate::{
         },
         shared::{
             Shared,
+            locked::Inner,
             waits::{Interrupted, SLICE},
         },
         update::job::{JobSpan, StepHyper, UnitUpdate},
@@ -55,11 +56,16 @@ fn parts(updates: &[UnitUpdate], hypers: &[StepHyper], unpaged: u64) -> [u64; ST
 }
 
 impl Ranks {
-    /// The parts of spans that this rank owns.
-    pub(crate) fn own<'a>(&self, unit: &'a Unit, spans: &'a [JobSpan]) -> impl Iterator<Item = JobSpan> + 'a {
+    /// The parts of spans that this rank owns, of a unit whose blocks of so many elements have one owner each.
+    pub(crate) fn own<'a>(
+        &self,
+        unit: &'a Unit,
+        block: u64,
+        spans: &'a [JobSpan],
+    ) -> impl Iterator<Item = JobSpan> + 'a {
         let RankSpec { rank, size, .. } = self.spec;
         spans.iter().filter_map(move |span| {
-            let part = owned(unit.sections[span.section].elems, rank, size);
+            let part = owned(unit.sections[span.section].elems, block, rank, size);
             let (start, end) = (span.start.max(part.start), (span.start + span.len).min(part.end));
             (start < end).then(|| JobSpan { start, len: end - start, ..*span })
         })
@@ -175,17 +181,27 @@ impl Shared {
         ranks.words.ring();
     }
 
-    /// Publishes that this rank's part of a unit's weights is made, and with `states` of its states too: under the lock under which the
-    /// machine was told, so that a runtime that ends has done both or neither.
-    pub(crate) fn publish(&self, unit: UnitId, step: u64, states: bool) {
-        let Some(ranks) = &self.ranks else { return };
+    /// Publishes that this rank's part of a unit's weights is made, if it is, and of its states too, unless they trail or are on their way to
+    /// NVMe: under the lock under which the machine was told, so that a runtime that ends has done both or neither.
+    pub(crate) fn publish(&self, inner: &Inner, unit: UnitId, step: u64) {
+        let Some(ranks) = self.ranks.as_ref().filter(|_| inner.machine.own_weights_made(unit)) else { return };
         // First, so that the watcher finds it once all have published.
         ranks.made.lock().push(Made { unit, step, told: false });
-        if states {
+        if inner.machine.own_part_stored(unit) {
             ranks.posts().publish_states(unit.index(), step);
         }
         ranks.posts().publish(unit.index(), step);
         ranks.words.ring();
+    }
+
+    /// Publishes that this rank's part of a unit's states is on NVMe, if it is, under the same lock.
+    pub(crate) fn publish_stored(&self, inner: &Inner, unit: UnitId) {
+        let Some(ranks) = self.ranks.as_ref().filter(|_| inner.machine.own_part_stored(unit)) else { return };
+        let step = ranks.made.lock().iter().find(|made| made.unit == unit).map(|made| made.step);
+        if let Some(step) = step {
+            ranks.posts().publish_states(unit.index(), step);
+            ranks.words.ring();
+        }
     }
 
     /// Publishes that this rank's part of a unit's states is made, under the same lock.
@@ -202,8 +218,14 @@ impl Shared {
         loop {
             let posts = ranks.posts();
             let waits = posts.may_begin(posts.count(Line::Steps)) != Look::All;
-            let left = |unit| inner.machine.reads_gradients(unit) && !inner.machine.awaits_peers(unit);
-            if inner.failed.is_some() || inner.closing || waits || !self.layout.ids().any(left) {
+            let machine = &inner.machine;
+            let makes = |unit| machine.reads_gradients(unit) && !machine.awaits_peers(unit);
+            let stores = |unit| machine.awaits_peers(unit) && !machine.own_part_stored(unit);
+            let left = |unit| makes(unit) || stores(unit);
+            if inner.failed.is_some()
+                || inner.closing
+                || !self.layout.ids().any(|unit| if waits { stores(unit) } else { left(unit) })
+            {
                 return;
             }
             inner.wait_for(&self.changed, SLICE);

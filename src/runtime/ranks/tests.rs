@@ -16,6 +16,7 @@ use super::spec::RankSpec;
 use crate::{
     dtype::{DType, StateKind},
     error::{Code, Result},
+    io::Direction,
     machine::began,
     model::{Layout, ParamSpec, UnitSpec},
     optim::{AdamWOptions, Hyper},
@@ -136,7 +137,7 @@ fn train(rt: &Runtime, rank: usize, number: u64) {
     step(rt, number, 0.1).unwrap();
 }
 
-/// All bytes of the model's parameters, gradients and states.
+/// All bytes of the model's parameters, gradients and states, in host memory or on NVMe.
 pub(super) fn contents(rt: &Runtime) -> Vec<Vec<u8>> {
     rt.settle_all(&mut never).unwrap();
     let (layout, homes) = (rt.layout().unwrap(), rt.homes().unwrap());
@@ -145,7 +146,13 @@ pub(super) fn contents(rt: &Runtime) -> Vec<Vec<u8>> {
         for (index, section) in layout.unit(unit).sections.iter().enumerate() {
             for kind in [StateKind::Param, StateKind::Grad].into_iter().chain(StateKind::OPTIMIZER) {
                 let (at, len) = (homes.address(unit, index, section.offset, kind), section.bytes(kind));
-                if len > 0 {
+                if len > 0 && at == 0 {
+                    let (place, mut bytes) = ((unit, index, kind), vec![0; len as usize]);
+                    // SAFETY: the buffer has room for all elements.
+                    unsafe { rt.state_io(place, 0..section.elems, bytes.as_mut_ptr(), Direction::Read, &mut never) }
+                        .unwrap();
+                    all.push(bytes);
+                } else if len > 0 {
                     // SAFETY: a home of that many bytes, which nothing writes now.
                     all.push(unsafe { std::slice::from_raw_parts(at as *const u8, len as usize) }.to_vec());
                 }
@@ -282,8 +289,9 @@ fn what_ranks_cannot_do_yet_is_refused() {
         r#"{{"device": "host", "budget": {{"host": "64MiB"}}, "nvme": {{"paths": [{:?}]}}, "optimizer": {{"tier": "nvme"}}}}"#,
         dir.path()
     );
+    let (params, grads) = (nvme.replace("optimizer", "params"), nvme.replace("optimizer", "gradients"));
     let hbm = r#"{"device": "host", "budget": {"host": "64MiB"}, "optimizer": {"tier": "hbm"}}"#;
-    for policy in [&*nvme, hbm] {
+    for policy in [&*params, &grads, hbm] {
         let error = open(policy, Some(RankSpec { rank: 0, size: 2, file: None, grows: None })).err().expect("refused");
         assert_eq!(error.code(), Code::RanksUnsupported, "{error}");
     }

@@ -21,9 +21,10 @@ pub(super) fn frame_budget(slack: u64, io: &(EngineOptions, bool)) -> Result<Fra
 }
 
 impl Shared {
-    /// What is left of the host budget now.
+    /// What is left of the host budget now, of which each of several ranks has its share: all of them load.
     fn host_left(&self) -> u64 {
-        self.placement.shadow_bytes.saturating_sub(self.stats.shadows().0)
+        let ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.spec.size as u64);
+        (self.placement.shadow_bytes / ranks).saturating_sub(self.stats.shadows().0)
     }
 
     /// How many chunks a save reads ahead, or a load writes behind, and their bytes.

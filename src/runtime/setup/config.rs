@@ -10,7 +10,11 @@ use crate::{
     model::Layout,
     policy::{self, Auto, Direct, GradientsTier, OptimizerTier, ParamsTier, Policy, automatic},
     quantities::{ByteCount, Tier},
-    runtime::{measure::slow::Slow, ranks::spec::RankSpec, update::update_on::UpdateOn},
+    runtime::{
+        measure::slow::{Slow, rules_of},
+        ranks::spec::RankSpec,
+        update::update_on::UpdateOn,
+    },
     schedule::{Budgets, LaneUse, Limits, Tiers},
 };
 
@@ -55,6 +59,8 @@ pub struct Config {
     pub host_is_auto: bool,
     /// Whether units may live on the compute device.
     pub residents: bool,
+    /// Processes that train the model together.
+    pub ranks: u32,
 }
 
 /// Of the memory that is free on a GPU, frames may take this share unless the policy says otherwise; activations need the rest.
@@ -90,7 +96,9 @@ impl Config {
                 if spec.leads() {
                     admit_budget(policy, &machine)?;
                 }
-                Self::concrete(policy, layout, device_free, &machine)?.among(spec, policy)
+                let mut own = policy.clone();
+                own.debug.faults = rules_of(&policy.debug.faults, spec.rank);
+                Self::concrete(&own, layout, device_free, &machine)?.among(spec, policy)
             }
         };
         // Directories that cannot be used are named when they are opened.
@@ -112,12 +120,20 @@ impl Config {
         Self::concrete(policy, layout, device_free, machine)
     }
 
-    /// What several ranks do otherwise: no unit stays on the device of one of them.
+    /// What several ranks do otherwise: no unit stays on the device of one of them, nothing but states has its home on NVMe unless it is asked
+    /// for, and each has a share of the processors and of the transfers in flight.
     pub fn among(mut self, ranks: RankSpec, policy: &Policy) -> Self {
         self.residents = false;
+        self.ranks = u32::try_from(ranks.size).unwrap_or(u32::MAX);
+        for wish in &mut self.tiers {
+            if wish.optimizer != Some(Tier::Hbm) {
+                wish.params = wish.params.or(Some(Tier::Host));
+            }
+            wish.grads = wish.grads.or(Some(Tier::Host));
+        }
+        self.queue_depth = (self.queue_depth / self.ranks).max(1);
         if policy.budget.threads.given().is_none() {
-            let size = u32::try_from(ranks.size).unwrap_or(u32::MAX);
-            self.threads = (self.threads / size).max(1);
+            self.threads = (self.threads / self.ranks).max(1);
         }
         self
     }
@@ -185,13 +201,14 @@ impl Config {
             machine: machine.clone(),
             host_is_auto: policy.budget.host.given().is_none(),
             residents: true,
+            ranks: 1,
         })
     }
 
     /// What the machine dictates to the placement, for frames of that granularity.
     pub fn limits(&self, granularity: u64) -> Limits {
         let (has_nvme, lanes) = (!self.paths.is_empty(), self.updates.1);
-        Limits { granularity, block: self.block, has_nvme, residents: self.residents, lanes }
+        Limits { granularity, block: self.block, has_nvme, residents: self.residents, lanes, ranks: self.ranks }
     }
 }
 

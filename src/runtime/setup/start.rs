@@ -45,7 +45,7 @@ use crate::{
         placement,
         ranks::posts::State,
     },
-    store::{OpenedStore, SegmentSpec, Store, StoreSpec},
+    store::{Common, OpenedStore, SegmentSpec, Store, StoreSpec},
 };
 
 /// A runtime that has just been set up.
@@ -93,7 +93,11 @@ fn begin(
 ) -> Result<Started> {
     let device = device::open(Config::device_of(policy))?;
     let device_free = device.free_memory()?;
-    let config = &Config::resolve(policy, &layout, device_free, freed, spec)?;
+    let mut config = Config::resolve(policy, &layout, device_free, freed, spec)?;
+    if let Some((number, size)) = spec.and_then(|spec| Some((spec.file?, spec.size))) {
+        config.budgets.nvme_free = shelf::free_at_first(number, size)?;
+    }
+    let config = &config;
     let on_host = device.kind() == DeviceKind::Host;
     let (mut plan, running) = admission::admit(&layout, config, device.granularity(), on_host, freed, spec)?;
     let frames = device.create_frames(plan.ring_chunks, plan.chunk_bytes, &plan.spans)?;
@@ -102,11 +106,19 @@ fn begin(
     // The GPU alone can update what lies in its memory.
     let above = share.uses_lanes() && (!on_host || config.updates.0 == UpdateOn::Gpu);
     let own = spec.map(|RankSpec { rank, size, .. }| Own { rank, size, holds: above });
-    let (homes, ranks) = match spec {
-        None => (Homes::new(&layout, &plan, None, Homes::private)?, None),
+    let map = Map::new(&layout, &plan, spec);
+    let (homes, ranks, common) = match spec {
+        None => (Homes::new(&layout, &plan, None, Homes::private)?, None, None),
         Some(spec) => {
-            let (homes, ranks) = shelf::open(spec, &layout, &plan, shelf::concrete(policy, config), own)?;
-            (homes, Some(Arc::new(ranks)))
+            let segments = map.specs.iter().map(|(bytes, _)| *bytes);
+            let files = match segments.len() {
+                0 => 0,
+                _ => StoreSpec::common_words(config.paths.len(), plan.chunk_on_nvme(), segments),
+            };
+            let files = (files, config.budgets.nvme_free);
+            let (homes, ranks, common) =
+                shelf::open(spec, &layout, &plan, shelf::concrete(policy, config), own, files)?;
+            (homes, Some(Arc::new(ranks)), common)
         }
     };
     among.clone_from(&ranks);
@@ -121,12 +133,11 @@ fn begin(
         up: bounded(1 << 14),
         down: bounded(1 << 16),
     };
-    let map = Map::new(&layout, &plan);
     let counts: Vec<u32> = layout.ids().map(|u| map.chunk_count(u)).collect();
     let disk = if map.specs.is_empty() {
         None
     } else {
-        Some(open_disk(config, &plan, map, channels.done.0.clone(), &mut notes)?)
+        Some(open_disk((config, common), &plan, map, channels.done.0.clone(), &mut notes)?)
     };
     if plan.homes.iter().any(|h| h.params == Tier::Hbm) {
         device.prepare_updates()?;
@@ -223,7 +234,7 @@ fn engine_options(config: &Config) -> EngineOptions {
 }
 
 fn open_disk(
-    config: &Config,
+    (config, common): (&Config, Option<Common>),
     plan: &Placement,
     map: Map,
     done: Sender<IoCompletion>,
@@ -246,6 +257,7 @@ fn open_disk(
         direct: config.direct,
         engine: engine_options(config),
         budget: Some(config.budgets.nvme),
+        common,
     };
     let sink = move |completion: IoCompletion| {
         // The driver is gone only when the runtime is being dropped; the lease goes back to its pool.

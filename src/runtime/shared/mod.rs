@@ -183,8 +183,12 @@ impl Shared {
                 }
                 Command::RunStates(unit) => self.send(&self.to_runner, Task::States(unit))?,
                 Command::CopyHome(unit) => self.send(&self.to_runner, Task::Home(unit))?,
+                Command::BringOwn(unit) => self.send(&self.to_runner, Task::Own(unit))?,
                 Command::WriteChunk(unit, chunk) => {
-                    if self.write_chunk(inner, unit, chunk, Set::Current)? {
+                    // The runner has ended the piece: it holds no job.
+                    let turns = self.ranks.is_some() && self.turns(unit, &self.jobs[unit.index()].lock());
+                    let set = if turns { Set::Spare } else { Set::Current };
+                    if self.write_chunk(inner, unit, chunk, set)? {
                         inner.machine.chunk_written(unit, chunk, commands);
                     }
                 }

@@ -61,7 +61,10 @@ impl Shared {
             job.spans.clear();
             match &self.ranks {
                 None => job.spans.extend_from_slice(&update.spans),
-                Some(ranks) => job.spans.extend(ranks.own(self.layout.unit(update.unit), &update.spans)),
+                Some(ranks) => {
+                    let block = self.placement.owned_block(update.unit);
+                    job.spans.extend(ranks.own(self.layout.unit(update.unit), block, &update.spans));
+                }
             }
             job.hypers.clear();
             job.hypers.extend_from_slice(hypers);

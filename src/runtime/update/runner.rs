@@ -133,7 +133,13 @@ impl Runner {
                 {
                     return run(shared, unit, chunk, lease);
                 }
-                later @ (Task::Update { .. } | Task::Decide(_)) => self.step = Some(later),
+                Task::Own(unit)
+                    if (self.waiting.units.is_empty() && !shared.trails_among_ranks()?)
+                        || shared.may_begin(unit)? =>
+                {
+                    return own(shared, unit);
+                }
+                later @ (Task::Update { .. } | Task::Decide(_) | Task::Own(_)) => self.step = Some(later),
             }
         }
         if shared.trails_among_ranks()? {
@@ -223,7 +229,7 @@ fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) 
         Outcome::Weights { turned } => m.weights_ran(unit, turned, out),
     })?;
     shared.updated(&inner, unit);
-    shared.publish(unit, step, outcome == Outcome::Ran);
+    shared.publish(&inner, unit, step);
     Ok(())
 }
 
@@ -259,6 +265,23 @@ fn decide(shared: &Shared, unit: UnitId) -> Result<()> {
     await_inputs(shared, unit)?;
     let take = shared.take_ahead(unit)?;
     shared.event(|m, out| m.decided(unit, take, out))
+}
+
+/// Brings this rank's parameters home that were updated ahead, states on NVMe included.
+fn own(shared: &Shared, unit: UnitId) -> Result<()> {
+    shared.lock()?.at_work = Some(unit);
+    let step = {
+        let _at_work = AtWork(shared);
+        await_inputs(shared, unit)?;
+        let step = shared.await_quiet(unit)?;
+        shared.bring_own(unit)?;
+        step
+    };
+    let mut inner = shared.lock()?;
+    shared.apply_event(&mut inner, |m, out| m.brought(unit, out))?;
+    shared.updated(&inner, unit);
+    shared.publish(&inner, unit, step);
+    Ok(())
 }
 
 /// Copies parameters home from their spare copy: a caller needs them there.

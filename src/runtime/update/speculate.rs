@@ -52,7 +52,7 @@ impl Shared {
         };
         let spans = match &self.ranks {
             None => update.spans.clone(),
-            Some(ranks) => ranks.own(self.layout.unit(unit), &update.spans).collect(),
+            Some(ranks) => ranks.own(self.layout.unit(unit), self.placement.owned_block(unit), &update.spans).collect(),
         };
         if spans.is_empty() {
             return Ok(false);

@@ -67,7 +67,8 @@ impl Shared {
         // SAFETY: all ranges lie in homes or in the leased slot, registered regions both, are disjoint, and belong to this update
         // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
         unsafe { self.run_share(&mut share, unit, "adamw") }?;
-        disk.map.check(&disk.store, &self.layout, unit, chunk, (Direction::Write, Set::Current, false), lease.bytes())
+        let set = if self.turns(unit, job) { Set::Spare } else { Set::Current };
+        disk.map.check(&disk.store, &self.layout, unit, chunk, (Direction::Write, set, false), lease.bytes())
     }
 
     /// At the step, whose gates have passed: whether it asks for what the unit's update ahead was begun from. If it does, a save under way has
@@ -77,7 +78,8 @@ impl Shared {
         let clipped = self.is_clipped(&job);
         let good = {
             let mut speculation = self.speculations[unit.index()].lock();
-            let good = job.speculated && !clipped && speculation.as_ref().is_some_and(|s| s.same_as(&job));
+            let good =
+                job.speculated && job.covers && !clipped && speculation.as_ref().is_some_and(|s| s.same_as(&job));
             if !good {
                 *speculation = None;
             }

@@ -11,6 +11,8 @@ pub(crate) enum Task {
     States(UnitId),
     /// To find out whether a step asks for what was begun ahead.
     Decide(UnitId),
+    /// To bring this rank's parameters, updated ahead, home, once all ranks have taken the step.
+    Own(UnitId),
     /// To copy parameters from the spare copy to their home.
     Home(UnitId),
 }

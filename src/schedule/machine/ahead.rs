@@ -3,7 +3,8 @@
 //! H1: such an update reads the current places and writes the others; [`Command::SwapPlaces`] makes those the current ones, once all of it is made
 //! and the step has asked for the same. H2: of a unit either pieces of an update ahead are under way, or pieces of a step's, never both: what a
 //! dropped one has under way ends first. H3: places are not swapped while bytes of the unit are read or written outside of updates.
-//! H4: every slot taken for a piece is given back once: when the piece was written, or dropped.
+//! H4: every slot taken for a piece is given back once: when the piece was written, or dropped. H5: among ranks nothing changes places here: this
+//! rank's parameters go home, and its owner has the states change places when all ranks have made theirs.
 
 use super::{Command, Machine, Update, progress::Ahead};
 use crate::quantities::UnitId;
@@ -12,7 +13,7 @@ impl Machine {
     /// The unit's next update may be made now, into its other places; false where one is under way already.
     pub fn begin_ahead(&mut self, unit: UnitId, out: &mut Vec<Command>) -> bool {
         let s = &mut self.units[unit.index()];
-        if s.update != Update::None || s.ahead.is_some() || !s.streamed {
+        if s.update != Update::None || s.peers_trail || s.ahead.is_some() || !s.streamed {
             return false;
         }
         s.ahead = Some(Ahead::default());
@@ -87,6 +88,17 @@ impl Machine {
         self.pump(out);
     }
 
+    /// True while pieces of an update ahead may be dropped: no step has taken it over.
+    pub fn may_drop(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].ahead.is_some_and(|a| !a.taken)
+    }
+
+    /// In place of [`Machine::chunk_read`], of a piece that may be dropped: it is of no use.
+    pub fn read_in_vain(&mut self, unit: UnitId, chunk: u32, out: &mut Vec<Command>) {
+        self.discard_ahead(unit, out);
+        self.drop_piece(unit, chunk, out);
+    }
+
     /// A piece of an update ahead was read; false if the unit has none, so that the piece is the step's.
     pub(super) fn read_ahead(&mut self, unit: UnitId, chunk: u32, out: &mut Vec<Command>) -> bool {
         match self.units[unit.index()].ahead {
@@ -121,6 +133,11 @@ impl Machine {
     pub(super) fn end_ahead(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         let s = &mut self.units[unit.index()];
         if !s.ahead.is_some_and(|a| a.taken && a.ran == s.chunks) || s.holds > 0 {
+            return;
+        }
+        if self.peers {
+            s.ahead = None;
+            out.push(Command::BringOwn(unit));
             return;
         }
         (s.ahead, s.update, s.states_wanted) = (None, Update::None, false);

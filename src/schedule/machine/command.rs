@@ -34,6 +34,9 @@ pub enum Command {
     WriteAhead(UnitId, u32),
     /// The slot holds a chunk that is no longer wanted: give it back.
     DropChunk(UnitId, u32),
+    /// All of this rank's part of an update ahead is made, and its step taken by this rank: once all have taken it, bring this rank's parameters
+    /// home; answer with [`super::Machine::brought`].
+    BringOwn(UnitId),
     /// What the unit's other places hold is current from now on.
     SwapPlaces(UnitId),
     /// Read the unit's gradients into a gradient slot; answer with [`super::Machine::grads_read`].

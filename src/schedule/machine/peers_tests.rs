@@ -4,7 +4,7 @@ use super::{
     tests::{HOST, Rig, u},
     *,
 };
-use crate::schedule::order::Phase;
+use crate::schedule::{order::Phase, placement::Homes};
 
 #[test]
 fn a_unit_is_updated_when_all_ranks_have_made_their_parts() {
@@ -67,4 +67,58 @@ fn states_trail_on_each_rank_for_itself() {
     rig.machine.peers_done(u(2), &mut rig.out);
     rig.machine.peers_made(u(2), &mut rig.out);
     assert!(!rig.machine.update_unmade(u(2)));
+}
+
+/// A rig among ranks of one unit whose update takes two pieces through NVMe.
+fn streaming() -> Rig {
+    let mut rig = Rig::new(8, 8, &[(1, Homes { optimizer: Tier::Nvme, ..HOST })]);
+    rig.machine = rig.machine.among_peers();
+    (rig.machine.units[0].streamed, rig.machine.units[0].chunks) = (true, 2);
+    rig
+}
+
+#[test]
+fn states_on_nvme_are_this_ranks_part_when_they_are_written() {
+    let mut rig = streaming();
+    let (machine, out) = (&mut rig.machine, &mut rig.out);
+    machine.submit(u(0), out);
+    for chunk in 0..2 {
+        assert!(!machine.own_weights_made(u(0)), "piece {chunk} is not made");
+        machine.chunk_read(u(0), chunk, out);
+        machine.chunk_ran(u(0), chunk, out);
+    }
+    assert!(machine.own_weights_made(u(0)) && !machine.own_part_stored(u(0)));
+    machine.chunk_written(u(0), 1, out);
+    assert!(!machine.own_part_stored(u(0)), "the first one is on its way");
+    machine.peers_done(u(0), out);
+    assert!(!machine.update_queued(u(0)) && machine.update_unmade(u(0)) && !machine.own_part_stored(u(0)));
+    machine.chunk_written(u(0), 0, out);
+    assert!(machine.own_part_stored(u(0)));
+    machine.peers_made(u(0), out);
+    assert!(!machine.update_unmade(u(0)) && !machine.own_part_stored(u(0)), "there is nothing to tell any more");
+}
+
+#[test]
+fn what_was_made_ahead_goes_home_on_each_rank_for_itself() {
+    let mut rig = streaming();
+    let (machine, out) = (&mut rig.machine, &mut rig.out);
+    assert!(machine.begin_ahead(u(0), out));
+    for chunk in 0..2 {
+        machine.chunk_read(u(0), chunk, out);
+        machine.ran_ahead(u(0), chunk, true, out);
+    }
+    out.clear();
+    machine.submit(u(0), out);
+    assert_eq!(std::mem::take(out), [Command::Decide(u(0))]);
+    machine.decided(u(0), true, out);
+    assert_eq!(std::mem::take(out), [Command::BringOwn(u(0))], "and no places are swapped");
+    assert!(machine.update_queued(u(0)) && !machine.own_weights_made(u(0)));
+    machine.brought(u(0), out);
+    assert!(machine.own_weights_made(u(0)) && !machine.own_part_stored(u(0)) && !machine.in_spare(u(0)));
+    (0..2).for_each(|chunk| machine.chunk_written(u(0), chunk, out));
+    assert!(machine.own_part_stored(u(0)));
+    machine.peers_done(u(0), out);
+    assert!(!machine.begin_ahead(u(0), out), "states of other ranks are yet to come");
+    machine.peers_made(u(0), out);
+    assert!(machine.begin_ahead(u(0), out));
 }

@@ -128,6 +128,12 @@ impl Machine {
         self.pump(out);
     }
 
+    /// A [`Command::BringOwn`] has finished.
+    pub fn brought(&mut self, unit: UnitId, out: &mut Vec<Command>) {
+        self.units[unit.index()].update = Update::Peers;
+        self.pump(out);
+    }
+
     /// All ranks have made their parts of the unit's weights. Nothing to do for a unit that does not wait for that.
     pub fn peers_done(&mut self, unit: UnitId, out: &mut Vec<Command>) {
         let s = &mut self.units[unit.index()];
@@ -151,6 +157,18 @@ impl Machine {
     pub fn awaits_peers(&self, unit: UnitId) -> bool {
         let s = &self.units[unit.index()];
         !s.trailing && (s.update == Update::Peers || s.peers_trail)
+    }
+
+    /// True once this rank's own part of an update's weights is made, until all ranks have made theirs.
+    pub fn own_weights_made(&self, unit: UnitId) -> bool {
+        self.units[unit.index()].update == Update::Peers
+    }
+
+    /// True once this rank's own part of an update is made, states included, and nothing of it is on its way to NVMe any more; until all ranks have
+    /// made theirs.
+    pub fn own_part_stored(&self, unit: UnitId) -> bool {
+        let s = &self.units[unit.index()];
+        self.awaits_peers(unit) && s.writing == s.holds
     }
 
     /// True while this rank has states to make that trail behind their weights.

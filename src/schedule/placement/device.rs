@@ -33,6 +33,8 @@ pub(super) struct Device {
     total: u64,
     /// Chunks of the ring, where `budget.hbm` decides; none where the host's budget does.
     allowed: Option<u64>,
+    /// Processes that have staging of their own.
+    pub(super) ranks: u64,
 }
 
 /// What a resident unit takes: parameters, gradients and states.
@@ -132,7 +134,19 @@ impl Device {
             let hbm = budgets.hbm.unwrap_or_default();
             return Err(too_small(&layout.units[index].name, resident_bytes, lane_bytes, need, hbm));
         }
-        Ok(Self { resident, resident_bytes, lane_elems, lane_bytes, chunk_bytes, chunks, widest, total, allowed })
+        let ranks = u64::from(limits.ranks.max(1));
+        Ok(Self {
+            resident,
+            resident_bytes,
+            lane_elems,
+            lane_bytes,
+            chunk_bytes,
+            chunks,
+            widest,
+            total,
+            allowed,
+            ranks,
+        })
     }
 
     /// Bytes beside the ring.

@@ -108,7 +108,9 @@ impl<'a> HostNeed<'a> {
     pub(super) fn ample(self, budgets: &Budgets) -> Self {
         let mut elems = MAX_UPDATE_ELEMS;
         let each = self.slot_bytes_per_elem();
-        while elems > MIN_UPDATE_ELEMS && elems * each * u64::from(UPDATE_SLOTS) > budgets.host.0 / 8 {
+        while elems > MIN_UPDATE_ELEMS
+            && elems * each * u64::from(UPDATE_SLOTS) * self.device.ranks > budgets.host.0 / 8
+        {
             elems /= 2;
         }
         self.staged(PAGE_SLOTS, elems, RING_FRAMES)
@@ -148,11 +150,11 @@ impl<'a> HostNeed<'a> {
     pub(super) fn fixed(&self) -> u64 {
         let slots = |(n, b): (u32, u64)| u64::from(n) * b;
         let slots = [self.page_slots, self.update_slots, self.grad_slots].into_iter().map(slots).sum::<u64>();
-        self.homes + self.grads + slots + self.compute
+        self.homes + self.grads + slots * self.device.ranks + self.compute
     }
 
     pub(super) fn total(&self) -> u64 {
         let read = if self.update_slots.0 > 0 { 2 * chunk_on_nvme(self.update_elems) } else { 0 };
-        self.fixed() + self.shadow + self.widest_grads + CHECKPOINT_BYTES + read
+        self.fixed() + (self.shadow + self.widest_grads + CHECKPOINT_BYTES + read) * self.device.ranks
     }
 }

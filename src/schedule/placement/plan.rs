@@ -3,6 +3,7 @@
 use crate::{
     model::{FrameSpan, Layout, SECTION_ALIGN},
     quantities::{ByteCount, Tier, UnitId, round_up},
+    schedule::ranks::owned::OWNED_BLOCK,
 };
 
 /// What may be used, in bytes.
@@ -45,6 +46,8 @@ pub struct Limits {
     pub residents: bool,
     /// Whether lanes of the compute device take part in updates.
     pub lanes: LaneUse,
+    /// Processes that train the model together: what lives on the host or on NVMe is there once, staging for each.
+    pub ranks: u32,
 }
 
 /// Whether the compute device takes part in updating what has its home on the host or on NVMe, which takes staging memory there.
@@ -136,10 +139,12 @@ pub(super) fn nvme_bytes(layout: &Layout, homes: &[Homes]) -> u64 {
         .sum()
 }
 
-/// Bytes of one chunk of a segment on NVMe. Two bytes per element is the narrowest kind; every kind's piece is then whole
-/// chunks.
+/// Bytes per element of the narrowest kind.
+const NARROWEST: u64 = 2;
+
+/// Bytes of one chunk of a segment on NVMe: every kind's piece of an update is whole chunks.
 pub(super) fn chunk_on_nvme(update_elems: u64) -> u64 {
-    (update_elems * 2).min(1 << 20)
+    (update_elems * NARROWEST).min(1 << 20)
 }
 
 /// A size as a policy spells it, rounded up so that it is enough.
@@ -207,6 +212,14 @@ impl Placement {
     /// Bytes of one chunk of a segment on NVMe.
     pub fn chunk_on_nvme(&self) -> u64 {
         chunk_on_nvme(self.update_elems)
+    }
+
+    /// Elements of the blocks of which each belongs to one of several ranks: where something of the unit is updated on NVMe, no chunk of it
+    /// there has two owners.
+    pub fn owned_block(&self, unit: UnitId) -> u64 {
+        let home = self.homes[unit.index()];
+        let chunk = self.chunk_on_nvme() / NARROWEST;
+        if [home.params, home.optimizer].contains(&Tier::Nvme) { OWNED_BLOCK.max(chunk) } else { OWNED_BLOCK }
     }
 
     /// Bytes of the ring.

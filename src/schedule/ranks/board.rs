@@ -15,6 +15,7 @@ pub trait Words {
 pub(crate) const MAGIC: usize = 1;
 pub(crate) const RANKS: usize = 2;
 pub(crate) const IDENTITY: usize = 3;
+pub(crate) const FREE: usize = 4;
 pub(crate) const ALIKE: usize = 8;
 const HEAD: usize = 16;
 
@@ -125,7 +126,7 @@ mod tests {
             let board = Board::new(ranks, counts.into_iter());
             let mut seen = vec![false; board.words()];
             let mut take = |at: usize| assert!(!std::mem::replace(&mut seen[at], true), "word {at}");
-            [0, MAGIC, RANKS, IDENTITY].into_iter().chain(ALIKE..HEAD).for_each(&mut take);
+            [0, MAGIC, RANKS, IDENTITY, FREE].into_iter().chain(ALIKE..HEAD).for_each(&mut take);
             for rank in 0..ranks {
                 let line = |at, parts: usize| at..=at + 2 * parts;
                 let single = [PID, STARTED, STATE, ARRIVED, PASSED, BACKWARD, WAITS, WAITS_AT];

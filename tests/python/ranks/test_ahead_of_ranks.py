@@ -13,10 +13,10 @@ from twin import Mismatch, World
 BF16 = torch.bfloat16
 
 
-@pytest.fixture
-def spare_world(host_world: World) -> World:
-    """Host memory, with second places for all units."""
-    return dataclasses.replace(host_world, spare="32MiB")
+@pytest.fixture(params=["in memory", "on disk"])
+def spare_world(request: pytest.FixtureRequest, host_world: World, states_world: World) -> World:
+    """States in host memory, and on NVMe, with second places for all units."""
+    return dataclasses.replace(host_world if request.param == "in memory" else states_world, spare="32MiB")
 
 
 @pytest.mark.parametrize(

@@ -165,9 +165,12 @@ def test_fsdp_is_refused_by_name(size: int, host_world: World):
         assert name.startswith("FSDP")
 
 
-def test_on_nvme(nvme_world: World):
-    first, second = several.run(2, "rank_checks:refused_policy", nvme_world, {})
-    assert "FN-E704" in first[0]
+@pytest.mark.parametrize("what", ["params", "gradients"])
+def test_on_nvme(what: str, states_world: World):
+    """States may live there, and nothing else."""
+    first, second = several.run(2, "rank_checks:refused_policy", states_world, {what: {"tier": "nvme"}})
+    assert "FN-E704 several ranks can have states on NVMe" in first[0]
+    assert f"{what}.tier" in first[0]
     assert "FN-E721 rank 0 failed when it made its runtime: FN-E704" in second[0]
     assert first[1] == second[1] == "True"
 
