@@ -42,6 +42,8 @@ def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], li
             nn.utils.clip_grad_norm_(model.parameters(), float(between))
         opt.step()
         opt.zero_grad()
+        # A unit whose last update is not made yet on all ranks begins no other one.
+        testing.inspect(model).engine.settle_all()
     weights = [p.detach().clone() for p in model.parameters()]
     ahead = funicular.stats(model).ahead
     return [ahead.used, ahead.in_vain], begun, weights
