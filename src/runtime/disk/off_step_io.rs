@@ -177,7 +177,7 @@ impl Shared {
         let until = if direction == Direction::Write { Until::Whole } else { Until::Made };
         self.await_update(unit, None, until, interrupted)?;
         if direction == Direction::Write {
-            self.saves.preserve(group_of(unit), interrupted)?;
+            self.saves.await_read(group_of(unit), interrupted)?;
             self.drop_speculation(unit);
             self.states_home(unit, interrupted)?;
         } else {
@@ -200,7 +200,7 @@ impl Shared {
         self.settle_disk(unit, interrupted)?;
         if direction == Direction::Write {
             // The last look at signals was the one above: a handler's save must not find a state half written.
-            self.saves.preserve(group_of(unit), interrupted)?;
+            self.saves.await_read(group_of(unit), interrupted)?;
             // SAFETY: the caller's promise is passed on.
             return unsafe { self.bytes_io(disk, segment, range, buffer, direction, &mut || false) };
         }

@@ -126,16 +126,34 @@ impl Saves {
         }
     }
 
-    /// Waits until the save under way does not need the unit's bytes any more.
+    /// Waits until the save under way does not need the unit's bytes any more; at once while the update that it waits for is under way, which is to
+    /// write them. For what updates.
     ///
     /// # Errors
     /// `FN-E106` for an interruption.
     pub(crate) fn preserve(&self, group: u32, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
+        self.wait_for_reads(group, |progress| matches!(progress, Progress::Ready | Progress::Reading), interrupted)
+    }
+
+    /// Waits until the save under way has read a group, the update that it waits for included.
+    ///
+    /// # Errors
+    /// `FN-E106` for an interruption.
+    pub(crate) fn await_read(&self, group: u32, interrupted: &mut dyn FnMut() -> bool) -> Result<()> {
+        self.wait_for_reads(group, |progress| *progress != Progress::Done, interrupted)
+    }
+
+    fn wait_for_reads(
+        &self,
+        group: u32,
+        needed: fn(&Progress) -> bool,
+        interrupted: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
         if !self.active() {
             return Ok(());
         }
         let mut state = self.state.lock();
-        while let Some(Progress::Ready | Progress::Reading) = state.groups.get(group as usize) {
+        while state.groups.get(group as usize).is_some_and(needed) {
             if !state.urgent.contains(&group) {
                 state.urgent.push_back(group);
                 self.changed.notify_all();
@@ -260,6 +278,7 @@ mod tests {
         saves.done(0);
         assert_eq!(saves.next(), Next::Later);
         saves.preserve(1, &mut || false).expect("the update goes on");
+        assert!(saves.await_read(1, &mut || true).is_err(), "what is no update waits for it");
         saves.updated(UnitId(0));
         assert_eq!(saves.next(), Next::Group(1));
         assert!(saves.preserve(1, &mut || true).is_err(), "now the next one waits, and can be interrupted");

@@ -101,7 +101,7 @@ impl Runtime {
         let units: std::collections::BTreeSet<UnitId> = fills.iter().map(|f| f.item.unit).collect();
         for &unit in &units {
             shared.await_update(unit, Some(stream), Until::Whole, interrupted)?;
-            shared.saves.preserve(group_of(unit), interrupted)?;
+            shared.saves.await_read(group_of(unit), interrupted)?;
             shared.drop_speculation(unit);
             shared.states_home(unit, interrupted)?;
         }

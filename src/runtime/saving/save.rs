@@ -103,12 +103,12 @@ impl Runtime {
         })
     }
 
-    /// Waits until the save under way has read a unit; at once if there is none.
+    /// Waits until the save under way has read a unit, whose last update it may wait for; at once if there is none.
     ///
     /// # Errors
     /// An interruption.
     pub fn preserve(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.saves.preserve(group_of(unit), interrupted)
+        self.shared()?.saves.await_read(group_of(unit), interrupted)
     }
 
     /// Waits for the end of the save under way.

@@ -205,7 +205,8 @@ impl Shared {
 
 /// Runs one piece of an update.
 fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) -> Result<()> {
-    // Copy on update: a save under way reads the unit first.
+    // Copy on update: a save under way reads the unit first. The thread that ended the last update tells the save so before it gives the lock up.
+    drop(shared.lock()?);
     shared.saves.preserve(group_of(unit), &mut || false)?;
     shared.lock()?.at_work = Some(unit);
     let (outcome, step) = {

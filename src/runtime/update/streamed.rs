@@ -88,6 +88,7 @@ impl Shared {
         drop(job);
         self.stats.speculated(good);
         if good {
+            drop(self.lock()?); // as before a piece is run
             self.saves.preserve(group_of(unit), &mut || false)?;
         }
         Ok(good)

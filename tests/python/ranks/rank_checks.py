@@ -311,6 +311,15 @@ def save_and_go_on(folder: str, world: World, steps: int, wait: bool) -> list[to
     return [p.detach().clone() for p in model.parameters()]
 
 
+def save_each_step(folder: str, world: World, wait: bool) -> None:
+    """Train and save after each step, the next of which begins as soon as it may."""
+    model, opt = offloaded(world)
+    for step in range(5):
+        train_one(model, opt, step)
+        funicular.save(model, opt, f"{folder}/step-{step}", wait=wait)
+    funicular.save(model, opt, f"{folder}/end")  # waits for the one before
+
+
 def train_one(model: nn.Module, opt: torch.optim.Optimizer, step: int) -> None:
     """One step on two batches, dealt to one or two ranks; a third rank has none."""
     size, rank = dist.get_world_size(), dist.get_rank()

@@ -1,5 +1,6 @@
 """Checkpoints know nothing of ranks: what several save, any number of them loads."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_saved_by_two_and_loaded_by_one_two_and_three(wait: bool, rank_world: Wo
     other, its = offloaded_alone(rank_world)
     funicular.load(f"{folder}-alone", other, its)
     assert same(values(other, its), saved)
+
+
+def test_saved_while_states_are_yet_to_come(rank_world: World, tmp_path: Path):
+    """The call returns when everything has been read, of all ranks: the next step of one of them may begin before the last state is made."""
+    late = "states:delay=20ms" if rank_world.optimizer == "host" else "rank 1 write:delay=10ms@1x9999,rank 0 read:delay=40ms@1x9999"
+    world = dataclasses.replace(rank_world, spare="0MiB")
+    several.run(2, "rank_checks:save_each_step", str(tmp_path / "each"), world, True)
+    late_world = dataclasses.replace(world, faults=late)
+    several.run(2, "rank_checks:save_each_step", str(tmp_path / "beside"), late_world, False)
+    files = sorted(path.relative_to(tmp_path / "each") for path in (tmp_path / "each").rglob("*.safetensors"))
+    assert len(files) == 2 * 6
+    for file in files:
+        assert (tmp_path / "each" / file).read_bytes() == (tmp_path / "beside" / file).read_bytes(), file
 
 
 def test_saved_by_one_and_loaded_by_two(rank_world: World, tmp_path: Path):
