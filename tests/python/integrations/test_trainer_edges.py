@@ -116,4 +116,6 @@ def test_configuration_of_a_model(host_world: World, tmp_path: Path):
     run.save_model(str(tmp_path / "paged"))
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "paged")]
+    for one in said:
+        one.pop("use_cache")  # some versions of the Trainer set it for good
     assert said[0] == said[1]

@@ -39,7 +39,11 @@ def test_saved_by_two_and_loaded_by_one_two_and_three(wait: bool, rank_world: Wo
 
 def test_saved_while_states_are_yet_to_come(rank_world: World, tmp_path: Path):
     """The call returns when everything has been read, of all ranks: the next step of one of them may begin before the last state is made."""
-    late = "states:delay=20ms" if rank_world.optimizer == "host" else "rank 1 write:delay=10ms@1x9999,rank 0 read:delay=40ms@1x9999"
+    late = (
+        "states:delay=20ms"
+        if rank_world.optimizer == "host"
+        else "rank 1 write:delay=10ms@1x9999,rank 0 read:delay=40ms@1x9999"
+    )
     world = dataclasses.replace(rank_world, spare="0MiB")
     several.run(2, "rank_checks:save_each_step", str(tmp_path / "each"), world, True)
     late_world = dataclasses.replace(world, faults=late)
