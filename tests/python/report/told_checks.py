@@ -20,7 +20,7 @@ from models import CUDA, Block, Stack
 from twin import SEED, World
 
 #: what one rank, or an exchange, is late
-NAP = 0.2
+NAP = 0.5
 #: wide enough that each rank owns a part of each unit
 WIDE = 160
 
