@@ -17,6 +17,7 @@ import children
 import facts
 import funicular
 from conftest import PLACEMENTS
+from funicular.checkpoint.save_load import load_weights
 from hf_models import MODELS, VOCAB
 from models import WIDTH, Decoder, Stack
 from twin import Run, World, match, play
@@ -115,6 +116,30 @@ def test_types_are_converted_as_torch_does(stored: str, wanted: str, two_worlds:
     run = offloaded_from(two_worlds, lambda: Decoder(dtype=second), tmp_path / "w.safetensors")
     for name, p in run.model.named_parameters():
         assert torch.equal(p.detach().cpu(), weights[name].to(second)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_loaded_alone_amid_a_run(dtype: torch.dtype, two_worlds: World, tmp_path: Path):
+    """Masters begin anew, as where torch copies the weights."""
+
+    def trained(steps: int) -> Run:
+        run = begin(two_worlds, lambda: build(dtype))
+        run.train(steps, look=False)
+        return run
+
+    source = trained(1)
+    funicular.save(source.model, None, tmp_path / "c")
+    weights = copy.deepcopy(source.model.state_dict())
+    copied = trained(3)
+    copied.model.load_state_dict(weights)
+    expected = go_on(copied)
+    for how in (
+        lambda run: load_weights(tmp_path / "c", run.model),
+        lambda run: funicular.load(tmp_path / "c", run.model, random=False),
+    ):
+        loaded = trained(3)
+        how(loaded)
+        match(expected, go_on(loaded))
 
 
 def test_what_does_not_fit_is_listed(host_world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture):
