@@ -96,7 +96,9 @@ fn states_loaded_twice_between_two_updates_of_a_unit_are_those_loaded_last() {
     scope(|scope| {
         for (rank, rt) in all.iter().enumerate() {
             let (expected, barrier) = (&expected, &barrier);
-            let meet = || drop(barrier.wait());
+            let meet = || {
+                barrier.wait();
+            };
             scope.spawn(move || assert!(loads(rt, Some(rank), &meet) == *expected, "rank {rank}"));
         }
     });
