@@ -56,12 +56,15 @@ def preserve_aliased(session: Session) -> None:
 
 
 def homes_changed(session: Session, refs: list[PagedParam]) -> None:
-    """Give what was loaded to tensors that look at homes, and count the change for saved views of them."""
+    """Give what was loaded to tensors that look at homes, and count the change for saved views of them.
+
+    Masters begin anew, unless states are loaded too: who notes those takes it back.
+    """
     with unguarded():
         for ref in refs:
             torch.autograd.graph.increment_version(ref.param)
             ref.note_version()
-            ref.mark_edited(False)
+            ref.mark_edited()
     for unit in dict.fromkeys(ref.unit for ref in refs):
         unit.begin_from(None)
         unit.fall_behind()

@@ -322,7 +322,7 @@ def load(
     model : nn.Module
         With the names, shapes and types of the saved one; any policy and device, or not offloaded.
     opt : Optimizer or None
-        With the groups of the saved one. ``None`` loads the model alone.
+        With the groups of the saved one. ``None`` loads the model alone; the masters of its weights begin anew.
     random : bool
         Set the random generators as they were.
 

@@ -79,7 +79,7 @@ impl Shared {
         }
     }
 
-    /// Moves the next unit up that is to; false if there is none. No memory for it is no error.
+    /// Moves the next unit up that is to, or finds that it is not to any more; false if there is none. No memory for it is no error.
     pub(crate) fn rise(&self) -> Result<bool> {
         // Before the first move the lock of updates is not taken.
         let Some(next) = self.growing.state.lock().rising.front().copied() else { return Ok(false) };
@@ -92,7 +92,17 @@ impl Shared {
         if self.growing.stopped.load(Ordering::Relaxed) {
             return Ok(false);
         }
-        let Some(unit) = self.growing.state.lock().rising.pop_front() else { return Ok(false) };
+        {
+            let mut state = self.growing.state.lock();
+            // Another one may be the first since, of which nothing was asked.
+            let Some(unit) = state.rising.pop_front_if(|first| *first == next) else { return Ok(true) };
+            // Looked at with the lock of updates, with which it is promised.
+            if self.ranks.as_ref().is_some_and(|ranks| ranks.posts().promised(unit.index())) {
+                state.decide.at_home(unit);
+                return Ok(true);
+            }
+        }
+        let unit = next;
         let Some(frames) = self.take_memory(unit) else {
             let mut state = self.growing.state.lock();
             state.record.refused += 1;
@@ -216,7 +226,7 @@ impl Shared {
         home.lifted().map_or(Ok(()), |base| self.bring_down(&mut updates, unit, set, base))
     }
 
-    /// Has a unit's states at home, for a writer; they stay there until the next step at least.
+    /// Has a unit's states at home, for a writer; they stay there until the next step at least, those of other ranks until the unit is updated.
     pub(crate) fn states_home(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
         self.own_states_home(unit)?;
         self.await_states(unit, true, interrupted)

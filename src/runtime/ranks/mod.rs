@@ -17,6 +17,8 @@ pub(super) mod peers;
 pub(super) mod shelf;
 pub(super) mod spec;
 pub(super) mod states;
+#[cfg(test)]
+mod states_tests;
 pub(super) mod steps;
 #[cfg(test)]
 mod tests;

@@ -13,8 +13,8 @@ use crate::{
 };
 
 impl Shared {
-    /// Waits until the parts that other ranks own of a unit's states are at home, and, for a writer, stay there until the next step; the unit's
-    /// last update is made by all, and no step follows meanwhile.
+    /// Waits until the parts that other ranks own of a unit's states are at home, and, for a writer, stay there until the unit's next update; its
+    /// last one is made by all, and no step follows meanwhile.
     pub(crate) fn await_states(&self, unit: UnitId, writes: bool, interrupted: Interrupted<'_>) -> Result<()> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
         let number = ranks.want_states(unit.index(), writes);
@@ -41,7 +41,14 @@ impl Shared {
             } else {
                 self.own_states_current(unit)?;
             }
-            ranks.posts().answer(unit.index(), number);
+            {
+                // None moves up meanwhile.
+                let _updates = writes.then(|| self.share.lock());
+                if writes && self.homes.unit(unit).lifted().is_some() {
+                    continue; // It has; the next look finds it.
+                }
+                ranks.posts().answer(unit.index(), number);
+            }
             ranks.words.ring();
         }
         Ok(())

@@ -10,7 +10,7 @@
 //! A4: gradients of a unit are exchanged when all have posted which of them they have; a unit is posted again only by who has seen that.
 //! A5: a rank takes its step when all are at theirs after the same number of backwards; who did fewer joins those of the others.
 //! A7: an owner may keep states elsewhere, newer than their home. Who reads or writes them asks for that of the last step, which none can leave
-//! before it posts the next; the owner answers once they are at home, or are there to stay. A number of the step says both.
+//! before it posts the next; the owner answers once they are at home, or are there to stay until it updates them. A number of the step says both.
 //!
 //! A6, on ranks that wait in different calls, stands in [`super::crossed`].
 
@@ -227,6 +227,13 @@ impl<W: Words> Posts<'_, W> {
     /// This rank's part of a unit's states is at home, as was asked.
     pub fn answer(&self, unit: usize, number: u64) {
         self.words.store(self.board.of_unit(self.rank, unit, HOME), number);
+    }
+
+    /// Whether this rank has said that its part of a unit's states stays at home, where others may write it, and has not updated the unit since:
+    /// what they ask for between two updates has one number, and is answered once.
+    pub fn promised(&self, unit: usize) -> bool {
+        let mine = |word| self.words.load(self.board.of_unit(self.rank, unit, word));
+        mine(HOME) == Self::wanted_of(mine(MADE)) + 1
     }
 
     /// This rank's states are at home from now on.

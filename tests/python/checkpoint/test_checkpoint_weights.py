@@ -117,6 +117,26 @@ def test_types_are_converted_as_torch_does(stored: str, wanted: str, two_worlds:
         assert torch.equal(p.detach().cpu(), weights[name].to(second)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_loaded_alone_amid_a_run(dtype: torch.dtype, two_worlds: World, tmp_path: Path):
+    """Masters begin anew, as where torch copies the weights."""
+
+    def trained(steps: int) -> Run:
+        run = begin(two_worlds, lambda: build(dtype))
+        run.train(steps, look=False)
+        return run
+
+    source = trained(1)
+    funicular.save(source.model, None, tmp_path / "c")
+    weights = copy.deepcopy(source.model.state_dict())
+    copied = trained(3)
+    copied.model.load_state_dict(weights)
+    expected = go_on(copied)
+    loaded = trained(3)
+    funicular.load(tmp_path / "c", loaded.model, random=False)
+    match(expected, go_on(loaded))
+
+
 def test_what_does_not_fit_is_listed(host_world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Missing, mis-shaped and unexpected names; the model stays on the meta device and can be tried again."""
     whole = {n: p.detach() for n, p in Stack().named_parameters()}
