@@ -56,9 +56,10 @@ pub trait Lanes: Send + Sync {
 /// What a lane is to do.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
-    /// The elements, in registered host memory.
+    /// The elements, in registered host memory but for what `above` says.
     pub span: &'a Span,
-    /// Where what the portion stores goes: registered host memory, [`Target::in_place`] too. A second place lies in the device's memory.
+    /// Where what the portion stores goes: registered host memory, [`Target::in_place`] too, but for what `above` says. A second place lies in
+    /// the device's memory.
     pub target: &'a Target,
     /// What is stored.
     pub portion: Portion,

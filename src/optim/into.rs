@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Where the new values of a span go; the types are those of [`Span`], the arrays disjoint from it and from each other, but that the parameter
-/// may be the span's own.
+/// may be the span's own, in its first place or the second. Lanes of a device take any of the others in place, too.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)] // as `Target` of kernels/adamw.cu
 pub struct Target {

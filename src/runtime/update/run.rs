@@ -106,8 +106,9 @@ impl Shared {
             let (at, to) = self.with_held(unit, span, span.start, at, None);
             share.add(at, self.hyper_of(job.hypers[span.hyper]), to, Portion::Whole)?;
         }
-        // SAFETY: all ranges lie in homes, registered regions, are disjoint, and belong to this update
-        // until the machine hears of its end: the gates of the job have passed, so no stream touches them.
+        // SAFETY: all ranges lie in homes, registered regions, or, of states that are up and what is kept beside them, in memory taken for the
+        // unit. They are disjoint, but for what is updated in place, and belong to this update until the machine hears of its end: the gates of
+        // the job have passed, so no stream touches them; states move under the lock of updates, which is held.
         unsafe { self.run_share(&mut share, unit, "adamw") }?;
         Ok(Outcome::Ran)
     }

@@ -146,7 +146,8 @@ impl Shared {
         }
         // SAFETY: the current places are only read, and their writers drop the speculation first, under the lock that is held; the
         // gradients have landed; the other places are the runner's alone, for `speculate` began only once no copy up read them, and a
-        // reader that needs the home as it was has it copied there by the runner; all lie in registered regions.
+        // reader that needs the home as it was has it copied there by the runner; all lie in registered regions, or
+        // in memory taken for the unit's states, which move under the lock of updates, held here.
         unsafe { self.run_share(&mut share, unit, "adamw speculative") }?;
         speculation.at = (index, done);
         Ok(())
