@@ -207,7 +207,11 @@ class Engine:
 
 @final
 class Ranks:
-    """One of several ranks that train one model; ``fd``: the file that rank 0 shares, in this process; None on rank 0."""
+    """One of several ranks that train one model.
+
+    ``fd`` is the file that rank 0 shares, in this process; None on rank 0. ``grows``: whether memory that stays free on its device takes
+    optimizer states; None: as the policy says.
+    """
 
     def __new__(cls, rank: int, size: int, fd: int | None, grows: bool | None) -> Ranks: ...
     @property
@@ -216,6 +220,8 @@ class Ranks:
     def size(self) -> int: ...
     @property
     def fd(self) -> int | None: ...
+    @property
+    def grows(self) -> bool | None: ...
 
 @final
 class UnitPlace:
