@@ -281,6 +281,21 @@ def play_rank(script: str, options: dict[str, Any], world: World) -> list[tuple[
     return play(script, options, dist.get_world_size(), dist.get_rank(), world)
 
 
+def one_is_killed(size: int, victim: int, world: World, where: str) -> None:
+    """Have a rank that trains kill itself there; each other one names it, soon."""
+    ranks = Ranks(size, "rank_checks:killed", world, where, victim)
+    try:
+        ends = ranks.wait()  # a rank that waits for long is killed, and has no status
+        assert ends[victim][0] == -9
+        for rank in {*range(size)} - {victim}:
+            assert ends[rank][0] == 0, ends[rank][1]
+            code, text = pickle.loads((ranks.folder / f"{rank}.result").read_bytes())
+            assert code == "FN-E701", text
+            assert f"rank {victim}" in text
+    finally:
+        ranks.end()
+
+
 def compare(script: str, size: int, world: World, broken: str = "", whole_end: bool = False, **options: Any) -> None:
     """Run a script on ranks and as their reference, and compare every note of every rank."""
     ranks = Ranks(size, "several:play_rank", script, options, world, broken=broken, whole_end=whole_end)

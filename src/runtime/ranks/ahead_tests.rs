@@ -77,7 +77,7 @@ fn begin(rt: &Runtime, updates: &[UnitUpdate], hypers: &[StepHyper]) -> usize {
 }
 
 /// The gradients of a backward are exchanged, or come of one process.
-fn backward(rt: &Runtime, rank: Option<usize>, number: u64) {
+pub(super) fn backward(rt: &Runtime, rank: Option<usize>, number: u64) {
     if rank.is_some() {
         for unit in (0..UNITS).map(UnitId) {
             rt.post_gradients(unit, number, &[1, 1]).unwrap();
@@ -118,16 +118,19 @@ pub(super) fn used(rt: &Runtime) -> u64 {
     rt.stats().unwrap().speculations().0
 }
 
+/// What one process has after each of [`STEPS`].
+pub(super) fn of_one() -> Vec<Vec<Vec<u8>>> {
+    let alone = open(POLICY, None).unwrap();
+    let one = |(number, between)| {
+        take(&alone, None, number, between, false);
+        contents(&alone)
+    };
+    (1..).zip(STEPS).map(one).collect()
+}
+
 #[test]
 fn what_ranks_begin_ahead_or_not_gives_the_bits_of_one() {
-    let alone = open(POLICY, None).unwrap();
-    let expected: Vec<_> = (1..)
-        .zip(STEPS)
-        .map(|(number, between)| {
-            take(&alone, None, number, between, false);
-            contents(&alone)
-        })
-        .collect();
+    let expected = of_one();
     // All ranks begin ahead, or none, or some of them in some steps; states come with their weights, or follow, in place or not.
     let cases = [(2, 3_usize), (2, 0), (2, 1), (3, 2), (3, 5), (8, 0xff)];
     let all = cases.map(|case| (case, SPARE.to_owned()));

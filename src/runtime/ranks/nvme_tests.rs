@@ -12,7 +12,7 @@ use std::{
 use tempfile::TempDir;
 
 use super::{
-    ahead_tests::{STEPS, take, used},
+    ahead_tests::{STEPS, backward, of_one, take, used},
     tests::{POLICY, SIZES, UNITS, contents, gradients, hyper, never, open, together_by, whole},
 };
 use crate::{
@@ -33,16 +33,6 @@ fn policy(disks: &[&Path], host: &str, faults: &str) -> String {
         r#"{{"device": "host", "budget": {{"host": {host:?}, "hbm": "256KiB", "threads": 1}}, "nvme": {{"paths": {disks:?}}},
             "optimizer": {{"tier": "nvme"}}, "debug": {{"faults": {faults:?}}}}}"#
     )
-}
-
-/// The gradients of a backward are exchanged.
-fn backward(rt: &Runtime, rank: usize, number: u64) {
-    for unit in (0..UNITS).map(UnitId) {
-        rt.post_gradients(unit, number, &[1, 1]).unwrap();
-        rt.await_gradients(unit, number, &mut never).unwrap();
-    }
-    gradients(rt, Some(rank), number);
-    rt.await_landed(number, &mut never).unwrap();
 }
 
 fn update(rt: &Runtime, number: u64) {
@@ -82,7 +72,7 @@ fn states_on_nvme_have_the_bits_of_one_process_in_host_memory() {
                 let (expected, barrier) = (&expected, &barrier);
                 scope.spawn(move || {
                     for (number, expected) in (1..).zip(expected) {
-                        backward(rt, rank, number);
+                        backward(rt, Some(rank), number);
                         update(rt, number);
                         // Every second step no rank looks at states before the next one.
                         if number % 2 == 0 {
@@ -106,14 +96,7 @@ fn states_on_nvme_have_the_bits_of_one_process_in_host_memory() {
 
 #[test]
 fn updates_ahead_into_second_places_there_give_the_bits_of_one() {
-    let alone = open(POLICY, None).unwrap();
-    let expected: Vec<_> = (1..)
-        .zip(STEPS)
-        .map(|(number, between)| {
-            take(&alone, None, number, between, false);
-            contents(&alone)
-        })
-        .collect();
+    let expected = of_one();
     let dir = disk();
     let spare =
         |host: &str| policy(&[dir.path()], host, "").replace(r#""tier": "nvme""#, r#""tier": "nvme", "spare": "1MiB""#);

@@ -10,8 +10,9 @@ use std::{
 };
 
 use super::{
+    ahead_tests::backward,
     spec::RankSpec,
-    tests::{POLICY, SIZES, UNITS, contents, gradients, hyper, never, open, whole},
+    tests::{POLICY, SIZES, UNITS, contents, hyper, never, open, whole},
 };
 use crate::{dtype::StateKind, io::Direction, quantities::UnitId, runtime::Runtime};
 
@@ -30,15 +31,8 @@ fn growing() -> Vec<Runtime> {
 
 /// A step that updates some units, for gradients of all.
 fn step(rt: &Runtime, rank: Option<usize>, number: u64, units: Range<u32>) {
+    backward(rt, rank, number);
     if rank.is_some() {
-        for unit in (0..UNITS).map(UnitId) {
-            rt.post_gradients(unit, number, &[1, 1]).unwrap();
-            rt.await_gradients(unit, number, &mut never).unwrap();
-        }
-    }
-    gradients(rt, rank, number);
-    if rank.is_some() {
-        rt.await_landed(number, &mut never).unwrap();
         assert_eq!(rt.at_step(number, &mut never).unwrap(), None);
     }
     let updates: Vec<_> = units.map(|unit| whole(unit, number == 1)).collect();

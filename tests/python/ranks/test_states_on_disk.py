@@ -1,7 +1,6 @@
 """Several ranks whose optimizer states live on NVMe, in files that all of them have open."""
 
 import dataclasses
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +68,7 @@ def test_each_rank_reads_and_writes_its_part(states_world: World):
 @pytest.mark.parametrize(("where", "victim"), [("backward", 1), ("step", 1), ("after", 1), ("after", 0)])
 def test_killed(where: str, victim: int, states_world: World):
     """It is named, and leaves no space taken: its directory is removed by the next run."""
-    size = 3
-    ranks = several.Ranks(size, "rank_checks:killed", states_world, where, victim)
-    try:
-        ends = ranks.wait()
-        assert ends[victim][0] == -9
-        for rank in {*range(size)} - {victim}:
-            assert ends[rank][0] == 0, ends[rank][1]
-            code, text = pickle.loads((ranks.folder / f"{rank}.result").read_bytes())
-            assert code == "FN-E701", text
-            assert f"rank {victim}" in text
-    finally:
-        ranks.end()
+    several.one_is_killed(3, victim, states_world, where)
     (disk,) = map(Path, states_world.paths)
     left = [*disk.iterdir()]
     # Files of data have no names.
