@@ -178,6 +178,13 @@ impl Runner {
 }
 
 impl Shared {
+    /// Copy on update: waits until a save under way has read a unit that is about to be updated.
+    pub(crate) fn await_save(&self, unit: UnitId) -> Result<()> {
+        // The thread that ended the last update tells the save so before it gives this lock up.
+        drop(self.lock()?);
+        self.saves.preserve(group_of(unit), &mut || false)
+    }
+
     /// True while this rank, which is one of several, has states to make that trail behind their weights.
     fn trails_among_ranks(&self) -> Result<bool> {
         Ok(self.ranks.is_some() && self.lock()?.machine.trails())
@@ -205,9 +212,7 @@ impl Shared {
 
 /// Runs one piece of an update.
 fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) -> Result<()> {
-    // Copy on update: a save under way reads the unit first. The thread that ended the last update tells the save so before it gives the lock up.
-    drop(shared.lock()?);
-    shared.saves.preserve(group_of(unit), &mut || false)?;
+    shared.await_save(unit)?;
     shared.lock()?.at_work = Some(unit);
     let (outcome, step) = {
         let _at_work = AtWork(shared);

@@ -144,10 +144,10 @@ impl Shared {
             room -= len;
             (index, done) = if done + len == span.len { (index + 1, 0) } else { (index, done + len) };
         }
+        // States that are up lie in memory taken for them, and move under the lock of updates, which is held; all else in registered regions.
         // SAFETY: the current places are only read, and their writers drop the speculation first, under the lock that is held; the
         // gradients have landed; the other places are the runner's alone, for `speculate` began only once no copy up read them, and a
-        // reader that needs the home as it was has it copied there by the runner; all lie in registered regions, or
-        // in memory taken for the unit's states, which move under the lock of updates, held here.
+        // reader that needs the home as it was has it copied there by the runner.
         unsafe { self.run_share(&mut share, unit, "adamw speculative") }?;
         speculation.at = (index, done);
         Ok(())

@@ -14,7 +14,6 @@ use crate::{
     runtime::{
         disk::{files::Disk, map::UpdateChunk},
         paging::homes::Set,
-        saving::copy_on_update::group_of,
         shared::{Shared, locked::Inner},
         update::{
             job::{Arrays, Job},
@@ -88,8 +87,7 @@ impl Shared {
         drop(job);
         self.stats.speculated(good);
         if good {
-            drop(self.lock()?); // as before a piece is run
-            self.saves.preserve(group_of(unit), &mut || false)?;
+            self.await_save(unit)?;
         }
         Ok(good)
     }
