@@ -222,6 +222,18 @@ pub trait Device: Send + Sync {
     /// `FN-E002` when the driver fails.
     fn elapsed(&self, from: Mark, to: Mark) -> Result<Elapsed>;
 
+    /// Enqueues storing `value` at `mine`, once all that was enqueued before is done, and then waiting until there is as much at each of
+    /// `others`. Each is a word of 8 bytes in a registered region that only counts up. False, and nothing is enqueued, where streams cannot wait
+    /// for memory.
+    ///
+    /// # Errors
+    /// `FN-E002` when the driver fails.
+    ///
+    /// # Safety
+    /// The words stay valid until a gate recorded after this has passed.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn meet(&self, stream: StreamRef, value: u64, mine: u64, others: &[u64]) -> Result<bool>;
+
     /// Waits until both copy streams are empty.
     fn drain(&self);
 }

@@ -31,6 +31,16 @@ impl SharedWords {
         unsafe { &*self.region.as_ptr().cast::<AtomicU64>().add(at) }
     }
 
+    /// Where a word is, for a device that stores and loads it as a whole.
+    pub fn address(&self, at: usize) -> u64 {
+        std::ptr::from_ref(self.word(at)).addr() as u64
+    }
+
+    /// Their memory, for a device to register.
+    pub fn region(&self) -> &Arc<HostRegion> {
+        &self.region
+    }
+
     /// The value of a word, with all that its writer did before it stored that.
     pub fn load(&self, at: usize) -> u64 {
         self.word(at).load(Ordering::Acquire)

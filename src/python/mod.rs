@@ -62,6 +62,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ranks::begin_wait, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::end_wait, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::at_step, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::meet_on_devices, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::trace_of_rank, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::merge_traces, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::meet, m)?)?;

@@ -111,6 +111,12 @@ pub(super) fn wait_gradients_landed(py: Python<'_>, engine: &Engine, backward: u
     engine.call(py, |rt, i| rt.await_landed(backward, i))
 }
 
+/// Has an exchange, which comes next on this stream, begin when the devices of all ranks have come to it.
+#[pyfunction]
+pub(super) fn meet_on_devices(py: Python<'_>, engine: &Engine, stream: u64, waits: bool) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.meet_on_devices(stream, waits))
+}
+
 /// From here on the program waits for other ranks, by `cause`; returns the time.
 #[pyfunction]
 pub(super) fn begin_wait(

@@ -73,6 +73,7 @@ impl Runtime {
             shared.changed.notify_all();
             if let Some(ranks) = &shared.ranks {
                 ranks.ended(State::Closed, None);
+                ranks.release_devices();
             }
         }
     }

@@ -127,6 +127,8 @@ class Group:
             for way, parts in pairs
             for rank, tensor in parts
         ]
+        if self._device.type != "cpu" and self.runtime is not None:
+            _core.meet_on_devices(self.runtime, stream_of(self._device), bool(ops))
         if not ops:
             return
 

@@ -301,6 +301,11 @@ impl Device for CudaDevice {
         self.marks.elapsed(from, to)
     }
 
+    unsafe fn meet(&self, stream: StreamRef, value: u64, mine: u64, others: &[u64]) -> Result<bool> {
+        // SAFETY: passed on to the caller.
+        unsafe { self.streams.meet(stream, value, mine, others) }
+    }
+
     fn drain(&self) {
         self.streams.drain();
     }

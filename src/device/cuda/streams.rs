@@ -18,7 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream, CUstream_flags};
+use cudarc::driver::sys::{
+    CUdevice_attribute, CUevent, CUevent_flags, CUstream, CUstream_flags, CUstreamWaitValue_flags,
+    CUstreamWriteValue_flags,
+};
 use parking_lot::Mutex;
 
 use super::driver::Context;
@@ -209,6 +212,29 @@ impl Streams {
     /// Blocks the thread until the gate has passed; false when `deadline` came first.
     pub(super) fn block(&self, gate: Gate, deadline: Option<Instant>) -> Result<bool> {
         block(deadline, || self.passed(gate))
+    }
+
+    /// Stores a word when the stream comes here, and has it wait for others; false where the driver cannot have it wait for memory.
+    ///
+    /// # Safety
+    /// The words are in registered memory, and stay valid until the stream has run this.
+    pub(super) unsafe fn meet(&self, stream: StreamRef, value: u64, mine: u64, others: &[u64]) -> Result<bool> {
+        let context = &*self.context;
+        let supported = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS;
+        if context.attribute(supported)? == 0 {
+            return Ok(false);
+        }
+        let (handle, driver) = (self.handle(stream), context.driver);
+        let _entered = context.enter()?;
+        let stores = CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as c_uint;
+        // SAFETY: the stream is alive; the caller vouches for the word.
+        context.check(unsafe { driver.cuStreamWriteValue64_v2(handle, mine, value, stores) })?;
+        let as_much = CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as c_uint;
+        for &other in others {
+            // SAFETY: as above.
+            context.check(unsafe { driver.cuStreamWaitValue64_v2(handle, other, value, as_much) })?;
+        }
+        Ok(true)
     }
 
     /// Waits until both copy streams are empty. A failure is remembered by the context.

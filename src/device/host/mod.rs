@@ -166,6 +166,10 @@ impl Device for HostDevice {
         Ok(self.streams.marks.elapsed(from, to))
     }
 
+    unsafe fn meet(&self, _stream: StreamRef, _value: u64, _mine: u64, _others: &[u64]) -> Result<bool> {
+        Ok(false) // the user's stream is the calling thread
+    }
+
     fn drain(&self) {
         self.streams.drain();
     }

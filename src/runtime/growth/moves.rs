@@ -54,7 +54,7 @@ impl Shared {
         while let Some(free) = self.free_memory()?
             && let Some(unit) = self.next_down(free)
         {
-            self.lower(&mut self.share.lock(), unit, Why::Short)?;
+            self.lower(unit, Why::Short)?;
             if interrupted() {
                 return Err(Error::new(Code::Interrupted, "interrupted while states moved down."));
             }
@@ -181,23 +181,26 @@ impl Shared {
             .action("Check the device with its own tools; start again from the last checkpoint."))
     }
 
-    /// Moves a unit's states down, if they are up, and gives their memory back. Where the home of a set is current nothing is copied.
-    fn lower(&self, updates: &mut Share, unit: UnitId, why: Why) -> Result<()> {
+    /// Moves a unit's states down, if they are up, and gives their memory back: without the lock of updates, as the device is waited for then, whose
+    /// streams may wait for another rank. Where the home of a set is current nothing is copied.
+    fn lower(&self, unit: UnitId, why: Why) -> Result<()> {
+        let frames = self.lower_states(&mut self.share.lock(), unit, why)?;
+        drop(frames);
+        Ok(())
+    }
+
+    fn lower_states(&self, updates: &mut Share, unit: UnitId, why: Why) -> Result<Option<Arc<dyn Frames>>> {
         let home = self.homes.unit(unit);
-        let Some(base) = home.lifted() else { return Ok(()) };
+        let Some(base) = home.lifted() else { return Ok(None) };
         for set in 0..2 {
             self.bring_down(updates, unit, set, base)?;
         }
         home.lift(None);
         self.growing.count(false);
-        let frames = {
-            let mut state = self.growing.state.lock();
-            state.decide.at_home(unit);
-            state.record.note(self.stats.steps(), unit, self.growing.bytes_of(unit), why);
-            state.taken[unit.index()].take()
-        };
-        drop(frames);
-        Ok(())
+        let mut state = self.growing.state.lock();
+        state.decide.at_home(unit);
+        state.record.note(self.stats.steps(), unit, self.growing.bytes_of(unit), why);
+        Ok(state.taken[unit.index()].take())
     }
 
     fn bring_down(&self, updates: &mut Share, unit: UnitId, set: usize, base: u64) -> Result<()> {
@@ -246,7 +249,7 @@ impl Shared {
         if !self.growing.any_up() && !self.growing.on() {
             return Ok(());
         }
-        self.lower(&mut self.share.lock(), unit, Why::Written)
+        self.lower(unit, Why::Written)
     }
 
     /// Moves everything down at once.
@@ -255,9 +258,8 @@ impl Shared {
         if !self.growing.any_up() && !self.growing.on() {
             return Ok(());
         }
-        let mut updates = self.share.lock();
         while let Some(unit) = self.last_up() {
-            self.lower(&mut updates, unit, why)?;
+            self.lower(unit, why)?;
         }
         self.growing.state.lock().decide.was_short();
         Ok(())

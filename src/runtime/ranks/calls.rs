@@ -170,6 +170,13 @@ impl Runtime {
         })
     }
 
+    /// An exchange between the devices of all ranks comes next on this stream: it begins when all of them have come to it. `waits`: this one takes
+    /// part. Called equally often by all ranks.
+    pub fn meet_on_devices(&self, stream: u64, waits: bool) -> Result<()> {
+        let (shared, ranks) = self.together()?;
+        shared.meet_on_devices(ranks, stream, waits)
+    }
+
     /// From here on the program waits for other ranks, or for bytes of them, of a unit or of all; returns the time.
     pub fn begin_wait(&self, stream: u64, cause: Cause, unit: Option<UnitId>) -> Result<u64> {
         Ok(self.together()?.0.begin_wait(stream, cause, unit))

@@ -10,6 +10,7 @@ mod ahead;
 mod ahead_tests;
 pub(super) mod calls;
 mod crossed;
+mod devices;
 mod elsewhere;
 #[cfg(test)]
 mod nvme_tests;

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{scope, sleep},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::spec::RankSpec;
@@ -23,7 +23,10 @@ use crate::{
     policy::Policy,
     quantities::{ByteCount, UnitId},
     runtime::{JobSpan, Runtime, StepHyper, UnitUpdate},
-    schedule::ranks::posts::{Line, Look},
+    schedule::ranks::{
+        board::{AT_EXCHANGE, Board},
+        posts::{Line, Look},
+    },
 };
 
 /// A section of four blocks, the last one short, and one that is smaller than a block.
@@ -360,6 +363,24 @@ fn a_failure_of_one_rank_is_told_by_the_others() {
     // It is told once, not as a failure of who has told it.
     let told = all[0].shared().unwrap().ranks.as_ref().unwrap().posts().said(2).unwrap();
     assert_eq!(told.matches("failed").count(), 1, "{told}");
+}
+
+#[test]
+fn no_device_waits_for_a_rank_that_has_failed() {
+    let all = together(2);
+    let ranks = all[0].shared().unwrap().ranks.clone().unwrap();
+    let word = Board::of_rank(1, AT_EXCHANGE);
+    assert_eq!(ranks.words.load(word), 0);
+    all[1].give_up("a disk broke.").unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    // What its device had still to store comes later.
+    for late in 0..3 {
+        ranks.words.store(word, late);
+        while ranks.words.load(word) != u64::MAX {
+            assert!(Instant::now() < end, "a device waits for rank 1");
+            sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::{
         shared::lock_order::{Line, Ordered},
     },
     schedule::ranks::{
-        board::{Board, Words},
+        board::{AT_EXCHANGE, Board, Words},
         crossed::Call,
         posts::{Posts, State},
     },
@@ -61,8 +61,18 @@ pub(crate) struct Ranks {
     pub(crate) made: Ordered<Vec<Made>>,
     /// Held while this rank's text is written, and the words that say where it waits and which states it wants.
     pub(super) text: Ordered<()>,
+    /// Exchanges to which this rank's device was sent.
+    pub(super) meetings: Ordered<Meetings>,
     /// Threads that wait for other ranks.
     waiting: AtomicU32,
+}
+
+/// How often this rank's device was to tell that it has come to an exchange, and the addresses of the words for that: its own, and all others.
+#[derive(Debug)]
+pub(super) struct Meetings {
+    pub(super) count: u64,
+    pub(super) mine: u64,
+    pub(super) others: Vec<u64>,
 }
 
 /// A unit of which this rank has made its part of a step's weights.
@@ -86,6 +96,9 @@ impl Ranks {
         file: Arc<SharedFile>,
         (policy, alike): (String, [u64; ALIKE.len()]),
     ) -> Self {
+        let at_exchange = |rank| words.address(Board::of_rank(rank, AT_EXCHANGE));
+        let others = (0..spec.size).filter(|&rank| rank != spec.rank).map(at_exchange).collect();
+        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others };
         Self {
             spec,
             sent: (0..board.units()).map(|_| AtomicU64::new(0)).collect(),
@@ -97,6 +110,7 @@ impl Ranks {
             posted: Ordered::new(Line::Moment, VecDeque::new()),
             made: Ordered::new(Line::Moment, Vec::new()),
             text: Ordered::new(Line::Moment, ()),
+            meetings: Ordered::new(Line::Moment, meetings),
             waiting: AtomicU32::new(0),
         }
     }

@@ -17,7 +17,7 @@ use crate::{
 /// Between two looks whether the other processes are there.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Starts the watcher, where there are other ranks; it ends when the runtime fails or is gone.
+/// Starts the watcher, where there are other ranks; it ends when the runtime closes or is gone.
 pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
     let Some(ranks) = shared.ranks.clone() else { return Ok(None) };
     let shared = Arc::downgrade(shared);
@@ -50,7 +50,11 @@ pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
 fn watch(shared: &Shared, ranks: &Ranks, look: bool) -> Result<bool> {
     {
         let inner = shared.inner.lock();
-        if inner.closing || inner.failed.is_some() {
+        if inner.failed.is_some() {
+            ranks.release_devices();
+            return Ok(true);
+        }
+        if inner.closing {
             return Ok(false);
         }
     }

@@ -145,6 +145,9 @@ fn begin(
     for region in [&homes.params, &homes.grads, &homes.states, &homes.spare] {
         device.register(region)?;
     }
+    if let Some(ranks) = &ranks {
+        device.register(ranks.words.region())?;
+    }
     if let Some(disk) = &disk {
         device.register(disk.update_pool.region())?;
         for pool in [&disk.page_pool, &disk.grad_pool].into_iter().flatten() {

@@ -1,7 +1,8 @@
 //! The words by which the ranks of one host tell each other what they do: where each of them is, and who writes it.
 //!
-//! W1: a word has one writer, the rank that it belongs to; those of the head are written once, by rank 0, before any other rank looks. W2: who
-//! loads a word sees all that its writer had stored before it stored that value, in words and in the memory of the model.
+//! W1: a word has one writer, the rank that it belongs to; those of the head are written once, by rank 0, before any other rank looks. The word
+//! at which devices wait for each other is an exception (`src/runtime/ranks/devices.rs`): a rank that ends lets go of those of all. W2: who loads
+//! a word sees all that its writer had stored before it stored that value, in words and in the memory of the model.
 
 /// Words that all ranks see.
 pub trait Words {
@@ -32,6 +33,8 @@ pub(super) const STEPS: usize = 8;
 pub(super) const QUIET: usize = 24;
 pub(super) const MEETINGS: usize = 32;
 pub(super) const TEXT: usize = 40;
+/// In a line of its own: devices look at it while they wait.
+pub(crate) const AT_EXCHANGE: usize = 112;
 const OF_RANK: usize = 128;
 
 /// Words of a rank for one unit, before its notes on gradients.
@@ -98,7 +101,7 @@ impl Board {
     }
 
     /// A word of a rank.
-    pub(super) fn of_rank(rank: usize, word: usize) -> usize {
+    pub(crate) fn of_rank(rank: usize, word: usize) -> usize {
         HEAD + rank * OF_RANK + word
     }
 
@@ -129,7 +132,7 @@ mod tests {
             [0, MAGIC, RANKS, IDENTITY, FREE].into_iter().chain(ALIKE..HEAD).for_each(&mut take);
             for rank in 0..ranks {
                 let line = |at, parts: usize| at..=at + 2 * parts;
-                let single = [PID, STARTED, STATE, ARRIVED, PASSED, BACKWARD, WAITS, WAITS_AT];
+                let single = [PID, STARTED, STATE, ARRIVED, PASSED, BACKWARD, WAITS, WAITS_AT, AT_EXCHANGE];
                 let lines = line(STEPS, 5).chain(line(QUIET, 1)).chain(line(MEETINGS, 1));
                 let text = TEXT..TEXT + 2 + TEXT_BYTES / 8;
                 single.into_iter().chain(lines).chain(text).for_each(|word| {

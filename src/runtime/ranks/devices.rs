@@ -1,0 +1,44 @@
+//! Where the devices of all ranks meet, before they exchange gradients.
+//!
+//! A kernel that waits for another rank's data holds processors of its device, which what is computed beside it then lacks. So each device says on
+//! the board that it has come to an exchange, and its stream waits there for the others, which takes no processor; then the kernels run together.
+//! No result depends on it. So a rank that fails or closes its model has all streams go on: it writes the most that there is to all words; one
+//! that has failed goes on doing so, since what another device enqueued before may write over it.
+#![expect(unsafe_code, reason = "hands addresses of words to the device")]
+
+use crate::{
+    device::StreamRef,
+    error::Result,
+    runtime::{
+        ranks::together::{Meetings, Ranks},
+        shared::Shared,
+    },
+    schedule::ranks::board::{AT_EXCHANGE, Board},
+};
+
+/// As much as any exchange waits for.
+const ALL: u64 = u64::MAX;
+
+impl Shared {
+    /// Has this rank's device tell that it has come to its next exchange, and, where it takes part (`waits`), wait on this stream for those of
+    /// the other ranks. All ranks do this equally often.
+    pub(crate) fn meet_on_devices(&self, ranks: &Ranks, stream: u64, waits: bool) -> Result<()> {
+        drop(self.lock()?);
+        let mut meetings = ranks.meetings.lock();
+        let Meetings { count, mine, others } = &mut *meetings;
+        *count += 1;
+        let others: &[u64] = if waits { others } else { &[] };
+        // SAFETY: words of the board, which the device has registered, and keeps.
+        if !unsafe { self.device.meet(StreamRef::Compute(stream), *count, *mine, others)? } {
+            ranks.words.store(Board::of_rank(ranks.spec.rank, AT_EXCHANGE), ALL);
+        }
+        Ok(())
+    }
+}
+
+impl Ranks {
+    /// Has no stream wait for a device any more.
+    pub(crate) fn release_devices(&self) {
+        (0..self.spec.size).for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), ALL));
+    }
+}
