@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from funicular import _core
 from funicular.checkpoint.facts import decode, encode
+from funicular.gradients.clipping import note_norms
 from funicular.homes.moved import tensor_over
+from funicular.ranks.means import Means
 from funicular.ranks.rounds import Rounds
+from funicular.ranks.slices import Slice
 from funicular.ranks.slices import cut as cut_gradient
-from funicular.ranks.slices import mean as mean_of_pieces
 from funicular.report.nvtx import Ranges
 from funicular.torch_internals import saved_hooks
 from funicular.units.param import ref_of
@@ -22,9 +26,8 @@ from funicular.windows.lookup import offloaded, session_of
 from funicular.windows.residents import resident_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    import torch
     from torch import nn
 
     from funicular.units.param import PagedParam
@@ -42,7 +45,8 @@ __all__ = [
     "inspect_parameter",
     "is_offloaded",
     "is_resident",
-    "mean_of_pieces",
+    "means_of_pieces",
+    "note_norms",
     "saved_tensor_hooks",
     "through_manifest",
 ]
@@ -233,6 +237,27 @@ def is_offloaded(model: nn.Module) -> bool:
 def is_resident(p: nn.Parameter) -> bool:
     """Whether a parameter of an offloaded model stays on the compute device."""
     return resident_session(p) is not None
+
+
+def means_of_pieces(model: nn.Module, parts: Sequence[Sequence[torch.Tensor | None]], rank: int) -> list[torch.Tensor]:
+    """Return the means that ``rank`` makes of parts of gradients, on the compute device of an offloaded model.
+
+    ``parts``: of each part what each rank has, by rank, of one dimension, or None; one rank at least has some.
+    """
+    sums: Means | None = None
+    whose = []
+    for pieces in parts:
+        there = [(number, piece) for number, piece in enumerate(pieces) if piece is not None]
+        like = there[0][1]
+        sums = sums or Means(rank, len(pieces), like.device)
+        sums.add(like.dtype, Slice(rank, 0, like.numel()), pieces[rank], [number for number, _ in there])
+        whose += [(number, piece) for number, piece in there if number != rank]
+    if sums is None:
+        return []
+    for (number, place), (other, piece) in zip(sums.receives(), whose, strict=True):
+        assert number == other
+        place.copy_(piece.contiguous().view(torch.uint8))
+    return sums.make(inspect(model).engine)
 
 
 def saved_tensor_hooks() -> int:

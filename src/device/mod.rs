@@ -26,7 +26,7 @@ pub use crate::model::{FrameSpan, staging_bytes};
 use crate::{
     error::{Code, Error, Result},
     memory::HostRegion,
-    optim::{Hyper, Span},
+    optim::{Hyper, MeanPart, Span},
     quantities::ByteCount,
 };
 
@@ -185,6 +185,23 @@ pub trait Device: Send + Sync {
     /// As for [`crate::optim::adamw`], until a gate recorded after this has passed.
     #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
     unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()>;
+
+    /// Gets ready for [`Device::mean`], as [`Device::prepare_updates`] does for updates.
+    ///
+    /// # Errors
+    /// `FN-E003` when that is not possible.
+    fn prepare_means(&self) -> Result<()>;
+
+    /// Enqueues the mean of each part over so many ranks on the user's stream of this handle, in as few launches as there can be; the bits are the
+    /// same on every device.
+    ///
+    /// # Errors
+    /// Those of [`crate::optim::mean`], and of [`Device::prepare_means`].
+    ///
+    /// # Safety
+    /// As for [`crate::optim::mean`], until a gate recorded after this has passed.
+    #[expect(unsafe_code, reason = "the caller vouches for raw addresses")]
+    unsafe fn mean(&self, stream: u64, parts: &[MeanPart], ranks: usize) -> Result<()>;
 
     /// Makes lanes, each with staging memory for [`staging_bytes`] of as many elements as one launch may have. The device keeps
     /// nothing of them.

@@ -52,7 +52,7 @@ codes! {
     Cuda = "FN-E002", Runtime, "a CUDA call failed",
         "The message names the call. After an illegal address or a similar fault the process must end; run again with `debug.poison = true` and `CUDA_LAUNCH_BLOCKING=1` to find where it comes from.";
     NoCompiler = "FN-E003", Runtime, "CUDA's run-time compiler is missing or refuses a kernel",
-        "Install a CUDA build of torch, which brings `libnvrtc` along, or keep the update on the CPU: `[optimizer] where = \"cpu\"`.";
+        "Install a CUDA build of torch, which brings `libnvrtc` along; one rank may keep the update on the CPU instead: `[optimizer] where = \"cpu\"`.";
     Stale = "FN-E101", Runtime, "bytes of another generation than expected: a bug of funicular",
         "Nothing wrong was computed: this stopped it. Report it with the message and the policy.";
     Stuck = "FN-E102", Runtime, "nothing moved for too long; the message says what was waited for",

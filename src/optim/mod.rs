@@ -1,4 +1,5 @@
-//! AdamW on the CPU: one written order of fp32 operations, the split master, gradient norms, and the threads they run on.
+//! AdamW on the CPU: one written order of fp32 operations, the split master, gradient norms, means over
+//! ranks, and the threads they run on.
 //!
 //! Owns the arithmetic of the update; docs/arithmetic.md states it once for the CPU, the CUDA kernels and the Python
 //! reference. O1: the bits of a result depend on the inputs only, not on the instruction set, the number of threads,
@@ -9,6 +10,7 @@ mod adamw;
 mod half;
 mod hyper;
 mod isa;
+mod mean;
 mod norm;
 mod pool;
 
@@ -21,6 +23,7 @@ pub use half::{f16_to_f32, f32_to_f16, join_master, split_master};
 pub use hyper::{AdamWOptions, Hyper};
 pub use isa::Isa;
 pub(crate) use isa::{Level, per_isa, prefetch};
+pub use mean::{MeanPart, mean};
 pub use norm::{NORM_BLOCK, NORM_SUMS, norm_blocks, norm_sq, norm_sq_parallel, norm_sq_with};
 pub use pool::Pool;
 

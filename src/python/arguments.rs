@@ -8,7 +8,7 @@ use funicular::{
     dtype::{DType, StateKind},
     error::{Code, Error, Result},
     model::{ParamSpec, Unit, UnitSpec},
-    optim::{AdamWOptions, Hyper, Span, Update},
+    optim::{AdamWOptions, Hyper, MeanPart, Span, Update},
     quantities::UnitId,
     runtime::{JobSpan, RankSpec, Runtime, StepHyper, UnitUpdate, UpdateOn},
     schedule::Phase,
@@ -126,6 +126,52 @@ fn step_hyper(given: &records::Hyper) -> Result<StepHyper> {
     }
     let options = AdamWOptions { lr, beta1, beta2, eps, weight_decay, maximize };
     Ok(StepHyper { hyper: Hyper::new(&options, step, 1.0), clip })
+}
+
+/// Parts of gradients whose means over so many ranks are to be made.
+pub(super) fn mean_parts(given: &[records::MeanPart], ranks: usize) -> Result<Vec<MeanPart>> {
+    if !(1..=RankSpec::MOST).contains(&ranks) {
+        return Err(Error::argument(format!("there is no mean over {ranks} ranks.")));
+    }
+    given.iter().map(|part| mean_part(part, ranks)).collect()
+}
+
+fn mean_part(given: &records::MeanPart, ranks: usize) -> Result<MeanPart> {
+    let &records::MeanPart { out, own, others, stride, count, before, len, .. } = given;
+    let dtype = dtype(&given.dtype, 0);
+    if !dtype.trainable() {
+        return Err(Error::argument(format!("there is no mean of {}.", given.dtype)));
+    }
+    let pieces = count.saturating_add(usize::from(own != 0));
+    if !(1..=ranks).contains(&pieces) || before > count {
+        let text = format!("{pieces} pieces, {before} of them before the own one, cannot be of {ranks} ranks.");
+        return Err(Error::argument(text));
+    }
+    if len > MOST_ELEMENTS {
+        return Err(Error::argument(format!("there are no pieces of {len} elements.")));
+    }
+    let size = dtype.size() as u64;
+    let bytes = len * size;
+    let apart = if count > 1 { stride } else { bytes };
+    if !(bytes..=MOST_ELEMENTS * size).contains(&apart) || !apart.is_multiple_of(size) {
+        let text = format!("pieces of {len} elements of {size} bytes cannot lie {stride} bytes apart.");
+        return Err(Error::argument(text));
+    }
+    for (at, bytes) in [(out, bytes), (own, if own == 0 { 0 } else { bytes }), (others, count as u64 * apart)] {
+        if address(at, bytes)?.checked_add(bytes).is_none() || !at.is_multiple_of(size) {
+            return Err(Error::argument(format!("there are no elements of {size} bytes at address {at:#x}.")));
+        }
+    }
+    Ok(MeanPart {
+        out: out as *mut u8,
+        own: own as *const u8,
+        others: others as *const u8,
+        stride: stride as usize,
+        count,
+        before,
+        len: len as usize,
+        dtype,
+    })
 }
 
 pub(super) fn kind(name: &str) -> Result<StateKind> {

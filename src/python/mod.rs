@@ -56,6 +56,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(ranks::post_gradients, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::posted_gradients, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::wait_posted, m)?)?;
+    m.add_function(wrap_pyfunction!(ranks::mean_of_ranks, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::gradients_sent, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::has_failed, m)?)?;
     m.add_function(wrap_pyfunction!(ranks::wait_gradients_landed, m)?)?;

@@ -1,13 +1,15 @@
 //! Several ranks that train one model, as the wrapper sees them.
+#![expect(unsafe_code, reason = "passes raw addresses of tensors to the runtime")]
 
 use std::path::{Path, PathBuf};
 
 use pyo3::{prelude::*, types::PyBytes};
 
 use super::{
-    arguments::known,
+    arguments::{known, mean_parts},
     engine::Engine,
     failures::{check, guarded},
+    records::MeanPart,
 };
 use funicular::{
     error::{Error, Result},
@@ -97,6 +99,22 @@ pub(super) fn merge_traces(py: Python<'_>, path: PathBuf, ranks: usize) -> PyRes
 
 fn bytes<'py>(py: Python<'py>, notes: &[Vec<u8>]) -> Vec<Bound<'py, PyBytes>> {
     notes.iter().map(|note| PyBytes::new(py, note)).collect()
+}
+
+/// Makes the mean over so many ranks of each part of a gradient, in the order of `stream`.
+#[pyfunction]
+pub(super) fn mean_of_ranks(
+    py: Python<'_>,
+    engine: &Engine,
+    parts: Vec<MeanPart>,
+    ranks: usize,
+    stream: u64,
+) -> PyResult<()> {
+    engine.call(py, |rt, _| {
+        let parts = mean_parts(&parts, ranks)?;
+        // SAFETY: the wrapper passes addresses and sizes of live tensors; torch reuses their memory only in the order of this stream.
+        unsafe { rt.mean_of_ranks(&parts, ranks, stream) }
+    })
 }
 
 /// This rank's slices of a unit's gradients are on their way down.

@@ -104,6 +104,28 @@ pub(crate) struct ResidentUpdate {
     pub(super) reset_master: bool,
 }
 
+/// A part of a gradient that this rank sums: addresses on the device.
+#[pyclass(frozen, get_all, new = "from_fields", from_py_object, module = "funicular._core")]
+#[derive(Clone)]
+pub(crate) struct MeanPart {
+    /// Where the mean goes.
+    pub(super) out: u64,
+    /// This rank's piece; 0 if it has none.
+    pub(super) own: u64,
+    /// The first of other ranks' pieces, ascending by rank.
+    pub(super) others: u64,
+    /// Bytes from each of them to the next.
+    pub(super) stride: u64,
+    /// How many there are.
+    pub(super) count: usize,
+    /// Of them, of lower ranks than this one.
+    pub(super) before: usize,
+    /// Elements.
+    pub(super) len: u64,
+    /// Their format, by torch's name.
+    pub(super) dtype: String,
+}
+
 /// One of several ranks that train one model.
 #[pyclass(frozen, get_all, new = "from_fields", from_py_object, module = "funicular._core")]
 #[derive(Clone, Copy)]
@@ -220,6 +242,7 @@ pub(super) fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Hyper>()?;
     m.add_class::<UnitUpdate>()?;
     m.add_class::<ResidentUpdate>()?;
+    m.add_class::<MeanPart>()?;
     m.add_class::<Ranks>()?;
     m.add_class::<UnitPlace>()?;
     m.add_class::<MemoryPlace>()?;

@@ -11,6 +11,7 @@ mod gates;
 mod lanes;
 mod lifetime;
 mod marks;
+mod means;
 mod programs;
 mod updates;
 

@@ -48,12 +48,12 @@ def nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL("libnvrtc.so")
 
 
-def compile_ptx(arch: str) -> bytes:
-    """The kernels as PTX."""
+def compile_ptx(arch: str, name: str = "adamw.cu") -> bytes:
+    """The kernels of a file as PTX."""
     lib = nvrtc()
     program = ctypes.c_void_p()
-    source = (ROOT / "kernels" / "adamw.cu").read_bytes()
-    assert lib.nvrtcCreateProgram(ctypes.byref(program), source, b"adamw.cu", 0, None, None) == 0
+    source = b"".join((ROOT / "kernels" / file).read_bytes() for file in ("elements.cuh", name))
+    assert lib.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None) == 0
     options = [f"--gpu-architecture={arch}".encode(), b"--fmad=false", b"--std=c++17"]
     status = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
@@ -63,7 +63,7 @@ def compile_ptx(arch: str) -> bytes:
     if log.value.strip():
         print(log.value.decode())
     if status != 0:
-        sys.exit(f"NVRTC refused kernels/adamw.cu (status {status})")
+        sys.exit(f"NVRTC refused kernels/{name} (status {status})")
     lib.nvrtcGetPTXSize(program, ctypes.byref(size))
     ptx = ctypes.create_string_buffer(size.value)
     lib.nvrtcGetPTX(program, ptx)
@@ -211,7 +211,8 @@ def main() -> None:
     parser.add_argument("--mi", type=int, default=256, help="elements to time, in Mi")
     args = parser.parse_args()
     if args.compile:
-        print(f"{len(compile_ptx(args.arch))} bytes of PTX for {args.arch}")
+        for name in ("adamw.cu", "mean.cu"):
+            print(f"{name}: {len(compile_ptx(args.arch, name))} bytes of PTX for {args.arch}")
         return
     kernels = Kernels()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from funicular.units.param import PagedParam
 
-__all__ = ["Clipping", "apply_pending", "effective_factor", "note_norm", "recognised"]
+__all__ = ["Clipping", "apply_pending", "effective_factor", "note_norm", "note_norms", "recognised"]
 
 _T: Any = torch.Tensor
 _VECTOR_NORM: Any = torch.linalg.vector_norm
@@ -140,11 +140,25 @@ def _norm_now(grad: torch.Tensor) -> Any:
 
 def note_norm(ref: PagedParam, grad: torch.Tensor, home: torch.Tensor, kind: str) -> None:
     """Take the norm of a gradient that is about to leave for its home, if there is an operation to take it by."""
-    ref.forget_norm()
-    if kind:
-        # Use the operation that clipping asks for: on a GPU the two differ in the last bit.
-        norm = FOREACH_NORM([grad.detach()], 2.0)[0] if kind == "foreach" else _VECTOR_NORM(grad.detach(), 2)
-        ref.note_norm((norm, home._version, kind))
+    note_norms([(ref, grad, home)], kind)
+
+
+def note_norms(leaving: Sequence[tuple[PagedParam, torch.Tensor, torch.Tensor]], kind: str) -> None:
+    """As :func:`note_norm` of each: parameter, gradient, home. Each norm has the bits that it has alone."""
+    for ref, _, _ in leaving:
+        ref.forget_norm()
+    # Use the operation that clipping asks for: on a GPU the two differ in the last bit. It takes gradients of one type on one device together.
+    if kind == "foreach":
+        alike: dict[Any, list[tuple[PagedParam, torch.Tensor, torch.Tensor]]] = {}
+        for one in leaving:
+            alike.setdefault((one[1].dtype, one[1].device), []).append(one)
+        for some in alike.values():
+            norms = FOREACH_NORM([grad.detach() for _, grad, _ in some], 2.0)
+            for (ref, _, home), norm in zip(some, norms, strict=True):
+                ref.note_norm((norm, home._version, kind))
+    elif kind:
+        for ref, grad, home in leaving:
+            ref.note_norm((_VECTOR_NORM(grad.detach(), 2), home._version, kind))
 
 
 def _postpone(grads: Any, factor: Any, guarded: type[torch.Tensor]) -> bool:

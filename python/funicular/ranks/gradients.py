@@ -21,10 +21,11 @@ from funicular.gradients.arrival import make_grad, move_out, place_for, rebase
 from funicular.gradients.backward import Gradients
 from funicular.homes.edits import edit_of_shared
 from funicular.ranks import norms
+from funicular.ranks.means import Means
 from funicular.ranks.on_gpu import Beside
 from funicular.ranks.page import Page
 from funicular.ranks.rounds import CLIPPED, NORM, PIECE, SHARED, STATES, ZEROS, Rounds
-from funicular.ranks.slices import cut, flat, mean
+from funicular.ranks.slices import cut, flat
 from funicular.ranks.stand_ins import guard, let_go, zeros_of
 from funicular.torch_internals.autograd import backward_task
 from funicular.torch_internals.memory import dense_bytes, stream_of
@@ -419,8 +420,8 @@ class RankGradients(Gradients):
         """
         me = self._group.rank
         sends: list[tuple[int, torch.Tensor]] = []
-        receives: list[tuple[int, torch.Tensor]] = []
-        sums: list[tuple[PagedParam, Slice, list[torch.Tensor]]] = []
+        summed: list[tuple[PagedParam, Slice]] = []
+        sums = Means(me, self._group.size, self._device)
         came: list[PagedParam] = []
         for index, ref in enumerate(unit.params):
             ranks = [rank for rank, post in enumerate(posts) if post[index] & PIECE]
@@ -431,41 +432,37 @@ class RankGradients(Gradients):
             if mine is not None:
                 used.append(mine)
             for one in self._slices[ref]:
-                part = slice(one.start, one.start + one.numel)
-                if one.owner != me:
-                    if mine is not None:
-                        sends.append((one.owner, mine[part]))
-                    continue
-                pieces = [mine[part] if rank == me and mine is not None else _empty(ref, one.numel) for rank in ranks]
-                receives += [(rank, piece) for rank, piece in zip(ranks, pieces, strict=True) if rank != me]
-                sums.append((ref, one, pieces))
-        self._group.transfer(sends, receives, unit.engine_id)
+                if one.owner == me:
+                    summed.append((ref, one))
+                    sums.add(ref.home.dtype, one, mine, ranks)
+                elif mine is not None:
+                    sends.append((one.owner, mine[one.start : one.start + one.numel]))
+        self._group.transfer(sends, sums.receives(), unit.engine_id)
         stream = stream_of(self._device)
         means: dict[PagedParam, list[tuple[Slice, torch.Tensor]]] = {}
-        for ref, one, pieces in sums:
-            total = self._sum(ref, one, pieces)
+        for (ref, one), mean in zip(summed, sums.make(self._engine), strict=True):
+            total = self._sum(ref, one, mean)
             self._landing.send(ref, total, stream, at=one.start)
             means.setdefault(ref, []).append((one, total))
         self._landing.reap(stream)
         return came, means
 
-    def _sum(self, ref: PagedParam, one: Slice, pieces: list[torch.Tensor]) -> torch.Tensor:
+    def _sum(self, ref: PagedParam, one: Slice, mean: torch.Tensor) -> torch.Tensor:
         """Return the mean over ranks, added to what is there if that counts."""
-        total = mean(pieces, self._group.size)
         state = self._aside[ref]
         if not state & (SHARED | ZEROS):
-            return total
+            return mean
         with unguarded():
             assert ref.grad is not None
             if state & ZEROS:
-                old = torch.zeros_like(total)
+                old = torch.zeros_like(mean)
             else:
                 self._engine.wait_gradients(stream_of(self._device))
                 old = flat(ref.grad)[one.start : one.start + one.numel].clone()
             if state & CLIPPED:
                 assert ref.factor is not None
                 old.mul_(ref.factor)
-            return old.add_(total)
+            return old.add_(mean)
 
     def _compare(self, unit: Unit, posts: list[bytes]) -> None:
         """Compare what the gradients were on all ranks before the round.
@@ -484,7 +481,3 @@ class RankGradients(Gradients):
                         f"before this backward the gradient of '{ref.name}' was {_WORDS[here]} on rank {rank}, and {_WORDS[first]} on rank 0. "
                         "All ranks take as many backwards between two steps, and clear gradients alike.",
                     )
-
-
-def _empty(ref: PagedParam, numel: int) -> torch.Tensor:
-    return torch.empty(numel, dtype=ref.home.dtype, device=ref.home.device)

@@ -123,7 +123,9 @@ class Group:
         group = self._connections.control if near else self._connections.gpus
         pairs = [(dist.isend, sends), (dist.irecv, receives)]
         ops = [
-            dist.P2POp(way, tensor.view(torch.uint8), self._members[rank], group)
+            dist.P2POp(
+                way, tensor if tensor.dtype is torch.uint8 else tensor.view(torch.uint8), self._members[rank], group
+            )
             for way, parts in pairs
             for rank, tensor in parts
         ]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from funicular.gradients.clipping import note_norm
+from funicular.gradients.clipping import note_norms
 from funicular.ranks.slices import flat
+from funicular.torch_internals.operations import FOREACH_COPY
 from funicular.torch_internals.overrides import unguarded
 
 if TYPE_CHECKING:
@@ -52,23 +53,28 @@ def take_norms(
     means
         This rank's parts of their gradients, one-dimensional, in the parameters' number format.
     kind
-        The operation, see :func:`note_norm`.
+        The operation, see :func:`note_norms`.
     """
     sends: list[tuple[int, torch.Tensor]] = []
     receives: list[tuple[int, torch.Tensor]] = []
     gradients: list[tuple[PagedParam, torch.Tensor]] = []
+    own: list[tuple[torch.Tensor, torch.Tensor]] = []
     for ref, parts in whole:
         # As the gradient in its place, elements in the same order in memory.
         gradient = torch.empty_strided(ref.home.size(), ref.home.stride(), dtype=ref.home.dtype, device=ref.home.device)
         elements = flat(gradient)
         gradients.append((ref, gradient))
         for one, mean in means.get(ref, ()):
-            elements[one.start : one.start + one.numel].copy_(mean)
+            own.append((elements[one.start : one.start + one.numel], mean))
             sends += [(rank, mean) for rank in range(group.size) if rank != group.rank]
         others = (one for one in parts if one.owner != group.rank)
         receives += [(one.owner, elements[one.start : one.start + one.numel]) for one in others]
+    if own:
+        FOREACH_COPY([place for place, _ in own], [mean for _, mean in own])
     group.transfer(sends, receives, unit)
     with unguarded():
+        leaving = []
         for ref, gradient in gradients:
             assert ref.grad is not None
-            note_norm(ref, gradient, ref.grad, kind)
+            leaving.append((ref, gradient, ref.grad))
+        note_norms(leaving, kind)

@@ -1,6 +1,6 @@
-"""Which part of a gradient goes to whom, and how the parts of all ranks become one: arithmetic alone, without engine or processes.
+"""Which part of a gradient goes to whom: arithmetic alone, without engine or processes.
 
-Each element of a parameter belongs to one rank, which sums the gradients of all for it. On the wire there are bytes; the sum is the owner's.
+Each element of a parameter belongs to one rank, which sums the gradients of all for it (`means.py`). On the wire there are bytes; the sum is the owner's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from funicular.ranks.group import Group
 
-__all__ = ["Slice", "cut", "dealt", "flat", "mean"]
+__all__ = ["Slice", "cut", "dealt", "flat"]
 
 
 class Slice(NamedTuple):
@@ -65,13 +65,3 @@ def dealt(keys: Iterable[Hashable], group: Group | None) -> list[bool]:
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return a dense tensor's elements in the order in which they lie in memory."""
     return torch.as_strided(tensor, (tensor.numel(),), (1,))
-
-
-def mean(pieces: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Sum the pieces of the ranks that have one, ascending by rank, in fp32; divide by the number of all ranks, and round once."""
-    total = pieces[0].to(torch.float32, copy=True)
-    for piece in pieces[1:]:
-        total.add_(piece)
-    # A tensor, on the device: GPUs multiply by the reciprocal of a Python number.
-    total.div_(torch.full((), float(size), device=total.device))
-    return total.to(pieces[0].dtype)

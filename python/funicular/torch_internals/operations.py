@@ -2,6 +2,8 @@
 
 ``torch._foreach_norm``, ``torch._foreach_mul_``: what ``clip_grad_norm_`` calls. In their place: what it calls then.
 
+``torch._foreach_copy_``: many copies in one launch. In its place a copy each.
+
 ``torch._foreach_zero_``, ``torch._amp_foreach_non_finite_check_and_unscale_``: what ``zero_grad`` and ``GradScaler`` call. Without them gradients that
 live on NVMe have to fit into memory all at once there, or are refused.
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EDITING_EACH",
+    "FOREACH_COPY",
     "FOREACH_MUL",
     "FOREACH_NORM",
     "MAY_BECOME",
@@ -46,6 +49,7 @@ __all__ = [
 _T: Any = torch.Tensor
 FOREACH_NORM: Any = torch._foreach_norm
 FOREACH_MUL: Any = torch._foreach_mul_
+FOREACH_COPY: Any = torch._foreach_copy_
 #: what ``zero_grad`` calls where gradients are to stay tensors
 ZEROING: frozenset[Any] = frozenset([_T.zero_, torch._foreach_zero_])
 #: what edits each tensor of a list by itself

@@ -9,6 +9,7 @@ mod frames;
 mod kernels;
 mod lanes;
 mod marks;
+mod means;
 mod nvrtc;
 mod streams;
 
@@ -27,13 +28,14 @@ use self::{
     kernels::Kernels,
     lanes::CudaLanes,
     marks::Marks,
+    means::Means,
     streams::Streams,
 };
 use crate::{
     device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, StreamRef, check_ring},
     error::{Code, Error, Result},
     memory::HostRegion,
-    optim::{Hyper, Span, Target},
+    optim::{Hyper, MeanPart, Span, Target},
     quantities::{ByteCount, round_up},
 };
 
@@ -137,6 +139,7 @@ pub struct CudaDevice {
     marks: Marks,
     granularity: u64,
     kernels: OnceLock<Result<Arc<Kernels>>>,
+    means: OnceLock<Result<Means>>,
     regions: Mutex<Vec<Arc<HostRegion>>>,
 }
 
@@ -162,6 +165,7 @@ impl CudaDevice {
             marks,
             granularity,
             kernels: OnceLock::new(),
+            means: OnceLock::new(),
             regions: Mutex::default(),
         })
     }
@@ -173,6 +177,10 @@ impl CudaDevice {
     fn kernels(&self) -> Result<&Arc<Kernels>> {
         let load = || Kernels::load(&self.streams.context).map(Arc::new);
         self.kernels.get_or_init(load).as_ref().map_err(Error::clone)
+    }
+
+    fn means(&self) -> Result<&Means> {
+        self.means.get_or_init(|| Means::load(&self.streams.context)).as_ref().map_err(Error::clone)
     }
 }
 
@@ -268,6 +276,15 @@ impl Device for CudaDevice {
     unsafe fn adamw(&self, stream: StreamRef, span: &Span, hyper: &Hyper) -> Result<()> {
         // SAFETY: passed on to the caller; the stream is alive.
         unsafe { self.kernels()?.adamw(self.streams.handle(stream), span, &Target::in_place(span), hyper) }
+    }
+
+    fn prepare_means(&self) -> Result<()> {
+        self.means().map(|_| ())
+    }
+
+    unsafe fn mean(&self, stream: u64, parts: &[MeanPart], ranks: usize) -> Result<()> {
+        // SAFETY: passed on to the caller; the stream is alive.
+        unsafe { self.means()?.enqueue(self.streams.handle(StreamRef::Compute(stream)), parts, ranks) }
     }
 
     fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>> {

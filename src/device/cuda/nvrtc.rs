@@ -98,7 +98,7 @@ impl Nvrtc {
     fn load() -> Result<Self> {
         let library = open_library().ok_or_else(|| {
             Error::new(Code::NoCompiler, "CUDA's run-time compiler (libnvrtc) was not found.").action(
-                "It comes with CUDA builds of torch (package nvidia-cuda-nvrtc); install one, or set \
+                "It comes with CUDA builds of torch (package nvidia-cuda-nvrtc); install one. One rank can do without: set \
                  optimizer.where = \"cpu\" and no unit's optimizer.tier to \"hbm\".",
             )
         })?;
@@ -216,9 +216,11 @@ mod tests {
 
     #[test]
     fn without_a_compiler_the_error_says_so_and_with_one_the_kernels_compile() {
-        match cubin("adamw.cu", super::super::kernels::SOURCE, (9, 0)) {
-            Ok(code) => assert!(is_elf(&code)),
-            Err(error) => assert_eq!(error.code(), Code::NoCompiler, "{error}"),
+        for (name, source) in [("adamw.cu", super::super::kernels::SOURCE), ("mean.cu", super::super::means::SOURCE)] {
+            match cubin(name, source, (9, 0)) {
+                Ok(code) => assert!(is_elf(&code)),
+                Err(error) => assert_eq!(error.code(), Code::NoCompiler, "{error}"),
+            }
         }
     }
 }

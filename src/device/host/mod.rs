@@ -25,7 +25,7 @@ use crate::{
     device::{Device, DeviceKind, Elapsed, FrameSpan, Frames, Gate, Lanes, Mark, Role, StreamRef, check_ring},
     error::Result,
     memory::{HostRegion, page_size},
-    optim::{self, Hyper, Span},
+    optim::{self, Hyper, MeanPart, Span},
     quantities::ByteCount,
 };
 
@@ -129,6 +129,16 @@ impl Device for HostDevice {
             _ if !span.dtype.trainable() => Err(optim::unsupported(span.dtype)),
             role => self.streams.push(role, Op::AdamW(*span, *hyper)),
         }
+    }
+
+    fn prepare_means(&self) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn mean(&self, _stream: u64, parts: &[MeanPart], ranks: usize) -> Result<()> {
+        self.streams.check()?;
+        // SAFETY: the caller's contract.
+        unsafe { optim::mean(parts, ranks) }
     }
 
     fn create_lanes(&self, count: usize, bytes_each: u64) -> Result<Arc<dyn Lanes>> {

@@ -1,10 +1,12 @@
 //! What the wrapper asks of a runtime that is one of several ranks.
+#![expect(unsafe_code, reason = "passes raw addresses of gradients to the device")]
 
 use std::{ops::Range, os::fd::RawFd, sync::atomic::Ordering};
 
 use crate::{
     device::StreamRef,
     error::{Code, Error, Result},
+    optim::MeanPart,
     quantities::UnitId,
     runtime::{
         handle::Runtime,
@@ -95,6 +97,20 @@ impl Runtime {
         let call = Some(Call::Gradients(unit.index()));
         shared.await_ranks(ranks, (&what, call), interrupted, || shared.notes(ranks, unit, backward, &mut notes))?;
         Ok(notes)
+    }
+
+    /// Makes the mean over so many ranks of parts of gradients, in the order of the user's stream; also without other ranks.
+    ///
+    /// # Errors
+    /// Those of [`crate::optim::mean`], of the device, or when closed.
+    ///
+    /// # Safety
+    /// As for [`crate::optim::mean`], until the stream is past this.
+    pub unsafe fn mean_of_ranks(&self, parts: &[MeanPart], ranks: usize, stream: u64) -> Result<()> {
+        let shared = self.shared()?;
+        drop(shared.lock()?);
+        // SAFETY: passed on to the caller.
+        unsafe { shared.device.mean(stream, parts, ranks) }
     }
 
     /// This rank's slices of a unit's gradients, of its last post, are on their way down: the others are told when they are there. To be said

@@ -142,6 +142,9 @@ fn begin(
     if plan.homes.iter().any(|h| h.params == Tier::Hbm) {
         device.prepare_updates()?;
     }
+    if ranks.is_some() {
+        device.prepare_means()?;
+    }
     for region in [&homes.params, &homes.grads, &homes.states, &homes.spare] {
         device.register(region)?;
     }
