@@ -16,12 +16,14 @@ from torch import nn
 
 import facts
 import funicular
-from funicular import testing
+from funicular import _core, testing
 from twin import World
 
 
-def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], list[torch.Tensor]]:
-    """Train; how many updates were begun and used, or begun in vain, which had begun before each step, and the weights."""
+def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], list[bool], list[torch.Tensor]]:
+    """Train; how many updates were begun and used, or begun in vain, which had begun before each step, in which units this rank owns
+    elements, and the weights.
+    """
     model, opt = offloaded(world)
     begun = []
     for step in range(6):
@@ -46,7 +48,9 @@ def counted(world: World, between: str) -> tuple[list[int], list[list[bool]], li
         testing.inspect(model).engine.settle_all()
     weights = [p.detach().clone() for p in model.parameters()]
     ahead = funicular.stats(model).ahead
-    return [ahead.used, ahead.in_vain], begun, weights
+    inspected, rank = testing.inspect(model), dist.get_rank()
+    owns = [any(count for *_, count in _core.owned(inspected.engine, unit.number, rank)) for unit in inspected.units]
+    return [ahead.used, ahead.in_vain], begun, owns, weights
 
 
 def first(world: World, clip: str) -> Any:
