@@ -41,6 +41,7 @@ __all__ = [
     "Unit",
     "close_all",
     "cut_gradient",
+    "exchange",
     "inspect",
     "inspect_parameter",
     "is_offloaded",
@@ -258,6 +259,23 @@ def means_of_pieces(model: nn.Module, parts: Sequence[Sequence[torch.Tensor | No
         assert number == other
         place.copy_(piece.contiguous().view(torch.uint8))
     return sums.make(inspect(model).engine)
+
+
+def exchange(model: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
+    """Exchange a gradient of one dimension between the ranks that train a model, in equal parts, as those of units are.
+
+    All ranks call it, with as many elements each, a multiple of the number of ranks. Returns this rank's part of the mean.
+    """
+    session = offloaded(model)[1]
+    group = session.group
+    assert group is not None
+    count = gradient.numel() // group.size
+    parts = [Slice(rank, rank * count, count) for rank in range(group.size)]
+    sums = Means(group.rank, group.size, gradient.device)
+    sums.add(gradient.dtype, parts[group.rank], gradient, range(group.size))
+    sends = [(one.owner, gradient[one.start : one.start + count]) for one in parts if one.owner != group.rank]
+    group.transfer(sends, sums.receives(), 0)
+    return sums.make(session.engine)[0]
 
 
 def saved_tensor_hooks() -> int:
