@@ -20,6 +20,7 @@ from funicular.ranks.slices import Slice
 from funicular.ranks.slices import cut as cut_gradient
 from funicular.report.nvtx import Ranges
 from funicular.torch_internals import saved_hooks
+from funicular.torch_internals.process_groups import environment
 from funicular.units.param import ref_of
 from funicular.windows import shutdown
 from funicular.windows.lookup import offloaded, session_of
@@ -41,6 +42,7 @@ __all__ = [
     "Unit",
     "close_all",
     "cut_gradient",
+    "environment",
     "exchange",
     "inspect",
     "inspect_parameter",

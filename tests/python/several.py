@@ -125,6 +125,8 @@ def run(size: int, function: str, *arguments: Any, broken: str = "", ready: str 
 def child(folder: str, rank: int, size: int, whole_end: bool) -> None:
     """Be one rank."""
     function, arguments, broken = pickle.loads((Path(folder) / "arguments").read_bytes())
+    # Before torch's threads start, which read the environment.
+    os.environ["RANKS_FOLDER"] = folder
     patience = datetime.timedelta(seconds=PATIENCE)
     backend = "gloo"
     if CUDA:
@@ -133,7 +135,6 @@ def child(folder: str, rank: int, size: int, whole_end: bool) -> None:
         torch.use_deterministic_algorithms(True)
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=patience)
     module, name = function.split(":")
-    os.environ["RANKS_FOLDER"] = folder
     faulthandler.dump_traceback_later(PATIENCE - 10)  # what hangs says where
     with mutated(broken):
         result = getattr(importlib.import_module(module), name)(*arguments)

@@ -7,7 +7,6 @@ connections are the model's own, so that they can be ended as soon as the model 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import weakref
 from collections import deque
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from funicular import _core
 from funicular.errors import Error
-from funicular.torch_internals.process_groups import abort
+from funicular.torch_internals.process_groups import abort, environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Beside", "Guard", "connect"]
 
-_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 #: seconds between two looks for a failure
 _LOOK = 0.2
 #: seconds that the end of a model waits for that of its connections
@@ -40,27 +38,14 @@ _UNITS = 4
 
 def connect(members: list[int], device: torch.device, patience: timedelta) -> Any:
     """Return a group of NCCL between the GPUs of these ranks, connected. All of them call it."""
-    with _unhandled():
+    # Broken connections of this group end no process, as torch's watchdog would: the rank that is left is to say what has happened.
+    with environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
         group = dist.new_group(members, backend="nccl", timeout=patience, use_local_synchronization=True)
     with torch.cuda.device(device):
         # Only a collective connects all of them: an exchange may leave some out.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         torch.cuda.synchronize()
     return group
-
-
-@contextlib.contextmanager
-def _unhandled() -> Iterator[None]:
-    """Make a group whose broken connections end no process, as torch's watchdog would: the rank that is left is to say what has happened."""
-    before = os.environ.get(_HANDLING)
-    os.environ[_HANDLING] = "0"  # read when the group is made, and in no other way
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_HANDLING]
-        else:
-            os.environ[_HANDLING] = before
 
 
 class Guard:

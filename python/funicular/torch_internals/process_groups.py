@@ -3,15 +3,26 @@
 ``torch.distributed.distributed_c10d._get_default_store``: words that the processes of the default group leave for each other. In its place:
 a ``TCPStore`` of one's own, for which rank 0 has to find a free port. ``_abort_process_group``: ends what NCCL waits for on the GPU. In its
 place: ``ProcessGroup.abort``, which torch 2.4 does not have.
+
+``TORCH_NCCL_ASYNC_ERROR_HANDLING``: read from the environment when a group is made, and in no other way; no option of a group stands for it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import ctypes
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-__all__ = ["abort", "default_store"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["abort", "default_store", "environment"]
+
+#: arrays that another thread may still be reading
+_kept: list[Any] = []
 
 
 def default_store() -> Any:
@@ -29,3 +40,28 @@ def abort(group: Any) -> None:
         If the program has destroyed it.
     """
     dist.distributed_c10d._abort_process_group(group)
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Show native code of this process an environment variable, as long as the context lasts.
+
+    ``setenv`` moves the array of variables, and threads of torch and NCCL that read it meanwhile crash. So they are shown a second array,
+    which like the first one is never freed.
+    """
+    place = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "environ")
+    before = place.value
+    others = [f"{k}={v}" for k, v in os.environ.items() if k != name]
+    entries = [os.fsencode(entry) for entry in (*others, f"{name}={value}")]
+    array = (ctypes.c_char_p * (len(entries) + 1))(*entries, None)
+    _kept.append(array)
+    place.value = ctypes.addressof(array)
+    try:
+        yield
+    finally:
+        if place.value == ctypes.addressof(array):
+            place.value = before
+        elif name in os.environ:  # another thread has set a variable meanwhile, and so moved all of them
+            os.putenv(name, os.environ[name])
+        else:
+            os.unsetenv(name)
