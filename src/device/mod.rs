@@ -98,6 +98,10 @@ impl Gate {
     pub const OPEN: Self = Self { role: Role::Compute, seq: 0 };
 }
 
+/// As much as any wait of [`Device::meet`] is for. Devices compare cyclically, by the sign of the difference: to one that waits for a small number
+/// the largest of 64 bits is less.
+pub const PAST_ALL: u64 = i64::MAX.unsigned_abs();
+
 /// Address ranges mapped once onto a ring of physical chunks.
 pub trait Frames: Send + Sync {
     /// The permanent device address of unit number `unit` (the index into the spans given at creation); of no use where the
@@ -240,8 +244,8 @@ pub trait Device: Send + Sync {
     fn elapsed(&self, from: Mark, to: Mark) -> Result<Elapsed>;
 
     /// Enqueues storing `value` at `mine`, once all that was enqueued before is done, and then waiting until there is as much at each of
-    /// `others`. Each is a word of 8 bytes in a registered region that only counts up. False, and nothing is enqueued, where streams cannot wait
-    /// for memory.
+    /// `others`. Each is a word of 8 bytes in a registered region that only counts up, to [`PAST_ALL`] at most. False, and nothing is enqueued,
+    /// where streams cannot wait for memory.
     ///
     /// # Errors
     /// `FN-E002` when the driver fails.

@@ -7,7 +7,7 @@
 #![expect(unsafe_code, reason = "hands addresses of words to the device")]
 
 use crate::{
-    device::StreamRef,
+    device::{PAST_ALL, StreamRef},
     error::Result,
     runtime::{
         ranks::together::{Meetings, Ranks},
@@ -15,9 +15,6 @@ use crate::{
     },
     schedule::ranks::board::{AT_EXCHANGE, Board},
 };
-
-/// As much as any exchange waits for.
-const ALL: u64 = u64::MAX;
 
 impl Shared {
     /// Has this rank's device tell that it has come to its next exchange, and, where it takes part (`waits`), wait on this stream for those of
@@ -30,7 +27,7 @@ impl Shared {
         let others: &[u64] = if waits { others } else { &[] };
         // SAFETY: words of the board, which the device has registered, and keeps.
         if !unsafe { self.device.meet(StreamRef::Compute(stream), *count, *mine, others)? } {
-            ranks.words.store(Board::of_rank(ranks.spec.rank, AT_EXCHANGE), ALL);
+            ranks.words.store(Board::of_rank(ranks.spec.rank, AT_EXCHANGE), PAST_ALL);
         }
         Ok(())
     }
@@ -39,6 +36,6 @@ impl Shared {
 impl Ranks {
     /// Has no stream wait for a device any more.
     pub(crate) fn release_devices(&self) {
-        (0..self.spec.size).for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), ALL));
+        (0..self.spec.size).for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), PAST_ALL));
     }
 }
