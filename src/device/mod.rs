@@ -3,7 +3,7 @@
 //! D1: an address handed out by [`Frames::address`] is valid until the frames are dropped.
 //! D2: copies on one stream run in the order in which they were enqueued.
 //! D3: nothing is enqueued that waits for something not yet enqueued; a gate never recorded is an error.
-//! D4: frames and registered regions go away only after the copy streams are empty.
+//! D4: frames and registered regions go away only after the copy streams are empty, and words at which streams meet after these are past them.
 
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -11,10 +11,13 @@ use crate::{
     error::Result,
     runtime::{
         ranks::together::{Meetings, Ranks},
-        shared::Shared,
+        shared::{Shared, waits::SLICE},
     },
     schedule::ranks::board::{AT_EXCHANGE, Board},
 };
+
+/// How often the end of a model looks whether its device is past its exchanges: for 10 s.
+const SLICES: u32 = 200;
 
 impl Shared {
     /// Has this rank's device tell that it has come to its next exchange, and, where it takes part (`waits`), wait on this stream for those of
@@ -22,14 +25,29 @@ impl Shared {
     pub(crate) fn meet_on_devices(&self, ranks: &Ranks, stream: u64, waits: bool) -> Result<()> {
         drop(self.lock()?);
         let mut meetings = ranks.meetings.lock();
-        let Meetings { count, mine, others } = &mut *meetings;
+        let Meetings { count, mine, others, last } = &mut *meetings;
         *count += 1;
         let others: &[u64] = if waits { others } else { &[] };
-        // SAFETY: words of the board, which the device has registered, and keeps.
-        if !unsafe { self.device.meet(StreamRef::Compute(stream), *count, *mine, others)? } {
+        let stream = StreamRef::Compute(stream);
+        // SAFETY: words of the board, which the device has registered; they stay until it is past this (`end_meetings`).
+        if unsafe { self.device.meet(stream, *count, *mine, others)? } {
+            *last = self.device.record(stream)?;
+        } else {
             ranks.words.store(Board::of_rank(ranks.spec.rank, AT_EXCHANGE), PAST_ALL);
         }
         Ok(())
+    }
+
+    /// At the end: has this rank's device pass all exchanges to which it was sent, before the words go away. What it computes before them may itself
+    /// wait for a rank that is gone: then this is given up.
+    pub(crate) fn end_meetings(&self, ranks: &Ranks) {
+        let last = ranks.meetings.lock().last;
+        for _ in 0..SLICES {
+            ranks.release_devices();
+            if !matches!(self.device.block(last, SLICE), Ok(false)) {
+                return;
+            }
+        }
     }
 }
 
