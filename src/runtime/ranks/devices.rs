@@ -3,7 +3,8 @@
 //! A kernel that waits for another rank's data holds processors of its device, which what is computed beside it then lacks. So each device says on
 //! the board that it has come to an exchange, and its stream waits there for the others, which takes no processor; then the kernels run together.
 //! No result depends on it. So a rank that fails or closes its model has all streams go on: it writes the most that there is to all words; one
-//! that has failed goes on doing so, since what another device enqueued before may write over it.
+//! that has failed goes on doing so, since what another device enqueued before may write over it, and one that closes its model until its own device
+//! stores no more.
 #![expect(unsafe_code, reason = "hands addresses of words to the device")]
 
 use crate::{
@@ -45,9 +46,11 @@ impl Shared {
         for _ in 0..SLICES {
             ranks.release_devices();
             if !matches!(self.device.block(last, SLICE), Ok(false)) {
-                return;
+                break;
             }
         }
+        // Over what it has stored meanwhile; it stores no more.
+        ranks.release_devices();
     }
 }
 
