@@ -3,7 +3,7 @@
 //! D1: an address handed out by [`Frames::address`] is valid until the frames are dropped.
 //! D2: copies on one stream run in the order in which they were enqueued.
 //! D3: nothing is enqueued that waits for something not yet enqueued; a gate never recorded is an error.
-//! D4: frames and registered regions go away only after the copy streams are empty.
+//! D4: frames and registered regions go away only after the copy streams are empty, and words at which streams meet after these are past them.
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -97,6 +97,10 @@ impl Gate {
     /// A gate that has always been open.
     pub const OPEN: Self = Self { role: Role::Compute, seq: 0 };
 }
+
+/// As much as any wait of [`Device::meet`] is for. Devices compare cyclically, by the sign of the difference: to one that waits for a small number
+/// the largest of 64 bits is less.
+pub const PAST_ALL: u64 = i64::MAX.unsigned_abs();
 
 /// Address ranges mapped once onto a ring of physical chunks.
 pub trait Frames: Send + Sync {
@@ -240,8 +244,8 @@ pub trait Device: Send + Sync {
     fn elapsed(&self, from: Mark, to: Mark) -> Result<Elapsed>;
 
     /// Enqueues storing `value` at `mine`, once all that was enqueued before is done, and then waiting until there is as much at each of
-    /// `others`. Each is a word of 8 bytes in a registered region that only counts up. False, and nothing is enqueued, where streams cannot wait
-    /// for memory.
+    /// `others`. Each is a word of 8 bytes in a registered region that only counts up, to [`PAST_ALL`] at most. False, and nothing is enqueued,
+    /// where streams cannot wait for memory.
     ///
     /// # Errors
     /// `FN-E002` when the driver fails.

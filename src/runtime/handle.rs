@@ -90,6 +90,9 @@ impl Runtime {
         self.running = None;
         self.shut();
         let Some(shared) = self.shared.take() else { return };
+        if let Some(ranks) = &shared.ranks {
+            shared.end_meetings(ranks);
+        }
         shared.device.drain();
         if let Some(shadows) = &shared.homes.shadows {
             shadows.stop();

@@ -121,4 +121,9 @@ fn a_stream_meets_others_at_words_in_host_memory() {
         assert_eq!(bench.get(0, 8), value.to_le_bytes());
         bench.set(64, &value.to_le_bytes());
     }
+    // SAFETY: as above.
+    assert!(unsafe { bench.device.meet(stream, 20, bench.at(0), &[bench.at(64)]) }.expect("enqueued"));
+    let gate = bench.device.record(stream).expect("recorded");
+    bench.set(64, &device::PAST_ALL.to_le_bytes());
+    assert!(bench.device.block(gate, PATIENCE).expect("works"), "that is past all");
 }

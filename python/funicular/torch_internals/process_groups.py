@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["abort", "default_store", "environment"]
 
@@ -42,6 +43,10 @@ def abort(group: Any) -> None:
     dist.distributed_c10d._abort_process_group(group)
 
 
+def _variables(entries: Iterable[bytes]) -> dict[bytes, bytes]:
+    return {name: value for name, _, value in (entry.partition(b"=") for entry in entries)}
+
+
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
     """Show native code of this process an environment variable, as long as the context lasts.
@@ -60,7 +65,15 @@ def environment(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         if place.value == ctypes.addressof(array):
+            left = _variables(itertools.takewhile(bool, array))
             place.value = before
+            # What another thread has set meanwhile to another value, or taken away, it has in this array alone.
+            shown = _variables(entries)
+            for changed in shown.keys() | left.keys():
+                if changed not in left:
+                    os.unsetenv(changed)
+                elif left[changed] != shown.get(changed):
+                    os.putenv(changed, left[changed])
         elif name in os.environ:  # another thread has set a variable meanwhile, and so moved all of them
             os.putenv(name, os.environ[name])
         else:

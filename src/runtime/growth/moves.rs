@@ -258,6 +258,8 @@ impl Shared {
         if !self.growing.any_up() && !self.growing.on() {
             return Ok(());
         }
+        // A move up that is under way ends first: until then its unit is not known to be up.
+        drop(self.share.lock());
         while let Some(unit) = self.last_up() {
             self.lower(unit, why)?;
         }

@@ -2,6 +2,11 @@
 #![expect(unsafe_code, reason = "hands buffers of its own to the runtime")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+use std::{
+    thread::{scope, sleep},
+    time::Duration,
+};
+
 use crate::{
     dtype::{DType, StateKind},
     io::Direction,
@@ -75,6 +80,21 @@ fn states_move_up_and_down_and_are_the_same() {
     assert_eq!(rt.grown().unwrap().taken, 0);
     state(&rt, 1, &mut got, Direction::Read);
     assert_eq!(got, values);
+}
+
+#[test]
+fn what_is_on_its_way_up_is_waited_for() {
+    let rt = runtime("");
+    rt.make_memory_up(CAPACITY, 0).unwrap();
+    look(&rt);
+    // As a move up holds it. None is up yet.
+    let updates = rt.shared().unwrap().share.lock();
+    scope(|s| {
+        let asked = s.spawn(|| rt.give_memory_back().unwrap());
+        sleep(Duration::from_millis(100));
+        assert!(!asked.is_finished(), "what moves up would stay there");
+        drop(updates);
+    });
 }
 
 #[test]

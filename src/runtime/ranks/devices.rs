@@ -3,21 +3,22 @@
 //! A kernel that waits for another rank's data holds processors of its device, which what is computed beside it then lacks. So each device says on
 //! the board that it has come to an exchange, and its stream waits there for the others, which takes no processor; then the kernels run together.
 //! No result depends on it. So a rank that fails or closes its model has all streams go on: it writes the most that there is to all words; one
-//! that has failed goes on doing so, since what another device enqueued before may write over it.
+//! that has failed goes on doing so, since what another device enqueued before may write over it, and one that closes its model until its own device
+//! stores no more.
 #![expect(unsafe_code, reason = "hands addresses of words to the device")]
 
 use crate::{
-    device::StreamRef,
+    device::{PAST_ALL, StreamRef},
     error::Result,
     runtime::{
         ranks::together::{Meetings, Ranks},
-        shared::Shared,
+        shared::{Shared, waits::SLICE},
     },
     schedule::ranks::board::{AT_EXCHANGE, Board},
 };
 
-/// As much as any exchange waits for.
-const ALL: u64 = u64::MAX;
+/// How often the end of a model looks whether its device is past its exchanges: for 10 s.
+const SLICES: u32 = 200;
 
 impl Shared {
     /// Has this rank's device tell that it has come to its next exchange, and, where it takes part (`waits`), wait on this stream for those of
@@ -25,20 +26,37 @@ impl Shared {
     pub(crate) fn meet_on_devices(&self, ranks: &Ranks, stream: u64, waits: bool) -> Result<()> {
         drop(self.lock()?);
         let mut meetings = ranks.meetings.lock();
-        let Meetings { count, mine, others } = &mut *meetings;
+        let Meetings { count, mine, others, last } = &mut *meetings;
         *count += 1;
         let others: &[u64] = if waits { others } else { &[] };
-        // SAFETY: words of the board, which the device has registered, and keeps.
-        if !unsafe { self.device.meet(StreamRef::Compute(stream), *count, *mine, others)? } {
-            ranks.words.store(Board::of_rank(ranks.spec.rank, AT_EXCHANGE), ALL);
+        let stream = StreamRef::Compute(stream);
+        // SAFETY: words of the board, which the device has registered; they stay until it is past this (`end_meetings`).
+        if unsafe { self.device.meet(stream, *count, *mine, others)? } {
+            *last = self.device.record(stream)?;
+        } else {
+            ranks.words.store(Board::of_rank(ranks.spec.rank, AT_EXCHANGE), PAST_ALL);
         }
         Ok(())
+    }
+
+    /// At the end: has this rank's device pass all exchanges to which it was sent, before the words go away. What it computes before them may itself
+    /// wait for a rank that is gone: then this is given up.
+    pub(crate) fn end_meetings(&self, ranks: &Ranks) {
+        let last = ranks.meetings.lock().last;
+        for _ in 0..SLICES {
+            ranks.release_devices();
+            if !matches!(self.device.block(last, SLICE), Ok(false)) {
+                break;
+            }
+        }
+        // Over what it has stored meanwhile; it stores no more.
+        ranks.release_devices();
     }
 }
 
 impl Ranks {
     /// Has no stream wait for a device any more.
     pub(crate) fn release_devices(&self) {
-        (0..self.spec.size).for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), ALL));
+        (0..self.spec.size).for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), PAST_ALL));
     }
 }

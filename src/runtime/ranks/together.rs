@@ -73,6 +73,8 @@ pub(super) struct Meetings {
     pub(super) count: u64,
     pub(super) mine: u64,
     pub(super) others: Vec<u64>,
+    /// Passed once the device is past the last one.
+    pub(super) last: Gate,
 }
 
 /// A unit of which this rank has made its part of a step's weights.
@@ -98,7 +100,7 @@ impl Ranks {
     ) -> Self {
         let at_exchange = |rank| words.address(Board::of_rank(rank, AT_EXCHANGE));
         let others = (0..spec.size).filter(|&rank| rank != spec.rank).map(at_exchange).collect();
-        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others };
+        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others, last: Gate::OPEN };
         Self {
             spec,
             sent: (0..board.units()).map(|_| AtomicU64::new(0)).collect(),

@@ -40,6 +40,22 @@ def test_what_is_set_meanwhile_stays():
         os.environ.pop("FUNICULAR_OF_ANOTHER_THREAD", None)
 
 
+def test_what_is_changed_or_taken_away_meanwhile_stays_so():
+    """The C library does so in the array that is shown, and moves nothing."""
+    changed, gone = "FUNICULAR_CHANGED", "FUNICULAR_GONE"
+    os.environ.update({changed: "before", gone: "before"})
+    try:
+        with environment(NAME, "within"):
+            os.environ[changed] = "after"
+            del os.environ[gone]
+        assert _getenv(NAME.encode()) is None
+        assert _getenv(changed.encode()) == b"after"
+        assert _getenv(gone.encode()) is None
+    finally:
+        os.environ.pop(changed, None)
+        os.environ.pop(gone, None)
+
+
 def test_threads_read_it_meanwhile():
     """With ``os.environ[...] = ...`` in its place this process ends by signal 11: so many variables move their array."""
     code = """
