@@ -126,6 +126,7 @@ def another_optimizer(run: Run) -> None:
 EDITS = [clamp_in_forward, edit_weights, edit_data, edit_states, load_weights, load_states, another_optimizer]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
 def test_edits_meanwhile(edit: Callable[[Run], None], two_worlds: World, tmp_path: Path):
     """A change of the model during a save waits until the save has read it."""

@@ -77,6 +77,7 @@ def test_damage_of_any_file(damage: str, saved: Path, two_worlds: World, tmp_pat
     match(expected, seeded(run))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("file", ["model-00001-of", "model-00002-of", "optimizer-00002-of"])
 def test_damage_found_while_loading(file: str, saved: Path, two_worlds: World):
     """A fresh model has nothing to lose: it is loaded at once, refuses to run on half a load, and takes the next one."""
@@ -162,6 +163,7 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_checkpoint_of_another_model(other: str, two_worlds: World, tmp_path: Path):
     """Everything that differs is listed; nothing is loaded; training goes on."""

@@ -132,6 +132,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", REPLACED)
 def test_replaced_while_the_old_one_is_kept(kind, world):
     """``g = p.grad; p.grad = f(g)``: both stay what they are, over step and backward."""

@@ -23,6 +23,7 @@ def step(run: Run) -> None:
     run.opt.zero_grad()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("count", [2, 7])
 @pytest.mark.parametrize("to_none", [True, False], ids=["none", "zero"])
 def test_accumulation(count, to_none, world):
@@ -100,6 +101,7 @@ def test_cleared_before_step(run: Run):
     step(run)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("limit", [0.05, 1e6])
 def test_clip_grad_norm(limit, foreach, world):
@@ -164,6 +166,7 @@ EDITS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit(edit, world):
     """Gradients of three blocks edited between backward and step."""

@@ -66,6 +66,7 @@ def frozen(*names: str):
     return build
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "names", [("weight",), ("bias",), ("layers.0", "layers.1"), ("layers",), ("inp", "out"), ("up",)], ids=str
 )

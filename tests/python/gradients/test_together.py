@@ -26,6 +26,7 @@ def mixed(request: pytest.FixtureRequest, disk: str) -> World:
     return World(DEVICE, (disk,), gradients=request.param)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_same_bits(mixed: World, script):
     compare(mixed, stack(), script, **LATE)

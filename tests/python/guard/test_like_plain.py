@@ -226,6 +226,7 @@ def test_copied_gradient(run: Run):
     run.record("kept", c)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "norm",
     [

@@ -33,6 +33,7 @@ EDITS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("edit", EDITS)
 def test_edit_between_steps(edit, world):
     """Edits reach the next forward, the next update and the master copy."""
@@ -205,6 +206,7 @@ def test_state_dict_is_live(run: Run):
     run.train(2)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_load_state_dict(assign, dtype, world):

@@ -174,6 +174,7 @@ MOVES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("move", MOVES)
 def test_moved_after_wrap(move, world):
     """Refused by name, and nothing has changed."""

@@ -51,6 +51,7 @@ class RawInsideReentrant(RawInside):
     reentrant = True
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("block", [Inside, InsideReentrant, RawInside, RawInsideReentrant], ids=lambda b: b.__name__)
 def test_inside_a_unit(block, world):
     compare(world, stack(block), lambda run: run.train(3))

@@ -20,6 +20,7 @@ def see(run: Run, label: str, module: nn.Module) -> None:
     run.record(label, [p.detach().clone() for p in module.parameters(recurse=False)])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("wrapped_first", [True, False], ids=["after wrap", "before wrap"])
 @pytest.mark.parametrize("prepend", [True, False])
 def test_forward_hooks_see_weights(prepend, wrapped_first, world):
