@@ -339,7 +339,7 @@ soak: package
 	$(call say,soak: threads that read the model and add to gradients beside training)
 	@$(PY) -W ignore tests/python/threads_soak.py 60
 	$(call say,soak: all cases of the products of which make test takes some)
-	@$(PY) -m pytest tests/python --full -m covering -n $(TEST_JOBS)
+	@$(PY) -m pytest tests/python --full -m "covering or gradients or io_engines" -n $(TEST_JOBS)
 	$(call say,soak: signal handlers that use the model at every point)
 	@FUNICULAR_EVERY_POINT=1 $(PY) -m pytest tests/python/windows/test_handlers.py --full -n $(TEST_JOBS) --timeout 20000
 	$(call say,soak: thousands of steps in which nothing may grow)
