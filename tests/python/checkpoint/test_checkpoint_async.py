@@ -62,7 +62,7 @@ def test_equals_a_save_that_was_waited_for(place: str, any_world: World, tmp_pat
 
 def test_the_update_before_belongs_to_it(place: str, any_world: World, tmp_path: Path):
     """Asked for right after a step whose updates are still under way."""
-    for k in range(3):
+    for k in range(2):
         runs = []
         for wait in (True, False):
             run = begin(any_world, **SECTIONS.get(place, {}))
