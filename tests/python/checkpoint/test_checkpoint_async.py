@@ -447,7 +447,7 @@ def test_a_step_between_a_save_given_up_and_the_next(host_world: World, tmp_path
 
     def trained(faults: str) -> Run:
         # No step waits for its updates: something comes from NVMe.
-        override = [{"match": "layers.5*", "optimizer": "nvme"}]
+        override = [{"match": "layers.3*", "optimizer": "nvme"}]
         run = begin(host_world, stack(), **SPARE, override=override, debug={"faults": faults})
         train_ahead(run, steps)
         run.model(run.data(4, WIDTH)).square().mean().backward()

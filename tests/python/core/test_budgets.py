@@ -24,7 +24,7 @@ pytestmark = pytest.mark.io_engines
 MIB = 1 << 20
 
 
-def least_host(world: World, depth: int = 6) -> int:
+def least_host(world: World, depth: int = 4) -> int:
     """The smallest host budget that the model fits in, as the error names it, in bytes."""
     model = Stack(depth=depth)
     with pytest.raises(funicular.BudgetError, match="FN-E202") as caught:

@@ -87,7 +87,7 @@ def test_clip_by_group(run: Run):
         run.record(
             "inf", torch.nn.utils.clip_grad_norm_(run.model.layers[3].parameters(), 1e-3, norm_type=float("inf"))
         )
-        torch.nn.utils.clip_grad_value_(run.model.layers[4].parameters(), 1e-4)
+        torch.nn.utils.clip_grad_value_(run.model.layers[3].parameters(), 1e-4)
         run.opt.step()
         run.opt.zero_grad()
 

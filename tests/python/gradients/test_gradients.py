@@ -175,7 +175,7 @@ def test_edit(edit, world):
         for _ in range(2):
             backward(run)
             with torch.no_grad():
-                for i in (0, 2, 5):
+                for i in (0, 2, 3):
                     for p in run.model.layers[i].parameters():
                         EDITS[edit](p, run.data(*p.shape))
             step(run)
@@ -221,7 +221,7 @@ def test_gradient_kept_by_the_user(run: Run):
 def test_gradient_swapped_between_parameters(run: Run):
     for _ in range(2):
         backward(run)
-        a, b = run.model.layers[0].up.weight, run.model.layers[4].up.weight
+        a, b = run.model.layers[0].up.weight, run.model.layers[3].up.weight
         a.grad, b.grad = b.grad, a.grad
         step(run)
 

@@ -298,7 +298,7 @@ def test_address_inside_forward_is_permanent(world):
     run.model = run.wrap(Stack())
     run.opt = run.adamw()
     seen: list[int] = []
-    run.model.layers[4].register_forward_pre_hook(lambda m, a: seen.append(m.up.weight.data_ptr()))
+    run.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(m.up.weight.data_ptr()))
     run.train(3)
     assert len(set(seen)) == 1
 
