@@ -118,7 +118,7 @@ def test_memory_of_the_process(placement: str, disk: str):
     peak = [0]
     over, looking = threading.Event(), threading.Lock()
     def watch():
-        while not over.wait(0.03):  # a look takes a hundredth of a second itself
+        while not over.wait(0.05):  # a look takes a hundredth of a second itself
             with looking:
                 peak[0] = max(peak[0], facts.all_pss())
     def looked_at(name, allowed, action):
