@@ -240,7 +240,7 @@ lint-python: package
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file pyproject.toml
+	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file tests/stubtest.toml
 
 TYPOS := $(if $(filter system,$(VENV)),typos,$(VENV)/bin/typos)
 
