@@ -226,21 +226,21 @@ lint: lint-rust lint-python lint-text
 # What maturin tells pyo3: in another environment clippy would have cargo check pyo3 once more, and compile it again for the next wheel.
 AS_MATURIN = $(addprefix PYO3_BUILD_EXTENSION_MODULE=1 PYO3_CONFIG_FILE=$(CURDIR)/,$(firstword $(wildcard target/maturin/pyo3-config-*.txt)))
 
-# In CI after the package, whose environment clippy is to take.
+# In CI after the package, whose environment clippy is to take; tidy is one of the tests there.
 lint-rust: need-rust $(if $(CI),package)
 	$(call say,Rust lints)
 	@$(CARGO) fmt --all --check
 	@env $(AS_MATURIN) $(CARGO) clippy --locked --workspace --all-targets --quiet -- -D warnings
 	@env $(AS_MATURIN) $(CARGO) clippy --locked --workspace --all-targets --quiet --no-default-features -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --quiet
-	@$(CARGO) test --locked --quiet --test tidy
+	$(if $(CI),,@$(CARGO) test --locked --quiet --test tidy)
 
 lint-python: package
 	$(call say,Python lints)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file pyproject.toml
+	@$(PY) -m mypy.stubtest funicular._core --allowlist tests/stubtest-allowlist.txt --mypy-config-file tests/stubtest.toml
 
 TYPOS := $(if $(filter system,$(VENV)),typos,$(VENV)/bin/typos)
 
@@ -339,7 +339,7 @@ soak: package
 	$(call say,soak: threads that read the model and add to gradients beside training)
 	@$(PY) -W ignore tests/python/threads_soak.py 60
 	$(call say,soak: all cases of the products of which make test takes some)
-	@$(PY) -m pytest tests/python --full -m covering -n $(TEST_JOBS)
+	@$(PY) -m pytest tests/python --full -m "covering or gradients or io_engines" -n $(TEST_JOBS)
 	$(call say,soak: signal handlers that use the model at every point)
 	@FUNICULAR_EVERY_POINT=1 $(PY) -m pytest tests/python/windows/test_handlers.py --full -n $(TEST_JOBS) --timeout 20000
 	$(call say,soak: thousands of steps in which nothing may grow)

@@ -64,7 +64,14 @@ def python(code: str, ready: str = _READY, **options: Any) -> subprocess.Popen[s
 def plan(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """Start ``python -m funicular plan``, with pipes for its output."""
     command = ["funicular", "plan", *arguments]
-    program = f"import runpy, sys; sys.argv = {command!r}; runpy.run_module('funicular', None, '__main__', True)"
+    program = f"""
+import forks, runpy, sys
+sys.argv = {command!r}
+try:
+    runpy.run_module("funicular", None, "__main__", True)
+except SystemExit as ended:
+    forks.end(ended.code)
+"""
     return python(program, TO_PLAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -96,13 +103,13 @@ def begin_worker() -> str:
     return serve(theirs.detach())
 
 
-def end() -> None:
+def end(status: int | None = 0) -> None:
     """End this program as Python does, except that its modules are not taken apart: in a fork that takes a quarter of a second."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status or 0)
 
 
 class _Fork(subprocess.Popen[str]):

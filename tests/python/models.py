@@ -53,7 +53,7 @@ class Stack(nn.Module):
     def __init__(
         self,
         block: Callable[[], nn.Module] = Block,
-        depth: int = 6,
+        depth: int = 4,
         call: Callable[[nn.Module, Any], Any] = lambda block, x: block(x),
         width: int = WIDTH,
     ) -> None:
@@ -70,7 +70,7 @@ class Stack(nn.Module):
         return self.out(x)
 
 
-def stack(block: Callable[[], nn.Module] = Block, depth: int = 6, **more: Any) -> Callable[[], Stack]:
+def stack(block: Callable[[], nn.Module] = Block, depth: int = 4, **more: Any) -> Callable[[], Stack]:
     """A builder, as the cases take it."""
     return lambda: Stack(block, depth, **more)
 
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         self,
         matmul: bool = False,
         ckpt: str = "none",
-        depth: int = 5,
+        depth: int = 4,
         tie: bool = False,
         dtype: torch.dtype = torch.float32,
         dropout: float = 0.1,

@@ -65,7 +65,7 @@ def gradients_held(run: Run) -> None:
         run.record("held", [held.clone(), view.clone(), held is run.model.layers[1].up.weight.grad])
         del held, view
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
-        run.model.layers[4].up.weight.grad.mul_(2)  # as it is clipped
+        run.model.layers[0].up.weight.grad.mul_(2)  # as it is clipped
         loss_of(run).backward()
         run.opt.step()
         run.opt.zero_grad()
@@ -129,7 +129,7 @@ def edited_gradient(run: Run) -> None:
             run.model.layers[1].up.weight.grad.mul_(3)
             run.model.layers[2].up.weight.grad[0] = 0.25
             run.model.layers[3].up.weight.grad = torch.full_like(run.model.layers[3].up.weight, 0.01)
-            run.model.layers[4].up.weight.grad = None
+            run.model.layers[0].up.weight.grad = None
         run.opt.step()
         run.opt.zero_grad()
 
@@ -174,7 +174,7 @@ def states_read(run: Run) -> None:
         run.opt.step()
         if step % 2:
             loss_of(run)
-        for i in (0, 3, 5):
+        for i in (0, 2, 3):
             state = run.opt.state[run.model.layers[i].up.weight]
             run.record("states", [state["exp_avg"].clone().cpu(), state["exp_avg_sq"].clone().cpu()])
         run.opt.zero_grad()
@@ -196,10 +196,10 @@ def read_between(run: Run) -> None:
     run.train(1)
     for _ in range(3):
         loss_of(run).backward()
-        run.record("before", [run.model.layers[i].up.weight.detach().clone() for i in (0, 3, 5)])
+        run.record("before", [run.model.layers[i].up.weight.detach().clone() for i in (0, 2, 3)])
         run.record("moment", run.opt.state[run.model.layers[3].up.weight]["exp_avg"].clone().cpu())
         run.opt.step()
-        run.record("after", [run.model.layers[i].up.weight.detach().clone() for i in (0, 3, 5)])
+        run.record("after", [run.model.layers[i].up.weight.detach().clone() for i in (0, 2, 3)])
         run.opt.zero_grad()
 
 

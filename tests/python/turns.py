@@ -199,4 +199,4 @@ def one(world: World, seed: int, folder: Path, steps: int = 14) -> Run:
         # No step waits for its updates, on the host device neither, where something comes from NVMe.
         sections["override"] = [{"match": "layers.5*", "optimizer": "nvme"}]
     script = lambda run: Program(run, seed, folder, dtype).go(steps)
-    return compare(world, lambda: stack()().to(dtype), script, frames, **sections)
+    return compare(world, lambda: stack(depth=6)().to(dtype), script, frames, **sections)

@@ -43,7 +43,7 @@ def world_of(name: str, disk: str, io_uring: bool) -> World:
 
 def build(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Dropout is on and the head is tied."""
-    return Decoder(dtype=dtype, tie=True)
+    return Decoder(depth=5, dtype=dtype, tie=True)
 
 
 def begin(world: World, make: Callable[[], nn.Module] = build, offloaded: bool = True, **sections: Any) -> Run:

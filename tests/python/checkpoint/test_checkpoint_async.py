@@ -62,7 +62,7 @@ def test_equals_a_save_that_was_waited_for(place: str, any_world: World, tmp_pat
 
 def test_the_update_before_belongs_to_it(place: str, any_world: World, tmp_path: Path):
     """Asked for right after a step whose updates are still under way."""
-    for k in range(3):
+    for k in range(2):
         runs = []
         for wait in (True, False):
             run = begin(any_world, **SECTIONS.get(place, {}))
@@ -126,6 +126,7 @@ def another_optimizer(run: Run) -> None:
 EDITS = [clamp_in_forward, edit_weights, edit_data, edit_states, load_weights, load_states, another_optimizer]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
 def test_edits_meanwhile(edit: Callable[[Run], None], two_worlds: World, tmp_path: Path):
     """A change of the model during a save waits until the save has read it."""
@@ -446,7 +447,7 @@ def test_a_step_between_a_save_given_up_and_the_next(host_world: World, tmp_path
 
     def trained(faults: str) -> Run:
         # No step waits for its updates: something comes from NVMe.
-        override = [{"match": "layers.5*", "optimizer": "nvme"}]
+        override = [{"match": "layers.3*", "optimizer": "nvme"}]
         run = begin(host_world, stack(), **SPARE, override=override, debug={"faults": faults})
         train_ahead(run, steps)
         run.model(run.data(4, WIDTH)).square().mean().backward()

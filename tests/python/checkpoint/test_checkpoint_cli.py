@@ -70,6 +70,7 @@ def test_ls_and_verify(saved: Path):
     assert "FN-E404" in cli("ls", saved.parent / "nowhere")[1]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kept", ["param", "fp32"])
 @pytest.mark.parametrize("wanted", ["param", "fp32"])
 def test_export(kept: str, wanted: str, two_worlds: World, tmp_path: Path):

@@ -43,7 +43,7 @@ def test_the_tier_cannot_be_read(fault: str, code: str, engine: str, disk: str, 
         shutil.rmtree(tmp_path / "c")
         return "3 none"
 
-    numbers = range(1, 1 << 14)
+    numbers = range(1, 1 << 11)
     first, end = (bisect.bisect_left(numbers, phase, key=struck) + 1 for phase in ("2 save", "3 none"))
     assert end - first > 2, "no read of a save was struck"
     some = (end - first) // 4  # reads ahead make the ends a little uncertain
@@ -74,7 +74,7 @@ def test_the_tier_cannot_be_written(engine: str, saved: Path, disk: str, io_urin
             return "2 load"
         return "3 none"
 
-    numbers = range(1, 1 << 12)
+    numbers = range(1, 1 << 10)
     first, end = (bisect.bisect_left(numbers, phase, key=struck) + 1 for phase in ("2 load", "3 none"))
     assert end - first > 2, "no write of a load was struck"
     for number in {first, (first + end) // 2, end - 1}:

@@ -56,6 +56,7 @@ def train_tokens(run: Run, steps: int = 2) -> None:
         run.step(run.model(input_ids=tokens, labels=tokens, use_cache=False).loss)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("form", ["one file", "shards", "a checkpoint", "no index"])
 def test_from_files(form: str, two_worlds: World, tmp_path: Path):
     """Train on from any layout as from the model itself; the model was never there as a whole."""
@@ -85,6 +86,7 @@ def test_from_files(form: str, two_worlds: World, tmp_path: Path):
     match(expected, seen(paged))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", MODELS)
 def test_transformers_from_their_own_files(kind: str, two_worlds: World, tmp_path: Path):
     """``save_pretrained``, then a model on the meta device whose weights stream in; rotary buffers are made anew."""

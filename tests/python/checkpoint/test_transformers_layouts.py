@@ -76,6 +76,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(t.cpu(), b[n].cpu()) for n, t in a.items())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_own_files(family: str, two_worlds: World, tmp_path: Path):
     """What ``from_pretrained`` makes of them, and ``save_pretrained`` writes them again as they were."""

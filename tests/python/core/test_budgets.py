@@ -24,7 +24,7 @@ pytestmark = pytest.mark.io_engines
 MIB = 1 << 20
 
 
-def least_host(world: World, depth: int = 6) -> int:
+def least_host(world: World, depth: int = 4) -> int:
     """The smallest host budget that the model fits in, as the error names it, in bytes."""
     model = Stack(depth=depth)
     with pytest.raises(funicular.BudgetError, match="FN-E202") as caught:
@@ -118,7 +118,7 @@ def test_memory_of_the_process(placement: str, disk: str):
     peak = [0]
     over, looking = threading.Event(), threading.Lock()
     def watch():
-        while not over.wait(0.03):  # a look takes a hundredth of a second itself
+        while not over.wait(0.05):  # a look takes a hundredth of a second itself
             with looking:
                 peak[0] = max(peak[0], facts.all_pss())
     def looked_at(name, allowed, action):
@@ -199,7 +199,8 @@ def test_in_a_cgroup(percent: int, disk: str):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+# ``make soak`` takes all placements; with threads is the one that has gradients on disk, too.
+@pytest.mark.parametrize("placement", ["host", "nvme-io_uring", "nvme-gradients"])
 def test_nothing_grows(placement: str, disk: str, io_uring: bool):
     """Memory, descriptors, threads and disk over 120 steps; ``make soak`` takes thousands."""
     if placement == "nvme-io_uring" and not io_uring:

@@ -47,6 +47,7 @@ def test_a_copy_of_a_gradient_that_is_held_is_noticed(host_world):
         compare(host_world, stack(), gradients_held, **sections)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("script", [plain_steps, clipping, read_between], ids=lambda s: s.__name__)
 def test_two_groups(ahead_world, script):
     """Units whose parameters have different hyperparameters."""
@@ -60,6 +61,7 @@ def test_two_groups(ahead_world, script):
     compare(ahead_world, stack(), grouped, optimizer=SPARE)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(ahead_world, dtype):
     def script(run: Run) -> None:
@@ -117,7 +119,7 @@ def test_checkpointed_blocks_and_tied_weights_of_several_backwards(host_world):
 
     def build() -> torch.nn.Module:
         model = stack(call=lambda block, x: checkpoint(block, x, use_reentrant=True))()
-        model.layers[5].up.weight = model.layers[4].up.weight
+        model.layers[3].up.weight = model.layers[2].up.weight
         return model
 
     def script(run: Run) -> None:

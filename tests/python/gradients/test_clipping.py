@@ -87,7 +87,7 @@ def test_clip_by_group(run: Run):
         run.record(
             "inf", torch.nn.utils.clip_grad_norm_(run.model.layers[3].parameters(), 1e-3, norm_type=float("inf"))
         )
-        torch.nn.utils.clip_grad_value_(run.model.layers[4].parameters(), 1e-4)
+        torch.nn.utils.clip_grad_value_(run.model.layers[3].parameters(), 1e-4)
         run.opt.step()
         run.opt.zero_grad()
 
@@ -141,6 +141,7 @@ def test_infinite_gradient(run: Run):
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0, error_if_nonfinite=True)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("max_norm", [1e-3, 1e6], ids=["bites", "idle"])
 @pytest.mark.parametrize("amid", ["effective_factor", "check_replaced", "spans_of"])
 def test_a_signal_handler_amid_a_step_that_looks_at_gradients(amid, max_norm, two_worlds, monkeypatch):

@@ -132,6 +132,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", REPLACED)
 def test_replaced_while_the_old_one_is_kept(kind, world):
     """``g = p.grad; p.grad = f(g)``: both stay what they are, over step and backward."""
@@ -161,7 +162,7 @@ def test_replaced_while_the_old_one_is_kept(kind, world):
 def test_swapped_between_parameters(run: Run):
     for _ in range(2):
         backward(run)
-        a, b = run.model.layers[0].up.weight, run.model.layers[4].up.weight
+        a, b = run.model.layers[0].up.weight, run.model.layers[3].up.weight
         a.grad, b.grad = b.grad, a.grad
         run.record_grads()
         run.opt.step()
@@ -176,7 +177,7 @@ def test_swapped_between_parameters(run: Run):
 def test_one_gradient_for_two(run: Run):
     for _ in range(2):
         backward(run)
-        a, b = run.model.layers[0].up.weight, run.model.layers[4].up.weight
+        a, b = run.model.layers[0].up.weight, run.model.layers[3].up.weight
         a.grad = b.grad
         run.opt.step()
         run.record_grads()

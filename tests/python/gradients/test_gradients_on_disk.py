@@ -19,7 +19,7 @@ from mutations import wrap
 from twin import Mismatch, Run, World, compare
 
 #: Beside the least host memory there is room for the gradients of two of its blocks.
-DEPTH, WIDE = 8, 192
+DEPTH, WIDE = 8, 128
 build = stack(lambda: Block(WIDE), DEPTH, width=WIDE)
 
 
@@ -417,7 +417,7 @@ def test_in_a_cgroup(disk: str) -> None:
     body = children.TRAINED + textwrap.dedent("""
     HOST = 80 * MIB
     def build():
-        return Stack(block=lambda: __import__("models").Block(1024), depth=24, width=1024)
+        return Stack(block=lambda: __import__("models").Block(1024), depth=18, width=1024)
     model = build()
     open(GROUP + "/cgroup.procs", "w").write(str(os.getpid()))
     funicular.offload(model, policy(model))

@@ -24,10 +24,10 @@ def in_the_other_place(run: Run) -> None:
         run.opt.zero_grad()
         layers = run.model.layers
         if step % 4 == 0:
-            run.record("read", [layers[i].up.weight.detach().clone() for i in (5, 0, 3)])
+            run.record("read", [layers[i].up.weight.detach().clone() for i in (3, 0, 2)])
         elif step % 4 == 1:
             with torch.no_grad():
-                layers[4].up.weight.mul_(1.5)
+                layers[3].up.weight.mul_(1.5)
                 layers[1].up.weight.data.fill_(0.125)
         elif step % 4 == 2:
             run.record("state", run.opt.state[layers[2].up.weight]["exp_avg"])
@@ -48,14 +48,14 @@ def every_turn(run: Run) -> None:
             layers[1].up.weight.grad = None
             layers[3].norm.bias.grad = None
         elif step % 9 == 4:  # what was begun into the home is undone, and begun again
-            run.record("read", [layers[i].down.weight.detach().clone() for i in (0, 3, 5)])
+            run.record("read", [layers[i].down.weight.detach().clone() for i in (0, 2, 3)])
             settle()
         elif step % 9 == 5:
             run.opt.param_groups[0]["lr"] *= 0.5
         elif step % 9 == 6:
             with torch.no_grad():
                 layers[2].up.weight.mul_(1.5)
-                layers[4].norm.weight.data.fill_(0.75)
+                layers[3].norm.weight.data.fill_(0.75)
         elif step % 9 == 7:
             run.record("state", run.opt.state[layers[2].up.weight]["exp_avg_sq"])
             run.opt.state[layers[3].up.weight]["exp_avg"].mul_(0.5)
@@ -67,7 +67,7 @@ def every_turn(run: Run) -> None:
 
 #: Copies home take their time, and no step waits for one, on the host device neither: something comes from NVMe.
 SLOW_HOME = {
-    "optimizer": SPARE, "debug": {"faults": "home:delay=15ms"}, "override": [{"match": "layers.5*", "optimizer": "nvme"}],
+    "optimizer": SPARE, "debug": {"faults": "home:delay=15ms"}, "override": [{"match": "layers.3*", "optimizer": "nvme"}],
 }  # fmt: skip
 
 
@@ -145,14 +145,14 @@ def every_turn_of_weights(run: Run) -> None:
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
         run.opt.step()
         run.opt.zero_grad()
-        run.record("read", run.model.layers[step].down.weight.detach().clone())
+        run.record("read", run.model.layers[step % 4].down.weight.detach().clone())
 
 
 def test_a_view_of_a_home_follows(host_world):
     """Who looks at a home by its address sees every step's result as soon as the step is over, in either place."""
 
     def script(run: Run) -> None:
-        views = [run.model.layers[i].up.weight.detach() for i in (1, 4)]
+        views = [run.model.layers[i].up.weight.detach() for i in (1, 3)]
         for step in range(6):
             loss_of(run).backward()
             settle()

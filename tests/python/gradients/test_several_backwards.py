@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("sums", ["", "sums:up"])
 @pytest.mark.parametrize("before", [0, 1], ids=["first", "sum"])
 def test_overtaken_before_it_adds(world: World, before: int, sums: str) -> None:

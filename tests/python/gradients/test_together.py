@@ -13,8 +13,8 @@ from step_scripts import SCRIPTS, loss_of
 from twin import Run, World, compare
 
 #: every other block has its states on NVMe, one its weights, too
-SOME = [{"match": f"layers.{i}*", "optimizer": "nvme"} for i in (0, 2, 6)] + [
-    {"match": "layers.4*", "optimizer": "nvme", "params": "nvme"}
+SOME = [{"match": f"layers.{i}*", "optimizer": "nvme"} for i in (0, 2)] + [
+    {"match": "layers.3*", "optimizer": "nvme", "params": "nvme"}
 ]
 #: states follow their weights late, and sums come up, as on a GPU
 LATE = {"override": SOME, "optimizer": {"spare": "32MiB"}, "debug": {"faults": "sums:up,states:delay=2ms"}}
@@ -26,6 +26,7 @@ def mixed(request: pytest.FixtureRequest, disk: str) -> World:
     return World(DEVICE, (disk,), gradients=request.param)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_same_bits(mixed: World, script):
     compare(mixed, stack(), script, **LATE)
@@ -63,7 +64,7 @@ def test_states_that_move_up_beside_others(mixed: World, clip: float):
     run = compare(mixed, stack(), script, budget={"hbm": None}, **LATE)
     stats = funicular.stats(run.model)
     moved = {move.unit for move in stats.grown.moves}
-    assert not moved & {f"layers.{i}" for i in (0, 2, 4, 6)}
+    assert not moved & {f"layers.{i}" for i in (0, 2, 3)}
     assert bool(moved) == (mixed.gradients == "host")
 
 

@@ -20,6 +20,7 @@ def later(spare: str, delay: int = 3, faults: str = "") -> dict[str, dict[str, s
 
 
 @PLACES
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_same_bits(host_world, script, spare):
     compare(host_world, stack(), script, **later(spare))

@@ -34,6 +34,7 @@ PARTS = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("maker", "part"),
     [pair for pair in itertools.product(MAKERS, PARTS) if pair != ("export", "linear")],

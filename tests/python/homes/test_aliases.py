@@ -33,6 +33,7 @@ if hasattr(torch.optim, "Adafactor"):  # not before torch 2.5
     OPTIMIZERS["adafactor"] = (torch.optim.Adafactor, {})
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_other_optimizers(name, world):
     """Their updates reach every window, with one unit per frame and with a ring that holds everything."""
@@ -146,6 +147,7 @@ def test_alias_kept_and_edited(kind, when, two_worlds):
     compare(two_worlds, stack(), script, frames=40)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", ["numpy", "data", "from_dlpack"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_alias_edited_and_dropped(kind, steps, world):
@@ -322,6 +324,7 @@ CUSTOM = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("how", CUSTOM)
 def test_kernels_that_edit(how, world):
     def script(run: Run) -> None:
@@ -350,6 +353,7 @@ def test_weights_of_the_plain_class(run: Run):
     run.train(1)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("counted", [True, False])
 def test_edit_then_unwrap(dtype, counted, world):
@@ -426,7 +430,7 @@ def test_parametrized_after_the_offload(run: Run):
         def right_inverse(self, w):
             return w * 2
 
-    for i in (1, 4):
+    for i in (1, 3):
         nn.utils.parametrize.register_parametrization(run.model.layers[i].up, "weight", Scaled())
     run.train(2)
     nn.utils.parametrize.remove_parametrizations(run.model.layers[1].up, "weight")

@@ -31,6 +31,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("how", INSIDE)
 def test_edit_inside_forward(how, world):
     """Before use, in every forward: exact."""
@@ -51,6 +52,7 @@ def test_edit_inside_forward(how, world):
     compare(world, stack(Edits), script)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("how", ["mul_", "data", "numpy"])
 @pytest.mark.parametrize("phase", ["train", "eval"])
 def test_view_kept_from_inside_forward(how, phase, world):

@@ -59,7 +59,7 @@ def accumulate_and_freeze(run: Run) -> None:
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("script", [train, clip, edits_and_states, accumulate_and_freeze], ids=lambda s: s.__name__)
 def test_same_bits(two_worlds, room, script):
-    compare(two_worlds, stack(), script, budget={"hbm": ROOM[room]}, **AUTO)
+    compare(two_worlds, stack(depth=6), script, budget={"hbm": ROOM[room]}, **AUTO)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -71,11 +71,11 @@ def test_sixteen_bits(host_world, dtype):
             run.opt.step()
             run.opt.zero_grad()
 
-    compare(host_world, lambda: stack()().to(dtype), script, budget={"hbm": ROOM["some"]}, **AUTO)
+    compare(host_world, lambda: stack(depth=6)().to(dtype), script, budget={"hbm": ROOM["some"]}, **AUTO)
 
 
 def offloaded(world, hbm: str, **sections) -> nn.Module:
-    model = stack()()
+    model = stack(depth=6)()
     return funicular.offload(model, world.policy(model, budget={"hbm": hbm}, **{**AUTO, **sections}))
 
 
@@ -108,7 +108,7 @@ def test_by_name(host_world):
     model = offloaded(host_world, ROOM["some"], **sections)
     assert {n.split(".")[1] for n, p in model.named_parameters() if not is_paged(p)} == {"4"}
     funicular.unwrap(model)
-    compare(host_world, stack(), train, budget={"hbm": ROOM["some"]}, **sections)
+    compare(host_world, stack(depth=6), train, budget={"hbm": ROOM["some"]}, **sections)
 
 
 def test_belongs_to_one_model_only(host_world):

@@ -212,6 +212,7 @@ class InsideReentrant(Inside):
 
 
 @TIERS
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("block", [Inside, InsideReentrant], ids=lambda b: b.__name__)
 def test_checkpoints_inside(block, tier, two_worlds):
     """The same numbers as without them."""
@@ -226,6 +227,7 @@ def test_checkpoints_inside(block, tier, two_worlds):
 
 
 @TIERS
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_around(reentrant, tier, two_worlds):
     plain = compare(two_worlds, stack(), lambda run: run.train(3), tier=tier)

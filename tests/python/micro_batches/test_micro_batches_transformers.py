@@ -26,6 +26,7 @@ def train(run: Run, steps: int = 2, **more) -> None:
         run.step(run.model(**padded(run), use_cache=False, **more).loss)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("tier", ["hbm", "host"])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_train(kind, tier, two_worlds):

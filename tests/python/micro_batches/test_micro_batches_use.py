@@ -80,12 +80,12 @@ def test_activations_paged_are_counted(two_worlds):
     for _ in range(3):
         run.step(run.model(run.data(5, WIDTH)).square().mean(), look=False)
     stats = funicular.stats(run.model)
-    # Six blocks, five rows, fp32.
-    once = 6 * 5 * WIDTH * 4
+    # Four blocks, five rows, fp32.
+    once = 4 * 5 * WIDTH * 4
     # Where copies have a stream of their own, the last two of a forward are still there when its backward begins.
     assert (stats.activations.bytes_out, stats.activations.bytes_in) == (
         3 * once,
-        3 * (once * 4 // 6 if CUDA else once),
+        3 * (once * 2 // 4 if CUDA else once),
     )
     assert stats.activations.waiting == 0
     assert stats.budgets["host"].used - before == stats.activations.reserved > once
@@ -253,7 +253,7 @@ def test_forward_that_the_user_replaces(host_world):
         run.train(1)
 
     compare(host_world, stack(), script)
-    assert rows == [2] * 24
+    assert rows == [2] * 16
 
 
 def test_copies_and_unwrapped_models_are_plain(host_world):

@@ -26,6 +26,7 @@ def wrap(request: pytest.FixtureRequest, disk: str) -> Iterator[Callable[[nn.Mod
     gc.collect()
 
 
+@pytest.mark.covering(1, times=2)
 @pytest.mark.parametrize("use", USES)
 def test_as_in_torch(use: str, wrap: Callable[[nn.Module], nn.Module]):
     """Losses, weights and states within 1e-6 of those of ``torch.optim.AdamW``."""
@@ -283,6 +284,7 @@ def share(run: Run, how: str) -> None:
         state[b][how] = state[a][how]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("how", ["object", "dictionary", "entries", "exp_avg", "step", "loaded"])
 def test_states_in_common(how: str, offloaded: bool, two_worlds: World):

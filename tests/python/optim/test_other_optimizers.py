@@ -34,6 +34,7 @@ def warnings(caplog: Any) -> list[str]:
     return [r.getMessage() for r in caplog.records if "FN-W130" in r.getMessage()]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["adamw", "momentum", "sgd"])
 def test_states_beside_the_budgets(kind: str, two_worlds: World, caplog: Any):
     """Told once for each optimizer, with the bytes that no budget counts and those that stay unused."""

@@ -343,6 +343,7 @@ def test_learning_rate_as_a_tensor(host_world):
     compare(host_world, None, script)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_unwrap_keeps_states(dtype, two_worlds):
     """The same optimizer goes on, resident, and in half precision with its masters: not one bit differs."""
@@ -359,6 +360,7 @@ def test_unwrap_keeps_states(dtype, two_worlds):
     compare(two_worlds, lambda: Decoder(dtype=dtype), script)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_optimizer_from_before_offload(dtype, two_worlds):
     """Steps, then offload, then the same optimizer's states move into the tiers."""

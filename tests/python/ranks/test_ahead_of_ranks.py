@@ -19,6 +19,7 @@ def spare_world(request: pytest.FixtureRequest, host_world: World, states_world:
     return dataclasses.replace(host_world if request.param == "in memory" else states_world, spare="32MiB")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("size", "options"),
     [
@@ -35,6 +36,7 @@ def test_training(size: int, options: dict[str, Any], spare_world: World):
     several.compare("rank_scripts:train", size, spare_world, **options)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "script",
     [
@@ -100,6 +102,7 @@ def trailing_world(host_world: World, request: pytest.FixtureRequest) -> World:
     return dataclasses.replace(host_world, spare=request.param, faults="states:delay=3ms")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("size", "options"),
     [
@@ -113,6 +116,7 @@ def test_weights_first(size: int, options: dict[str, Any], trailing_world: World
     several.compare("rank_scripts:train", size, trailing_world, **options)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("script", ["two_optimizers", "looking", "rates", "states_written", "experts"])
 def test_use_of_weights_first(script: str, trailing_world: World):
     several.compare(f"rank_scripts:{script}", 2, trailing_world)

@@ -25,6 +25,7 @@ def growing_world(host_world: World, request: pytest.FixtureRequest) -> World:
     return dataclasses.replace(host_world, spare=request.param)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("size", "options"),
     [
@@ -42,6 +43,7 @@ def test_training(size: int, options: dict[str, Any], growing_world: World):
     several.compare("growth_checks:training", size, growing_world, **options)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("size", "options"), [(2, {}), (3, {"dtype": BF16, "clip": 0.05}), (2, {"dtype": BF16, "where": "gpu"})], ids=str
 )

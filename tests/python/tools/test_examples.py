@@ -17,7 +17,7 @@ def test_demo(device: str, tmp_path: Path):
     """Small, but all of it: trained, compared with the resident run, budgets kept."""
     options = {
         "--steps": "3",
-        "--layers": "8",
+        "--layers": "5",
         "--batch": "2",
         "--seq": "16",
         "--device": device,

@@ -174,6 +174,7 @@ MOVES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("move", MOVES)
 def test_moved_after_wrap(move, world):
     """Refused by name, and nothing has changed."""
@@ -297,7 +298,7 @@ def test_address_inside_forward_is_permanent(world):
     run.model = run.wrap(Stack())
     run.opt = run.adamw()
     seen: list[int] = []
-    run.model.layers[4].register_forward_pre_hook(lambda m, a: seen.append(m.up.weight.data_ptr()))
+    run.model.layers[3].register_forward_pre_hook(lambda m, a: seen.append(m.up.weight.data_ptr()))
     run.train(3)
     assert len(set(seen)) == 1
 

@@ -210,6 +210,7 @@ def everything(opt: torch.optim.Optimizer, model: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", SMALL)
 def test_small(kind: str, two_worlds: World, tmp_path: Path):
     """Steps, states, checkpoints, statistics and the way back are those of plain torch."""

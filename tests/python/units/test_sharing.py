@@ -14,7 +14,7 @@ from twin import Run, case
 
 def tied_blocks(ckpt: str = "none") -> Stack:
     """Blocks 0 and 4 share ``up.weight``, 1 and 5 share ``down.weight``; all are other units."""
-    model = Stack(call=calls(ckpt))
+    model = Stack(depth=6, call=calls(ckpt))
     model.layers[4].up.weight = model.layers[0].up.weight
     model.layers[5].down.weight = model.layers[1].down.weight
     return model
@@ -145,7 +145,7 @@ class Borrower(Block):
 
 
 def borrowing(ckpt: str = "none") -> Stack:
-    model = Stack(Borrower, call=calls(ckpt))
+    model = Stack(Borrower, depth=6, call=calls(ckpt))
     model.layers[4].lender = [model.layers[0]]
     model.layers[1].lender = [model.layers[5]]
     return model

@@ -94,7 +94,7 @@ def test_skipped_reload_is_silent_without_poison(host_world: World):
 class Wide(nn.Module):
     """Two weights: the gradient of the first waits for that of the second on its way down."""
 
-    def __init__(self, width: int = 2048) -> None:
+    def __init__(self, width: int = 1024) -> None:
         super().__init__()
         self.width = width
         self.first = nn.Parameter(torch.ones(width, width))

@@ -112,6 +112,7 @@ def unwrap_model(run: Run) -> None:
 USES = [use_parameter, use_model, use_states, take_step, save_weights, unwrap_model]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_what_a_child_uses_is_refused_by_name(use, two_worlds: World):
     if two_worlds.device == "cuda":
@@ -139,6 +140,7 @@ def test_a_window_that_was_open_is_refused_too(two_worlds: World):
     run.train(1, look=False)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("how", ["data", "detach", "numpy", "state_dict", "data_ptr"])
 def test_views_that_were_taken_before_are_the_childs_own(how: str, two_worlds: World):
     """As in plain PyTorch: a child has the weights of the moment, and what it does with them stays in it."""

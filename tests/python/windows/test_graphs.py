@@ -125,7 +125,7 @@ def test_autograd_grad_leaves_grads_alone(run: Run):
 @case(stack())
 def test_autograd_grad_of_some(run: Run):
     """Gradients of two blocks only; the others' are never computed."""
-    chosen = [run.model.layers[1].up.weight, run.model.layers[4].down.weight]
+    chosen = [run.model.layers[1].up.weight, run.model.layers[3].down.weight]
     for _ in range(2):
         run.record("grads", torch.autograd.grad(run.model(run.data(4, WIDTH)).square().mean(), chosen))
     run.train(2)
@@ -285,7 +285,7 @@ def test_branches_that_meet(run: Run):
 
 @case(stack())
 def test_backward_of_a_block_alone(run: Run):
-    for i in (4, 0, 2):
+    for i in (3, 0, 2):
         run.step(run.model.layers[i](run.data(4, WIDTH)).square().mean())
 
 

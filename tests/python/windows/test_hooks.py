@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:Use
 
 
 def spread(model: Stack) -> list[nn.Module]:
-    return [model, model.inp, model.layers[0], model.layers[3], model.layers[3].up, model.layers[5], model.out]
+    return [model, model.inp, model.layers[0], model.layers[1], model.layers[1].up, model.layers[3], model.out]
 
 
 def see(run: Run, label: str, module: nn.Module) -> None:
@@ -20,6 +20,7 @@ def see(run: Run, label: str, module: nn.Module) -> None:
     run.record(label, [p.detach().clone() for p in module.parameters(recurse=False)])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("wrapped_first", [True, False], ids=["after wrap", "before wrap"])
 @pytest.mark.parametrize("prepend", [True, False])
 def test_forward_hooks_see_weights(prepend, wrapped_first, world):
@@ -53,7 +54,7 @@ def test_hooks_that_replace(run: Run):
     """New inputs and new outputs, some of them views of weights."""
     run.model.layers[1].register_forward_pre_hook(lambda m, a: (a[0] * 0.5,))
     run.model.layers[2].register_forward_hook(lambda m, a, o: o + m.up.weight.mean(0))
-    run.model.layers[4].register_forward_hook(lambda m, a, o: o @ m.down.weight.t())
+    run.model.layers[3].register_forward_hook(lambda m, a, o: o @ m.down.weight.t())
     run.train(3)
 
 
@@ -66,7 +67,7 @@ def test_hooks_that_edit(run: Run):
             module.up.weight.mul_(0.9)
 
     run.model.layers[2].register_forward_pre_hook(halve)
-    run.model.layers[5].register_forward_pre_hook(halve, prepend=True)
+    run.model.layers[3].register_forward_pre_hook(halve, prepend=True)
     run.train(3)
 
 
@@ -146,7 +147,7 @@ def test_hooks_on_activations(run: Run):
         return out
 
     run.model.layers[1].register_forward_hook(forward_hook)
-    run.model.layers[4].register_forward_hook(forward_hook)
+    run.model.layers[3].register_forward_hook(forward_hook)
     run.train(2)
 
 

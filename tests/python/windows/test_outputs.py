@@ -112,6 +112,7 @@ def unpack(out):
     return out.x if hasattr(out, "x") else next(out)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_containers(container, world):
     class Contains(Block):
