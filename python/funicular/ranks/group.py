@@ -130,7 +130,8 @@ class Group:
             for rank, tensor in parts
         ]
         if self._device.type != "cpu" and self.runtime is not None:
-            _core.meet_on_devices(self.runtime, stream_of(self._device), bool(ops))
+            with self.waiting("peers_grads", unit):
+                _core.meet_on_devices(self.runtime, stream_of(self._device), bool(ops))
         if not ops:
             return
 

@@ -2,10 +2,12 @@
 //!
 //! A kernel that waits for another rank's data holds processors of its device, which what is computed beside it then lacks. So each device says on
 //! the board that it has come to an exchange, and its stream waits there for the others, which takes no processor; then the kernels run together.
-//! No result depends on it. So a rank that fails or closes its model has all streams go on: it writes the most that there is to all words; one
-//! that has failed goes on doing so, since what another device enqueued before may write over it, and one that closes its model until its own device
-//! stores no more.
+//! No result depends on it, so that a rank may have all streams go on at any time: it writes the most that there is to all words. It does so again and
+//! again where its own device has waited for long, as for a rank that is slow or gone, or because the driver has another stream of the program behind
+//! this one, for whose work a rank waits before it comes here. A rank that fails or closes its model does so until its device stores no more.
 #![expect(unsafe_code, reason = "hands addresses of words to the device")]
+
+use std::time::{Duration, Instant};
 
 use crate::{
     device::{PAST_ALL, StreamRef},
@@ -19,6 +21,8 @@ use crate::{
 
 /// How often the end of a model looks whether its device is past its exchanges: for 10 s.
 const SLICES: u32 = 200;
+/// Longer than ranks that go on are apart from each other.
+const LONG: Duration = Duration::from_millis(100);
 
 impl Shared {
     /// Has this rank's device tell that it has come to its next exchange, and, where it takes part (`waits`), wait on this stream for those of
@@ -26,7 +30,7 @@ impl Shared {
     pub(crate) fn meet_on_devices(&self, ranks: &Ranks, stream: u64, waits: bool) -> Result<()> {
         drop(self.lock()?);
         let mut meetings = ranks.meetings.lock();
-        let Meetings { count, mine, others, last } = &mut *meetings;
+        let Meetings { count, mine, others, last, .. } = &mut *meetings;
         *count += 1;
         let others: &[u64] = if waits { others } else { &[] };
         let stream = StreamRef::Compute(stream);
@@ -55,8 +59,35 @@ impl Shared {
 }
 
 impl Ranks {
+    /// Has no stream wait for other ranks' devices where this one's has come to an exchange and waited there for long. The watcher looks here again
+    /// and again.
+    pub(super) fn hurry_meetings(&self) {
+        let mine = self.at_exchange(self.spec.rank);
+        let late = || (0..self.spec.size).filter(|&rank| self.at_exchange(rank) < mine);
+        let mut meetings = self.meetings.lock();
+        if late().next().is_none() {
+            meetings.waits_at = None;
+            return;
+        }
+        let (number, since) = *meetings.waits_at.get_or_insert_with(|| (mine, Instant::now()));
+        if number != mine {
+            meetings.waits_at = Some((mine, Instant::now()));
+        } else if since.elapsed() >= LONG {
+            self.release(late());
+        }
+    }
+
+    fn at_exchange(&self, rank: usize) -> u64 {
+        self.words.load(Board::of_rank(rank, AT_EXCHANGE))
+    }
+
     /// Has no stream wait for a device any more.
     pub(crate) fn release_devices(&self) {
-        (0..self.spec.size).for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), PAST_ALL));
+        self.release(0..self.spec.size);
+    }
+
+    /// Has no stream wait for those of these ranks that have not come yet.
+    fn release(&self, ranks: impl Iterator<Item = usize>) {
+        ranks.for_each(|rank| self.words.store(Board::of_rank(rank, AT_EXCHANGE), PAST_ALL));
     }
 }

@@ -14,6 +14,7 @@ use std::{
 
 use super::spec::RankSpec;
 use crate::{
+    device::PAST_ALL,
     dtype::{DType, StateKind},
     error::{Code, Result},
     io::Direction,
@@ -363,6 +364,23 @@ fn a_failure_of_one_rank_is_told_by_the_others() {
     // It is told once, not as a failure of who has told it.
     let told = all[0].shared().unwrap().ranks.as_ref().unwrap().posts().said(2).unwrap();
     assert_eq!(told.matches("failed").count(), 1, "{told}");
+}
+
+#[test]
+fn a_device_that_waits_for_long_goes_on() {
+    let all = together(3);
+    let ranks = all[0].shared().unwrap().ranks.clone().unwrap();
+    let word = |rank| Board::of_rank(rank, AT_EXCHANGE);
+    // Rank 2 has come there, and rank 1 has not.
+    ranks.words.store(word(2), 7);
+    let began = Instant::now();
+    ranks.words.store(word(0), 7);
+    while ranks.words.load(word(1)) == 0 {
+        assert!(began.elapsed() < Duration::from_secs(20), "the device waits for rank 1");
+        sleep(Duration::from_millis(1));
+    }
+    assert!(began.elapsed() >= Duration::from_millis(80), "it was not waited for");
+    assert_eq!([0, 1, 2].map(|rank| ranks.words.load(word(rank))), [7, PAST_ALL, 7]);
 }
 
 #[test]

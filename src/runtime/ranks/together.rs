@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use crate::{
@@ -75,6 +76,8 @@ pub(super) struct Meetings {
     pub(super) others: Vec<u64>,
     /// Passed once the device is past the last one.
     pub(super) last: Gate,
+    /// The exchange to which it has come and others have not, as was seen then.
+    pub(super) waits_at: Option<(u64, Instant)>,
 }
 
 /// A unit of which this rank has made its part of a step's weights.
@@ -100,7 +103,7 @@ impl Ranks {
     ) -> Self {
         let at_exchange = |rank| words.address(Board::of_rank(rank, AT_EXCHANGE));
         let others = (0..spec.size).filter(|&rank| rank != spec.rank).map(at_exchange).collect();
-        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others, last: Gate::OPEN };
+        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others, last: Gate::OPEN, waits_at: None };
         Self {
             spec,
             sent: (0..board.units()).map(|_| AtomicU64::new(0)).collect(),

@@ -58,6 +58,7 @@ fn watch(shared: &Shared, ranks: &Ranks, look: bool) -> Result<bool> {
             return Ok(false);
         }
     }
+    ranks.hurry_meetings();
     shared.end_updates(ranks)?;
     shared.answer_for_states(ranks)?;
     match look.then(|| ranks.lost()).flatten() {
