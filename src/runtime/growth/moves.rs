@@ -31,6 +31,7 @@ impl Shared {
         if !self.growing.on() {
             return Ok(());
         }
+        self.give_back_spent();
         self.look(interrupted)?;
         let mut state = self.growing.state.lock();
         state.decide.step();
@@ -51,6 +52,7 @@ impl Shared {
             return Ok(());
         }
         self.growing.state.lock().forget_rising();
+        self.give_back_spent();
         while let Some(free) = self.free_memory()?
             && let Some(unit) = self.next_down(free)
         {
@@ -231,12 +233,12 @@ impl Shared {
 
     /// Has a unit's states at home, for a writer; they stay there until the next step at least, those of other ranks until the unit is updated.
     pub(crate) fn states_home(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        self.own_states_home(unit)?;
+        drop(self.own_states_home(unit)?);
         self.await_states(unit, true, interrupted)
     }
 
-    /// The same, of what this rank owns of them.
-    pub(crate) fn own_states_home(&self, unit: UnitId) -> Result<()> {
+    /// The same, of what this rank owns of them. Returns their memory, if they were up; to give it back is to wait for the device.
+    pub(crate) fn own_states_home(&self, unit: UnitId) -> Result<Option<Arc<dyn Frames>>> {
         let to_rise = {
             let mut state = self.growing.state.lock();
             let before = state.rising.len();
@@ -247,15 +249,21 @@ impl Shared {
             self.growing.state.lock().decide.at_home(unit);
         }
         if !self.growing.any_up() && !self.growing.on() {
-            return Ok(());
+            return Ok(None);
         }
-        self.lower(unit, Why::Written)
+        self.lower_states(&mut self.share.lock(), unit, Why::Written)
+    }
+
+    fn give_back_spent(&self) {
+        let spent = std::mem::take(&mut self.growing.state.lock().spent);
+        drop(spent);
     }
 
     /// Moves everything down at once.
     pub(crate) fn all_down(&self, why: Why) -> Result<()> {
         self.growing.state.lock().forget_rising();
         if !self.growing.any_up() && !self.growing.on() {
+            self.give_back_spent();
             return Ok(());
         }
         // A move up that is under way ends first: until then its unit is not known to be up.
@@ -263,6 +271,7 @@ impl Shared {
         while let Some(unit) = self.last_up() {
             self.lower(unit, why)?;
         }
+        self.give_back_spent();
         self.growing.state.lock().decide.was_short();
         Ok(())
     }

@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) rising: VecDeque<UnitId>,
     /// Per unit, the memory of its states in the compute tier.
     pub(crate) taken: Vec<Option<Arc<dyn Frames>>>,
+    /// Memory of states that the watcher of other ranks brought home: threads that may wait for the device give it back.
+    pub(crate) spent: Vec<Arc<dyn Frames>>,
     pub(crate) made_up: Option<MadeUp>,
     pub(crate) record: Record,
     looked: Option<Instant>,
@@ -66,6 +68,7 @@ impl Growing {
             decide: Growth::new(candidates.clone(), capacity),
             rising: VecDeque::with_capacity(units),
             taken: (0..units).map(|_| None).collect(),
+            spent: Vec::with_capacity(units),
             made_up: None,
             record: Record::default(),
             looked: None,

@@ -37,7 +37,9 @@ impl Shared {
                 continue;
             }
             if writes {
-                self.own_states_home(unit)?;
+                // Given back by another thread: the device may wait for a rank of which only this thread learns that it is gone.
+                let memory = self.own_states_home(unit)?;
+                self.growing.state.lock().spent.extend(memory);
             } else {
                 self.own_states_current(unit)?;
             }
