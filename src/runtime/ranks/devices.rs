@@ -30,7 +30,7 @@ impl Shared {
     pub(crate) fn meet_on_devices(&self, ranks: &Ranks, stream: u64, waits: bool) -> Result<()> {
         drop(self.lock()?);
         let mut meetings = ranks.meetings.lock();
-        let Meetings { count, mine, others, last, .. } = &mut *meetings;
+        let Meetings { count, mine, others, last } = &mut *meetings;
         *count += 1;
         let others: &[u64] = if waits { others } else { &[] };
         let stream = StreamRef::Compute(stream);
@@ -46,9 +46,10 @@ impl Shared {
     /// At the end: has this rank's device pass all exchanges to which it was sent, before the words go away. What it computes before them may itself
     /// wait for a rank that is gone: then this is given up.
     pub(crate) fn end_meetings(&self, ranks: &Ranks) {
-        let last = ranks.meetings.lock().last;
         for _ in 0..SLICES {
             ranks.release_devices();
+            // Held by a thread that waits for the driver, which waits for the device.
+            let Some(last) = ranks.meetings.try_lock_for(SLICE).map(|meetings| meetings.last) else { continue };
             if !matches!(self.device.block(last, SLICE), Ok(false)) {
                 break;
             }
@@ -60,20 +61,18 @@ impl Shared {
 
 impl Ranks {
     /// Has no stream wait for other ranks' devices where this one's has come to an exchange and waited there for long. The watcher looks here again
-    /// and again.
-    pub(super) fn hurry_meetings(&self) {
+    /// and again; `waits_at`: the exchange at which it was seen to wait first, and when.
+    pub(super) fn hurry_meetings(&self, waits_at: &mut Option<(u64, Instant)>) {
         let mine = self.at_exchange(self.spec.rank);
         let late = || (0..self.spec.size).filter(|&rank| self.at_exchange(rank) < mine);
-        let mut meetings = self.meetings.lock();
-        if late().next().is_none() {
-            meetings.waits_at = None;
-            return;
-        }
-        let (number, since) = *meetings.waits_at.get_or_insert_with(|| (mine, Instant::now()));
-        if number != mine {
-            meetings.waits_at = Some((mine, Instant::now()));
-        } else if since.elapsed() >= LONG {
-            self.release(late());
+        match *waits_at {
+            _ if late().next().is_none() => *waits_at = None,
+            Some((number, since)) if number == mine => {
+                if since.elapsed() >= LONG {
+                    self.release(late());
+                }
+            }
+            _ => *waits_at = Some((mine, Instant::now())),
         }
     }
 

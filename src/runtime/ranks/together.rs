@@ -6,7 +6,6 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
-    time::Instant,
 };
 
 use crate::{
@@ -68,7 +67,8 @@ pub(crate) struct Ranks {
     waiting: AtomicU32,
 }
 
-/// How often this rank's device was to tell that it has come to an exchange, and the addresses of the words for that: its own, and all others.
+/// How often this rank's device was to tell that it has come to an exchange, and the addresses of the words for that: its own, and all others. The
+/// thread that sends the device there may wait for the driver with this lock, so that the watcher does without it.
 #[derive(Debug)]
 pub(super) struct Meetings {
     pub(super) count: u64,
@@ -76,8 +76,6 @@ pub(super) struct Meetings {
     pub(super) others: Vec<u64>,
     /// Passed once the device is past the last one.
     pub(super) last: Gate,
-    /// The exchange to which it has come and others have not, as was seen then.
-    pub(super) waits_at: Option<(u64, Instant)>,
 }
 
 /// A unit of which this rank has made its part of a step's weights.
@@ -103,7 +101,7 @@ impl Ranks {
     ) -> Self {
         let at_exchange = |rank| words.address(Board::of_rank(rank, AT_EXCHANGE));
         let others = (0..spec.size).filter(|&rank| rank != spec.rank).map(at_exchange).collect();
-        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others, last: Gate::OPEN, waits_at: None };
+        let meetings = Meetings { count: 0, mine: at_exchange(spec.rank), others, last: Gate::OPEN };
         Self {
             spec,
             sent: (0..board.units()).map(|_| AtomicU64::new(0)).collect(),

@@ -24,6 +24,7 @@ pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
     let name = "funicular-peers";
     let body = move || {
         let mut looked = Instant::now();
+        let mut waits_at = None;
         loop {
             let rung = ranks.words.rung();
             let Some(shared) = shared.upgrade() else { return };
@@ -31,7 +32,7 @@ pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
             if look {
                 looked = Instant::now();
             }
-            let work = || watch(&shared, &ranks, look);
+            let work = || watch(&shared, &ranks, look, &mut waits_at);
             match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
                 Ok(Ok(true)) => {}
                 Ok(Ok(false)) => return,
@@ -47,7 +48,7 @@ pub(crate) fn spawn(shared: &Arc<Shared>) -> Result<Option<JoinHandle<()>>> {
 }
 
 /// Looks once; false if there is nothing more to look for.
-fn watch(shared: &Shared, ranks: &Ranks, look: bool) -> Result<bool> {
+fn watch(shared: &Shared, ranks: &Ranks, look: bool, waits_at: &mut Option<(u64, Instant)>) -> Result<bool> {
     {
         let inner = shared.inner.lock();
         if inner.failed.is_some() {
@@ -58,7 +59,7 @@ fn watch(shared: &Shared, ranks: &Ranks, look: bool) -> Result<bool> {
             return Ok(false);
         }
     }
-    ranks.hurry_meetings();
+    ranks.hurry_meetings(waits_at);
     shared.end_updates(ranks)?;
     shared.answer_for_states(ranks)?;
     match look.then(|| ranks.lost()).flatten() {
