@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from funicular.units.param import PagedParam
     from funicular.units.unit import Unit
 
-    #: returns the spans of a unit and their hyperparameters, as a step would ask for them
-    Describe = Callable[[], tuple[list[Span], list[Hyper]]]
+    #: returns the spans of a unit and their hyperparameters, as a step would ask for them; None if the states have been replaced
+    Describe = Callable[[], tuple[list[Span], list[Hyper]] | None]
 
 __all__ = ["Speculation"]
 
@@ -53,7 +53,10 @@ class Speculation:
         describe = self._next.get(unit.engine_id)
         if describe is None or unit.grads_aliased() or self._backwards.adds_within(unit):
             return
-        spans, hypers = describe()
+        described = describe()
+        if described is None:
+            return
+        spans, hypers = described
         if self._engine.speculate(UnitUpdate(unit.engine_id, spans, untouched=False), hypers, stream):
             unit.begin_from(_inputs(unit))
 

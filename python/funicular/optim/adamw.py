@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, overload
 
@@ -337,11 +338,16 @@ def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:
     return run
 
 
-def _described(members: list[_Member]) -> tuple[list[Span], list[Hyper]]:
-    """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone."""
+def _described(
+    members: list[tuple[PagedParam, weakref.ref[ParamStates], dict[str, Any]]],
+) -> tuple[list[Span], list[Hyper]] | None:
+    """Describe a unit's next update, should nothing change until the step and clipping leave the gradients alone; None if it has other states."""
     hypers: dict[Hyper, int] = {}
     found = []
-    for ref, states, group in members:
+    for ref, there, group in members:
+        states = there()
+        if states is None or ref.states is not states:
+            return None
         index = hypers.setdefault(hyper_of(group, states, None), len(hypers))
         found.append((ref, states, index))
     return spans_of(found), list(hypers)
@@ -390,10 +396,14 @@ class _SessionStep:
             self.slots[key] = self.session.engine.factor(value.data_ptr(), self.session.stream())
         return self.slots[key]
 
-    def next_updates(self) -> dict[Unit, Callable[[], tuple[list[Span], list[Hyper]]]]:
-        """Return what describes the next updates, of units with a spare copy that are stepped as a whole."""
+    def next_updates(self) -> dict[Unit, Callable[[], tuple[list[Span], list[Hyper]] | None]]:
+        """Return what describes the next updates, of units with a spare copy that are stepped as a whole.
+
+        It keeps no states: those that a load replaces are given up only where nothing holds them, and read back else.
+        """
         whole = ((u, members) for u, members in self.units.items() if u.spare_copy and len(members) == u.trained)
-        return {unit: functools.partial(_described, members) for unit, members in whole}
+        weak = ((u, [(ref, weakref.ref(states), group) for ref, states, group in members]) for u, members in whole)
+        return {unit: functools.partial(_described, members) for unit, members in weak}
 
     def go(self) -> None:
         refuse(self.session, "a step")

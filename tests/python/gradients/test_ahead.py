@@ -9,7 +9,7 @@ import funicular
 from conftest import DEVICE, PLACEMENTS, make_world
 from funicular import testing
 from models import CUDA, WIDTH, stack
-from mutations import break_
+from mutations import break_, wrap
 from step_scripts import SCRIPTS, clipping, gradients_held, loss_of, plain_steps, read_between
 from twin import Mismatch, Run, World, compare
 
@@ -157,3 +157,27 @@ def test_a_touched_gradient_is_in_vain(ahead_world):
     used, in_vain = run_offloaded(ahead_world, 4, touch, optimizer=SPARE)
     assert used == 0
     assert in_vain > 0
+
+
+def test_a_load_reads_no_states_back(host_world: World, monkeypatch: pytest.MonkeyPatch):
+    """What was learned for the next update keeps no states: those that a load replaces are nobody's then."""
+    read = []
+
+    def counted(original):
+        def detach(states):
+            read.append(states)
+            return original(states)
+
+        return detach
+
+    wrap(monkeypatch, "funicular.optim.state_places.StatePlaces.detach", counted)
+    run = Run(host_world, True)
+    run.model = run.wrap(stack()(), optimizer=SPARE)
+    run.opt = run.adamw()
+    for _ in range(3):
+        loss_of(run).backward()
+        if run.opt.state:
+            run.opt.load_state_dict(run.opt.state_dict())
+        run.opt.step()
+        run.opt.zero_grad()
+    assert not read
