@@ -24,7 +24,7 @@ from funicular.reference import adamw_step
 from funicular.units.dtypes import TRAINED, is_half
 from funicular.units.param import ref_of
 from funicular.windows.lookup import owner_of
-from funicular.windows.ranked import agree, join_ranks, whole
+from funicular.windows.ranked import agree, all_together, join_ranks, whole
 from funicular.windows.replaced import check_replaced, refuse_dtensors
 from funicular.windows.residents import resident_session
 from funicular.windows.shutdown import living
@@ -325,10 +325,12 @@ class AdamW(torch.optim.Optimizer):
             refuse_options(group)
         made, others = unsealed(entries)
         refuse_shared(self, made)
-        super().__setstate__({**state, "state": defaultdict(dict, others)})
-        for p, states in made.items():
-            self.state[p] = states
-            states.install(ref_of(p))
+        # Rank 0 writes states of all: none may still be reading those before, nor read them before all are there.
+        with all_together(made, "loaded optimizer states"):
+            super().__setstate__({**state, "state": defaultdict(dict, others)})
+            for p, states in made.items():
+                self.state[p] = states
+                states.install(ref_of(p))
 
 
 def _run_of(runs: dict[int, _SessionStep], session: Session) -> _SessionStep:

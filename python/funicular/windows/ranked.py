@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from funicular.units.param import PagedParam
     from funicular.windows.session import Session
 
-__all__ = ["agree", "join_ranks", "leave_ranks", "meet", "together", "whole"]
+__all__ = ["agree", "all_together", "join_ranks", "leave_ranks", "meet", "together", "whole"]
 
 
 def meet(session: Session | None, what: str) -> None:
@@ -51,6 +51,17 @@ def together(session: Session | None, what: str) -> Iterator[None]:
     with agreed(session.group, what):
         if failed is not None:
             raise failed
+
+
+@contextlib.contextmanager
+def all_together(params: Iterable[torch.Tensor], what: str) -> Iterator[None]:
+    """Have all ranks that train these parameters do something that they have all come to; see :func:`together`."""
+    found = dict.fromkeys(owner_of(ref.unit) for p in params if (ref := ref_of(p)) is not None)
+    with contextlib.ExitStack() as stack:
+        for session in found:
+            meet(session, f"the moment when all are about to have {what}")
+            stack.enter_context(together(session, what))
+        yield
 
 
 def leave_ranks(session: Session) -> None:

@@ -107,3 +107,21 @@ def saved_and_loaded(folder: str, world: World) -> list[list[torch.Tensor]]:
         opt.zero_grad()
         found += values(model, opt)
     return found
+
+
+def loaded_while_another_reads(world: World) -> None:
+    """Rank 0 is at the load while rank 1 still reads the states before it; afterwards both read what was loaded."""
+    model, opt = offloaded(world)
+    train_one(model, opt, 0)
+    before = opt.state_dict()
+    if dist.get_rank() == 1:
+        facts.rest(0.5)
+        again = opt.state_dict()
+        for index, states in before["state"].items():
+            assert all(torch.equal(value, again["state"][index][name]) for name, value in states.items()), index
+    for states in before["state"].values():
+        states["exp_avg"].mul_(0.5)
+    opt.load_state_dict(before)
+    after = opt.state_dict()
+    for index, states in before["state"].items():
+        assert torch.equal(states["exp_avg"], after["state"][index]["exp_avg"]), index

@@ -88,6 +88,10 @@ def test_an_interrupted_step_is_taken_again(spare_world: World):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(plain, weights, others, strict=True))
 
 
+def test_loaded_while_another_rank_reads(spare_world: World):
+    several.run(2, "ahead_checks:loaded_while_another_reads", spare_world)
+
+
 def test_a_save_and_a_load(host_world: World, spare_world: World, tmp_path: Path):
     """They see what they see where nothing is made ahead."""
     plain = several.run(2, "ahead_checks:saved_and_loaded", str(tmp_path / "plain"), host_world)
