@@ -17,6 +17,8 @@ The first three are the classes themselves, without a wrapper: they stand in the
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +48,15 @@ def override(no_graph: str) -> Callable[[Callable[[type, Any, tuple[Any, ...], d
     return functools.partial(_override, no_graph)
 
 
+def _breaks_with_a_message() -> bool:
+    """Whether ``torch._dynamo.graph_break`` takes one, which that of torch 2.4 does not. Looked up in its source: to import it takes a second."""
+    spec = importlib.util.find_spec("torch._dynamo")
+    source = None if spec is None or spec.origin is None else Path(spec.origin).with_name("decorators.py")
+    return source is not None and source.is_file() and "def graph_break(msg" in source.read_text("utf-8")
+
+
 def _override(no_graph: str, real: Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    told = _breaks_with_a_message()
 
     def __torch_function__(
         cls: type,
@@ -56,7 +66,10 @@ def _override(no_graph: str, real: Callable[[type, Any, tuple[Any, ...], dict[st
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(msg=no_graph)
+            if told:
+                torch._dynamo.graph_break(msg=no_graph)
+            else:
+                torch._dynamo.graph_break()
         return real(cls, func, args, kwargs or {})
 
     # torch.compile is to read this function, although it leaves those of this package alone.
