@@ -48,6 +48,7 @@ def override(no_graph: str) -> Callable[[Callable[[type, Any, tuple[Any, ...], d
     return functools.partial(_override, no_graph)
 
 
+@functools.cache
 def _breaks_with_a_message() -> bool:
     """Whether ``torch._dynamo.graph_break`` takes one, which that of torch 2.4 does not. Looked up in its source: to import it takes a second."""
     spec = importlib.util.find_spec("torch._dynamo")
