@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RankGradients"]
 
-#: Devices where units are exchanged within a backward. On the others an exchange blocks the thread, and a rank could wait for it while another waits
-#: for that rank in a collective of the program's own, such as that of a SyncBatchNorm; at the end of the backward there are none.
+#: Devices where units are exchanged within a backward, unless the program runs collectives of its own there, such as those of a SyncBatchNorm
+#: (``AT_END``). On the others an exchange blocks the thread; at the end of the backward it blocks nothing.
 _EARLY = frozenset(["cuda"])
 _EXCHANGE = "the exchange of gradients"
 _WORDS = {
@@ -74,6 +74,8 @@ class RankGradients(Gradients):
         #: what was exchanged in the backward under way, and may not be in its place yet; and the same of backwards that are over
         self._under_way: set[PagedParam] = set()
         self._landing_elsewhere: set[PagedParam] = set()
+        #: collectives that the program had run when the backward under way brought its first gradient
+        self._collectives = 0
         #: a backward failed that others have, or may have, taken part in
         self._broken = False
 
@@ -149,6 +151,8 @@ class RankGradients(Gradients):
         assert ref is not None
         self._check()
         self._bringers.add(get_ident())
+        if not self._rounds.open:
+            self._collectives = self._group.collectives_of_others()
         before = self.backwards.passed()
         self.backwards.added(backward_task(), ref)
         self._came.add(ref)
@@ -168,6 +172,8 @@ class RankGradients(Gradients):
         if me not in self._bringers or self.backwards.of_thread(me):
             return
         self.backwards.passed()
+        if self._rounds.open and self._group.collectives_of_others() != self._collectives:
+            self._rounds.at_end = True
         with self._group.whole(_EXCHANGE):
             with torch.no_grad():
                 self._rounds.end()

@@ -18,7 +18,7 @@ from funicular.errors import Error, RuntimeFailure, UsageError
 from funicular.ranks.apart import Apart
 from funicular.ranks.on_gpu import Guard, connect
 from funicular.torch_internals.memory import stream_of
-from funicular.torch_internals.process_groups import default_store
+from funicular.torch_internals.process_groups import collectives, default_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +81,10 @@ class Group:
                 gpus = self._speak(lambda: connect(self._members, device, _PATIENCE), "the connection of their GPUs")
                 self._connections = self._connections._replace(gpus=gpus)
             self._guard = Guard(runtime, gpus)
+
+    def collectives_of_others(self) -> int:
+        """Return how many collectives the program has begun between devices of the model's kind, in all groups but the model's own."""
+        return collectives(self._device, (self._connections.control, self._connections.gpus))
 
     def gather(self, what: Any, place: str = "") -> list[Any]:
         """Return what each rank gives, by rank. All ranks call it, with the same ``place``, which messages name."""

@@ -44,6 +44,13 @@ def connect(members: list[int], device: torch.device, patience: timedelta) -> An
     with torch.cuda.device(device):
         # Only a collective connects all of them: an exchange may leave some out.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
+        # Each pair in both directions: the first bytes of a direction hold the thread until the other rank's thread comes, too.
+        others = [rank for rank in members if rank != dist.get_rank()]
+        here, there = torch.zeros(1, device=device), [torch.zeros(1, device=device) for _ in others]
+        ops = [dist.P2POp(dist.isend, here, rank, group) for rank in others]
+        ops += [dist.P2POp(dist.irecv, one, rank, group) for one, rank in zip(there, others, strict=True)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
         torch.cuda.synchronize()
     return group
 

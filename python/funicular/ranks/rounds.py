@@ -2,7 +2,9 @@
 
 A *round* is one backward of all ranks; rounds are numbered alike everywhere. Each rank posts a unit once it has the unit's gradients: a byte
 for each parameter. Units are exchanged in one order, and each only when all ranks have posted it, so that no rank waits for data that is not
-on its way; what has not come by the end of the backward is posted as missing.
+on its way; what has not come by the end of the backward is posted as missing. If any rank's program runs collectives of its own amid backwards, all
+units are exchanged at the end: when a unit is complete on all ranks, some may be before such a collective and some behind it, and two orders of
+collectives can hang the GPUs.
 
 Before its step a rank asks whether all others are at theirs. If some have posted for a further round, they are in a backward that this rank
 does not have: it takes part without gradients, and asks again.
@@ -17,7 +19,7 @@ from funicular.errors import RuntimeFailure
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CLIPPED", "NORM", "PIECE", "SHARED", "STATES", "ZEROS", "Board", "Rounds"]
+__all__ = ["AT_END", "CLIPPED", "NORM", "PIECE", "SHARED", "STATES", "ZEROS", "Board", "Rounds"]
 
 #: What a parameter's gradient was before the round: none (0), the shared one, or zeros; and whether it is yet to be multiplied.
 SHARED, ZEROS, CLIPPED = 1, 2, 4
@@ -26,6 +28,8 @@ STATES = SHARED | ZEROS | CLIPPED
 PIECE = 8
 #: this rank expects to be asked for the norm of the gradient
 NORM = 16
+#: the units of this round are exchanged at the end of the backward
+AT_END = 32
 
 
 class Board(Protocol):
@@ -76,6 +80,9 @@ class Rounds:
         self.number = 0
         #: a backward is under way that has brought a gradient
         self.open = False
+        #: set where the program runs collectives amid backwards; counts from the next round on
+        self.at_end = False
+        self._end = 0
         self._posted: set[int] = set()
         self._at = 0
 
@@ -105,13 +112,14 @@ class Rounds:
                 self._post(unit)
         while self._at < len(self._order) and self._order[self._at] in self._posted:
             posts = self._board.posted(self._order[self._at], self.number + 1)
-            if posts is None:
+            if posts is None or any(byte & AT_END for post in posts for byte in post[:1]):
                 return
             self._next(posts)
 
     def _post(self, unit: int) -> None:
         every = zip(self._states(unit), self._came[unit], strict=True)
-        self._board.post(unit, self.number + 1, bytes(state | (PIECE if came else 0) for state, came in every))
+        post = bytes(state | self._end | (PIECE if came else 0) for state, came in every)
+        self._board.post(unit, self.number + 1, post)
         self._posted.add(unit)
 
     def _next(self, posts: list[bytes]) -> None:
@@ -137,6 +145,7 @@ class Rounds:
             self._came[unit] = [0] * len(came)
         self.number += 1
         self.open = False
+        self._end = AT_END if self.at_end else 0
         self._posted.clear()
         self._at = 0
 

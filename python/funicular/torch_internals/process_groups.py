@@ -4,6 +4,9 @@
 a ``TCPStore`` of one's own, for which rank 0 has to find a free port. ``_abort_process_group``: ends what NCCL waits for on the GPU. In its
 place: ``ProcessGroup.abort``, which torch 2.4 does not have.
 
+``distributed_c10d._world.pg_map``, ``ProcessGroup._get_backend``, ``_get_sequence_number_for_group``: how many collectives have been run. In their
+place: nothing; torch has no observer of collectives that says more than a time-out.
+
 ``TORCH_NCCL_ASYNC_ERROR_HANDLING``: read from the environment when a group is made, and in no other way; no option of a group stands for it.
 """
 
@@ -20,7 +23,9 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["abort", "default_store", "environment"]
+    import torch
+
+__all__ = ["abort", "collectives", "default_store", "environment"]
 
 #: arrays that another thread may still be reading
 _kept: list[Any] = []
@@ -41,6 +46,17 @@ def abort(group: Any) -> None:
         If the program has destroyed it.
     """
     dist.distributed_c10d._abort_process_group(group)
+
+
+def collectives(device: torch.device, besides: Iterable[Any]) -> int:
+    """Return how many collectives between devices of this kind the process has begun in all groups but those named."""
+    count = 0
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)  # the stubs of torch leave out the method
+    for group in groups:
+        if not any(group is one for one in besides):
+            with contextlib.suppress(RuntimeError):  # it has nothing for such devices
+                count += group._get_backend(device)._get_sequence_number_for_group()
+    return count
 
 
 def _variables(entries: Iterable[bytes]) -> dict[bytes, bytes]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from rank_checks import message, offloaded, own_batch, train_one
 from rank_scripts import DEVICE
+from torch import nn
 
 import funicular
 from several import PATIENCE
@@ -197,3 +199,44 @@ def signalled(
             sender.join()
 
     return call
+
+
+class _Meeting(torch.autograd.Function):
+    """A collective of the program's own amid the backward, as that of a SyncBatchNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(torch.zeros(1, device=DEVICE))
+        return grad
+
+
+def amid_backward(world: World, own: bool) -> list[Any]:
+    """Train four steps, with collectives of the program's own amid backwards or without, and rank 1 late in every second one.
+
+    Returns how many bytes of gradients were sent in each backward before its last gradient came, then the weights.
+    """
+    model, opt = offloaded(world)
+    sent: list[int] = []
+
+    def count() -> int:
+        ranks = funicular.stats(model).ranks
+        assert ranks is not None
+        return ranks.sent
+
+    if own:
+        for layer in model.layers:
+            layer.register_forward_hook(lambda layer, inputs, out: _Meeting.apply(out))
+    model.inp.weight.register_hook(lambda grad: sent.append(count() - before))
+    for step in range(4):
+        before = count()
+        if dist.get_rank() == step % 2:
+            time.sleep(0.2)
+        model(own_batch(step)).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        opt.step()
+        opt.zero_grad()
+    return [sent, [p.detach().clone() for p in model.parameters()]]

@@ -54,3 +54,17 @@ def test_an_exchange_that_is_interrupted(host_world: World):
         assert said.startswith("FN-E701 rank 1 ")
         assert "KeyboardInterrupt amid the exchange of gradients" in said
         assert after.startswith("FN-E7")
+
+
+def test_collectives_of_the_program_amid_backwards(host_world: World):
+    """Units are exchanged at the end then, so that the order of all collectives is the same on all ranks, and the numbers are the same."""
+    kinds = [
+        several.run(2, "crossed_checks:amid_backward", host_world, own, broken="exchange_early")
+        for own in (False, True)
+    ]
+    early, late = ([sent for sent, _ in ranks] for ranks in kinds)
+    assert all(sent[0] == 0 for sent in early), "nothing is expected to come in the first backward"
+    assert all(any(sent) for sent in zip(*(sent[1:] for sent in early), strict=True)), early
+    assert not any(any(sent) for sent in late), late
+    for _, weights in (*kinds[0], *kinds[1]):
+        assert all(map(torch.equal, weights, kinds[0][0][1]))
