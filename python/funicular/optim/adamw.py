@@ -20,11 +20,12 @@ from funicular.optim.resident import resident_update
 from funicular.optim.shared import refuse_same, refuse_shared
 from funicular.optim.state_values import Unusable
 from funicular.optim.states import ParamStates
+from funicular.optim.taken_over import join, replacing
 from funicular.reference import adamw_step
 from funicular.units.dtypes import TRAINED, is_half
 from funicular.units.param import ref_of
 from funicular.windows.lookup import owner_of
-from funicular.windows.ranked import agree, all_together, join_ranks, whole
+from funicular.windows.ranked import agree, whole
 from funicular.windows.replaced import check_replaced, refuse_dtensors
 from funicular.windows.residents import resident_session
 from funicular.windows.shutdown import living
@@ -156,7 +157,7 @@ class AdamW(torch.optim.Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            joined = join_ranks(p for group in self.param_groups for p in group["params"])
+            joined = join(self)
             for trained in list(living):
                 trained.bring_down()
             runs: dict[int, _SessionStep] = {}
@@ -326,7 +327,7 @@ class AdamW(torch.optim.Optimizer):
         made, others = unsealed(entries)
         refuse_shared(self, made)
         # Rank 0 writes states of all: none may still be reading those before, nor read them before all are there.
-        with all_together(made, "loaded optimizer states"):
+        with replacing(self, made, "loaded optimizer states"):
             super().__setstate__({**state, "state": defaultdict(dict, others)})
             for p, states in made.items():
                 self.state[p] = states

@@ -17,6 +17,7 @@ from torch import nn
 import facts
 import funicular
 from funicular import _core, testing
+from mutations import wrap
 from twin import World
 
 
@@ -125,3 +126,34 @@ def loaded_while_another_reads(world: World) -> None:
     after = opt.state_dict()
     for index, states in before["state"].items():
         assert torch.equal(states["exp_avg"], after["state"][index]["exp_avg"]), index
+
+
+def kept_over_new_states(world: World, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """States that the program keeps, by a mapping that has read none, while others take their place; what they showed before and after."""
+    model, opt = offloaded(world)
+    for step in range(2):
+        train_one(model, opt, step)
+    params = list(model.parameters())
+    kept = [opt.state[p] for p in params]
+    before = [value["exp_avg"].clone() for value in opt.state_dict()["state"].values()]
+    late = dist.is_initialized() and dist.get_rank() == 1
+
+    def attaching(original: Any) -> Any:
+        def attach(*args: Any) -> Any:
+            if late:
+                facts.rest(0.3)  # rank 0 has written
+            return original(*args)
+
+        return attach
+
+    with pytest.MonkeyPatch.context() as patch:
+        wrap(patch, "funicular.optim.state_places.StatePlaces.attach", attaching)
+        if kind == "loaded":
+            saved = opt.state_dict()
+            for states in saved["state"].values():
+                states["exp_avg"].mul_(0.5)
+            opt.load_state_dict(saved)
+        else:
+            new = funicular.AdamW(params, lr=1e-2)
+            train_one(model, new, 2)
+    return before, [states["exp_avg"].clone() for states in kept]

@@ -92,6 +92,13 @@ def test_loaded_while_another_rank_reads(spare_world: World):
     several.run(2, "ahead_checks:loaded_while_another_reads", spare_world)
 
 
+@pytest.mark.parametrize("kind", ["loaded", "another optimizer"])
+def test_states_that_are_kept_when_others_take_their_place(kind: str, spare_world: World):
+    """They go on showing what they showed, as with one process."""
+    for before, after in several.run(2, "ahead_checks:kept_over_new_states", spare_world, kind):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_a_save_and_a_load(host_world: World, spare_world: World, tmp_path: Path):
     """They see what they see where nothing is made ahead."""
     plain = several.run(2, "ahead_checks:saved_and_loaded", str(tmp_path / "plain"), host_world)
