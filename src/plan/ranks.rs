@@ -11,8 +11,9 @@ use crate::{
     schedule::{Placement, cost::Rates, ranks::owned::owned, traffic::Traffic},
 };
 
-/// Units whose gradients are exchanged while backward goes on: see `python/funicular/ranks/on_gpu.py`.
-const UNDER_WAY: u64 = 4;
+/// Units whose exchanges may be under way on a GPU before backward waits for the first of them: their gradients stay in memory for so long.
+/// `python/funicular/ranks/on_gpu.py` goes by it.
+pub const EXCHANGES_UNDER_WAY: u64 = 4;
 
 /// What is known of all ranks together, and of each.
 #[derive(Clone, Debug, Serialize)]
@@ -57,7 +58,7 @@ pub(super) fn of(
         on_host,
         // On the host device units are exchanged at the end of a backward; on GPUs once all of a unit has come, but for the first backward,
         // in which nothing tells what will come. The mean of the unit that is exchanged is there as a whole too, for its norm.
-        own_gradients: (all, if on_host { all } else { (UNDER_WAY * largest).min(all) + largest }),
+        own_gradients: (all, if on_host { all } else { (EXCHANGES_UNDER_WAY * largest).min(all) + largest }),
         exchange: u64::from(passes)
             * layout.ids().map(|id| exchanged((layout.unit(id), placed.owned_block(id)), 0, ranks)).sum::<u64>(),
         through_host,

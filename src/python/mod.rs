@@ -97,6 +97,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("EVAL", arguments::EVAL)?;
     m.add("ALIGN_ELEMENTS", funicular::model::ALIGN_ELEMS)?;
     m.add("REST_BYTES", funicular::plan::source::REST_BYTES)?;
+    m.add("EXCHANGES_UNDER_WAY", funicular::plan::ranks::EXCHANGES_UNDER_WAY)?;
     m.add("FACTORS_PER_STEP", funicular::runtime::FACTORS_PER_STEP)?;
     Ok(())
 }

@@ -207,10 +207,11 @@ pub(super) fn enlist(py: Python<'_>, engine: &Engine) -> PyResult<()> {
     engine.call(py, |rt, _| rt.enlist())
 }
 
-/// Ends this rank's model by an error that the others are told.
+/// Ends this rank's model by an error that the others are told. `backward`: because a backward failed amid the exchange of its gradients.
 #[pyfunction]
-pub(super) fn fail_rank(py: Python<'_>, engine: &Engine, text: &str) -> PyResult<()> {
-    engine.call(py, |rt, _| rt.give_up(text))
+#[pyo3(signature = (engine, text, backward = false))]
+pub(super) fn fail_rank(py: Python<'_>, engine: &Engine, text: &str, backward: bool) -> PyResult<()> {
+    engine.call(py, |rt, _| rt.give_up(text, backward))
 }
 
 /// Tells the other ranks where this one is.

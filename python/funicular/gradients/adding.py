@@ -12,7 +12,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from funicular.units.param import PagedParam
     from funicular.units.unit import Unit
@@ -25,10 +25,10 @@ class _Backward:
 
     __slots__ = ("brings", "came", "coming", "ending", "thread")
 
-    def __init__(self, ending: Any) -> None:
+    def __init__(self, ending: Any, failed: Callable[[Any], None] | None) -> None:
         self.thread = get_ident()
         #: what autograd calls at its end, and drops if it fails
-        self.ending = weakref.ref(ending)
+        self.ending = weakref.ref(ending, failed)
         #: it brings gradients to parameters
         self.brings = False
         #: the gradient that it is about to add to
@@ -50,10 +50,10 @@ class Backwards:
         #: gradients that backwards were at when they ended, or failed
         self._left: list[PagedParam] = []
 
-    def begin(self, task: int, ending: Any) -> None:
-        """Take note of a backward, and of what autograd calls at its end."""
+    def begin(self, task: int, ending: Any, failed: Callable[[Any], None] | None = None) -> None:
+        """Take note of a backward, and of what autograd calls at its end. ``failed`` is called at once if it fails, without the lock."""
         self.prune()
-        self._living[task] = _Backward(ending)
+        self._living[task] = _Backward(ending, failed)
 
     def prune(self) -> None:
         """Forget backwards that have failed."""
@@ -72,6 +72,11 @@ class Backwards:
 
     def __bool__(self) -> bool:
         return bool(self._living)
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether none is under way. May be asked without the lock."""
+        return all(backward.has_failed for backward in list(self._living.values()))
 
     @property
     def pending(self) -> bool:

@@ -46,6 +46,7 @@ __all__ = ["RankGradients"]
 #: (``AT_END``). On the others an exchange blocks the thread; at the end of the backward it blocks nothing.
 _EARLY = frozenset(["cuda"])
 _EXCHANGE = "the exchange of gradients"
+_FAILED = "a backward failed amid the exchange of its gradients, which other ranks have, or wait for. End all ranks, and go on from a checkpoint."
 _WORDS = {
     0: "none", SHARED: "one of earlier backwards", ZEROS: "zeros", SHARED | CLIPPED: "one that was clipped",
     ZEROS | CLIPPED: "zeros that were clipped",
@@ -99,19 +100,23 @@ class RankGradients(Gradients):
     def watched(self, task: int, ending: Any) -> None:
         """Take note of a backward, and of what is called at its end."""
         self._check()
-        super().watched(task, ending)
+        _core.tell_ranks(self._engine, "in a backward")
+        self.backwards.begin(task, ending, self._dropped)
+
+    def _dropped(self, _: Any) -> None:
+        """Have the other ranks told at once of a backward that has failed; they may wait for its gradients, and the program may go on."""
+        if self._rounds.open and self.backwards.all_failed:
+            self._broken = True
+            with contextlib.suppress(Error):  # of a model that has ended
+                _core.fail_rank(self._engine, _FAILED, backward=True)
 
     def _check(self) -> None:
         self.backwards.prune()
         if self._rounds.open and not self.backwards:
             self._broken = True
         if self._broken:
-            self._give_up("a backward failed amid the exchange of its gradients")
-            raise RuntimeFailure(
-                "FN-E723",
-                "a backward failed on this rank amid the exchange of its gradients, which other ranks have, or wait for. "
-                "End all ranks, and go on from a checkpoint.",
-            )
+            _core.fail_rank(self._engine, _FAILED, backward=True)
+            raise RuntimeFailure("FN-E723", _FAILED)
 
     def _give_up(self, why: str) -> None:
         self._broken = True
@@ -158,7 +163,7 @@ class RankGradients(Gradients):
         self._came.add(ref)
         self._rounds.arrived(ref.unit.engine_id, self._index[ref])
         if before and before[-1].unit is not ref.unit and self._device.type in _EARLY:
-            with torch.no_grad(), self._group.whole(_EXCHANGE):
+            with torch.no_grad(), self._group.whole(_EXCHANGE, ends=True):
                 self._rounds.look(before[-1].unit.engine_id)
 
     def bring_down(self) -> None:
@@ -174,7 +179,7 @@ class RankGradients(Gradients):
         self.backwards.passed()
         if self._rounds.open and self._group.collectives_of_others() != self._collectives:
             self._rounds.at_end = True
-        with self._group.whole(_EXCHANGE):
+        with self._group.whole(_EXCHANGE, ends=True):
             with torch.no_grad():
                 self._rounds.end()
             self._landed()
@@ -208,7 +213,7 @@ class RankGradients(Gradients):
         _core.tell_ranks(self._engine, "at its step, waiting for the other ranks")
         with torch.no_grad():
             while self._rounds.behind():
-                with self._group.whole(_EXCHANGE):
+                with self._group.whole(_EXCHANGE, ends=True):
                     self._rounds.catch_up()
                     self._landed()
                 _core.tell_ranks(self._engine, "at its step, waiting for the other ranks")

@@ -167,18 +167,26 @@ class Group:
                 _core.end_wait(runtime, stream, cause, unit, since, nbytes)
 
     @contextlib.contextmanager
-    def whole(self, what: str) -> Iterator[None]:
-        """Do what the other ranks count on from now on: where it is interrupted, they are told at once, and the model ends on all of them."""
+    def whole(self, what: str, *, ends: bool = False) -> Iterator[None]:
+        """Do what the other ranks count on from now on: where it is interrupted, they are told at once, and the model ends on all of them.
+
+        ``ends``: it cannot be done again after an error of this package either. All ranks find by themselves that they differ (``FN-E702``).
+        """
         try:
             yield
-        except Error:
+        except Error as error:
+            if ends and error.code != "FN-E702":
+                self._tell_failure(f"amid {what}: {error}")
             raise
         except BaseException as error:
-            if self.runtime is not None:
-                with contextlib.suppress(Error):
-                    _core.fail_rank(self.runtime, f"{type(error).__name__} amid {what}.")
-                    self._look()  # the caller is told by what is raised here
+            self._tell_failure(f"{type(error).__name__} amid {what}.")
             raise
+
+    def _tell_failure(self, why: str) -> None:
+        if self.runtime is not None:
+            with contextlib.suppress(Error):
+                _core.fail_rank(self.runtime, why)
+                self._look()  # the caller is told by what is raised here
 
     def refuse_offload(self, missing: list[int]) -> None:
         """Raise if ranks that are to call ``offload`` wait for this one in a call of this model, or if the model has failed.

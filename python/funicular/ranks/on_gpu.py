@@ -31,9 +31,6 @@ __all__ = ["Beside", "Guard", "connect"]
 _LOOK = 0.2
 #: seconds that the end of a model waits for that of its connections
 _END = 10.0
-#: units whose exchanges may be under way before backward waits for the first of them: their gradients stay in memory for so long, as the
-#: planner knows (src/plan/ranks.rs)
-_UNITS = 4
 
 
 def connect(members: list[int], device: torch.device, patience: timedelta) -> Any:
@@ -109,7 +106,7 @@ class Beside:
             yield
             return
         compute = torch.cuda.current_stream(self._device)
-        self._let_go(compute, _UNITS - 1)
+        self._let_go(compute, _core.EXCHANGES_UNDER_WAY - 1)
         self._stream.wait_stream(compute)
         try:
             with torch.cuda.stream(self._stream):

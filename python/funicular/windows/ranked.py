@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from funicular import _core
+from funicular.errors import Error
 from funicular.ranks.meeting import agreed
 from funicular.ranks.steps import agree_on_step, facts_of_step
 from funicular.units.param import ref_of
@@ -77,11 +78,15 @@ def leave_ranks(session: Session) -> None:
 @contextlib.contextmanager
 def whole(sessions: Iterable[Session], what: str) -> Iterator[None]:
     """Do what the other ranks of these models count on from now on."""
+    ranked = [session for session in sessions if session.group is not None]
     with contextlib.ExitStack() as stack:
-        for session in sessions:
-            if session.group is not None:
-                stack.enter_context(session.group.whole(what))
+        for session in ranked:
+            assert session.group is not None
+            stack.enter_context(session.group.whole(what))
         yield
+    for session in ranked:
+        with contextlib.suppress(Error):  # of a model that has failed meanwhile
+            _core.tell_ranks(session.engine, f"after {what}")
 
 
 def join_ranks(params: Iterable[torch.Tensor]) -> list[Session]:

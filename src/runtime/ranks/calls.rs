@@ -231,9 +231,10 @@ impl Runtime {
         })
     }
 
-    /// Ends this rank's model by an error that the others are told.
-    pub fn give_up(&self, text: &str) -> Result<()> {
-        self.together()?.0.fail(Error::new(Code::RankFailed, text));
+    /// Ends this rank's model by an error that the others are told. `backward`: because a backward failed amid the exchange of its gradients.
+    pub fn give_up(&self, text: &str, backward: bool) -> Result<()> {
+        let code = if backward { Code::RanksBroken } else { Code::RankFailed };
+        self.together()?.0.fail(Error::new(code, text));
         Ok(())
     }
 

@@ -60,7 +60,7 @@ impl Shared {
         match call {
             Call::Gradients(unit) => {
                 let name = self.layout.units.get(unit).map_or("a unit", |unit| &*unit.name);
-                format!("in a backward, for gradients of '{name}',")
+                format!("in a backward for gradients of '{name}'")
             }
             Call::Step => format!("at its step after backward {}", ranks.posts().step_after(rank)),
             Call::Meeting => format!("in '{}'", ranks.posts().said(rank).unwrap_or_default()),

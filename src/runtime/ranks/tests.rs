@@ -353,7 +353,7 @@ fn a_failure_of_one_rank_is_told_by_the_others() {
     let all = together(3);
     all[1].tell("backward of unit 2").unwrap();
     assert!(all[0].look_at_ranks(true).is_ok());
-    all[1].give_up("a disk broke.").unwrap();
+    all[1].give_up("a disk broke.", false).unwrap();
     assert_eq!(all[1].meet("a place", false, &mut never).unwrap_err().code(), Code::RankFailed);
     assert!(all[0].look_at_ranks(true).is_err());
     for rt in [&all[0], &all[2]] {
@@ -389,7 +389,7 @@ fn no_device_waits_for_a_rank_that_has_failed() {
     let ranks = all[0].shared().unwrap().ranks.clone().unwrap();
     let word = Board::of_rank(1, AT_EXCHANGE);
     assert_eq!(ranks.words.load(word), 0);
-    all[1].give_up("a disk broke.").unwrap();
+    all[1].give_up("a disk broke.", false).unwrap();
     let end = Instant::now() + Duration::from_secs(20);
     // What its device had still to store comes later.
     for late in 0..3 {

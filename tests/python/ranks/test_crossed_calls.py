@@ -10,7 +10,7 @@ from models import CUDA
 from twin import World
 
 #: a rank without a batch is at its step while others are in the backward
-TRAINING = ("in a backward, for gradients of '", "at its step after backward ")
+TRAINING = ("in a backward for gradients of '", "at its step after backward ")
 #: where rank 1 waits, and where the others may
 PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "load and backward": ("in 'a load of ", TRAINING),
