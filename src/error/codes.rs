@@ -344,6 +344,11 @@ const LINES: &[Entry] = &[
         "a launcher started several processes, and `torch.distributed` has not begun",
         "Call `torch.distributed.init_process_group()` before `funicular.offload`, or say `group=\"single\"`.",
     ),
+    line(
+        "FN-W723",
+        "`DistributedDataParallel` is around a model that each rank has offloaded for itself",
+        "The host holds weights, gradients and states once for each rank. Leave `DistributedDataParallel` and `group=\"single\"` out to hold them once.",
+    ),
     line("FN-I301", "how far `funicular.offload` has come", ""),
     line("FN-I302", "a model has been offloaded; where its weights live", ""),
     line(

@@ -101,8 +101,7 @@ class AdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        unsupported = {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable}
-        for name, asked in unsupported.items():
+        for name, asked in {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable}.items():
             if asked:
                 raise UsageError("FN-E117", f"AdamW does not support {name}=True. Leave it False.")
         checks = {

@@ -124,7 +124,7 @@ class RankGradients(Gradients):
 
     def closing(self) -> None:
         """Before this rank ends its model: have the other ranks told of a backward that failed, and what waits for them on a GPU ended."""
-        with contextlib.suppress(Error):
+        with contextlib.suppress(Error, ImportError):  # Python's own end finds the classes of errors no more
             self._check()
 
     def before_accumulate(self, ref: PagedParam) -> None:

@@ -6,11 +6,12 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from funicular.errors import UsageError
 from funicular.torch_internals.sharding import watch_sharding
-from funicular.units.classes import pageable
+from funicular.units.classes import is_dtensor, pageable
 from funicular.units.dtypes import TRAINED, state_bytes
 from funicular.units.param import ref_of
 from funicular.windows.lookup import session_of
@@ -30,7 +31,8 @@ __all__ = [
 
 _log = logging.getLogger("funicular")
 #: modules that exchange gradients, or hold parts of weights: named, since an import of them takes seconds
-_SHARDING = frozenset(["DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"])
+_FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
+_SHARDING = _FSDP | {"DistributedDataParallel", "DataParallel"}
 
 
 def refuse_movers(model: nn.Module) -> None:
@@ -66,13 +68,21 @@ def refuse_for_ranks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kinds = {c.__name__ for c in type(module).__mro__} & _SHARDING
         if kinds:
-            where = f"'{name}'" if name else "this model"
-            raise UsageError(
-                "FN-E704",
-                f"{where} is {kinds.pop()}, which exchanges gradients itself. Offload the model in it: several ranks exchange their gradients "
-                'without it; or give group="single" for a model of this process alone.',
-            )
+            where, kind = f"'{name}'" if name else "this model", kinds.pop()
+            if kind in _FSDP:
+                text = (
+                    f"{where} is {kind}, whose weights FSDP has cut into parts. Build the model without it: several ranks of a host hold the "
+                    "weights of an offloaded model once, and exchange gradients, without it."
+                )
+            else:
+                text = (
+                    f"{where} is {kind}, which exchanges gradients itself. Offload the model in it: several ranks exchange their gradients "
+                    'without it; or give group="single" for a model of this process alone.'
+                )
+            raise UsageError("FN-E704", text)
     for name, p in model.named_parameters():
+        if is_dtensor(p):
+            continue  # refused with and without ranks (FN-E112)
         if p.requires_grad and (not pageable(p) or p.dtype not in TRAINED):
             raise UsageError(
                 "FN-E704",
@@ -121,13 +131,19 @@ def watch_replication() -> None:
     begin = nn.parallel.DistributedDataParallel.__init__
 
     def refusing_ranks(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if any(getattr(session_of(part), "group", None) is not None for part in module.modules()):
+        sessions = [session for part in module.modules() if (session := session_of(part)) is not None]
+        if any(session.group is not None for session in sessions):
             raise UsageError(
                 "FN-E704",
                 "DistributedDataParallel would exchange gradients that the ranks of an offloaded model exchange themselves. Leave it out, or "
                 'give funicular.offload group="single": then each rank has a copy of everything.',
             )
         begin(self, module, *args, **kwargs)
+        if sessions and dist.get_world_size(self.process_group) > 1 and dist.get_rank(self.process_group) == 0:
+            _log.warning(
+                "FN-W723 DistributedDataParallel around an offloaded model: each rank has a copy of its weights, gradients and optimizer states, "
+                'in host memory and on NVMe too. Without it, and without group="single", the ranks of a host share one (docs/ranks.md).'
+            )
 
     functools.update_wrapper(refusing_ranks, begin)
     nn.parallel.DistributedDataParallel.__init__ = refusing_ranks  # type: ignore[method-assign]

@@ -236,6 +236,9 @@ def fsdp() -> tuple[Any, Any]:
 
 def sharing(world: World) -> list[Any]:
     """What exchanges gradients or moves weights itself: around an offloaded model, in one that is to be, and as one; and a step after that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     wrapped, sharded = fsdp()
     ways = {
         "DistributedDataParallel": DistributedDataParallel,
@@ -253,6 +256,10 @@ def sharing(world: World) -> list[Any]:
         said[f"{name}, in it"] = message(lambda inner=inner: funicular.offload(inner, world.policy(wide())))
         outer = way(wide())
         said[f"{name}, itself"] = message(lambda outer=outer: funicular.offload(outer, world.policy(wide())))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    spread = wide()
+    spread.out.weight = nn.Parameter(distribute_tensor(spread.out.weight.detach(), mesh, [Replicate()]))
+    said["DTensor, in it"] = message(lambda: funicular.offload(spread, world.policy(wide())))
     said["DataParallel, around"] = message(lambda: nn.DataParallel(model).replicate(model, [0]))
     return [said, message(lambda: train_one(model, opt, 0))]
 
@@ -293,9 +300,13 @@ def alone_each(world: World) -> list[Any]:
     model(own_batch(0)).sum().backward()
     own = model.out.weight.grad.clone()
     model.zero_grad()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("funicular").addHandler(handler)
     around = DistributedDataParallel(model)
     around(own_batch(0)).sum().backward()
-    return [own, model.out.weight.grad.clone(), funicular.stats(model).ranks]
+    return [own, model.out.weight.grad.clone(), funicular.stats(model).ranks, said]
 
 
 def save_and_go_on(folder: str, world: World, steps: int, wait: bool) -> list[torch.Tensor]:

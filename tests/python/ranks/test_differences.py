@@ -137,6 +137,7 @@ def test_what_exchanges_gradients_or_moves_weights_itself(host_world: World):
     """Around an offloaded model, in one, and as the model; another one trains on."""
     around = {"DistributedDataParallel": "FN-E704"}
     for said, after in several.run(2, "rank_checks:sharing", host_world):
+        assert said.pop("DTensor, in it").startswith("FN-E112 'out.weight' is a DTensor")
         for name, text in said.items():
             kind, where = name.split(", ")
             code = (
@@ -144,6 +145,9 @@ def test_what_exchanges_gradients_or_moves_weights_itself(host_world: World):
             )
             assert text.startswith(code), f"{name}: {text}"
             assert where == "around" or kind in text, f"{name}: {text}"
+            assert where == "around" or (kind in ("FSDPModule", "FullyShardedDataParallel")) == (
+                "Build the model without it" in text
+            ), f"{name}: {text}"
         assert after == "nothing"
 
 
@@ -177,8 +181,11 @@ def test_on_nvme(what: str, states_world: World):
 
 def test_single(host_world: World):
     """Each rank by itself: as it was before ranks exchanged anything."""
-    (one, mean, ranks), (other, also, _) = several.run(2, "rank_checks:alone_each", host_world)
+    (one, mean, ranks, said), (other, also, _, nothing) = several.run(2, "rank_checks:alone_each", host_world)
     assert ranks is None
+    (line,) = [line for line in said if "FN-W" in line]
+    assert line.startswith("FN-W723 ")
+    assert not [line for line in nothing if "FN-W" in line]
     assert not torch.equal(one, other)
     assert torch.equal(mean, also)
     assert torch.equal(mean, (one + other) / 2)
