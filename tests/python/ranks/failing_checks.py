@@ -43,3 +43,15 @@ def caught(world: World, where: str) -> list[str]:
     for rank in {*range(dist.get_world_size())} - {1}:
         await_file(told.parent / f"told {rank}")
     return [first, message(lambda: model(torch.ones_like(own_batch(2))))]
+
+
+#: models that live until Python's own end
+_kept: list[object] = []
+
+
+def outlived(world: World) -> str:
+    """Rank 1 ends, and rank 0 waits for it in a backward; what it is told. Its model is there until Python ends."""
+    model, opt = offloaded(world)
+    _kept.extend([model, opt])
+    train_one(model, opt, 0)
+    return message(lambda: train_one(model, opt, 1)) if dist.get_rank() == 0 else ""
