@@ -5,7 +5,7 @@ from __future__ import annotations
 from funicular.checkpoint import under_way
 from funicular.guard import classes
 from funicular.report import log
-from funicular.torch_internals import saved_hooks
+from funicular.torch_internals import compiling, saved_hooks
 from funicular.windows import faults, moved_by_others, shutdown
 
 __all__ = ["install"]
@@ -20,6 +20,7 @@ def install() -> None:
     _done.append(True)
     saved_hooks.install()
     classes.install()
+    compiling.traced(classes.GuardedParameter, classes.WindowParameter, classes.GuardedGrad)
     log.install()
     moved_by_others.watch_replication()
     # What is registered last runs first at the end: saves that are under way end before the sessions that they read are closed.

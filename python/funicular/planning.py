@@ -104,10 +104,17 @@ def _from_config(folder: Path, dtype: str | None) -> nn.Module:
             "--dtype bf16 plans the model with weights in bf16"
         )
     # A model is trained in the type that its weights are kept in, unless something else is asked for.
-    kept = BY_SHORT_NAME.get(dtype or "", getattr(config, "dtype", None) or torch.float32)
+    key = "torch_dtype" if "torch_dtype" in vars(config) else "dtype"  # as transformers before 4.56 calls it
+    kept = BY_SHORT_NAME.get(dtype or "", _own(config, key) or torch.float32)
     with torch.device("meta"):
         for kind in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
             if type(config) in getattr(transformers, kind)._model_mapping:
-                model: nn.Module = getattr(transformers, kind).from_config(config, dtype=kept)
+                model: nn.Module = getattr(transformers, kind).from_config(config, **{key: kept})
                 return model
     raise ValueError(f"transformers has no model for {type(config).__name__}")
+
+
+def _own(config: Any, key: str) -> Any:
+    """Return the type that a configuration names; a file of a newer transformers has another key, whose word an older one leaves as it is."""
+    found = getattr(config, key, None) or vars(config).get("dtype")
+    return getattr(torch, found, None) if isinstance(found, str) else found

@@ -250,6 +250,15 @@ class Ranked:
         self.opt.zero_grad()
 
 
+def fully_shard() -> Any:
+    """FSDP's function of that name, from where this torch has it."""
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # until torch 2.5
+        from torch.distributed._composable.fsdp import fully_shard
+    return fully_shard
+
+
 def ordered(bucket: Any) -> Any:
     """A communication hook of DDP: gather all, and take the mean as the reference does."""
     mine = bucket.buffer()

@@ -180,6 +180,8 @@ def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]
             # as in the constructor: a GPU rounds powers and sines in another way.
             with torch.no_grad(), torch.device("cpu"):
                 initialise(module)
+        if "inv_freq" in lacking:
+            _make_frequencies(module, before)
         for name in lacking:
             b = own_buffers(module)[name]
             assert b is not None
@@ -189,6 +191,19 @@ def _make_buffers(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]
                     f"buffer '{prefix}.{name}' is on the meta device, and not in the checkpoint. Build the model with real buffers: "
                     "only parameters need to be on the meta device.",
                 )
+
+
+def _make_frequencies(module: Any, before: list[tuple[dict[str, Any], str, Any]]) -> None:
+    """Compute rotary frequencies as the constructor does: transformers before 5 does it nowhere else."""
+    compute, config, there = (getattr(module, name, None) for name in ("rope_init_fn", "config", "inv_freq"))
+    if compute is None or config is None or there is None or not bool(there.isnan().any()):
+        return
+    found, _ = compute(config, torch.device("cpu"))
+    there.copy_(found)
+    first = vars(module).get("original_inv_freq")
+    if first is not None and first.is_meta:
+        before.append((vars(module), "original_inv_freq", first))
+        module.original_inv_freq = there
 
 
 def _mark(dtype: torch.dtype) -> Any:

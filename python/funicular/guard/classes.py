@@ -37,7 +37,7 @@ from funicular.guard.torch_functions import (
 from funicular.homes.edits import check_conversion, note, replace_data, touch
 from funicular.torch_internals.autograd import backward_task
 from funicular.torch_internals.memory import make_subclass, number_of
-from funicular.torch_internals.operations import MAY_BECOME, USE_COUNT, known_to_foreach
+from funicular.torch_internals.operations import IS_PARAM, MAY_BECOME, PARAMETER_KIND, USE_COUNT, known_to_foreach
 from funicular.torch_internals.overrides import NO_OVERRIDE, override, unguarded
 from funicular.torch_internals.questions import calls_in
 from funicular.torch_internals.saved_hooks import pop, push
@@ -289,7 +289,7 @@ def _refusal(ref: PagedParam, what: str) -> UsageError:
     )
 
 
-class GuardedParameter(nn.Parameter):
+class GuardedParameter(nn.Parameter, metaclass=PARAMETER_KIND):  # type: ignore[metaclass]
     """A parameter outside its window."""
 
     @override(_NO_GRAPH)
@@ -305,7 +305,7 @@ class GuardedParameter(nn.Parameter):
 
     @property
     def _is_param(self) -> bool:
-        return True
+        return IS_PARAM
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:

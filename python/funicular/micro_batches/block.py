@@ -23,7 +23,7 @@ from funicular.micro_batches.replay import Autocast, Randomness
 from funicular.micro_batches.skip_last import Deferred, last_product
 from funicular.micro_batches.slices import Outputs, arrange
 from funicular.torch_internals.autograd import graph_is_kept, seen_by_others
-from funicular.torch_internals.compiling import compilations, untraced
+from funicular.torch_internals.compiling import compilations, compiling, untraced
 from funicular.torch_internals.modules import CALL, class_call, own_parameters
 from funicular.torch_internals.overrides import unguarded
 from funicular.units.dtypes import is_half
@@ -245,7 +245,9 @@ class _Run:
             result = self.inner(*args, **kwargs)
         self.outputs.add((start, stop), pieces, result)
 
-    def _dropped(self, _: None) -> torch.Tensor:
+    def _dropped(self, kept: torch.Tensor | None) -> torch.Tensor:
+        if kept is not None:
+            return kept
         raise UsageError("FN-E121", self._refusal("its forward runs a backward of its own", "Do that outside of the block"))  # fmt: skip
 
     def _versions(self) -> dict[str, int]:
@@ -339,8 +341,9 @@ def _still(watch: weakref.ref[_Token]) -> bool:
     return watch() is not None
 
 
-def _drop(_: torch.Tensor) -> None:
-    """Keep nothing for a backward that will not be."""
+def _drop(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Keep nothing for a backward that will not be; the compiler of torch 2.4 runs one over imagined tensors while it compiles."""
+    return tensor if compiling() else None
 
 
 class _Inputs:

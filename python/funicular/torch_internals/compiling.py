@@ -5,6 +5,10 @@ torn into pieces around it. So their forward is compiled instead.
 
 ``torch._compile._disable_dynamo``: as ``torch.compiler.disable``, without loading the compiler. ``torch._dynamo.trace_rules.add`` and
 ``torch._dynamo.utils.counters``: in their place nothing, functions of this package would be compiled with the caller's.
+``torch._dynamo.config.traceable_tensor_subclasses``: classes of tensors that torch before ``nontraceable_tensor_subclasses`` takes into a graph. In
+its place nothing: functions over parameters are compiled in pieces, or not at all, and run as they are.
+``torch._dynamo.variables``: ``build_torch_function_fn``, ``UserFunctionVariable``, ``torch._dynamo.export``: how that torch takes a class without an
+override, and where it begins to export. In their place: blocks that use weights by functions are not compiled.
 ``torch._dynamo.eval_frame._TorchDynamoContext``: what ``Module.compile`` was asked for. Without it a warning says what to write.
 ``torch._C._get_tracing_state``: in its place ``torch.jit.is_tracing``.
 ``torch._C._get_dispatch_mode`` and ``_TorchDispatchModeKey``: whether operations are recorded (``make_fx``) or only imagined
@@ -28,6 +32,7 @@ import torch._compile
 import torch.compiler
 
 from funicular.errors import UsageError
+from funicular.torch_internals.overrides import NO_OVERRIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,16 +44,20 @@ __all__ = [
     "captured",
     "compilations",
     "compile_forward",
+    "compiling",
     "in_compiled_call",
     "keep_out",
     "not_captured",
     "scripted",
+    "traced",
     "untraced",
     "untraced_itself",
 ]
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 _kept_out: set[str] = set()
+#: classes of parameters and gradients
+_traced: set[type[torch.Tensor]] = set()
 #: torch 2.4 cannot tell
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
 #: where the wrapper of compiled functions lies
@@ -71,6 +80,11 @@ def untraced(function: _F) -> _F:
     return cast("_F", disable(function))
 
 
+def traced(*classes: type[torch.Tensor]) -> None:
+    """Have ``torch.compile`` take tensors of these classes into graphs, as it takes those of the classes below them."""
+    _traced.update(classes)
+
+
 def keep_out(*, load: bool = False) -> None:
     """Have ``torch.compile`` leave the functions of this package alone: none is compiled, none becomes part of a graph.
 
@@ -85,6 +99,66 @@ def keep_out(*, load: bool = False) -> None:
     if rules is not None:
         rules.add("funicular")
         _kept_out.add("funicular")
+        config: Any = sys.modules["torch._dynamo"].config
+        if not hasattr(config, "nontraceable_tensor_subclasses"):  # later ones take all but those
+            config.traceable_tensor_subclasses = config.traceable_tensor_subclasses | _traced
+            _allow_no_override()
+            _refuse_exports()
+
+
+def _allow_no_override() -> None:
+    """Have classes with the override that is none compiled as those without one; torch looks for the function behind each override."""
+    from torch._dynamo import variables
+
+    builder, torch_function = (
+        importlib.import_module(f"{variables.__name__}.{name}") for name in ("builder", "torch_function")
+    )
+    make: Any = variables.UserFunctionVariable
+    real: Any = getattr(torch_function, "build_torch_function_fn", None)
+    if real is None:
+        return
+
+    def build(tx: Any, value: Any, source: Any) -> Any:
+        if value.__torch_function__ is NO_OVERRIDE:
+            return make(_as_without)
+        return real(tx, value, source)
+
+    for room in (torch_function, builder):
+        vars(room)["build_torch_function_fn"] = build
+
+
+def _refuse_exports() -> None:
+    """Refuse to export what has windows: this compiler reads the source of modules, and tells nobody that it is for a program."""
+    dynamo: Any = sys.modules["torch._dynamo"]
+    real = dynamo.export
+
+    @functools.wraps(real)
+    def export(f: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            isinstance(f, torch.nn.Module)
+            and any(isinstance(p, tuple(_traced)) for p in f.parameters())
+            and any(map(_is_hooked, f.modules()))
+        ):
+            raise not_captured()
+        return real(f, *args, **kwargs)
+
+    dynamo.export = export
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return any(type(h).__module__.startswith("funicular.") for h in hooks) or any(
+        k.startswith("_funicular") for k in vars(module)
+    )
+
+
+def _as_without(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **(kwargs or {}))
+
+
+# torch.compile is to read it, although it leaves the functions of this package alone.
+_as_without.__code__ = _as_without.__code__.replace(co_filename="<funicular>")
 
 
 def untraced_itself(function: _F) -> _F:
@@ -111,11 +185,11 @@ def captured() -> bool:
     """Whether this thread runs a model in order to make a program of it that outlives the call."""
     if torch._C._get_tracing_state() is not None or _is_exporting():
         return True
-    return any(_mode_of(key) is not None for key in _recording) and not _compiling()
+    return any(_mode_of(key) is not None for key in _recording) and not compiling()
 
 
-def _compiling() -> bool:
-    """Whether the modes are those of ``torch.compile``, which runs a function's graph over imagined tensors before it runs the graph."""
+def compiling() -> bool:
+    """Whether modes are those of ``torch.compile``, which runs a function's graph over imagined tensors before it runs the graph."""
     return _tracing is not None and _tracing.try_get() is not None
 
 

@@ -14,6 +14,8 @@ live on NVMe have to fit into memory all at once there, or are refused.
 ``torch._ops.OpOverload``, ``OpOverloadPacket`` and their ``_schema``: which arguments an operation writes to. In their place: the names of
 functions, which end in ``_`` where they write.
 
+``_is_param``: the attribute by which ``isinstance`` finds that a tensor is a parameter. In its place nothing: classes below ``nn.Parameter`` are.
+
 Attributes of ``Tensor`` with private names: those that torch lacks are left out.
 
 ``_foreach_supported_types`` of ``torch.utils._foreach_utils`` and of ``torch.optim.optimizer``: for which classes torch takes its foreach paths.
@@ -36,7 +38,9 @@ __all__ = [
     "FOREACH_COPY",
     "FOREACH_MUL",
     "FOREACH_NORM",
+    "IS_PARAM",
     "MAY_BECOME",
+    "PARAMETER_KIND",
     "SAYING_NOTHING",
     "TYPED_STORAGE",
     "USE_COUNT",
@@ -61,6 +65,20 @@ EDITING_EACH: tuple[Any, ...] = (
 #: what ``Module.to`` asks of a parameter and of what it would make of it
 MAY_BECOME: Any = torch._has_compatible_shallow_copy_type
 neg_view: Any = torch._neg_view
+#: what a class of parameters says when it is asked whether one is a parameter. In torch 2.4 one that says so is an instance of every class
+#: of parameters, as of ``UninitializedParameter``; ``nn.Parameter`` takes one of a class below itself without
+_marked: Any = torch.empty(0, device="cpu")
+_marked._is_param = True
+IS_PARAM: bool = not isinstance(_marked, torch.nn.UninitializedParameter)
+
+
+class _Kind(type(torch.nn.Parameter)):  # type: ignore[misc]
+    # whose classes have no instances but their own
+    __instancecheck__ = type.__instancecheck__
+
+
+#: the class of a class of parameters
+PARAMETER_KIND: Any = type(torch.nn.Parameter) if IS_PARAM else _Kind
 #: the method that ``torch.utils.swap_tensors`` asks before it exchanges two tensors
 USE_COUNT = "_use_count"
 #: the method that gives a storage with a type, which torch 2.4 has and a later one may not

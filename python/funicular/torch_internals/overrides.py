@@ -9,7 +9,8 @@ too. torch's documentation of subclasses uses the first; a torch without it has 
 ``torch._C._disabled_torch_function_impl``: ``__torch_function__`` of a class that overrides nothing. C++ compares with it, so that nothing can
 take its place but its new name.
 
-``torch._dynamo.graph_break``: ends a graph with a message. In its place: the graph ends with the compiler's own.
+``torch._dynamo.graph_break``: ends a graph with a message; where it takes none (torch 2.4), so does a call of a function that the compiler leaves
+alone, whose name is the message. In its place: the graph ends with the compiler's own.
 
 The first three are the classes themselves, without a wrapper: they stand in the hottest paths.
 """
@@ -59,6 +60,11 @@ def _breaks_with_a_message() -> bool:
 def _override(no_graph: str, real: Callable[[type, Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
     told = _breaks_with_a_message()
 
+    def end() -> None:
+        pass
+
+    end.__qualname__ = no_graph
+
     def __torch_function__(
         cls: type,
         func: Callable[..., Any],
@@ -70,6 +76,7 @@ def _override(no_graph: str, real: Callable[[type, Any, tuple[Any, ...], dict[st
             if told:
                 torch._dynamo.graph_break(msg=no_graph)
             else:
+                end()
                 torch._dynamo.graph_break()
         return real(cls, func, args, kwargs or {})
 

@@ -392,6 +392,19 @@ def test_workers_that_hold_the_model(host_world):
     compare(host_world, blocks, script)
 
 
+def test_classes_of_parameters(host_world):
+    """A parameter is of its own classes alone, and a tensor that is marked as a parameter is no offloaded one: not so by itself in torch 2.4."""
+    run = Run(host_world, True)
+    run.model = run.wrap(blocks())
+    parameters = list(run.model.parameters())
+    assert all(isinstance(p, nn.Parameter) for p in parameters)
+    assert not any(isinstance(p, nn.UninitializedParameter) for p in parameters)
+    marked = torch.zeros(2)
+    marked._is_param = True
+    assert isinstance(marked, nn.Parameter)
+    assert not isinstance(marked, type(parameters[0]))
+
+
 # ------------------------------------------------------------------ compiled functions
 
 

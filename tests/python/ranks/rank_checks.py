@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import funicular
+from several import fully_shard
 from twin import SEED, World
 
 
@@ -227,11 +228,11 @@ def different_backwards(world: World) -> list[str]:
 def fsdp() -> tuple[Any, Any]:
     """``FullyShardedDataParallel`` and ``fully_shard`` over all ranks, called with a module alone."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     near = torch.device("cuda", torch.cuda.current_device()) if DEVICE.type == "cuda" else DEVICE
-    return functools.partial(FullyShardedDataParallel, device_id=near), functools.partial(fully_shard, mesh=mesh)
+    return functools.partial(FullyShardedDataParallel, device_id=near), functools.partial(fully_shard(), mesh=mesh)
 
 
 def sharing(world: World) -> list[Any]:
@@ -284,11 +285,15 @@ def sharded_by_fsdp(world: World) -> list[Any]:
         "fully_shard of blocks": lambda: sharded([model.layers[0], model.layers[1]]),
         "fully_shard of what holds it": lambda: sharded(nn.Sequential(model)),
     }
+    later = hasattr(torch.distributed.fsdp, "fully_shard")
+    if not later:
+        del tries["fully_shard of blocks"]  # torch 2.4 takes one module
     said = {name: message(way) for name, way in tries.items()}
     same = {id(p): p.data_ptr() for p in model.parameters()} == places and "_fsdp" not in repr(vars(model))
     after = message(lambda: train_one(model, opt, 0))
     sharded(funicular.unwrap(model).to(DEVICE))
-    model(own_batch(1)).sum().backward()
+    if later or DEVICE.type == "cuda":  # that of torch 2.4 runs on GPUs alone
+        model(own_batch(1)).sum().backward()
     return [said, same, after, type(model).__name__]
 
 

@@ -151,7 +151,7 @@ def test_activations_are_near_what_a_model_keeps(config: dict[str, Any], tmp_pat
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     found = transformers.AutoConfig.from_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_config(found, dtype=torch.bfloat16).train()
+    model = transformers.AutoModelForCausalLM.from_config(found).to(torch.bfloat16).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 

@@ -15,6 +15,7 @@ import forks
 import funicular
 from conftest import DEVICE
 from models import WIDTH
+from several import fully_shard
 from twin import Run, World
 
 
@@ -312,9 +313,7 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
 
 def by_fully_shard(model: nn.Module, mesh: Any) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model, mesh=mesh)
+    fully_shard()(model, mesh=mesh)
 
 
 def by_parallelize_module(model: nn.Module, mesh: Any) -> None:
@@ -326,6 +325,7 @@ def by_parallelize_module(model: nn.Module, mesh: Any) -> None:
 WAYS = [by_fully_shard, by_parallelize_module]
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.4, on a processor
 @pytest.mark.parametrize("way", WAYS)
 def test_distributed_before_offload(way: Any, mesh: Any, host_world: World):
     model = net()
@@ -342,6 +342,7 @@ def test_distributed_before_offload(way: Any, mesh: Any, host_world: World):
     assert len(opt.param_groups) == 1
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.4, on a processor
 @pytest.mark.parametrize("use", ["forward", "step", "save", "load"])
 def test_distributed_after_offload(use: str, mesh: Any, host_world: World, tmp_path: Path):
     """Named at the next use, whichever it is; FSDP is refused at once."""

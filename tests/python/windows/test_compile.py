@@ -245,6 +245,31 @@ def test_whole_model_before_any_other_call(first: str, host_world: World):
     assert children.succeed(body, host_world.paths[0], conftest.PLACEMENTS["host"]) == ["True"]
 
 
+class ByFunction(Block):
+    """Uses a weight without the module that has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.linear(x, self.up.weight)[..., :WIDTH])
+
+
+@SLICES
+def test_blocks_that_use_weights_themselves(rows, host_world):
+    """Also in torch 2.4, which makes a graph per block, and in micro-batches more."""
+
+    def script(run: Run) -> None:
+        if run.offloaded:
+            for block in run.model.layers:
+                by_forward(block, "eager")
+        run.train(3)
+
+    if rows is None:
+        compare(host_world, stack(block=ByFunction), script)
+    else:
+        sliced.compare(host_world, stack(block=ByFunction), script, rows=rows)
+    assert graphs() > 0
+    assert rows is not None or (graphs() <= len(stack()().layers) and breaks() == 0)
+
+
 def test_parts_of_blocks(host_world):
     """Modules inside of a unit, compiled by the user: no hook is there."""
 
