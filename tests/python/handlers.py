@@ -157,7 +157,7 @@ def struck(world: World, action: str, handlers: list[str], *, every: bool = Fals
         counter = Strike()
         once(counter, True)
         visits = counter.visits
-        points = list(visits) if every else chosen(visits, 45)
+        points = list(visits) if every else chosen(visits, 70)
         for names in [[name] for name in handlers] if every else [handlers]:
             striking = dict(zip(points, itertools.cycle(names)))
 

@@ -130,7 +130,7 @@ def chosen(visits: Counter[Point], stride: int) -> list[Point]:
     return [point for point in points if point in found]
 
 
-def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int = 40, first: bool = False) -> None:
+def at_every_point(visits: Counter[Point], every: bool, strike: Any, stride: int = 60, first: bool = False) -> None:
     """Call ``strike(point, visit)``, which says if it struck, for the first visit of one point in ``stride``, and of one in each file.
 
     If ``every``, for all points, and unless ``first`` for a visit in the middle and the last one too.
@@ -394,7 +394,7 @@ def offload_and_unwrap(world: World, every: bool) -> int:
     interrupted(counter, action)
     funicular.unwrap(model)
     # Each takes two engines.
-    at_every_point(counter.visits, every, strike, stride=70, first=True)
+    at_every_point(counter.visits, every, strike, stride=100, first=True)
     return len(counter.visits)
 
 

@@ -42,7 +42,7 @@ model = build(int(sys.argv[1]), 2048)
 gc.collect()
 funicular.offload(model, policy)
 opt = funicular.AdamW(model.parameters(), lr=1e-4)
-x = torch.randn(8, 2048, dtype=torch.bfloat16)
+x = torch.randn(1, 2048, dtype=torch.bfloat16)
 for _ in range(3):
     model(x).float().square().mean().backward()
     opt.step()

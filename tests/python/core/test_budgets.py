@@ -202,10 +202,10 @@ def test_in_a_cgroup(percent: int, disk: str):
 # ``make soak`` takes all placements; with threads is the one that has gradients on disk, too.
 @pytest.mark.parametrize("placement", ["host", "nvme-io_uring", "nvme-gradients"])
 def test_nothing_grows(placement: str, disk: str, io_uring: bool):
-    """Memory, descriptors, threads and disk over 120 steps; ``make soak`` takes thousands."""
+    """Memory, descriptors, threads and disk over 80 steps; ``make soak`` takes thousands."""
     if placement == "nvme-io_uring" and not io_uring:
         pytest.skip("io_uring does not work here")
-    body = "import soak\nprint(soak.steady(world, 120))"
+    body = "import soak\nprint(soak.steady(world, 80, warm=40))"
     # No fork: its part of the pages that it shares grows as other processes end or write to theirs.
     print(children.succeed(body, disk, PLACEMENTS[placement], DEVICE, prefix=["env"], seconds=1100))
     gc.collect()

@@ -43,7 +43,7 @@ def test_at_every_point(action: str, placement: str, disk: str):
         strikes.remove("loads")  # states that are being read are not those of the optimizer any more
     if action == "load":
         strikes.remove("reads")  # states that are being replaced have no entries yet
-    # One point in forty-five and one of each file, each with the next handler; ``make soak`` strikes at every one with each of them.
+    # One point in seventy and one of each file, each with the next handler; ``make soak`` strikes at every one with each of them.
     body = f"import forks, handlers\nprint(handlers.struck(world, {action!r}, {strikes!r}, every={EVERY}))\nforks.end()"
     status, out, err = children.finish(
         children.start(body, disk, PLACEMENTS[placement], DEVICE), 20_000 if EVERY else children.PATIENCE
