@@ -128,7 +128,7 @@ def _allow_no_override() -> None:
 
 
 def _refuse_exports() -> None:
-    """Refuse to export what has windows: this compiler reads the source of modules, and tells nobody that it is for a program."""
+    """Refuse to export what has windows: this compiler reads the source of modules, and has no word by which a module could know of it."""
     dynamo: Any = sys.modules["torch._dynamo"]
     real = dynamo.export
 

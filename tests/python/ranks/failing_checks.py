@@ -1,14 +1,16 @@
-"""What ranks run of which one fails by an exception that its program catches: functions that return what a rank was told."""
+"""What ranks run of which one fails amid a backward, by an exception that its program catches or by what it does: functions that return what a rank was told."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from crossed_checks import await_file
 from rank_checks import message, offloaded, own_batch, train_one
+from torch.utils.checkpoint import checkpoint
 
 import funicular
 from twin import World
@@ -55,3 +57,32 @@ def outlived(world: World) -> str:
     _kept.extend([model, opt])
     train_one(model, opt, 0)
     return message(lambda: train_one(model, opt, 1)) if dist.get_rank() == 0 else ""
+
+
+def hooked(world: World, kind: str) -> list[str]:
+    """Hooks in a backward that look at a gradient on its way (``look``), or raise amid the exchange (``raise``)."""
+    model, opt = offloaded(world)
+    train_one(model, opt, 0)
+    said = ["nothing"]
+
+    def strike(_: Any) -> None:
+        if kind == "raise":
+            raise ZeroDivisionError
+        said[0] = message(lambda: model.out.weight.grad.sum())
+
+    model.inp.weight.register_post_accumulate_grad_hook(strike)
+    try:
+        model(own_batch(1)).sum().backward()
+    except ZeroDivisionError:
+        said[0] = message(lambda: model(own_batch(2)).sum().backward())
+    except funicular.Error as error:  # of the other rank
+        said[0] = str(error)
+    return said
+
+
+def used_again(world: World) -> list[str]:
+    """A parameter whose gradient comes twice in the second backward, for the first time."""
+    model, opt = offloaded(world)
+    train_one(model, opt, 0)
+    x = checkpoint(model.out, model(own_batch(1)).requires_grad_(), use_reentrant=True)
+    return [message(lambda: checkpoint(model.inp, x, use_reentrant=True).sum().backward())]

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from rank_scripts import DEVICE, WIDE, wide
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import funicular
 from several import fully_shard
@@ -473,32 +472,3 @@ def refused_policy(world: World, sections: dict[str, Any]) -> list[str]:
     model = wide()
     said = message(lambda: funicular.offload(model, world.policy(model, **sections)))
     return [said, str(type(model.out.weight) is nn.Parameter)]
-
-
-def hooked(world: World, kind: str) -> list[str]:
-    """Hooks in a backward that look at a gradient on its way (``look``), or raise amid the exchange (``raise``)."""
-    model, opt = offloaded(world)
-    train_one(model, opt, 0)
-    said = ["nothing"]
-
-    def strike(_: Any) -> None:
-        if kind == "raise":
-            raise ZeroDivisionError
-        said[0] = message(lambda: model.out.weight.grad.sum())
-
-    model.inp.weight.register_post_accumulate_grad_hook(strike)
-    try:
-        model(own_batch(1)).sum().backward()
-    except ZeroDivisionError:
-        said[0] = message(lambda: model(own_batch(2)).sum().backward())
-    except funicular.Error as error:  # of the other rank
-        said[0] = str(error)
-    return said
-
-
-def used_again(world: World) -> list[str]:
-    """A parameter whose gradient comes twice in the second backward, for the first time."""
-    model, opt = offloaded(world)
-    train_one(model, opt, 0)
-    x = checkpoint(model.out, model(own_batch(1)).requires_grad_(), use_reentrant=True)
-    return [message(lambda: checkpoint(model.inp, x, use_reentrant=True).sum().backward())]

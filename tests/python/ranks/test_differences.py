@@ -116,19 +116,19 @@ def test_gradients_cleared_on_one_rank(host_world: World):
 
 def test_a_look_amid_the_exchange(host_world: World):
     """Where units are exchanged early. The rank that posts last exchanges at once."""
-    found = [said for (said,) in several.run(2, "rank_checks:hooked", host_world, "look", broken="exchange_early")]
+    found = [said for (said,) in several.run(2, "failing_checks:hooked", host_world, "look", broken="exchange_early")]
     assert any("FN-E725" in said for said in found), found
     assert all("FN-E725" in said or said == "nothing" for said in found), found
 
 
 def test_a_backward_that_fails_amid_the_exchange(host_world: World):
-    found = [said for (said,) in several.run(2, "rank_checks:hooked", host_world, "raise")]
+    found = [said for (said,) in several.run(2, "failing_checks:hooked", host_world, "raise")]
     assert any("FN-E723" in said for said in found), found
     assert all("FN-E7" in said for said in found), found  # the other rank may be told by this one
 
 
 def test_a_gradient_that_comes_too_late(host_world: World):
-    found = [said for (said,) in several.run(2, "rank_checks:used_again", host_world, broken="exchange_early")]
+    found = [said for (said,) in several.run(2, "failing_checks:used_again", host_world, broken="exchange_early")]
     assert any("FN-E724" in said for said in found), found
     assert all("FN-E7" in said for said in found), found
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
-from memory_checks import tall
+from memory_checks import HBM, HOST, tall
 
+import cgroups
+import facts
 import funicular
 import several
 from models import CUDA
@@ -12,6 +14,9 @@ from models import CUDA
 SMALL, LARGE = 3, 16
 #: bytes by which the two models differ
 MORE = (LARGE - SMALL) * (8 << 20)
+#: bytes of a rank's gradients on their way: of two blocks to others, of as many from them, and of the one that computes; and of code that is used
+#: for the first time
+BESIDE = 5 * (8 << 20)
 
 
 @pytest.mark.skipif(CUDA, reason="the host device's frames are measured, and CUDA takes host memory of its own")
@@ -27,3 +32,28 @@ def test_a_model_on_meta_is_in_host_memory_once(tmp_path: Path):
     for copied, large in zip(several.run(2, "memory_checks:taken_at_the_start", LARGE, ""), taken[LARGE], strict=True):
         assert copied > large
         assert copied > LARGE * (8 << 20)
+
+
+@pytest.mark.skipif(CUDA, reason="CUDA's own memory on the host is not in the plan")
+@pytest.mark.parametrize("percent", [3, -40])
+def test_four_ranks_in_a_cgroup(percent: int, tmp_path: Path):
+    """At the start, in training and in a save: 3 % more than the plan of one process, with the compute tier and the gradients on their way of each.
+
+    With 40 % less the system ends them, so that the limit is one.
+    """
+    depth, saved = 24, str(tmp_path / "saved")
+    funicular.save(tall(depth), None, saved)
+    with cgroups.limited(int(HOST * (1 + percent / 100)) + 4 * (HBM + BESIDE)) as group:
+        ranks = several.Ranks(
+            4, "memory_checks:trained_and_saved", str(group), percent > 0, depth, saved, str(tmp_path / "next")
+        )
+        try:
+            ends = ranks.wait()
+        finally:
+            ranks.end()
+        facts.eventually(lambda: not (group / "cgroup.procs").read_text())
+    if percent > 0:
+        assert [status for status, _ in ends] == [0] * 4, ends
+        assert (tmp_path / "next").exists()
+    else:
+        assert -9 in [status for status, _ in ends], ends
