@@ -70,6 +70,7 @@ MUTATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "forget_what_was_there": ("funicular.ranks.gradients.RankGradients._sum", lambda self, ref, one, mean: mean),
     # No fault: what GPUs do.
     "exchange_early": ("funicular.ranks.gradients._EARLY", frozenset(["cpu", "cuda"])),
+    "little_memory": ("funicular.ranks.gradients.free_memory", lambda device: 0),
     "land_late": ("funicular.gradients.arrival.Landing.send", _send_late),
     "look_early": ("funicular.ranks.gradients.RankGradients._await_landed", lambda self: None),
     "exchange_norms": ("funicular.ranks.norms.DEVICES", frozenset(["cpu", "cuda"])),

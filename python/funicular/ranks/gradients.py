@@ -22,7 +22,7 @@ from funicular.gradients.backward import Gradients
 from funicular.homes.edits import edit_of_shared
 from funicular.ranks import norms
 from funicular.ranks.means import Means
-from funicular.ranks.on_gpu import Beside
+from funicular.ranks.on_gpu import Beside, free_memory
 from funicular.ranks.page import Page
 from funicular.ranks.rounds import CLIPPED, NORM, PIECE, SHARED, STATES, ZEROS, Rounds
 from funicular.ranks.slices import cut, flat
@@ -93,7 +93,7 @@ class RankGradients(Gradients):
                     mine = [[(first, n) for section, first, n in of if section == ref.section] for of in ranges]
                     self._slices[ref] = cut(ref.start, ref.numel, mine)
         order = [(unit.engine_id, [ref.trainable for ref in unit.params]) for unit in trained]
-        self._rounds = Rounds(Page(self._engine, self._group), order, self._states, self._exchange)
+        self._rounds = Rounds(Page(self._engine, self._group), order, self._states, self._exchange, self._short)
 
     # ------------------------------------------------------------------ a backward
 
@@ -161,10 +161,13 @@ class RankGradients(Gradients):
         before = self.backwards.passed()
         self.backwards.added(backward_task(), ref)
         self._came.add(ref)
-        self._rounds.arrived(ref.unit.engine_id, self._index[ref])
+        self._rounds.arrived(ref.unit.engine_id, self._index[ref], ref.home.nbytes)
         if before and before[-1].unit is not ref.unit and self._device.type in _EARLY:
             with torch.no_grad(), self._group.whole(_EXCHANGE, ends=True):
                 self._rounds.look(before[-1].unit.engine_id)
+
+    def _short(self, nbytes: int) -> bool:
+        return self._group.collectives_of_others() == self._collectives and free_memory(self._device) < nbytes
 
     def bring_down(self) -> None:
         """Nothing is on its way between backwards."""

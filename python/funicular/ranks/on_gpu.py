@@ -7,6 +7,7 @@ connections are the model's own, so that they can be ended as soon as the model 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import weakref
 from collections import deque
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from funicular._core import Engine
 
-__all__ = ["Beside", "Guard", "connect"]
+__all__ = ["Beside", "Guard", "connect", "free_memory"]
 
 #: seconds between two looks for a failure
 _LOOK = 0.2
@@ -50,6 +51,14 @@ def connect(members: list[int], device: torch.device, patience: timedelta) -> An
             work.wait()
         torch.cuda.synchronize()
     return group
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that torch could still give to tensors on a GPU, if no other program takes them. The host's are not asked for."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 class Guard:

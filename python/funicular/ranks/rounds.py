@@ -12,6 +12,7 @@ does not have: it takes part without gradients, and asks again.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from funicular.errors import RuntimeFailure
@@ -30,6 +31,8 @@ PIECE = 8
 NORM = 16
 #: the units of this round are exchanged at the end of the backward
 AT_END = 32
+#: units that may wait for those of other ranks before it is asked whether memory is short
+AHEAD = 4
 
 
 class Board(Protocol):
@@ -60,6 +63,9 @@ class Rounds:
         for: a byte for each parameter.
     exchange
         Exchanges a unit that all have posted.
+    short
+        Whether there is too little memory to keep so many bytes of gradients. Then each parameter is expected once in the first round, and a rank
+        that is ahead of the others waits for them amid its backward.
     """
 
     def __init__(
@@ -68,8 +74,9 @@ class Rounds:
         units: Sequence[tuple[int, Sequence[bool]]],
         states: Callable[[int], bytes],
         exchange: Callable[[int, int, list[bytes]], None],
+        short: Callable[[int], bool] = lambda nbytes: False,
     ) -> None:
-        self._board = board
+        self._board, self._short = board, short
         self._states, self._exchange = states, exchange
         self._order = [unit for unit, _ in units]
         self._trained = {unit: list(trained) for unit, trained in units}
@@ -85,13 +92,18 @@ class Rounds:
         self._end = 0
         self._posted: set[int] = set()
         self._at = 0
+        #: bytes of units that have come and are not exchanged, and the unit to which the last ones belong
+        self._held: Counter[int] = Counter()
+        self._last = -1
+        #: in the first round: each parameter is expected once
+        self._once = False
 
     def posted(self, unit: int) -> bool:
         """Whether this rank has posted a unit in the round under way: nothing more may come of it."""
         return unit in self._posted
 
-    def arrived(self, unit: int, index: int) -> None:
-        """Take note of a gradient of a parameter."""
+    def arrived(self, unit: int, index: int, nbytes: int = 0) -> None:
+        """Take note of a gradient of a parameter, and of its bytes."""
         if unit in self._posted:
             raise RuntimeFailure(
                 "FN-E724",
@@ -99,22 +111,37 @@ class Rounds:
             )
         self.open = True
         self._came[unit][index] += 1
+        self._held[unit] += nbytes
+        self._last = unit
 
     def _is_complete(self, unit: int) -> bool:
-        """Whether all that can be expected has come: each trained parameter, as often as ever. Nothing is expected in the first round."""
+        """Whether all that can be expected has come: each trained parameter, as often as ever. In the first round that is not known."""
         every = zip(self._trained[unit], self._came[unit], self._most[unit], strict=True)
-        return all(not trained or 0 < most <= came for trained, came, most in every)
+        return all(not trained or 0 < max(most, self._once) <= came for trained, came, most in every)
 
     def look(self, *units: int) -> None:
         """Post those of these units that are complete, and exchange what all have posted."""
+        if self.number == 0 and not self._once and self._short(self._held.total()):
+            self._once = True
+            units = tuple(
+                unit for unit in self._order if unit != self._last
+            )  # of the last one hooks may be about to run
         for unit in units:
             if unit not in self._posted and self._is_complete(unit):
                 self._post(unit)
         while self._at < len(self._order) and self._order[self._at] in self._posted:
-            posts = self._board.posted(self._order[self._at], self.number + 1)
+            unit = self._order[self._at]
+            posts = self._board.posted(unit, self.number + 1)
+            if posts is None and self._is_far_ahead():
+                posts = self._board.wait(unit, self.number + 1)
             if posts is None or any(byte & AT_END for post in posts for byte in post[:1]):
                 return
             self._next(posts)
+
+    def _is_far_ahead(self) -> bool:
+        """Whether this rank's gradients take too much memory while they wait for those of others."""
+        waiting = len(self._posted) - self._at
+        return waiting > AHEAD and not self._end and self._short(self._held.total())
 
     def _post(self, unit: int) -> None:
         every = zip(self._states(unit), self._came[unit], strict=True)
@@ -125,6 +152,7 @@ class Rounds:
     def _next(self, posts: list[bytes]) -> None:
         unit = self._order[self._at]
         self._at += 1
+        self._held.pop(unit, None)
         self._exchange(unit, self.number + 1, posts)
 
     def end(self) -> bool:
@@ -145,7 +173,7 @@ class Rounds:
             self._came[unit] = [0] * len(came)
         self.number += 1
         self.open = False
-        self._end = AT_END if self.at_end else 0
+        self._end, self._once = AT_END if self.at_end else 0, False
         self._posted.clear()
         self._at = 0
 

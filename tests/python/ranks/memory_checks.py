@@ -50,7 +50,7 @@ def taken_at_the_start(depth: int, checkpoint: str) -> int:
 
 
 #: bytes of the compute tier of each rank, which is host memory here, and of the host for all
-HBM, HOST = 3 * (8 << 20) + (64 << 10), 832 << 20
+HBM, HOST = 3 * (8 << 20) + (64 << 10), 560 << 20
 
 
 def trained_and_saved(group: str, early: bool, depth: int, checkpoint: str, folder: str) -> None:

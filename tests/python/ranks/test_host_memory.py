@@ -11,12 +11,12 @@ import funicular
 import several
 from models import CUDA
 
-SMALL, LARGE = 3, 16
+SMALL, LARGE = 3, 10
 #: bytes by which the two models differ
 MORE = (LARGE - SMALL) * (8 << 20)
-#: bytes of a rank's gradients on their way: of two blocks to others, of as many from them, and of the one that computes; and of code that is used
-#: for the first time
-BESIDE = 5 * (8 << 20)
+#: bytes of a rank beside the plan: gradients of five blocks that wait for other ranks, of the one that computes, and of two on their way; and code
+#: and connections that are used for the first time
+BESIDE = 8 * (8 << 20) + (48 << 20)
 
 
 @pytest.mark.skipif(CUDA, reason="the host device's frames are measured, and CUDA takes host memory of its own")
@@ -34,18 +34,26 @@ def test_a_model_on_meta_is_in_host_memory_once(tmp_path: Path):
         assert copied > LARGE * (8 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CUDA, reason="CUDA's own memory on the host is not in the plan")
-@pytest.mark.parametrize("percent", [3, -40])
-def test_four_ranks_in_a_cgroup(percent: int, tmp_path: Path):
+@pytest.mark.parametrize("percent", [3, -60])
+def test_four_ranks_in_a_cgroup(percent: int, disk: str):
     """At the start, in training and in a save: 3 % more than the plan of one process, with the compute tier and the gradients on their way of each.
 
-    With 40 % less the system ends them, so that the limit is one.
+    With 60 % less the system ends them, so that the limit is one.
     """
-    depth, saved = 24, str(tmp_path / "saved")
+    depth, saved, following = 16, f"{disk}/saved", f"{disk}/next"
     funicular.save(tall(depth), None, saved)
     with cgroups.limited(int(HOST * (1 + percent / 100)) + 4 * (HBM + BESIDE)) as group:
         ranks = several.Ranks(
-            4, "memory_checks:trained_and_saved", str(group), percent > 0, depth, saved, str(tmp_path / "next")
+            4,
+            "memory_checks:trained_and_saved",
+            str(group),
+            percent > 0,
+            depth,
+            saved,
+            following,
+            broken="exchange_early+little_memory",
         )
         try:
             ends = ranks.wait()
@@ -54,6 +62,6 @@ def test_four_ranks_in_a_cgroup(percent: int, tmp_path: Path):
         facts.eventually(lambda: not (group / "cgroup.procs").read_text())
     if percent > 0:
         assert [status for status, _ in ends] == [0] * 4, ends
-        assert (tmp_path / "next").exists()
+        assert Path(following).exists()
     else:
         assert -9 in [status for status, _ in ends], ends

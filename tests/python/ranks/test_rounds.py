@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+import funicular
 from funicular.testing import Rounds, cut_gradient
 
 #: seconds after which simulated ranks hang
@@ -164,6 +165,57 @@ def test_a_unit_goes_as_soon_as_it_is_complete_but_for_the_first_round():
         assert exchanged[-2:] == [(0, number), (1, number)]
     assert not rounds.end()
     assert not rounds.behind()
+
+
+def test_where_memory_is_short_the_first_round_expects_each_parameter_once():
+    page, exchanged = Alone(), []
+    units = [(unit, [True]) for unit in range(4)]
+    rounds = Rounds(page, units, lambda unit: bytes(1), lambda *e: exchanged.append(e[0]), lambda nbytes: nbytes > 20)
+    for unit in (0, 1, 2, 3):
+        rounds.arrived(unit, 0, 10)
+        rounds.look(*range(max(unit - 1, 0), unit))
+        assert exchanged == ([] if unit < 2 else list(range(unit))), "20 bytes are not too many"
+    with pytest.raises(funicular.RuntimeFailure, match="FN-E724"):
+        rounds.arrived(0, 0, 10)
+    assert rounds.end()
+    assert exchanged == [0, 1, 2, 3]
+
+
+def test_a_rank_that_is_far_ahead_waits_where_memory_is_short():
+    """Six units wait for the other rank; with the seventh it waits for the oldest, and for no other."""
+    board = Board(2)
+    exchanged: list[int] = []
+    units = [(unit, [True]) for unit in range(8)]
+    short = False
+    rounds = Rounds(board.of(0), units, lambda unit: bytes(1), lambda *e: exchanged.append(e[0]), lambda nbytes: short)
+
+    def backward(first: int, last: int) -> None:
+        for unit in range(first, last):
+            rounds.arrived(unit, 0, 10)
+            rounds.look(unit)
+
+    for unit, _ in units:
+        board.of(1).post(unit, 1, bytes([8]))
+    backward(0, 8)
+    rounds.end()
+    exchanged.clear()
+    backward(0, 6)
+    assert exchanged == [], "there is memory"
+    short = True
+    ahead = threading.Thread(target=backward, args=(6, 7))
+    ahead.start()
+    ahead.join(0.2)
+    assert ahead.is_alive()
+    for unit in range(3):
+        board.of(1).post(unit, 2, bytes([8]))
+    ahead.join(PATIENCE)
+    assert not ahead.is_alive()
+    assert exchanged == [0, 1, 2]
+    for unit in range(3, 8):
+        board.of(1).post(unit, 2, bytes([8]))
+    backward(7, 8)
+    rounds.end()
+    assert exchanged == list(range(8))
 
 
 def test_a_parameter_used_twice_is_waited_for():

@@ -40,6 +40,14 @@ def test_units_exchanged_within_the_backward(options: dict[str, Any], host_world
 
 
 @pytest.mark.parametrize(
+    "options", [{"clip": 0.05, "accumulate": 2}, {"model": "decoder", "ckpt": "saved_tensors", "dtype": BF16}], ids=str
+)
+def test_units_exchanged_within_the_first_backward(options: dict[str, Any], host_world: World):
+    """Where memory is short."""
+    several.compare("rank_scripts:train", 2, host_world, broken="exchange_early+little_memory", **options)
+
+
+@pytest.mark.parametrize(
     ("size", "script", "options"),
     [
         (2, "train", {"clip": 0.05, "accumulate": 2}),
