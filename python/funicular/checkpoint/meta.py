@@ -198,7 +198,13 @@ def _make_frequencies(module: Any, before: list[tuple[dict[str, Any], str, Any]]
     compute, config, there = (getattr(module, name, None) for name in ("rope_init_fn", "config", "inv_freq"))
     if compute is None or config is None or there is None or not bool(there.isnan().any()):
         return
-    found, _ = compute(config, torch.device("cpu"))
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            found, _ = compute(config, torch.device("cpu"))
+    except Exception:  # the constructor gives it other arguments
+        return
+    if found.shape != there.shape:
+        return  # as well
     there.copy_(found)
     first = vars(module).get("original_inv_freq")
     if first is not None and first.is_meta:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,38 @@ def test_a_buffer_that_cannot_be_made(host_world: World, tmp_path: Path):
     assert model.table.is_meta
     model.table = torch.arange(4.0)
     funicular.offload(model, host_world.policy(Table()), checkpoint=tmp_path / "w.safetensors")
+
+
+class Rotary(Table):
+    """Rotary frequencies, which modules of transformers before 5 compute in their constructor."""
+
+    def __init__(self, found: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        del self.table
+        self.config = object()
+        self.rope_init_fn = lambda config, device: (found(), 1.0)
+        self.register_buffer("inv_freq", torch.arange(4.0), persistent=False)
+        self.original_inv_freq = self.inv_freq
+
+
+def _not_of_the_configuration() -> torch.Tensor:
+    raise AttributeError("rope_theta")
+
+
+def test_frequencies_of_the_configuration(host_world: World, tmp_path: Path):
+    """Where the constructor gives its own numbers to the function, as that of Zamba2 and of ModernBERT, they cannot be made."""
+    save_file({"weight": torch.ones(4)}, tmp_path / "w.safetensors")
+    for found in (_not_of_the_configuration, lambda: torch.arange(2.0), lambda: torch.arange(1.0)):
+        model = on_meta(lambda found=found: Rotary(found))
+        with pytest.raises(funicular.UsageError, match=r"FN-E111.*inv_freq"):
+            funicular.offload(model, host_world.policy(Table()), checkpoint=tmp_path / "w.safetensors")
+        assert model.inv_freq.is_meta
+        assert model.original_inv_freq.is_meta
+    model = on_meta(lambda: Rotary(lambda: torch.arange(4.0)))
+    with torch.device("meta"):
+        funicular.offload(model, host_world.policy(Table()), checkpoint=tmp_path / "w.safetensors")
+    assert torch.equal(model.inv_freq.cpu(), torch.arange(4.0))
+    assert torch.equal(model.original_inv_freq.cpu(), torch.arange(4.0))
 
 
 @pytest.mark.covering(2)
