@@ -104,8 +104,11 @@ class RankGradients(Gradients):
         self.backwards.begin(task, ending, self._dropped)
 
     def _dropped(self, _: Any) -> None:
-        """Have the other ranks told at once of a backward that has failed; they may wait for its gradients, and the program may go on."""
-        if self._rounds.open and self.backwards.all_failed:
+        """Have the other ranks told at once of a backward that has failed; they may wait for its gradients, and the program may go on.
+
+        What is broken already they have been told, or find as this rank did: that they differ.
+        """
+        if self._rounds.open and not self._broken and self.backwards.all_failed:
             self._broken = True
             with contextlib.suppress(Error):  # of a model that has ended
                 _core.fail_rank(self._engine, _FAILED, backward=True)

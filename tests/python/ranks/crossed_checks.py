@@ -201,6 +201,39 @@ def signalled(
     return call
 
 
+def different_backwards(world: World) -> list[str]:
+    """A rank that clears its gradients where the other does not."""
+    model, _ = offloaded(world)
+    model(own_batch(0)).sum().backward()
+    if dist.get_rank():
+        model.zero_grad()
+    return [message(lambda: model(own_batch(1)).sum().backward())]
+
+
+def different_in_turn(world: World) -> list[str]:
+    """As :func:`different_backwards`, and rank 1 comes to the exchange when rank 0 has seen the difference there, and has left its backward."""
+    model, _ = offloaded(world)
+    model(own_batch(0)).sum().backward()
+    posted, told, done = (Path(os.environ["RANKS_FOLDER"]) / name for name in ("posted", "told", "done"))
+    if dist.get_rank() == 0:
+        await_file(posted)
+        said = message(lambda: model(own_batch(1)).sum().backward())
+        told.touch()
+        await_file(done)
+        return [said]
+
+    def wait(_: torch.Tensor) -> None:
+        posted.touch()
+        await_file(told)
+        time.sleep(0.5)  # its runtime looks for ranks that have failed
+
+    model.zero_grad()
+    model.inp.weight.register_hook(wait)
+    said = message(lambda: model(own_batch(1)).sum().backward())
+    done.touch()
+    return [said]
+
+
 class _Meeting(torch.autograd.Function):
     """A collective of the program's own amid the backward, as that of a SyncBatchNorm."""
 

@@ -215,15 +215,6 @@ def edit_inside(world: World) -> list[str]:
     return [*said, str(torch.equal(before, model.layers[1].weight)), message(lambda: model(own_batch(0)))]
 
 
-def different_backwards(world: World) -> list[str]:
-    """A rank that clears its gradients where the other does not."""
-    model, _ = offloaded(world)
-    model(own_batch(0)).sum().backward()
-    if dist.get_rank():
-        model.zero_grad()
-    return [message(lambda: model(own_batch(1)).sum().backward())]
-
-
 def fsdp() -> tuple[Any, Any]:
     """``FullyShardedDataParallel`` and ``fully_shard`` over all ranks, called with a module alone."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -109,9 +109,15 @@ def test_an_edit_inside_a_forward(host_world: World):
 
 
 def test_gradients_cleared_on_one_rank(host_world: World):
-    for (said,) in both("different_backwards", host_world):
+    for (said,) in several.run(2, "crossed_checks:different_backwards", host_world):
         assert "FN-E702" in said
         assert "none on rank 1, and one of earlier backwards on rank 0" in said
+
+
+def test_other_backwards_found_one_after_another(host_world: World):
+    """Where units are exchanged early: the rank that comes last is told of the difference, and not that the first one has failed."""
+    for (said,) in several.run(2, "crossed_checks:different_in_turn", host_world, broken="exchange_early"):
+        assert said.startswith("FN-E702 before this backward "), said
 
 
 def test_a_look_amid_the_exchange(host_world: World):
