@@ -60,6 +60,8 @@ class Group:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         #: bytes of gradients that were sent
         self.sent = 0
+        #: exchanges of gradients that this rank had a part in
+        self._exchanges = 0
         #: the runtime of this rank, once there is one: it knows which ranks are dead
         self.runtime: Engine | None = None
         self._device = torch.device("cpu")
@@ -83,8 +85,9 @@ class Group:
             self._guard = Guard(runtime, gpus)
 
     def collectives_of_others(self) -> int:
-        """Return how many collectives the program has begun between devices of the model's kind, in all groups but the model's own."""
-        return collectives(self._device, (self._connections.control, self._connections.gpus))
+        """Return how many collectives the program has begun between devices of the model's kind, and its other models exchanges of gradients."""
+        exchanges = sum(group._exchanges for group in list(_living) if group is not self)
+        return exchanges + collectives(self._device, (self._connections.control, self._connections.gpus))
 
     def gather(self, what: Any, place: str = "") -> list[Any]:
         """Return what each rank gives, by rank. All ranks call it, with the same ``place``, which messages name."""
@@ -143,6 +146,7 @@ class Group:
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
 
+        self._exchanges += 1
         self.sent += sum(part.nbytes for _, part in sends)
         both_ways = sum(part.nbytes for _, part in (*sends, *receives))
         with self._connected(), self.waiting("exchange", unit, both_ways):

@@ -247,6 +247,39 @@ class _Meeting(torch.autograd.Function):
         return grad
 
 
+def beside_another(world: World) -> list[int]:
+    """Train two models in one backward, of which rank 1 is late in every second one.
+
+    Returns how many bytes of gradients the one whose gradients come last had sent in each backward before its last gradient came.
+    """
+    (last, _), (first, _) = offloaded(world), offloaded(world)
+    opt = funicular.AdamW([*last.parameters(), *first.parameters()], lr=1e-2)
+    sent: list[int] = []
+
+    def count() -> int:
+        ranks = funicular.stats(last).ranks
+        assert ranks is not None
+        return ranks.sent
+
+    def late(_: torch.Tensor) -> None:
+        if dist.get_rank() == step % 2:
+            time.sleep(0.2)
+
+    last.inp.weight.register_hook(lambda grad: sent.append(count() - before))
+    for model in (last, first):
+        model.layers[1].up.weight.register_hook(late)
+    with pytest.MonkeyPatch.context() as patch:
+        # NCCL counts no exchanges between pairs; gloo does.
+        patch.setattr("funicular.ranks.group.collectives", lambda *_: 0)
+        for step in range(4):
+            before = count()
+            x = last(own_batch(step))
+            (x + first(own_batch(step))).sum().backward()
+            opt.step()
+            opt.zero_grad()
+    return sent
+
+
 def amid_backward(world: World, own: bool) -> list[Any]:
     """Train four steps, with collectives of the program's own amid backwards or without, and rank 1 late in every second one.
 

@@ -68,3 +68,9 @@ def test_collectives_of_the_program_amid_backwards(host_world: World):
     assert not any(any(sent) for sent in late), late
     for _, weights in (*kinds[0], *kinds[1]):
         assert all(map(torch.equal, weights, kinds[0][0][1]))
+
+
+def test_two_models_in_one_backward(host_world: World):
+    """Exchanges of another model are to a model what collectives of the program are."""
+    for sent in several.run(2, "crossed_checks:beside_another", host_world, broken="exchange_early"):
+        assert sent == [0, 0, 0, 0]
