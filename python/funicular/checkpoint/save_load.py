@@ -23,6 +23,7 @@ from funicular.checkpoint.source import Source
 from funicular.checkpoint.training import check_options, check_states, check_training
 from funicular.checkpoint.under_way import ended, finish, prune, started
 from funicular.errors import Error, UsageError
+from funicular.optim.taken_over import give_way
 from funicular.ranks.meeting import agreed
 from funicular.report.log import Progress, note
 from funicular.torch_internals.memory import stream_of
@@ -404,6 +405,7 @@ def _fill_offloaded(
     source: Source, model: nn.Module, named: Any, session: Session, opt: Any, groups: list[list[str]]
 ) -> None:
     between_steps(session)
+    give_way(opt)
     with session.lock:
         kept, session.partial = session.partial, ""
         try:

@@ -1,7 +1,7 @@
-"""States whose place in the runtime others are about to take, where several ranks share it.
+"""States whose place in the runtime others are about to take.
 
-Rank 0 writes for all of them. So each rank first looks at what the program still has of the states before, and ends updates that read them; then they wait
-for each other, and none writes before.
+Where several ranks share it, rank 0 writes for all of them. So each rank first looks at what the program still has of the states before, and ends
+updates that read them; then they wait for each other, and none writes before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from funicular.windows.session import Session
 
-__all__ = ["join", "replacing"]
+__all__ = ["give_way", "join", "replacing"]
 
 
 def join(optimizer: torch.optim.Optimizer) -> list[Session]:
@@ -43,10 +43,16 @@ def replacing(optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor], 
         yield
 
 
-def _give_way(optimizer: Any, params: Iterable[torch.Tensor], *, loads: bool) -> None:
+def give_way(optimizer: Any) -> None:
+    """Before a checkpoint is loaded into an optimizer: keep what others have in its states' places, which are filled before anything is attached."""
+    if hasattr(optimizer, "_states"):
+        _give_way(optimizer, [p for group in optimizer.param_groups for p in group["params"]], loads=False, alone=True)
+
+
+def _give_way(optimizer: Any, params: Iterable[torch.Tensor], *, loads: bool, alone: bool = False) -> None:
     for p in params:
         ref = ref_of(p)
-        if ref is None or not ref.trainable or ref.states is None or owner_of(ref.unit).group is None:
+        if ref is None or not ref.trainable or ref.states is None or (owner_of(ref.unit).group is None and not alone):
             continue
         own = optimizer.state.get(p) is ref.states
         if own and not loads:

@@ -278,6 +278,22 @@ def test_two_optimizers_of_one_unit(nvme_world: World, tmp_path: Path):
         assert torch.equal(found, expected), n
 
 
+def test_into_another_optimizer(host_world: World, tmp_path: Path):
+    """States of the optimizer that had them before stay as they were."""
+    run = begin(host_world)
+    run.train(2)
+    funicular.save(run.model, run.opt, tmp_path / "c")
+    run.train(1)
+    kept = [run.opt.state[p] for p in run.model.parameters()]
+    before = run.opt.state_dict()["state"].values()
+    new = run.adamw()
+    funicular.load(tmp_path / "c", run.model, new)
+    for states, then, p in zip(kept, before, run.model.parameters(), strict=True):
+        assert torch.equal(states["exp_avg"], then["exp_avg"])
+        assert torch.equal(states["step"], then["step"])
+        assert new.state[p]["step"] == 2
+
+
 def test_random_states(host_world: World, tmp_path: Path):
     numpy = pytest.importorskip("numpy")
     run = begin(host_world)

@@ -153,6 +153,12 @@ def kept_over_new_states(world: World, kind: str) -> tuple[list[torch.Tensor], l
             for states in saved["state"].values():
                 states["exp_avg"].mul_(0.5)
             opt.load_state_dict(saved)
+        elif kind == "loaded into another optimizer":
+            folder = os.environ["RANKS_FOLDER"] + "/saved"
+            funicular.save(model, opt, folder)
+            train_one(model, opt, 2)
+            before = [value["exp_avg"].clone() for value in opt.state_dict()["state"].values()]
+            funicular.load(folder, model, funicular.AdamW(params, lr=1e-2))
         else:
             new = funicular.AdamW(params, lr=1e-2)
             train_one(model, new, 2)

@@ -92,7 +92,7 @@ def test_loaded_while_another_rank_reads(spare_world: World):
     several.run(2, "ahead_checks:loaded_while_another_reads", spare_world)
 
 
-@pytest.mark.parametrize("kind", ["loaded", "another optimizer"])
+@pytest.mark.parametrize("kind", ["loaded", "another optimizer", "loaded into another optimizer"])
 def test_states_that_are_kept_when_others_take_their_place(kind: str, spare_world: World):
     """They go on showing what they showed, as with one process."""
     for before, after in several.run(2, "ahead_checks:kept_over_new_states", spare_world, kind):
