@@ -10,6 +10,8 @@
 //! Ranks make updates ahead of their step, or do not, as it comes: whether a step is the one that was foreseen is in the program, and readers of
 //! weights and states must find the same, whichever ranks made theirs ahead. At a step a rank may make its weights first, and its states later.
 //!
+//! A rank may save: it reads each unit as it was at the call, at any time later.
+//!
 //! States of a rank move to its device and home again at any time. In some programs one rank loads weights and states that others own.
 //!
 //! Each fault of [`Fault`] is planted into ranks or memory; some seed must find it. What else was seen to be caught, one line of
@@ -39,6 +41,7 @@ mod elsewhere;
 mod memory;
 mod program;
 mod rank;
+mod saves;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -92,11 +95,17 @@ pub(crate) enum Fault {
     Clinging,
     /// Its states move up again before the step after that.
     Eager,
+    /// A rank updates what another one's save has yet to read.
+    Careless,
+    /// A rank that saves says so when it begins to read.
+    Tardy,
+    /// It takes that back before it has read.
+    Rash,
     /// Stores may be seen in any order.
     Weak,
 }
 
-const FAULTS: [Fault; 20] = [
+const FAULTS: [Fault; 23] = [
     Fault::Loud,
     Fault::Early,
     Fault::Hasty,
@@ -116,6 +125,9 @@ const FAULTS: [Fault; 20] = [
     Fault::Promising,
     Fault::Clinging,
     Fault::Eager,
+    Fault::Careless,
+    Fault::Tardy,
+    Fault::Rash,
     Fault::Weak,
 ];
 

@@ -197,8 +197,7 @@ def save(
             handle = _begin(session, model, opt, Path(path), extra, wait, keep, overwrite, weights, shard_bytes)
             if not wait:
                 preserve_aliased(session)
-                if amid or ranks is not None:
-                    # The other ranks' updates do not wait for what this process reads.
+                if amid:
                     signals.await_reads(session)
     if wait:
         try:
@@ -410,6 +409,9 @@ def _fill_offloaded(
         kept, session.partial = session.partial, ""
         try:
             quiesce(session)
+            if session.group is not None:
+                # A save on this rank: after the meeting others overwrite what it has yet to read.
+                signals.await_reads(session)
         except BaseException:
             session.partial = kept
             raise

@@ -17,7 +17,6 @@ use crate::{
     runtime::{
         disk::{files::Disk, map::Map, ticket::Ticket},
         paging::homes::Set,
-        saving::copy_on_update::group_of,
         shared::{
             Shared,
             lock_order::OrderedGuard,
@@ -177,7 +176,7 @@ impl Shared {
         let until = if direction == Direction::Write { Until::Whole } else { Until::Made };
         self.await_update(unit, None, until, interrupted)?;
         if direction == Direction::Write {
-            self.saves.await_read(group_of(unit), interrupted)?;
+            self.await_read(unit, interrupted)?;
             self.drop_speculation(unit);
             self.states_home(unit, interrupted)?;
         } else {
@@ -200,7 +199,7 @@ impl Shared {
         self.settle_disk(unit, interrupted)?;
         if direction == Direction::Write {
             // The last look at signals was the one above: a handler's save must not find a state half written.
-            self.saves.await_read(group_of(unit), interrupted)?;
+            self.await_read(unit, interrupted)?;
             // SAFETY: the caller's promise is passed on.
             return unsafe { self.bytes_io(disk, segment, range, buffer, direction, &mut || false) };
         }

@@ -122,7 +122,7 @@ impl Shared {
         self.drop_speculation(unit);
         loop {
             self.settle_disk(unit, interrupted)?;
-            self.saves.await_read(group_of(unit), interrupted)?;
+            self.await_read(unit, interrupted)?;
             self.wait(self.lock()?, &what, interrupted, |i| Ok((!i.machine.reading(unit)).then_some(())))?;
             let mut inner = self.lock()?;
             let busy = inner.machine.reading(unit) || inner.machine.unsettled(unit);
@@ -145,7 +145,7 @@ impl Shared {
     /// The parameters were edited inside their window: brings the frames' bytes home.
     pub(crate) fn write_back(&self, unit: UnitId, stream: u64, interrupted: Interrupted<'_>) -> Result<()> {
         self.settle(unit, Some(stream), interrupted)?;
-        self.saves.await_read(group_of(unit), interrupted)?;
+        self.await_read(unit, interrupted)?;
         self.drop_speculation(unit);
         let bytes = self.layout.unit(unit).param_bytes() as usize;
         let frame = self.frames.address(unit.index());

@@ -20,16 +20,16 @@ use crate::{
 };
 
 /// With lanes, which update half of the pieces where a test says so.
-const SPARE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "16MiB", "where": "gpu"}}"#;
+pub(super) const SPARE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "16MiB", "where": "gpu"}}"#;
 
 /// The same with weights that are made first wherever no update made ahead can be used, and states that follow so much later.
-fn trailing(policy: &str, delay: u32) -> String {
+pub(super) fn trailing(policy: &str, delay: u32) -> String {
     let head = policy.strip_suffix('}').unwrap();
     format!("{head}, \"debug\": {{\"faults\": \"states:delay={delay}ms\"}}}}")
 }
 
 /// Without second places.
-const IN_PLACE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "0B", "where": "gpu"}}"#;
+pub(super) const IN_PLACE: &str = r#"{"device": "host", "budget": {"host": "64MiB", "hbm": "16MiB", "threads": 1}, "optimizer": {"spare": "0B", "where": "gpu"}}"#;
 
 /// What happens between the beginning of updates and the step.
 #[derive(Clone, Copy, Debug)]

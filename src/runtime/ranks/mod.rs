@@ -15,6 +15,9 @@ mod elsewhere;
 #[cfg(test)]
 mod nvme_tests;
 pub(super) mod peers;
+pub(super) mod reads;
+#[cfg(test)]
+mod reads_tests;
 pub(super) mod shelf;
 pub(super) mod spec;
 pub(super) mod states;

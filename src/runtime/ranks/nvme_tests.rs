@@ -23,12 +23,12 @@ use crate::{
     runtime::{RankSpec, Runtime, UnitUpdate, measure::stats::Link},
 };
 
-fn disk() -> TempDir {
+pub(super) fn disk() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap()
 }
 
 /// States on NVMe, pieces of updates as small as so much host memory makes them.
-fn policy(disks: &[&Path], host: &str, faults: &str) -> String {
+pub(super) fn policy(disks: &[&Path], host: &str, faults: &str) -> String {
     format!(
         r#"{{"device": "host", "budget": {{"host": {host:?}, "hbm": "256KiB", "threads": 1}}, "nvme": {{"paths": {disks:?}}},
             "optimizer": {{"tier": "nvme"}}, "debug": {{"faults": {faults:?}}}}}"#

@@ -20,7 +20,7 @@ const GROWS: &str = r#"{"device": "host", "budget": {"host": "64MiB", "threads":
 const CAPACITY: u64 = 4 << 20;
 
 /// Two ranks whose devices have room for all states.
-fn growing() -> Vec<Runtime> {
+pub(super) fn growing() -> Vec<Runtime> {
     let spec = |rank, file| Some(RankSpec { rank, size: 2, file, grows: Some(true) });
     let first = open(GROWS, spec(0, None)).unwrap();
     let (policy, file) = (first.concrete_policy().unwrap(), first.shared_file().unwrap());
@@ -30,7 +30,7 @@ fn growing() -> Vec<Runtime> {
 }
 
 /// A step that updates some units, for gradients of all.
-fn step(rt: &Runtime, rank: Option<usize>, number: u64, units: Range<u32>) {
+pub(super) fn step(rt: &Runtime, rank: Option<usize>, number: u64, units: Range<u32>) {
     backward(rt, rank, number);
     if rank.is_some() {
         assert_eq!(rt.at_step(number, &mut never).unwrap(), None);
@@ -41,7 +41,7 @@ fn step(rt: &Runtime, rank: Option<usize>, number: u64, units: Range<u32>) {
 }
 
 /// Waits until nothing is left to move up.
-fn risen(rt: &Runtime) {
+pub(super) fn risen(rt: &Runtime) {
     rt.settle_all(&mut never).unwrap();
     let (shared, begun) = (rt.shared().unwrap(), Instant::now());
     while shared.growing.waits_to_rise() {
@@ -53,7 +53,7 @@ fn risen(rt: &Runtime) {
 }
 
 /// Writes a state of the first unit, as a rank does that loads states for all.
-fn load(rt: &Runtime, value: f32) {
+pub(super) fn load(rt: &Runtime, value: f32) {
     let mut values = vec![value; SIZES[0] as usize];
     let place = (UnitId(0), 0, StateKind::ExpAvg);
     // SAFETY: the buffer has all elements of the section.

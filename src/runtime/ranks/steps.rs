@@ -105,12 +105,13 @@ impl Ranks {
         }
     }
 
-    /// Whether a piece of a step may begin.
-    fn may_begin(&self, step: u64) -> Result<Seen<()>> {
+    /// Whether a piece of a unit's update may begin, of a step.
+    fn may_update(&self, unit: UnitId, step: u64) -> Result<Seen<()>> {
         let posts = self.posts();
         match self.seen(posts.look(Line::Steps, step), step)? {
             Seen::Done(()) => match posts.look(Line::Quiet, step) {
                 Look::Differs(rank, _) => Err(self.differs(rank, &format!("in step {step}, the factor of clipping"))),
+                Look::All => Ok(posts.read_by(unit.index(), step).map_or(Seen::Done(()), Seen::Waits)),
                 look => self.seen(look, step),
             },
             waits => Ok(waits),
@@ -131,14 +132,15 @@ impl Shared {
         self.ranks.as_ref().is_none_or(|ranks| matches!(ranks.agreed(), Ok(Seen::Done(()))))
     }
 
-    /// Waits until all ranks have posted the step that a unit's update belongs to, and are quiet; returns its number.
+    /// Waits until all ranks have posted the step that a unit's update belongs to, and are quiet, and no save of theirs has yet to read the unit;
+    /// returns the step's number.
     pub(crate) fn await_quiet(&self, unit: UnitId) -> Result<u64> {
         let Some(ranks) = &self.ranks else { return Ok(0) };
         let step = self.jobs[unit.index()].lock().step;
         self.be_quiet(ranks, step)?;
         let what = format!("step {step}");
         self.await_ranks(ranks, (&what, None), &mut || false, || {
-            let seen = ranks.may_begin(step)?;
+            let seen = ranks.may_update(unit, step)?;
             // Who waits for the update waits for other ranks from now on, or no more.
             self.changed.notify_all();
             Ok(seen)
@@ -151,7 +153,7 @@ impl Shared {
         let Some(ranks) = &self.ranks else { return Ok(true) };
         let step = self.jobs[unit.index()].lock().step;
         self.be_quiet(ranks, step)?;
-        Ok(!matches!(ranks.may_begin(step), Ok(Seen::Waits(_))))
+        Ok(!matches!(ranks.may_update(unit, step), Ok(Seen::Waits(_))))
     }
 
     /// Tells the others that this rank is quiet, for all steps up to this one.

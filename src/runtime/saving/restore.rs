@@ -18,7 +18,7 @@ use crate::{
         disk::{files::Disk, map::Map},
         handle::Runtime,
         measure::stats::Cause,
-        saving::{copy_on_update::group_of, write_behind::WriteBehind},
+        saving::write_behind::WriteBehind,
         shared::{Shared, settle::Until, waits::Interrupted},
     },
 };
@@ -101,7 +101,7 @@ impl Runtime {
         let units: std::collections::BTreeSet<UnitId> = fills.iter().map(|f| f.item.unit).collect();
         for &unit in &units {
             shared.await_update(unit, Some(stream), Until::Whole, interrupted)?;
-            shared.saves.await_read(group_of(unit), interrupted)?;
+            shared.await_read(unit, interrupted)?;
             shared.drop_speculation(unit);
             shared.states_home(unit, interrupted)?;
         }

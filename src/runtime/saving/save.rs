@@ -98,7 +98,7 @@ impl Runtime {
         let budget = shared.frame_budget(kept)?;
         let memory = budget.bytes() + kept;
         begin(shared, request, sources, unchanged, (budget, chunks), memory, stream).inspect_err(|_| {
-            shared.saves.end();
+            shared.end_reads();
             shared.stats.returned(memory);
         })
     }
@@ -108,7 +108,7 @@ impl Runtime {
     /// # Errors
     /// An interruption.
     pub fn preserve(&self, unit: UnitId, interrupted: Interrupted<'_>) -> Result<()> {
-        self.shared()?.saves.await_read(group_of(unit), interrupted)
+        self.shared()?.await_read(unit, interrupted)
     }
 
     /// Waits for the end of the save under way.
@@ -142,7 +142,9 @@ fn begin(
         let updating = |u| Until::Whole.pending(&inner.machine, u);
         let units = shared.layout.ids().map(|u| (saved.contains(&group_of(u)), updating(u)));
         shared.saves.begin(std::iter::once((saved.contains(&PLAIN), false)).chain(units));
-        shared.bring_home(&mut inner, shared.layout.ids().filter(|u| saved.contains(&group_of(*u))))?;
+        let units = || shared.layout.ids().filter(|u| saved.contains(&group_of(*u)));
+        shared.begin_reads(units());
+        shared.bring_home(&mut inner, units())?;
         (inner.gates.iter().map(|g| g.home).collect(), after)
     };
     let (worker, watched) = (Arc::clone(shared), Arc::clone(&control));
@@ -154,7 +156,7 @@ fn begin(
             save.run(snapshot, &budget, &watched)
         };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
-        worker.saves.end();
+        worker.end_reads();
         worker.stats.returned(memory);
         watched.ended(outcome.unwrap_or_else(|_| Err(Error::new(Code::Panicked, "a save panicked."))));
     };
@@ -434,7 +436,7 @@ impl SaveSource for Snapshot<'_> {
         if group == PLAIN {
             (self.unchanged)()?;
         }
-        self.shared.saves.done(group);
+        self.shared.end_read(group);
         Ok(())
     }
 }

@@ -46,6 +46,7 @@ pub(super) const NUMBERS: usize = 4;
 pub(super) const MADE: usize = 6;
 pub(super) const WANTS: usize = 7;
 pub(super) const HOME: usize = 8;
+pub(super) const READS: usize = 9;
 const OF_UNIT: usize = 10;
 
 /// Bytes of a text that a rank shows.
@@ -140,7 +141,7 @@ mod tests {
                     take(Board::of_rank(rank, word));
                 });
                 for (unit, count) in counts.iter().enumerate() {
-                    let single = [PUBLISHED, POSTS, SEEN, LANDED, NUMBERS, NUMBERS + 1, MADE, WANTS, HOME];
+                    let single = [PUBLISHED, POSTS, SEEN, LANDED, NUMBERS, NUMBERS + 1, MADE, WANTS, HOME, READS];
                     single.into_iter().for_each(|word| take(board.of_unit(rank, unit, word)));
                     let words = count.div_ceil(8);
                     let notes = [0, 1].map(|post| board.note(rank, unit, post));

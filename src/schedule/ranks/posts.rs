@@ -11,12 +11,14 @@
 //! A5: a rank takes its step when all are at theirs after the same number of backwards; who did fewer joins those of the others.
 //! A7: an owner may keep states elsewhere, newer than their home. Who reads or writes them asks for that of the last step, which none can leave
 //! before it posts the next; the owner answers once they are at home, or are there to stay until it updates them. A number of the step says both.
+//! A8: a rank that has yet to read a unit for a save says from which step on updates of the unit wait: from the one that it posts next. It says so
+//! before it posts that step, and takes it back when it has read the unit; a piece of the unit's update begins only then.
 //!
 //! A6, on ranks that wait in different calls, stands in [`super::crossed`].
 
 use crate::schedule::ranks::board::{
-    ARRIVED, BACKWARD, Board, HOME, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, SEEN,
-    STARTED, STATE, STEPS, TEXT, TEXT_BYTES, WANTS, Words,
+    ARRIVED, BACKWARD, Board, HOME, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, READS,
+    SEEN, STARTED, STATE, STEPS, TEXT, TEXT_BYTES, WANTS, Words,
 };
 
 /// Numbers that tell a step: digests of what is stepped and how.
@@ -172,6 +174,21 @@ impl<W: Words> Posts<'_, W> {
             Look::All => self.look(Line::Quiet, step),
             other => other,
         }
+    }
+
+    /// This rank is to read a unit as the steps that it has posted leave it: updates of later ones wait (A8).
+    pub fn begin_read(&self, unit: usize) {
+        self.words.store(self.board.of_unit(self.rank, unit, READS), self.count(Line::Steps) + 1);
+    }
+
+    /// This rank has read a unit, or does not need it any more.
+    pub fn end_read(&self, unit: usize) {
+        self.words.store(self.board.of_unit(self.rank, unit, READS), 0);
+    }
+
+    /// Another rank that has yet to read a unit as it is before this step. To be asked once all have posted the step.
+    pub fn read_by(&self, unit: usize, step: u64) -> Option<usize> {
+        self.others().find(|&rank| (1..=step).contains(&self.words.load(self.board.of_unit(rank, unit, READS))))
     }
 
     /// This rank's part of a unit's weights is made, of this step (A3). Where its states are made too, those are published first.

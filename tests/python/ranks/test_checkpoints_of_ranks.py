@@ -38,7 +38,7 @@ def test_saved_by_two_and_loaded_by_one_two_and_three(wait: bool, rank_world: Wo
 
 
 def test_saved_while_states_are_yet_to_come(rank_world: World, tmp_path: Path):
-    """The call returns when everything has been read, of all ranks: the next step of one of them may begin before the last state is made."""
+    """It has the states of its step on all ranks, the last of which may be made after the call."""
     late = (
         "states:delay=20ms"
         if rank_world.optimizer == "host"

@@ -194,9 +194,9 @@ impl Rank {
         true
     }
 
-    /// Reads all of a unit's states, as a save does.
-    pub(super) fn read_states(&self, memory: &Memory, model: &mut Model, unit: usize) {
-        let (place, result) = (self.ahead.place[unit], self.ahead.results[unit]);
+    /// Reads all of a unit's states, which are those of this result.
+    pub(super) fn read_states(&self, memory: &Memory, model: &mut Model, unit: usize, result: u64) {
+        let place = self.ahead.place[unit];
         for part in &mut model.places.states[place][unit] {
             part.read(memory, self.rank, result, "states");
         }

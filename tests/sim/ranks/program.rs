@@ -28,6 +28,8 @@ pub(crate) enum Op {
     Quiesce,
     /// A load into what all share, which one rank makes.
     Load { mine: bool },
+    /// Begins a save of what the steps so far give, which is read later.
+    Save,
 }
 
 /// How a step updates its units.
@@ -75,6 +77,7 @@ impl Program {
         let mut fewer = vec![false; size];
         let crossed = chance.percent(25);
         let odd = (chance.index(size), chance.index(count), chance.percent(50));
+        let saves = (chance.index(size), chance.pick(&[0, 0, 40]));
         let mut before = 0;
         for number in 0..count {
             let most = chance.pick(&[0, 1, 1, 1, 2, 3]);
@@ -126,7 +129,13 @@ impl Program {
                     ]);
                 }
                 ops.push(Op::AtStep { backward: before + mine });
+                if rank == saves.0 && chance.percent(saves.1) {
+                    ops.push(Op::Save);
+                }
                 ops.push(Op::Step { number: number as u64 + 1 });
+                if rank == saves.0 && chance.percent(saves.1) {
+                    ops.push(Op::Save);
+                }
             }
             before += most;
         }

@@ -14,6 +14,7 @@ use super::{
     ahead::{Ahead, Places, Trailing},
     memory::{Clock, Memory, View},
     program::{Op, Program, Way},
+    saves::Saved,
 };
 use crate::chance::Chance;
 
@@ -153,6 +154,8 @@ pub(crate) struct Rank {
     /// States that follow their weights.
     pub(super) trail: Vec<Trailing>,
     pub(super) versions: Vec<u64>,
+    /// What its save has yet to read.
+    pub(super) saving: Vec<Saved>,
     /// The backward of each unit's last exchange in which any rank had a gradient.
     pub(super) exchanged: Vec<u64>,
     exchanges: usize,
@@ -184,6 +187,7 @@ impl Rank {
             queue: Vec::new(),
             trail: Vec::new(),
             versions: vec![0; program.units.len()],
+            saving: Vec::new(),
             exchanged: vec![0; program.units.len()],
             exchanges: 0,
             through: 0,
@@ -199,21 +203,23 @@ impl Rank {
         self.ops.is_empty() && self.idle()
     }
 
-    /// Nothing is under way on its device, and it has no updates to make.
+    /// Nothing is under way on its device, it has no updates to make, and no save to end.
     pub(super) fn idle(&self) -> bool {
-        self.device.is_empty() && self.queue.is_empty() && self.trail.is_empty()
+        self.device.is_empty() && self.queue.is_empty() && self.trail.is_empty() && self.saving.is_empty()
     }
 
     pub(crate) fn describe(&self) -> String {
-        format!("rank {} is at {:?}, updates {:?}, device {:?}", self.rank, self.ops.front(), self.queue, self.device)
+        let Self { rank, ops, queue, device, saving, .. } = self;
+        format!("rank {rank} is at {:?}, updates {queue:?}, device {device:?}, saves {saving:?}", ops.front())
     }
 
     /// One of its threads, or its device, does one thing.
     pub(crate) fn turn(&mut self, memory: &Memory, model: &mut Model, chance: &mut Chance) -> Turn {
-        let moved = match chance.below(4) {
+        let moved = match chance.below(5) {
             0 => self.work(memory, model),
             1 => self.update(memory, model, chance),
             2 => self.grow(memory, model, chance),
+            3 => self.read_saved(memory, model, chance),
             _ => return self.call(memory, model),
         };
         if moved { Turn::Moved } else { Turn::Waits }
@@ -279,6 +285,10 @@ impl Rank {
             Look::Waits(_) => return false,
             found @ Look::Differs(..) => panic!("ranks that are alike differ: {found:?}"),
         }
+        let wanted = posts.read_by(unit, step).is_some() && self.fault != Fault::Careless;
+        if wanted || self.reads_before(unit, step) {
+            return false;
+        }
         self.queue.swap_remove(at);
         if self.fault == Fault::Hasty {
             posts.publish_states(unit, step);
@@ -309,7 +319,7 @@ impl Rank {
                     self.device.push_back(Work::Read { unit, result: self.ahead.results[unit] });
                 }
                 if there && states {
-                    self.read_states(memory, model, unit);
+                    self.read_states(memory, model, unit, self.ahead.results[unit]);
                 }
                 there
             }
@@ -325,6 +335,7 @@ impl Rank {
             Op::Meet { place } => return self.meet(memory, model, place),
             Op::Quiesce => self.quiesce(),
             Op::Load { mine } => self.load(memory, model, mine),
+            Op::Save => self.save(memory, model),
         };
         if done {
             self.ops.pop_front();
