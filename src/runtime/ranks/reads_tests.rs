@@ -1,4 +1,4 @@
-//! Saves that read while all ranks go on: the files hold the state of the call, whatever the ranks do before it has been read.
+//! Saves that read while all ranks go on: the files hold the state of the call, although the ranks step before it has been read.
 #![expect(unsafe_code, reason = "hands buffers of its own to the runtime")]
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -187,15 +187,16 @@ fn a_save_has_the_state_of_the_call_whatever_ranks_do_beside_it() {
                     let control = (rank == 0).then(|| door.save(rt, target));
                     steps(SAVED + 1..=SAVED + 1);
                     linger();
-                    assert!(unmade(rt), "case {case}: rank {rank} updates what was not read");
+                    let waits = unmade(rt);
                     barrier.wait();
                     if let Some(control) = &control {
                         assert!(control.outcome().is_none());
                         door.open();
                     }
                     steps(SAVED + 2..=STEPS);
-                    assert!(contents(rt) == *end, "case {case}: rank {rank} at the end");
                     control.iter().for_each(|control| ended(control));
+                    assert!(waits, "case {case}: rank {rank} updates what was not read");
+                    assert!(contents(rt) == *end, "case {case}: rank {rank} at the end");
                 });
             }
         });
@@ -221,7 +222,7 @@ fn states_that_are_up_come_home_before_their_next_update() {
                 let control = (rank == 0).then(|| door.save(rt, &target));
                 step(rt, Some(rank), 7, 0..UNITS);
                 linger();
-                assert!(unmade(rt), "rank {rank} updates what was not read");
+                let waits = unmade(rt);
                 barrier.wait();
                 if let Some(control) = control {
                     door.open();
@@ -229,8 +230,10 @@ fn states_that_are_up_come_home_before_their_next_update() {
                 }
                 step(rt, Some(rank), 8, 0..UNITS);
                 rt.settle_all(&mut never).unwrap();
-                assert!(rt.grown().unwrap().up > 0, "they have not stayed up");
+                let up = rt.grown().unwrap().up > 0;
                 barrier.wait();
+                assert!(waits, "rank {rank} updates what was not read");
+                assert!(up, "they have not stayed up");
             });
         }
     });

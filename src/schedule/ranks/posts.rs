@@ -17,8 +17,8 @@
 //! A6, on ranks that wait in different calls, stands in [`super::crossed`].
 
 use crate::schedule::ranks::board::{
-    ARRIVED, BACKWARD, Board, HOME, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, READS,
-    SEEN, STARTED, STATE, STEPS, TEXT, TEXT_BYTES, WANTS, Words,
+    ARRIVED, BACKWARD, Board, HOME, LANDED, MADE, MEETINGS, NUMBERS, PASSED, PID, POSTS, PUBLISHED, QUIET, READS, SEEN,
+    STARTED, STATE, STEPS, TEXT, TEXT_BYTES, WANTS, Words,
 };
 
 /// Numbers that tell a step: digests of what is stepped and how.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 
 import facts
 import funicular
-from funicular.checkpoint.collect import Snapshot
+from funicular.checkpoint import save_load
 from twin import World
 
 #: steps before the save, and after it
@@ -32,14 +34,14 @@ def _marked(world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _before_units(does: Callable[[], None]) -> AbstractContextManager[object]:
-    """Have saves of this rank do this before they read any unit."""
-    changed = Snapshot.changed
+    """Have a save of this rank do this when it has read what is no unit's, for which the next step of the optimizer waits."""
 
-    def first(snapshot: Snapshot) -> str | None:
-        does()
-        return changed(snapshot)
+    class Read(threading.Event):
+        def set(self) -> None:
+            super().set()
+            does()
 
-    return mock.patch.object(Snapshot, "changed", first)
+    return mock.patch.object(save_load, "threading", SimpleNamespace(Event=Read))
 
 
 def _noted(event: str, rank: int) -> Path:
@@ -67,13 +69,14 @@ def waited(folder: str, world: World) -> None:
 
 
 def beside(folder: str, world: World) -> list[str]:
-    """The same, where nothing is read before all have taken the next step. The events of rank 0, in order."""
+    """The same, where no unit is read before all have come to the next step. The events of rank 0, in order."""
     model, opt = _marked(world)
     rank, events = dist.get_rank(), []
 
     def next_steps() -> None:
         _noted("begun", rank).touch()
-        _await("stepped")
+        _await("at the step")
+        facts.rest(0.3)
         events.append("read")
 
     for step in range(BEFORE):
@@ -85,10 +88,10 @@ def beside(folder: str, world: World) -> list[str]:
             # From here on no unit is read, also none that an update waits for.
             await_file(_noted("begun", rank))
         events.append("returned")
-        train_one(model, opt, BEFORE)
-        _noted("stepped", rank).touch()
-        for step in range(BEFORE + 1, BEFORE + AFTER):
+        at_step = opt.register_step_pre_hook(lambda *_: _noted("at the step", rank).touch())
+        for step in range(BEFORE, BEFORE + AFTER):
             train_one(model, opt, step)
+        at_step.remove()
         handle.wait()
     funicular.save(model, opt, f"{folder}-end")
     return events
@@ -101,8 +104,8 @@ def killed(folder: str, world: World) -> list[str]:
 
     def die() -> None:
         _noted("begun", rank).touch()
-        _await("stepped")
-        facts.rest(0.1)
+        _await("at the step")
+        facts.rest(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     for step in range(2):
@@ -114,9 +117,8 @@ def killed(folder: str, world: World) -> list[str]:
             await_file(_noted("begun", rank))
 
         def goes_on() -> None:
-            train_one(model, opt, 2)
-            _noted("stepped", rank).touch()
-            for step in range(3, 6):
+            opt.register_step_pre_hook(lambda *_: _noted("at the step", rank).touch())
+            for step in range(2, 6):
                 train_one(model, opt, step)
 
         return [message(goes_on)]
@@ -128,11 +130,17 @@ def interrupted(folder: str, world: World) -> tuple[str, list[torch.Tensor]]:
     for step in range(2):
         train_one(model, opt, step)
     said = ""
-    with _before_units(lambda: os.kill(os.getpid(), signal.SIGINT)):
+
+    def strike() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await_file(_noted("interrupted", 0))
+
+    with _before_units(strike):
         try:
             funicular.save(model, opt, folder)
         except KeyboardInterrupt:
             said = "KeyboardInterrupt"
+            _noted("interrupted", 0).touch()
     for step in range(2, 4):
         train_one(model, opt, step)
     return said, [p.detach().clone() for p in model.parameters()]

@@ -30,7 +30,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_it_has_the_state_of_the_call(way: str, size: int, host_world: World, states_world: World, tmp_path: Path):
-    """The call returns before a unit was read, and the next step is taken by all."""
+    """The call returns before a unit was read, and all are at the next step then."""
     world = states_world if way == "states on disk" else host_world
     several.run(size, "save_checks:waited", str(tmp_path / "waited"), world)
     spare, faults = WAYS[way]
@@ -38,7 +38,8 @@ def test_it_has_the_state_of_the_call(way: str, size: int, host_world: World, st
     events = several.run(size, "save_checks:beside", str(tmp_path / "beside"), world)
     assert events[0] == ["returned", "read"]
     saved = files(tmp_path / "waited")
-    assert saved and files(tmp_path / "beside") == saved
+    assert saved
+    assert files(tmp_path / "beside") == saved
     assert files(tmp_path / "beside-end") == files(tmp_path / "waited-end") != saved
 
 
@@ -50,10 +51,12 @@ def test_a_rank_that_is_killed_amid_its_save_is_named_by_those_that_wait_for_it(
         for rank in (1, 2):
             assert ends[rank][0] == 0, ends[rank][1]
             (said,) = pickle.loads((ranks.folder / f"{rank}.result").read_bytes())
-            assert "FN-E701" in said and "rank 0" in said, said
+            assert "FN-E701" in said, said
+            assert "rank 0" in said, said
     finally:
         ranks.end()
-    assert (tmp_path / "saved-before").exists() and not (tmp_path / "saved").exists()
+    assert (tmp_path / "saved-before").exists()
+    assert not (tmp_path / "saved").exists()
 
 
 def test_all_go_on_after_a_save_that_was_interrupted(host_world: World, tmp_path: Path):
