@@ -212,6 +212,8 @@ impl Shared {
 
 /// Runs one piece of an update.
 fn run(shared: &Shared, unit: UnitId, chunk: u32, mut lease: Option<SlotLease>) -> Result<()> {
+    // This rank is quiet while it waits for its save: at its end it makes its parts if no rank is in the way, also not itself.
+    shared.is_quiet(unit)?;
     shared.await_save(unit)?;
     shared.lock()?.at_work = Some(unit);
     let (outcome, step) = {
