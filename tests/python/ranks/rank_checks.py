@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -228,8 +229,10 @@ def fsdp() -> tuple[Any, Any]:
 def sharing(world: World) -> list[Any]:
     """What exchanges gradients or moves weights itself: around an offloaded model, in one that is to be, and as one; and a step after that."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
 
+    tensors: Any = importlib.import_module("torch.distributed.tensor")
+    if not hasattr(tensors, "Replicate"):  # torch 2.4
+        tensors = importlib.import_module("torch.distributed._tensor")
     wrapped, sharded = fsdp()
     ways = {
         "DistributedDataParallel": DistributedDataParallel,
@@ -249,7 +252,7 @@ def sharing(world: World) -> list[Any]:
         said[f"{name}, itself"] = message(lambda outer=outer: funicular.offload(outer, world.policy(wide())))
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     spread = wide()
-    spread.out.weight = nn.Parameter(distribute_tensor(spread.out.weight.detach(), mesh, [Replicate()]))
+    spread.out.weight = nn.Parameter(tensors.distribute_tensor(spread.out.weight.detach(), mesh, [tensors.Replicate()]))
     said["DTensor, in it"] = message(lambda: funicular.offload(spread, world.policy(wide())))
     said["DataParallel, around"] = message(lambda: nn.DataParallel(model).replicate(model, [0]))
     return [said, message(lambda: train_one(model, opt, 0))]
