@@ -123,9 +123,8 @@ class Rounds:
         """Post those of these units that are complete, and exchange what all have posted."""
         if self.number == 0 and not self._once and self._short(self._held.total()):
             self._once = True
-            units = tuple(
-                unit for unit in self._order if unit != self._last
-            )  # of the last one hooks may be about to run
+            # Of the last one hooks may be about to run.
+            units = tuple(unit for unit in self._order if unit != self._last)
         for unit in units:
             if unit not in self._posted and self._is_complete(unit):
                 self._post(unit)
